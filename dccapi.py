@@ -22,15 +22,16 @@ Deliberate deviations from what the libraries do by themselves, each with a test
     `Guard` reads every body itself, within `MAX_BODY_BYTES` and `BODY_TIMEOUT`.
  3. Hypercorn's write buffer lets the application run ahead of a client whose window is closed (`StreamBuffer.pop`
     of nothing wakes `push`). `PatientStreamBuffer.push` returns when the bytes have left.
- 4. A stream reset by its client leaves its buffer and its priority node behind, and nothing limits rapid resets
-    (hypercorn 146) but `keep_alive_max_requests`, which starves running streams. `GuardedH2Protocol` cleans up and
-    counts.
+ 4. Only `keep_alive_max_requests` limits rapid resets (hypercorn 146), and it starves running streams. The file sets
+    it out of reach and `GuardedH2Protocol` counts resets.
  5. PRIORITY frames grow a tree that raises at 1,001 nodes, and an exclusive chain of them (Chromium sends one) starves
     siblings. RFC 9113 5.3 deprecates them; `GuardedH2Protocol` ignores them.
  6. A response that the application gives up in the middle is never ended. `GuardedH2Protocol` sends RST_STREAM.
  7. On SIGTERM Hypercorn 0.18 waits for ever (Python 3.12+) or cuts after three seconds (3.11), and tells the
     application last (hypercorn 308, PR 374). `raise_shutdown` is replaced by one that drains first.
- 8. aiohttp does not repeat a POST whose pooled connection the server had just closed (aiohttp 6138), and its line
+ 8. Closing a TLS connection waits 30 s for its client and then logs a traceback (hypercorn 202, 264).
+    `PromptTCPServer` aborts it after CLOSE_TIMEOUT.
+ 9. aiohttp does not repeat a POST whose pooled connection the server had just closed (aiohttp 6138), and its line
     reader stops at 128 KiB (aiohttp 4453): one retry before any byte of the answer, and a line splitter of our own.
 """
 
@@ -74,8 +75,9 @@ import hypercorn.protocol.events
 import hypercorn.protocol.h2
 import orjson
 import pydantic_core
+from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.config import Config
-from hypercorn.events import Closed
+from hypercorn.events import Closed, Event
 from hypercorn.protocol.h2 import BufferCompleteError, H2Protocol, StreamBuffer
 from hypercorn.utils import ShutdownError
 from priority.priority import MissingStreamError, PriorityTree
@@ -107,6 +109,7 @@ MAX_BLANK_RUN = 200  # white space in a row; models loop on it under `format` (o
 MAX_QUERY = 32 * 2**10  # bytes; Hypercorn refuses headers over 64 KiB
 MAX_WRITE = 64 * 2**10  # bytes that one write of an event stream may hold, so also what one stream can buffer
 RESETS_AT_ONCE, RESETS_PER_SECOND = 1000, 33  # nghttp2's own limits (nghttp2_option_set_stream_reset_rate_limit)
+CLOSE_TIMEOUT = 2  # seconds that the closing of a connection may take
 SERVICE_TIME = 20.0  # seconds that a generation is taken to last until one has been measured
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -554,8 +557,29 @@ class Badge(BaseModel):
 
 
 PLACEHOLDERS = frozenset(
-    "string text badge badgename badgetitle badgedescription name title description criteria narrative "
-    "criterianarrative object value example placeholder todo tbd null none na".split()
+    [
+        "string",
+        "text",
+        "badge",
+        "badgename",
+        "badgetitle",
+        "badgedescription",
+        "name",
+        "title",
+        "description",
+        "criteria",
+        "narrative",
+        "criterianarrative",
+        "object",
+        "value",
+        "example",
+        "placeholder",
+        "todo",
+        "tbd",
+        "null",
+        "none",
+        "na",
+    ]
 )
 
 
@@ -1113,6 +1137,10 @@ class EventEncoder:
         return sse(data | members, id=self._id)
 
     @property
+    def ended(self) -> bool:
+        return self._generation.outcome is not None and self.seen == len(self._generation.log)
+
+    @property
     def _id(self) -> str:
         return self._generation.event_id(self.seen)
 
@@ -1140,16 +1168,16 @@ async def event_stream(
             if generation.position != position and generation.outcome is None:
                 position = generation.position
                 chunk += encoder.queue(position, queue.estimated_wait(position))
+            chunk += encoder.pending()
+            if not chunk and encoder.ended:
+                return
             if beat_due:
                 beat_due = False
-                chunk += b": heartbeat\n\n"
                 timer = loop.call_later(period, beat)
-            chunk += encoder.pending()
+                chunk = b": heartbeat\n\n" + chunk
             if chunk:
                 yield chunk
                 chunk = b""
-            elif encoder.seen == len(generation.log) and generation.outcome is not None:
-                return
             else:
                 await changed.wait()
     finally:
@@ -1719,7 +1747,7 @@ class Api:
         if key is None:
             self.queue.check_admission(client_of(request))
         document = await json_body(request)
-        document |= _without_empty({k: v for k, v in request.query_params.items() if k in StreamOptions.model_fields})
+        document |= _options(request).model_dump(exclude_unset=True)
         try:
             body = GenerateRequest.model_validate(document)
         except ValidationError as error:
@@ -2074,7 +2102,7 @@ class Exchange:
         self._body: bytes | ApiError | None = None
         self._arrived = asyncio.Event()  # the body, or the reason why it never will
         self._drained = asyncio.Event()  # nothing more is waited for
-        self._delivered = False
+        self._delivered = self._ending = False
         self.task = cast(asyncio.Task[None], asyncio.current_task())
         self.gone = self.over = False
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
@@ -2094,7 +2122,7 @@ class Exchange:
                 while more and size <= 16 * limit:
                     message = await self._receive()
                     if message["type"] == "http.disconnect":
-                        self.abandon()
+                        self._disconnected()
                         return
                     size += len(message["body"])
                     more = message.get("more_body", False)
@@ -2109,12 +2137,17 @@ class Exchange:
         self._drained.set()
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        self.abandon()
+        self._disconnected()
 
     def _settle(self, body: bytes | ApiError) -> None:
         if self._body is None:
             self._body = body
             self._arrived.set()
+
+    def _disconnected(self) -> None:
+        # Hypercorn says so after every response too, while it tidies up in the last `send`: that must not be cancelled.
+        if not self._ending:
+            self.abandon()
 
     def abandon(self) -> None:
         """The client is gone: end its request wherever it waits."""
@@ -2144,6 +2177,7 @@ class Exchange:
             await self._passed_on({**message, "more_body": True})
             await self._drained.wait()
             message = {"type": "http.response.body", "body": b""}
+        self._ending = message["type"] == "http.response.body" and not message.get("more_body", False)
         await self._passed_on(message)
 
     async def _passed_on(self, message: Message) -> None:
@@ -2273,6 +2307,12 @@ class GuardedH2Protocol(H2Protocol):
         # The default of 1,000 nodes ends the connection at 1,001 streams; `h2_max_concurrent_streams` is the limit.
         self.priority = PriorityTree(maximum_streams=2**20)
 
+    async def handle(self, event: Event) -> None:
+        await super().handle(event)
+        if isinstance(event, Closed):
+            for stream_id in list(self.stream_buffers):
+                await self._forget(stream_id)  # or its application would wait for a window that never opens
+
     async def _handle_events(self, events: list[h2.events.Event]) -> None:
         for number, event in enumerate(events):
             if number % 16 == 15:
@@ -2284,14 +2324,12 @@ class GuardedH2Protocol(H2Protocol):
                 await self._flush()
                 continue
             await super()._handle_events([event])
-            if isinstance(event, h2.events.StreamReset):
-                await self._forget(event.stream_id)
-                if self._too_many_resets():
-                    log.warning("a connection was closed: over %d streams reset by its client", RESETS_AT_ONCE)
-                    self.connection.close_connection(h2.errors.ErrorCodes.ENHANCE_YOUR_CALM)
-                    await self._flush()
-                    await self.send(Closed())
-                    return
+            if isinstance(event, h2.events.StreamReset) and self._too_many_resets():
+                log.warning("a connection was closed: over %d streams reset by its client", RESETS_AT_ONCE)
+                self.connection.close_connection(h2.errors.ErrorCodes.ENHANCE_YOUR_CALM)
+                await self._flush()
+                await self.send(Closed())
+                return
         await self._flush()
 
     def _too_many_resets(self) -> bool:
@@ -2322,6 +2360,23 @@ class GuardedH2Protocol(H2Protocol):
         await super().stream_send(event)
 
 
+class PromptTCPServer(TCPServer):
+    """Hypercorn's connection, closed within CLOSE_TIMEOUT also when its client does not take part.
+
+    TLS waits 30 s for the client's close_notify and then raises (hypercorn 202, 264), and a stop waits for that.
+    """
+
+    async def _initiate_server_close(self) -> None:
+        await super()._initiate_server_close()
+        self.loop.call_later(CLOSE_TIMEOUT, self.writer.transport.abort)
+
+    async def _close(self) -> None:
+        with contextlib.suppress(OSError):
+            async with asyncio.timeout(CLOSE_TIMEOUT):
+                await super()._close()
+        self.writer.transport.abort()
+
+
 async def raise_shutdown_after_drain(shutdown_event: Callable[..., Awaitable[Any]]) -> None:
     """Hypercorn's `raise_shutdown`, with the drain before it: until it raises, everything goes on being served.
 
@@ -2349,6 +2404,7 @@ async def raise_shutdown_after_drain(shutdown_event: Callable[..., Awaitable[Any
 
 vars(hypercorn.protocol.h2)["StreamBuffer"] = PatientStreamBuffer
 vars(hypercorn.protocol)["H2Protocol"] = GuardedH2Protocol
+vars(hypercorn.asyncio.run)["TCPServer"] = PromptTCPServer
 vars(hypercorn.asyncio.run)["raise_shutdown"] = raise_shutdown_after_drain
 
 

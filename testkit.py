@@ -69,8 +69,8 @@ async def eventually(condition: Callable[[], Any], timeout: float = 5, what: str
 
 def badge_json(
     name: str = "Climbing Knots Essentials",
-    description: str = "Recognises learners who tie, dress and check the knots on which climbers and their partners rely.",
-    narrative: str = "Ties a figure eight, a clove hitch and a prusik unaided, and inspects a partner's knots before each climb.",
+    description: str = "Recognises learners who tie, dress and check the knots on which climbers rely.",
+    narrative: str = "Ties a figure eight, a clove hitch and a prusik unaided, and inspects a partner's knots.",
 ) -> str:
     """A valid badge, laid out as the model writes it."""
     badge = {"badge_name": name, "badge_description": description, "criteria": {"narrative": narrative}}
@@ -91,7 +91,7 @@ def badge_pieces() -> list[str]:
 
 @dataclass
 class Script:
-    """How the engine answers one call. Without any fault set it answers well; faults count pieces from the first one."""
+    """How the engine answers one call. Without a fault set it answers well; faults count pieces from the first one."""
 
     pieces: Sequence[str] = field(default_factory=badge_pieces)
     delay: float = 0  # before every piece but the first
@@ -110,7 +110,7 @@ class Script:
     stall_after: int | None = None  # silence until the client leaves; 0: before the status line
     raw_chunks: Sequence[bytes] | None = None  # the body byte by byte as given, instead of all the above
     close_after_response: bool = False  # says keep-alive, and closes
-    close_on_reuse: bool = False  # the same seen by a client that loses the race: closed as its next request arrives
+    close_on_reuse: bool = False  # the same for a client that loses the race: closed as its next request arrives
 
 
 @dataclass
@@ -128,8 +128,8 @@ class Call:
 
 def exceeds_context(prompt_tokens: int, context: int) -> Script:
     """llama.cpp's refusal of a prompt that does not fit."""
-    message = f"request ({prompt_tokens} tokens) exceeds the available context size ({context} tokens), try increasing it"
-    error = {"code": 400, "message": message, "type": "exceed_context_size_error"}
+    message = f"request ({prompt_tokens} tokens) exceeds the available context size ({context} tokens)"
+    error = {"code": 400, "message": message + ", try increasing it", "type": "exceed_context_size_error"}
     return Script(status=400, error=error | {"n_prompt_tokens": prompt_tokens, "n_ctx": context})
 
 
@@ -255,7 +255,8 @@ class ScriptedEngine:
     async def _answer_one(self, reader: WatchedReader, writer: asyncio.StreamWriter, number: int) -> bool:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         method, path, _ = head[0].split(" ")
-        headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:-2])}
+        fields = (line.partition(":") for line in head[1:-2])
+        headers = {name.strip().lower(): value.strip() for name, _, value in fields}
         text = await reader.readexactly(int(headers.get("content-length", 0)))
         self.requests.append(f"{method} {path}")
         await self.answering.wait()
@@ -385,8 +386,8 @@ class ScriptedOllama(ScriptedEngine):
     def info(self, path: str) -> dict[str, Any] | None:
         details = {"parent_model": "", "format": "gguf", "family": "llama", "families": ["llama"]}
         details |= {"parameter_size": "134.52M", "quantization_level": "Q4_1"}
-        facts = {"modified_at": "2026-11-22T19:56:26.258874789Z", "size": 98365399, "digest": "76a1" * 16, "details": details}
-        tags = {"models": [{"name": name, "model": name, **facts} for name in self.models]}
+        facts = {"modified_at": "2026-11-22T19:56:26.258874789Z", "size": 98365399, "digest": "76a1" * 16}
+        tags = {"models": [{"name": name, "model": name, **facts, "details": details} for name in self.models]}
         return {"/api/tags": tags, "/api/version": {"version": "0.24.0"}, "/api/ps": {"models": []}}.get(path)
 
     def refusal(self, headers: dict[str, str], path: str, body: Any) -> tuple[int, dict[str, Any]] | None:
@@ -450,7 +451,8 @@ class ScriptedOpenAI(ScriptedEngine):
         return self.url + "/v1"
 
     def info(self, path: str) -> dict[str, Any] | None:
-        models = [{"id": name, "object": "model", "created": 1795377600, "owned_by": "llamacpp"} for name in self.models]
+        facts = {"object": "model", "created": 1795377600, "owned_by": "llamacpp"}
+        models = [{"id": name, **facts} for name in self.models]
         return {"object": "list", "data": models} if path == "/v1/models" else None
 
     def refusal(self, headers: dict[str, str], path: str, body: Any) -> tuple[int, dict[str, Any]] | None:
@@ -490,8 +492,8 @@ class ScriptedOpenAI(ScriptedEngine):
 
     def _chunk(self, call: Call, delta: dict[str, Any] | None, finish: str | None = None, **more: Any) -> bytes:
         choices = [] if delta is None else [{"finish_reason": finish, "index": 0, "delta": delta}]
-        chunk = {"choices": choices, "created": int(time.time()), "id": f"chatcmpl-{id(call):x}", "model": call.body["model"]}
-        chunk |= {"system_fingerprint": "b9554-d403f00ec", "object": "chat.completion.chunk"}
+        chunk = {"choices": choices, "created": int(time.time()), "id": f"chatcmpl-{id(call):x}"}
+        chunk |= {"model": call.body["model"], "system_fingerprint": "b9554-d403f00", "object": "chat.completion.chunk"}
         return b"data: %b\n\n" % orjson.dumps(chunk | more)
 
 
@@ -588,12 +590,12 @@ class Response:
 class H2Client:
     """An HTTP/2 connection in the hands of a test. Waiting raises ConnectionError when the server is gone."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, h2c: H2Connection, authority: str) -> None:
+    def __init__(self, streams: tuple[asyncio.StreamReader, asyncio.StreamWriter], h2c: H2Connection, at: str) -> None:
         self.h2 = h2c
         self.auto_window = True  # False: what arrives is not acknowledged, so the server runs out of window
         self.goaway: h2.events.ConnectionTerminated | None = None
         self.closed = asyncio.Event()
-        self._reader, self._writer, self._authority = reader, writer, authority
+        (self._reader, self._writer), self._authority = streams, at
         self._streams: dict[int, Response] = {}
         self._settled = False
         self._changed = asyncio.Event()
@@ -625,7 +627,7 @@ class H2Client:
         h2c.initiate_connection()
         if initial_window > 65535:
             h2c.increment_flow_control_window(initial_window - 65535)
-        client = cls(reader, writer, h2c, f"{host}:{port}")
+        client = cls((reader, writer), h2c, f"{host}:{port}")
         client.auto_window = auto_window
         try:
             client.flush()

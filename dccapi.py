@@ -60,9 +60,10 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from json import JSONDecodeError, JSONDecoder
+from http import HTTPStatus
+from json import JSONDecoder
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, cast
+from typing import Annotated, Any, ClassVar, Literal, Protocol, cast
 
 import aiohttp
 import h2.errors
@@ -77,11 +78,21 @@ import orjson
 import pydantic_core
 from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.config import Config
-from hypercorn.events import Closed, Event
+from hypercorn.events import Closed
+from hypercorn.events import Event as ConnectionEvent
 from hypercorn.protocol.h2 import BufferCompleteError, H2Protocol, StreamBuffer
 from hypercorn.utils import ShutdownError
 from priority.priority import MissingStreamError, PriorityTree
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.json_schema import models_json_schema
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from starlette.datastructures import Headers
@@ -155,7 +166,7 @@ class Settings(BaseSettings):
 
     @field_validator("log_level", "log_format", "engine", mode="before")
     @classmethod
-    def _any_case(cls, value: object, info: Any) -> object:
+    def _any_case(cls, value: object, info: ValidationInfo) -> object:
         if isinstance(value, str):
             return value.upper() if info.field_name == "log_level" else value.lower()
         return value
@@ -163,15 +174,32 @@ class Settings(BaseSettings):
     @field_validator("ollama_url", "openai_base_url")
     @classmethod
     def _http_url(cls, value: str) -> str:
-        if value and not re.fullmatch(r"https?://[^\s/?#]+[^\s?#]*", value):
+        host = r"([^\s/?#@:\[\]]+|\[[0-9a-f:]+\])(:\d{1,5})?"
+        if value and not re.fullmatch(rf"https?://([^\s/?#]*@)?{host}(/[^\s?#]*)?", value):
             raise ValueError("must be a URL such as http://localhost:11434")
         return value.rstrip("/")
 
     @field_validator("system_prompt_file", "model_path", "api_keys_file")
     @classmethod
-    def _readable_file(cls, value: Path | None) -> Path | None:
-        if value is not None and not os.access(value, os.R_OK):
+    def _readable_file(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        if value is not None and (value.is_dir() or not os.access(value, os.R_OK)):
             raise ValueError(f"no readable file at {value}")
+        if value is not None and info.field_name != "model_path":
+            value.read_text("utf-8")  # UnicodeDecodeError is a ValueError
+        return value
+
+    @field_validator("keep_alive")
+    @classmethod
+    def _duration(cls, value: str) -> str:
+        if not re.fullmatch(r"-?\d+|-?(\d+(\.\d+)?(ms|s|m|h))+", value):
+            raise ValueError("must be a duration such as 30m, or seconds")
+        return value
+
+    @field_validator("openai_api_key")
+    @classmethod
+    def _one_line(cls, value: str) -> str:
+        if not re.fullmatch(r"[\x21-\x7e]*", value := value.strip()):
+            raise ValueError("must be one line of ASCII")
         return value
 
     @field_validator("trusted_proxies")
@@ -381,29 +409,15 @@ OPTION_LABELS = {
     "institution": "Institution",
     "custom_instructions": "Instructions",
 }
-CONFIGURATION = (*CHOICES, "institution", "institute_url", "custom_instructions")
 NOT_GIVEN = ("", "not-specified")
 
 
-def _choice(value: object, info: Any) -> object:
-    """The canonical spelling of a choice written in any case."""
-    if isinstance(value, str):
-        return next((c for c in CHOICES[info.field_name] if c.casefold() == value.strip().casefold()), value)
-    return value
-
-
-def _whole(value: object) -> object:
+def _integral(value: object) -> object:
     """JSON has one kind of number: 30.0 is an integer."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _choice_field(name: str) -> Any:
-    schema: Any = {"anyOf": [{"type": "string", "enum": [*CHOICES[name], *NOT_GIVEN]}, {"type": "null"}]}
-    return Field(None, json_schema_extra=schema)
-
-
-Whole = BeforeValidator(_whole)
-Choice = BeforeValidator(_choice)
+Whole = BeforeValidator(_integral)
 
 
 class StreamOptions(BaseModel):
@@ -413,54 +427,60 @@ class StreamOptions(BaseModel):
     partial: bool = Field(False, description="Add `partial` events with the badge as far as it is written.")
 
 
-class GenerateRequest(StreamOptions):
-    """A course and how its badge is to be written (contract 3.1). Unknown fields are ignored."""
+class BadgeOptions(BaseModel):
+    """How a badge is to be written."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
-    content: str = Field(pattern=r"\S", description="The course description. `course_input` is another name for it.")
-    temperature: Annotated[float | None, Field(ge=0, le=2, allow_inf_nan=False)] = 0.2
-    max_tokens: Annotated[int | None, Whole, Field(ge=1, le=4096)] = 1024
-    top_p: Annotated[float | None, Field(ge=0, le=1, allow_inf_nan=False)] = 0.8
-    top_k: Annotated[int | None, Whole, Field(ge=1, le=100)] = 30
-    repeat_penalty: Annotated[float | None, Field(ge=0, le=2, allow_inf_nan=False)] = 1.02
-    seed: Annotated[int | None, Whole, Field(ge=-(2**53), le=2**53)] = None
-    badge_style: Annotated[Literal["Professional", "Academic", "Industry", "Technical", "Creative"] | None, Choice] = (
-        _choice_field("badge_style")
-    )
-    badge_tone: Annotated[Literal["Authoritative", "Encouraging", "Detailed", "Concise", "Engaging"] | None, Choice] = (
-        _choice_field("badge_tone")
-    )
-    badge_level: Annotated[Literal["Beginner", "Intermediate", "Advanced", "Expert"] | None, Choice] = _choice_field(
-        "badge_level"
-    )
-    criterion_style: Annotated[Literal["Task-Oriented", "Evidence-Based", "Outcome-Focused"] | None, Choice] = (
-        _choice_field("criterion_style")
-    )
+    badge_style: str | None = None
+    badge_tone: str | None = None
+    badge_level: str | None = None
+    criterion_style: str | None = None
     institution: str | None = Field(None, max_length=300)
-    institute_url: str | None = Field(
-        None, max_length=2000, pattern=r'^(https?://[^\s/?#<>"{}|\\^`]+[^\s<>"{}|\\^`]*)?$'
-    )
+    institute_url: str | None = Field(None, max_length=2000, pattern=r"^https?://[!#-;=?-\[\]_a-z~]+$")
     custom_instructions: str | None = Field(None, max_length=4000)
+
+    @field_validator(*CHOICES)
+    @classmethod
+    def _canonical(cls, value: str, info: ValidationInfo) -> str:
+        choices = CHOICES[str(info.field_name)]
+        for choice in choices:
+            if choice.casefold() == value.strip().casefold():
+                return choice
+        raise ValueError(f"must be one of {', '.join(choices)}")
 
     @model_validator(mode="before")
     @classmethod
-    def _flatten(cls, data: Any) -> Any:
-        """Merge `badge_configuration` and the other names, and leave out what is not given."""
+    def _other_names(cls, data: Any) -> Any:
+        """Leave out what is not given, and read the other names of two fields."""
         if not isinstance(data, dict):
             return data
-        configuration = data.get("badge_configuration")
-        if configuration is None:
-            configuration = {}
-        if not isinstance(configuration, dict):
-            raise ValueError("badge_configuration must be an object")
-        inner = {**configuration, "custom_instructions": configuration.get("custom_instructions")}
-        inner["custom_instructions"] = inner["custom_instructions"] or configuration.get("user_prompt")
-        fields = {name: inner[name] for name in CONFIGURATION if name in inner and not _not_given(name, inner[name])}
-        fields |= {name: value for name, value in data.items() if not _not_given(name, value)}
-        if "content" not in fields and "course_input" in fields:
-            fields["content"] = fields["course_input"]
+        fields = _given(data)
+        for name, other in (("content", "course_input"), ("custom_instructions", "user_prompt")):
+            if name not in fields and other in fields:
+                fields[name] = fields.pop(other)
         return fields
+
+
+class GenerateRequest(StreamOptions, BadgeOptions):
+    """A course and how its badge is to be written (contract 3.1). Unknown fields are ignored."""
+
+    content: str = Field(
+        pattern=r"[^\s\x1c-\x1f\x85\ufeff]",
+        description="The course description; `course_input` is another name for it.",
+    )
+    temperature: Annotated[float | None, Field(ge=0, le=2, allow_inf_nan=False)] = 0.2
+    max_tokens: Annotated[Annotated[int, Field(ge=1, le=4096)] | None, Whole] = 1024
+    top_p: Annotated[float | None, Field(ge=0, le=1, allow_inf_nan=False)] = 0.8
+    top_k: Annotated[Annotated[int, Field(ge=1, le=100)] | None, Whole] = 30
+    repeat_penalty: Annotated[float | None, Field(ge=0, le=2, allow_inf_nan=False)] = 1.02
+    seed: Annotated[Annotated[int, Field(ge=-(2**53), le=2**53)] | None, Whole] = None
+    badge_configuration: BadgeOptions | None = Field(None, description="Another place for the options.")
+
+    def option(self, name: str) -> str | None:
+        """An option, wherever it was given."""
+        inner = self.badge_configuration
+        return getattr(self, name) or (getattr(inner, name) if inner else None)
 
     def sampling(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
         """The client's parameters, else the engine's own defaults, else the contract's."""
@@ -473,10 +493,13 @@ class GenerateRequest(StreamOptions):
         return hashlib.sha256(orjson.dumps(fields, option=orjson.OPT_SORT_KEYS)).digest()
 
 
-def _not_given(name: str, value: object) -> bool:
-    if value is None:
-        return True
-    return name in CONFIGURATION and isinstance(value, str) and value.strip().casefold() in NOT_GIVEN
+def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what stands for "not given"."""
+    return {
+        name: value
+        for name, value in fields.items()
+        if value is not None and not (isinstance(value, str) and value.casefold() in NOT_GIVEN)
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -497,7 +520,11 @@ BADGE_SCHEMA: dict[str, Any] = {
     },
     "required": ["badge_name", "badge_description", "criteria"],
 }
-CLOSING = "Write the Open Badge for this course now, as one JSON object."
+CLOSING = (
+    "Summarize the course above as a badge. Use a short title as badge_name. In badge_description, explain what this "
+    "course teaches and which topics it covers. In the criteria narrative, explain what learners do in this course and "
+    "what they are able to do at the end of it."
+)
 
 
 @dataclass(frozen=True)
@@ -514,17 +541,21 @@ class Prompt:
         """No tokenizer makes fewer tokens than words."""
         return len(self.system.split()) + len(self.user.split())
 
+    @property
+    def content_words(self) -> int:
+        return len(self.user.partition("</course>")[0].split()) - 1
+
 
 def build_prompt(request: GenerateRequest, system: str, defaults: Mapping[str, Any]) -> Prompt:
     """The course first, delimited, then the options: drafts of one course share the longest prefix.
 
     The delimiters are taken out of the content, so that it cannot end itself and turn into instructions.
     """
-    content = re.sub(r"</?\s*course\s*>", "", request.content, flags=re.IGNORECASE).strip()
-    options = [
-        f"{label}: {value}" for name, label in OPTION_LABELS.items() if (value := getattr(request, name)) is not None
-    ]
-    user = "\n".join(["<course>", content, "</course>", "", *options, CLOSING])
+    content, found = request.content, 1
+    while found:
+        content, found = re.subn(r"<\s*/?\s*course\s*>", "", content, flags=re.IGNORECASE)
+    options = [f"{label}: {value}" for name, label in OPTION_LABELS.items() if (value := request.option(name))]
+    user = "\n".join(["<course>", content.strip(), "</course>", "", *options, CLOSING])
     return Prompt(system, user, BADGE_SCHEMA, request.sampling(defaults))
 
 
@@ -539,7 +570,7 @@ def too_long(num_ctx: int, prompt: Prompt, tokens: int | None = None, limit: int
         f"included. Shorten the content to about {fits} words, or write a badge for each part of the course.",
         prompt_tokens=estimate,
         context_tokens=limit,
-        content_words=prompt.words - len(prompt.system.split()),
+        content_words=prompt.content_words,
         content_words_that_fit=fits,
     )
 
@@ -556,30 +587,10 @@ class Badge(BaseModel):
     criteria: Criteria
 
 
+# The words of the schema, with nothing but letters and digits left of them.
 PLACEHOLDERS = frozenset(
-    [
-        "string",
-        "text",
-        "badge",
-        "badgename",
-        "badgetitle",
-        "badgedescription",
-        "name",
-        "title",
-        "description",
-        "criteria",
-        "narrative",
-        "criterianarrative",
-        "object",
-        "value",
-        "example",
-        "placeholder",
-        "todo",
-        "tbd",
-        "null",
-        "none",
-        "na",
-    ]
+    "string text badge badgename badgetitle badgedescription name title description criteria narrative "  # noqa: SIM905
+    "criterianarrative object value example placeholder todo tbd null none na".split()
 )
 
 
@@ -591,13 +602,13 @@ def parse_badge(text: str, *, cut: bool = False) -> Badge:
     """
     found = False
     for match in list(re.finditer(r"\{\s*\"", text))[:64]:
-        with contextlib.suppress(JSONDecodeError, RecursionError, InvalidModelOutput):
+        with contextlib.suppress(ValueError, RecursionError, InvalidModelOutput):
             document, _ = JSONDecoder(strict=False).raw_decode(text, match.start())
             if "badge_name" in document:
                 found = True
                 return _checked(document)
     if not found and (start := re.search(r"\{\s*\"badge_name\"", text)):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, TypeError):
             rest = text[start.start() :].rstrip("` \n")
             return _checked(pydantic_core.from_json(rest, allow_partial="trailing-strings" if cut else True))
     raise InvalidModelOutput
@@ -631,11 +642,11 @@ def partial_badge(text: str) -> dict[str, Any]:
         return {}
     try:
         document = pydantic_core.from_json(text[start.start() :], allow_partial="trailing-strings")
-    except ValueError:
+    except (ValueError, TypeError):
         return {}
-    fields = {name: document[name] for name in ("badge_name", "badge_description") if name in document}
+    fields = {n: document[n] for n in ("badge_name", "badge_description") if isinstance(document.get(n), str)}
     criteria = document.get("criteria")
-    if isinstance(criteria, dict) and "narrative" in criteria:
+    if isinstance(criteria, dict) and isinstance(criteria.get("narrative"), str):
         fields["criteria"] = {"narrative": criteria["narrative"]}
     return fields
 
@@ -663,7 +674,7 @@ class LineSplitter:
         if rest:
             self._parts.append(rest)
             self._size += len(rest)
-        if self._size > self._limit:
+        if self._size > self._limit or any(len(line) > self._limit for line in lines):
             raise EngineError
         return lines
 
@@ -773,7 +784,7 @@ def conclude(generation: Generation, usage: Usage, model: str, num_ctx: int) -> 
             raise too_long(num_ctx, prompt, usage.prompt_tokens) from None
         if usage.finish_reason == "length":
             raise InvalidModelOutput(
-                "The language model reached max_tokens before the badge was complete. Try again with a larger max_tokens."
+                "The language model reached max_tokens before the badge was complete. Try again with more max_tokens."
             ) from None
         raise
     read, written = usage.prompt_tokens, usage.completion_tokens
@@ -833,7 +844,7 @@ class GenerationQueue:
         if calls:
             await asyncio.wait(calls, timeout=1)
         deadline = time.monotonic() + 2  # for the last events to leave
-        while any(generation.followers for generation in self._known.values()) and time.monotonic() < deadline:
+        while any(one.followers for one in self._known.values()) and time.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
 
     # -- admission
@@ -1050,7 +1061,10 @@ class Watch:
 
     def token(self) -> None:
         self._last = self._loop.time()
-        self.first_token = self.first_token or self._last
+        if not self.first_token:
+            self.first_token = self._last
+            self._timer.cancel()
+            self._check()
 
     def stop(self) -> None:
         self._timer.cancel()
@@ -1250,28 +1264,29 @@ class HttpEngine:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._session: aiohttp.ClientSession | None = None
+        self._sessions: list[aiohttp.ClientSession] = []  # the pooled one, and one for a retry on a fresh connection
 
     async def start(self) -> None:
         settings = self.settings
         trace = aiohttp.TraceConfig()
         trace.on_connection_reuseconn.append(_note_reuse)
-        self._session = aiohttp.ClientSession(
-            # Fewer connections than workers would be a second queue; one more is for the health check.
-            connector=aiohttp.TCPConnector(
-                limit=max(settings.connection_pool_size, settings.workers + 1),
-                keepalive_timeout=settings.keepalive_timeout,
-            ),
-            # `Watch` and `Guard` keep the time; aiohttp's total of 300 s would end long answers.
-            timeout=aiohttp.ClientTimeout(total=None, connect=settings.connect_timeout),
-            trace_configs=[trace],
-            auto_decompress=False,
-            headers={"accept-encoding": "identity"},
-        )
+        options: dict[str, Any] = {
+            # `Watch` keeps the time; aiohttp's total of 300 s would end long answers.
+            "timeout": aiohttp.ClientTimeout(total=None, connect=settings.connect_timeout),
+            "auto_decompress": False,
+            "headers": {"accept-encoding": "identity"},
+        }
+        # Fewer connections than workers would be a second queue; one more is for the health check.
+        limit = max(settings.connection_pool_size, settings.workers + 1)
+        pool = aiohttp.TCPConnector(limit=limit, keepalive_timeout=settings.keepalive_timeout)
+        self._sessions = [
+            aiohttp.ClientSession(connector=pool, trace_configs=[trace], **options),
+            aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True), **options),
+        ]
 
     async def stop(self) -> None:
-        if self._session is not None:
-            await self._session.close()
+        for session in self._sessions:
+            await session.close()
 
     async def url(self) -> str:
         return self.base_url
@@ -1288,7 +1303,7 @@ class HttpEngine:
         response = await self._post(path, body)
         try:
             if response.status != 200:
-                raise self._refused(response.status, await response.content.read(MAX_LINE), prompt)
+                raise self._refused(response.status, await _whole(response), prompt)
             splitter = LineSplitter()
             async for chunk in response.content.iter_any():
                 for line in splitter.feed(chunk):
@@ -1302,11 +1317,10 @@ class HttpEngine:
 
     async def _post(self, path: str, body: dict[str, Any]) -> aiohttp.ClientResponse:
         """The response, after one retry when a pooled connection turns out to be closed (aiohttp 6138)."""
-        assert self._session is not None
-        for attempt in (1, 2):
+        for session in self._sessions:
             reused: list[bool] = []
             try:
-                return await self._session.post(
+                return await session.post(
                     await self.url() + path,
                     data=orjson.dumps(body),
                     headers={"content-type": "application/json", **self.headers()},
@@ -1321,9 +1335,9 @@ class HttpEngine:
             except aiohttp.ClientConnectorError as error:
                 raise EngineUnreachable from error
             except (aiohttp.ClientError, OSError) as error:
-                if attempt == 2 or not reused:
+                if not reused or isinstance(error, aiohttp.ClientResponseError):  # the latter: bytes had come
                     raise EngineError from error
-        raise AssertionError("unreachable")
+        raise EngineError
 
     def _refused(self, status: int, body: bytes, prompt: Prompt) -> ApiError:
         members: dict[str, Any] = {}
@@ -1333,27 +1347,46 @@ class HttpEngine:
             fault = document.get("error", document) if isinstance(document, dict) else {}
             members = fault if isinstance(fault, dict) else {"message": fault}
             message = str(members.get("message", ""))
-        log.warning("the engine refused a request: %d %s", status, message[:200])
+        log.warning("the engine refused a request: %d %s", status, members.get("type", ""))  # a message may quote it
         return self.refusal(status, message, members, prompt)
 
-    async def _get(self, path: str) -> Any:
-        assert self._session is not None
+    async def _names(self, path: str, list_key: str, key: str) -> list[str]:
+        """The names in a list of models."""
         try:
-            async with self._session.get(
+            async with self._sessions[0].get(
                 await self.url() + path,
                 headers=self.headers(),
                 timeout=aiohttp.ClientTimeout(total=self.settings.connect_timeout),
             ) as response:
                 if response.status != 200:
                     raise EngineUnreachable(f"The language model's server answers {response.status}; see its log.")
-                return orjson.loads(await response.content.read(MAX_LINE))
+                document = orjson.loads(await _whole(response))
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+            raise EngineUnreachable from error
+        try:
+            return [str(model[key]) for model in document.get(list_key) or []]
+        except (AttributeError, KeyError, TypeError) as error:  # something else listens there
             raise EngineUnreachable from error
 
 
 async def _note_reuse(session: object, context: Any, params: object) -> None:
     if context.trace_request_ctx is not None:
         context.trace_request_ctx.append(True)
+
+
+async def _whole(response: aiohttp.ClientResponse) -> bytes:
+    """A body that is not a stream, up to MAX_LINE; `content.read(n)` gives what has come."""
+    body = bytearray()
+    while (chunk := await response.content.readany()) and len(body) < MAX_LINE:
+        body += chunk
+    return bytes(body)
+
+
+async def _let_end(lines: AsyncGenerator[bytes]) -> None:
+    """After the last word: the end of the body is on its way, and with it the connection can be used again."""
+    with contextlib.suppress(StopAsyncIteration, TimeoutError, ApiError):
+        async with asyncio.timeout(0.05):
+            await anext(lines)
 
 
 def _json_line(line: bytes) -> dict[str, Any]:
@@ -1395,18 +1428,17 @@ class OllamaEngine(HttpEngine):
                     continue
                 document = _json_line(line)
                 if "error" in document:  # in mid-stream, under status 200, when the model's runner dies
-                    log.warning("the engine failed in mid-stream: %s", str(document["error"])[:200])
+                    log.warning("the engine failed in mid-stream")
                     raise EngineError
                 if piece := document.get("response"):
                     yield str(piece)
                 if document.get("done"):
-                    if document.get("done_reason", "stop") not in ("stop", "length"):  # load, unload
+                    reason: Any = document.get("done_reason") or "stop"
+                    if reason not in ("stop", "length"):  # load, unload
                         raise EngineError
-                    yield Usage(
-                        int(document.get("prompt_eval_count") or 0),
-                        int(document.get("eval_count") or 0),
-                        "length" if document.get("done_reason") == "length" else "stop",
-                    )
+                    await _let_end(lines)
+                    read, written = (int(document.get(key) or 0) for key in ("prompt_eval_count", "eval_count"))
+                    yield Usage(read, written, reason)
                     return
 
     def refusal(self, status: int, message: str, members: dict[str, Any], prompt: Prompt) -> ApiError:
@@ -1417,8 +1449,7 @@ class OllamaEngine(HttpEngine):
         return QueueFull() if status == 503 else EngineError()
 
     async def models(self) -> list[str]:
-        document = await self._get("/api/tags")
-        return [str(model["name"]) for model in document.get("models") or []]
+        return await self._names("/api/tags", "models", "name")
 
     def has_model(self, available: list[str]) -> bool:
         model = self.settings.model
@@ -1433,10 +1464,15 @@ def _keep_alive(value: str) -> str | int:
 class OpenAIEngine(HttpEngine):
     """Any server with the OpenAI API: vLLM, llm-d, Ray Serve, llama-server."""
 
+    extras: Mapping[str, Any] = {}
+
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         self.base_url = settings.openai_base_url
         self._strict = False  # the server refused parameters that the OpenAI API does not have
+
+    def schema(self, schema: dict[str, Any]) -> dict[str, Any]:
+        return schema
 
     def headers(self) -> dict[str, str]:
         key = self.settings.openai_api_key
@@ -1460,7 +1496,10 @@ class OpenAIEngine(HttpEngine):
             "messages": [{"role": "system", "content": prompt.system}, {"role": "user", "content": prompt.user}],
             "stream": True,
             "stream_options": {"include_usage": True},
-            "response_format": {"type": "json_schema", "json_schema": {"name": "badge", "schema": prompt.schema}},
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "badge", "schema": self.schema(prompt.schema)},
+            },
             "max_tokens": sampling["max_tokens"],
             "temperature": sampling["temperature"],
             "top_p": sampling["top_p"],
@@ -1469,15 +1508,23 @@ class OpenAIEngine(HttpEngine):
             body["seed"] = sampling["seed"] % 2**31  # llama.cpp's is 32 bits wide
         if not self._strict:
             penalty = sampling["repeat_penalty"]  # llama.cpp's name and vLLM's
-            body |= {"top_k": sampling["top_k"], "repeat_penalty": penalty, "repetition_penalty": penalty}
+            body |= {
+                "top_k": sampling["top_k"],
+                "repeat_penalty": penalty,
+                "repetition_penalty": penalty,
+                **self.extras,
+            }
         finish_reason, counts = None, None
         async with contextlib.aclosing(self.lines("/chat/completions", body, prompt)) as lines:
             async for line in lines:
                 data = line.removeprefix(b"data:").strip()
                 if line.startswith(b"error:") or (data.startswith(b"{") and b'"error"' in data[:12]):
-                    log.warning("the engine failed in mid-stream: %s", line[:200].decode(errors="replace"))
+                    log.warning("the engine failed in mid-stream")
                     raise EngineError
-                if not line.startswith(b"data:") or data == b"[DONE]":
+                if data == b"[DONE]":
+                    await _let_end(lines)
+                    break
+                if not line.startswith(b"data:"):
                     continue
                 document = _json_line(data)
                 counts = document.get("usage") or counts
@@ -1505,8 +1552,7 @@ class OpenAIEngine(HttpEngine):
         return QueueFull() if status in (429, 503) else EngineError()
 
     async def models(self) -> list[str]:
-        document = await self._get("/models")
-        return [str(model["id"]) for model in document.get("data") or []]
+        return await self._names("/models", "data", "id")
 
     def has_model(self, available: list[str]) -> bool:
         return self.settings.model in available
@@ -1519,8 +1565,11 @@ class UnknownParameter(EngineError):
 class EmbeddedEngine(OpenAIEngine):
     """llama.cpp in a child process of ours (`python dccapi.py engine`), restarted when it dies, ended with us."""
 
-    # SmolLM2-135M loops at the contract's 1.02.
-    defaults: Mapping[str, Any] = {"repeat_penalty": 1.15}
+    # SmolLM2-135M loops at the contract's 1.02. With this, the sampler against repetition and bounded texts it ends
+    # by itself on every one of the real courses; without, on half of them.
+    defaults: Mapping[str, Any] = {"repeat_penalty": 1.12}
+    extras: Mapping[str, Any] = {"dry_multiplier": 0.8, "dry_allowed_length": 3}
+    lengths: ClassVar = {"badge_name": (3, 80), "badge_description": (40, 900), "narrative": (40, 1400)}
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
@@ -1530,6 +1579,16 @@ class EmbeddedEngine(OpenAIEngine):
 
     def headers(self) -> dict[str, str]:
         return {"authorization": f"Bearer {self._key}"}
+
+    def schema(self, schema: dict[str, Any]) -> dict[str, Any]:
+        """With bounds on the texts, which llama.cpp's grammars take as long as they are short."""
+        bounded = {}
+        for name, part in schema["properties"].items():
+            least, most = self.lengths.get(name, (0, 0))
+            bounded[name] = (
+                self.schema(part) if "properties" in part else part | {"minLength": least, "maxLength": most}
+            )
+        return schema | {"properties": bounded}
 
     async def start(self) -> None:
         await super().start()
@@ -1567,7 +1626,8 @@ class EmbeddedEngine(OpenAIEngine):
                 stderr=asyncio.subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is ours to answer: running generations finish first
             )
-            assert process.stdin is not None and process.stdout is not None
+            assert process.stdin is not None
+            assert process.stdout is not None
             try:
                 process.stdin.write(self._key.encode() + b"\n")  # not in its arguments, which anyone can read
                 address = (await process.stdout.readline()).decode().strip()
@@ -1599,6 +1659,7 @@ def serve_embedded(path: str, context: int, slots: int, name: str) -> None:
     parameters.model_alias = {name}
     parameters.n_ctx = context * slots
     parameters.n_parallel = slots
+    parameters.n_batch = 512  # a client that leaves while its prompt is read frees the slot after so many tokens
     parameters.ui = False
     parameters.api_keys = [sys.stdin.readline().strip()]
     server = xllamacpp.Server(parameters)
@@ -1621,6 +1682,12 @@ class Accepted(BaseModel):
     id: str
     status: Literal["queued", "running", "succeeded", "failed", "cancelled"]
     events: str = Field(description="The path of its events.")
+
+
+class Status(BaseModel):
+    """A word."""
+
+    status: Literal["alive", "ready"]
 
 
 class Health(BaseModel):
@@ -1649,6 +1716,9 @@ def as_json(document: Any, status: int = 200, headers: Mapping[str, str] | None 
     return Response(orjson.dumps(document), status, headers, "application/json")
 
 
+Handler = Callable[[Request], Awaitable[Response]]
+
+
 class Api:
     """The handlers. Each is a few lines: read the request, submit or find a generation, choose its view."""
 
@@ -1659,22 +1729,18 @@ class Api:
         self.system_prompt = settings.system_prompt_file.read_text("utf-8").strip()
 
     def routes(self) -> list[Route]:
-        table: list[tuple[str, Callable[[Request], Awaitable[Response]], list[str]]] = [
-            ("/generate", self.generate, ["POST"]),
-            ("/generate-badge-suggestions", self.generate, ["POST"]),
-            ("/generate/stream", self.generate_stream, ["GET", "POST"]),
-            ("/generate-badge-suggestions/stream", self.generate_stream, ["GET", "POST"]),
-            ("/generations/{id}", self.generation, ["GET", "DELETE"]),
-            ("/generations/{id}/events", self.generation_events, ["GET"]),
-            ("/health", self.health, ["GET"]),
-            ("/livez", self.livez, ["GET"]),
-            ("/readyz", self.readyz, ["GET"]),
-            ("/openapi.json", self.openapi, ["GET"]),
-        ]
-        routes = [
-            Route(prefix + path, to, methods=methods) for prefix in ("/api/v1", "") for path, to, methods in table
-        ]
-        return [*routes, Route("/", self.index, methods=["GET"])]
+        """A route for each path of OPERATIONS, under /api/v1 and at the root."""
+        paths: dict[str, dict[str, Handler]] = {"/openapi.json": {"GET": self.openapi}, "/": {"GET": self.index}}
+        for operation in OPERATIONS:
+            paths.setdefault(operation.path, {})[operation.method] = getattr(self, operation.handler)
+
+        def route(path: str, handlers: dict[str, Handler]) -> Route:
+            async def handle(request: Request) -> Response:
+                return await handlers["GET" if request.method == "HEAD" else request.method](request)
+
+            return Route(path, handle, methods=list(handlers))
+
+        return [route(prefix + path, handlers) for prefix in ("/api/v1", "") for path, handlers in paths.items()]
 
     # -- generations
 
@@ -1693,28 +1759,26 @@ class Api:
         return as_json(answer.model_dump(), headers=headers)
 
     async def generate_stream(self, request: Request) -> Response:
-        """POST or GET (EventSource): a badge as Server-Sent Events. A GET that comes back goes on where it was."""
+        """POST: a badge as Server-Sent Events."""
+        body, generation = await self._posted(request)
+        return EventStreamResponse(self.queue, generation, body)
+
+    async def eventsource(self, request: Request) -> Response:
+        """GET: the same for an EventSource; one that comes back goes on where it was."""
         if request.method == "HEAD":
             return Response(headers=EVENT_STREAM_HEADERS)
-        if request.method == "POST":
-            body, generation = await self._posted(request)
-            return EventStreamResponse(self.queue, generation, body)
-        if last := request.headers.get("last-event-id"):
-            return self._resumed(last, _options(request))
-        self.queue.check_admission(client_of(request))
         try:
-            body = GenerateRequest.model_validate_strings(_without_empty(request.query_params))
+            body = GenerateRequest.model_validate_strings(dict(request.query_params), strict=False)
         except ValidationError as error:
             raise invalid(error) from None
+        if last := request.headers.get("last-event-id"):
+            return self._resumed(last, body)
         generation = self._submitted(request, body)
         return EventStreamResponse(self.queue, generation, body, grace=self.settings.resume_grace)
 
     async def generation(self, request: Request) -> Response:
-        """GET: state and result. DELETE: cancel."""
+        """GET: state and result."""
         generation = self._known(request)
-        if request.method == "DELETE":
-            self.queue.end(generation, Cancelled())
-            return Response(status_code=204)
         outcome = generation.outcome
         return as_json(
             {
@@ -1726,6 +1790,11 @@ class Api:
                 "error": problem(outcome, generation.request_id) if isinstance(outcome, ApiError) else None,
             }
         )
+
+    async def cancel(self, request: Request) -> Response:
+        """DELETE: cancel; its state stays to be seen."""
+        self.queue.end(self._known(request), Cancelled())
+        return Response(status_code=204)
 
     async def generation_events(self, request: Request) -> Response:
         """GET: the events from the start, or after `Last-Event-ID`."""
@@ -1747,11 +1816,12 @@ class Api:
         if key is None:
             self.queue.check_admission(client_of(request))
         document = await json_body(request)
-        document |= _options(request).model_dump(exclude_unset=True)
+        options = _options(request)
         try:
             body = GenerateRequest.model_validate(document)
         except ValidationError as error:
             raise invalid(error) from None
+        body = body.model_copy(update=options.model_dump(exclude_unset=True))
         if key is None:
             return body, self._submitted(request, body)
         fingerprint = body.fingerprint()
@@ -1790,7 +1860,7 @@ class Api:
         health = Health(
             status="unhealthy" if error else "healthy",
             engine=settings.engine,
-            ollama_url=re.sub(r"//[^/@]*@", "//", settings.ollama_url),
+            ollama_url=re.sub(r"//[^/]*@", "//", settings.ollama_url),
             available_models=available,
             target_model=settings.model,
             model_available=self.engine.has_model(available),
@@ -1841,7 +1911,7 @@ class Api:
         items = "".join(f'<li><a href="{path}">{path}</a></li>' for path in ("/health", "/readyz", "/openapi.json"))
         return HTMLResponse(
             f'<!doctype html><html lang="en"><title>dccapi</title><h1>dccapi {__version__}</h1>'
-            f"<p>Open Badges 3.0 drafts from course descriptions: POST /generate, POST /generate/stream.</p><ul>{items}</ul>"
+            f"<p>Open Badges 3.0 drafts from course descriptions: POST /generate, /generate/stream.</p><ul>{items}</ul>"
         )
 
 
@@ -1867,13 +1937,9 @@ def _fault(loc: list[str], message: str) -> dict[str, Any]:
     return {"loc": loc, "msg": message, "type": "value_error"}
 
 
-def _without_empty(query: Mapping[str, str]) -> dict[str, Any]:
-    return {name: value for name, value in query.items() if value != ""}
-
-
 def _options(request: Request) -> StreamOptions:
     try:
-        return StreamOptions.model_validate_strings(_without_empty(request.query_params))
+        return StreamOptions.model_validate_strings(_given(request.query_params))
     except ValidationError as error:
         raise invalid(error) from None
 
@@ -1909,122 +1975,135 @@ class GenerationState(Accepted):
     error: Problem | None
 
 
-EVENTS_DESCRIPTION = """Server-Sent Events (contract: the last is always one `final` or one `error`):
+class Event(BaseModel):
+    """A Server-Sent Event. The last of a stream is one `final` or one `error`; `retry` comes once, comments between.
 
-- unnamed `{"type": "token", "content": "…", "accumulated": "…", "done": false}`
-- unnamed `{"type": "final", "content": {badge}, "model": "…", "usage": {…}, "finish_reason": "stop", "request_id": "…"}`
-- unnamed `{"type": "error", "content": "…", "error": "…", "error_code": "engine_timeout", "request_id": "…"}`
-- `event: queue` `{"type": "queue", "position": 3, "estimated_wait": 12.5}`; position 0 means running
-- with `partial=true`, `event: partial` `{"type": "partial", "badge": {…}}`
+    Unnamed: `token` and `final` and `error`. Named: `queue` (position 0 means running) and, on request, `partial`.
+    An `id` sent back as `Last-Event-ID` goes on after it; 204 says that nothing is left.
+    """
 
-Each carries an `id`; a GET with it as `Last-Event-ID` goes on after it, or answers 204 when nothing is left."""
+    id: str | None = None
+    event: Literal["message", "queue", "partial"] = "message"
+    data: str = Field(
+        json_schema_extra={
+            "contentMediaType": "application/json",
+            "examples": [
+                '{"type": "queue", "position": 3, "estimated_wait": 12.5}',
+                '{"type": "token", "content": "{", "accumulated": "{", "done": false}',
+                '{"type": "partial", "badge": {"badge_name": "Knots"}}',
+                '{"type": "final", "content": {}, "model": "…", "usage": {}, "finish_reason": "stop"}',
+                '{"type": "error", "content": "…", "error": "…", "error_code": "engine_timeout", "request_id": "…"}',
+            ],
+        }
+    )
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A method of a path: what handles it, what it answers, and which problems it may have."""
+
+    method: str
+    path: str
+    handler: str
+    summary: str
+    answers: dict[str, type[BaseModel] | None]
+    problems: str = ""
+    parameters: tuple[str, ...] = ()
+    media_type: str = "application/json"
+
+
+def _operations() -> Iterator[Operation]:
+    writing = "400 401 408 409 413 414 415 422 429 502 503 504"
+    stream = "text/event-stream"
+    found = "401 404 414"
+    views: tuple[str, ...] = ("accumulated", "partial")
+    for path in ("/generate", "/generate-badge-suggestions"):
+        answers: dict[str, type[BaseModel] | None] = {"200": Answer, "202": Accepted}
+        yield Operation("POST", path, "generate", "Write a badge", answers, writing, ("Idempotency-Key", "Prefer"))
+        events = f"{path}/stream"
+        keyed = ("Idempotency-Key", *views)
+        yield Operation("POST", events, "generate_stream", "… as events", {"200": Event}, writing, keyed, stream)
+        query = (*(name for name in GenerateRequest.model_fields if name != "badge_configuration"), "Last-Event-ID")
+        resumable: dict[str, type[BaseModel] | None] = {"200": Event, "204": None}
+        problems = "401 413 414 422 429 503"
+        yield Operation("GET", events, "eventsource", "… for EventSource", resumable, problems, query, stream)
+    one = "/generations/{id}"
+    yield Operation("GET", one, "generation", "State and result", {"200": GenerationState}, found, ("id",))
+    yield Operation("DELETE", one, "cancel", "Cancel", {"204": None}, found, ("id",))
+    parameters = ("id", *views, "Last-Event-ID")
+    yield Operation(
+        "GET", f"{one}/events", "generation_events", "Events", resumable, f"{found} 422", parameters, stream
+    )
+    yield Operation("GET", "/health", "health", "Health", {"200": Health, "503": Health}, "401 414")
+    yield Operation("GET", "/livez", "livez", "The process is up", {"200": Status}, "414")
+    yield Operation("GET", "/readyz", "readyz", "Engine and model are ready", {"200": Status}, "414 503")
+
+
+OPERATIONS = list(_operations())
 
 
 @functools.cache
 def openapi_document() -> bytes:
     """OpenAPI 3.1, made from the models that validate and answer."""
-    models: list[type[BaseModel]] = [GenerateRequest, Answer, Accepted, GenerationState, Health, Problem]
-    _, schemas = models_json_schema(
-        [(model, "validation" if model is GenerateRequest else "serialization") for model in models],
-        ref_template="#/components/schemas/{model}",
-    )
-    components = schemas["$defs"]
-    request = components["GenerateRequest"]
-    query = [
-        {"name": name, "in": "query", "schema": schema, "required": name in request["required"]}
-        for name, schema in request["properties"].items()
-    ]
-    # The other names that the validator knows; `content` or `course_input` must be there.
-    request["properties"] |= {
-        "course_input": request["properties"]["content"],
-        "badge_configuration": {
-            "anyOf": [
-                {"type": "object", "properties": {n: request["properties"][n] for n in CONFIGURATION}},
-                {"type": "null"},
-            ]
-        },
-    }
-    request["anyOf"] = [{"required": ["content"]}, {"required": ["course_input"]}]
-    del request["required"]
+    answering = {model for operation in OPERATIONS for model in operation.answers.values() if model} | {Problem}
+    models: Any = [(GenerateRequest, "validation"), *((model, "serialization") for model in answering)]
+    _, definitions = models_json_schema(models, ref_template="#/components/schemas/{model}")
+    schemas = definitions["$defs"]
+    fields = schemas["GenerateRequest"]["properties"]
+    for properties in (fields, schemas["BadgeOptions"]["properties"]):
+        properties |= {name: {"enum": list(choices)} for name, choices in CHOICES.items()}
+        given = {name: schema for name, schema in properties.items() if name != "content"}
+        properties |= {name: {"anyOf": [schema, {"enum": [*NOT_GIVEN, None]}]} for name, schema in given.items()}
 
-    def response(description: str, model: str = "", media: str = "application/json") -> dict[str, Any]:
-        if media == "text/event-stream":
-            return {"description": description, "content": {media: {"schema": {"type": "string"}}}}
-        if not model:
-            return {"description": description}
-        return {"description": description, "content": {media: {"schema": {"$ref": f"#/components/schemas/{model}"}}}}
+    def content(media_type: str, model: type[BaseModel]) -> dict[str, Any]:
+        return {"content": {media_type: {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}}}
 
-    def operation(summary: str, responses: dict[str, Any], problems: str = "", **members: Any) -> dict[str, Any]:
-        errors = {s: response(_STATUS_TITLES[s], "Problem", "application/problem+json") for s in problems.split()}
-        return {"summary": summary, "responses": responses | errors, **members}
+    def parameter(name: str) -> dict[str, Any]:
+        if name in fields:
+            return {"name": name, "in": "query", "required": name == "content", "schema": fields[name]}
+        place = "path" if name == "id" else "header"
+        pattern = {"pattern": "^[!-~]{1,255}$"} if name == "Idempotency-Key" else {}
+        return {"name": name, "in": place, "required": name == "id", "schema": {"type": "string", **pattern}}
 
-    body = {
-        "required": True,
-        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/GenerateRequest"}}},
-    }
-    views = [p for p in query if p["name"] in StreamOptions.model_fields]
-    id_parameter = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
-    resume = {"name": "Last-Event-ID", "in": "header", "schema": {"type": "string"}}
-    key = {"name": "Idempotency-Key", "in": "header", "schema": {"type": "string", "pattern": "^[!-~]{1,255}$"}}
-    prefer = {"name": "Prefer", "in": "header", "schema": {"type": "string", "enum": ["respond-async"]}}
-    writing = "400 401 408 409 413 414 415 422 429 502 503 504"
-    badge, accepted = response("A badge", "Answer"), response("Accepted; see Location", "Accepted")
-    events = response(EVENTS_DESCRIPTION, media="text/event-stream")
-    generate = {
-        "post": operation(
-            "Write a badge", {"200": badge, "202": accepted}, writing, requestBody=body, parameters=[key, prefer]
-        )
-    }
-    stream = {
-        "post": operation(
-            "Write a badge, as events", {"200": events}, writing, requestBody=body, parameters=[key, *views]
-        ),
-        "get": operation(
-            "Write a badge, as events for EventSource",
-            {"200": events, "204": response("Nothing more to send")},
-            "401 413 414 422 429 503",
-            parameters=[*query, resume],
-        ),
-    }
-    paths: dict[str, Any] = {
-        "/generate": generate,
-        "/generate-badge-suggestions": generate,
-        "/generate/stream": stream,
-        "/generate-badge-suggestions/stream": stream,
-        "/generations/{id}": {
-            "get": operation("State and result", {"200": response("The generation", "GenerationState")}, "401 404 414"),
-            "delete": operation("Cancel", {"204": response("Cancelled, or over already")}, "401 404 414"),
-            "parameters": [id_parameter],
-        },
-        "/generations/{id}/events": {
-            "get": operation(
-                "Its events",
-                {"200": events, "204": response("Nothing more to send")},
-                "401 404 414 422",
-                parameters=[*views, resume],
-            ),
-            "parameters": [id_parameter],
-        },
-        "/health": {
-            "get": operation(
-                "Health", {"200": response("Healthy", "Health"), "503": response("Not healthy", "Health")}, "401 414"
-            )
-        },
-        "/livez": {"get": operation("The process is up", {"200": response("Up", media="")}, "414", security=[])},
-        "/readyz": {"get": operation("Engine and model are ready", {"200": response("Ready")}, "414 503", security=[])},
-    }
+    paths: dict[str, dict[str, Any]] = {}
+    for operation in OPERATIONS:
+        responses: dict[str, Any] = {
+            status: {"description": HTTPStatus(int(status)).phrase} for status in operation.problems.split()
+        }
+        for response in responses.values():
+            response |= content("application/problem+json", Problem)
+        for status, model in operation.answers.items():
+            responses[status] = {"description": (model and model.__doc__) or HTTPStatus(int(status)).phrase}
+            responses[status] |= content(operation.media_type, model) if model else {}
+        members: dict[str, Any] = {
+            "summary": operation.summary,
+            "operationId": f"{operation.handler}_{operation.path.strip('/').replace('/', '_')}",
+            "parameters": [parameter(name) for name in operation.parameters],
+            "responses": responses,
+        }
+        if operation.method == "POST":
+            members["requestBody"] = {"required": True, **content("application/json", GenerateRequest)}
+        if operation.path in OPEN_PATHS:
+            members["security"] = []
+        paths.setdefault(operation.path, {})[operation.method.lower()] = members
+
+    # `course_input` stands for `content` where that is not given, and is ignored where it is.
+    absent = {"enum": [*NOT_GIVEN, None]}
+    instead = {"properties": {"course_input": fields["content"], "content": absent}, "required": ["course_input"]}
+    schemas["GenerateRequest"]["anyOf"] = [{"required": ["content"]}, instead]
+    del schemas["GenerateRequest"]["required"]
     document = {
         "openapi": "3.1.0",
         "info": {
             "title": "dccapi",
             "version": __version__,
             "license": {"name": "MIT", "identifier": "MIT"},
-            "description": "Open Badges 3.0 drafts from course descriptions. Every route stands at the root as well.",
+            "description": "Open Badges 3.0 drafts from course descriptions. Every path stands at the root as well.",
         },
         "servers": [{"url": "/api/v1"}],
         "paths": paths,
         "components": {
-            "schemas": components,
+            "schemas": schemas,
             "securitySchemes": {
                 "bearer": {"type": "http", "scheme": "bearer"},
                 "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
@@ -2033,23 +2112,6 @@ def openapi_document() -> bytes:
         "security": [{}, {"bearer": []}, {"key": []}],
     }
     return orjson.dumps(document)
-
-
-_STATUS_TITLES = {
-    "400": "Not JSON",
-    "401": "A key is needed",
-    "404": "Not found",
-    "408": "The body did not arrive in time",
-    "409": "The Idempotency-Key was used with another body",
-    "413": "The body, or the content for the model's context, is too large",
-    "414": "The query is too long",
-    "415": "Not application/json",
-    "422": "Fields are missing or wrong",
-    "429": "Too many requests of this client in flight",
-    "502": "The engine failed or wrote no badge",
-    "503": "Queue full, engine not reachable, model missing, or shutting down",
-    "504": "A deadline of the engine passed",
-}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2307,7 +2369,7 @@ class GuardedH2Protocol(H2Protocol):
         # The default of 1,000 nodes ends the connection at 1,001 streams; `h2_max_concurrent_streams` is the limit.
         self.priority = PriorityTree(maximum_streams=2**20)
 
-    async def handle(self, event: Event) -> None:
+    async def handle(self, event: ConnectionEvent) -> None:
         await super().handle(event)
         if isinstance(event, Closed):
             for stream_id in list(self.stream_buffers):

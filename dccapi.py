@@ -1575,6 +1575,7 @@ class EmbeddedEngine(OpenAIEngine):
         super().__init__(settings)
         self._key = secrets.token_urlsafe(16)  # other users of this machine can reach the child's port
         self._ready = asyncio.Event()
+        self._fault = ""  # why the last child did not start
         self._supervisor: asyncio.Task[None] | None = None
 
     def headers(self) -> dict[str, str]:
@@ -1602,6 +1603,8 @@ class EmbeddedEngine(OpenAIEngine):
 
     async def url(self) -> str:
         """The child's address, once it listens."""
+        if self._fault:
+            raise EngineUnreachable(f"The embedded language model cannot be started: {self._fault}")
         try:
             async with asyncio.timeout(self.settings.connect_timeout):
                 await self._ready.wait()
@@ -1630,8 +1633,9 @@ class EmbeddedEngine(OpenAIEngine):
             assert process.stdout is not None
             try:
                 process.stdin.write(self._key.encode() + b"\n")  # not in its arguments, which anyone can read
-                address = (await process.stdout.readline()).decode().strip()
-                if address:
+                address = (await process.stdout.readline()).decode(errors="replace").strip()
+                self._fault = "" if address.startswith("http") else address
+                if address and not self._fault:
                     self.base_url = f"{address}/v1"
                     self._ready.set()
                     log.info("embedded engine ready after %.1f s", time.monotonic() - started)
@@ -1642,7 +1646,9 @@ class EmbeddedEngine(OpenAIEngine):
                     process.kill()
                 await process.wait()
             delay = 0.5 if time.monotonic() - started > 30 else min(delay * 2, 30)
-            log.error("the embedded engine ended with %s; next start in %.1f s", process.returncode, delay)
+            log.error(
+                "the embedded engine ended with %s %s; next start in %.1f s", process.returncode, self._fault, delay
+            )
             await asyncio.sleep(delay)
 
     async def models(self) -> list[str]:
@@ -1652,8 +1658,12 @@ class EmbeddedEngine(OpenAIEngine):
 
 def serve_embedded(path: str, context: int, slots: int, name: str) -> None:
     """The child process of EmbeddedEngine: llama.cpp's OpenAI API on a free loopback port until stdin ends."""
-    import xllamacpp  # type: ignore[import-not-found,unused-ignore]  # an extra, without types
-
+    key = sys.stdin.readline().strip()
+    try:
+        import xllamacpp  # type: ignore[import-not-found,unused-ignore]  # an extra, without types
+    except ImportError as error:
+        print(f"{error}. Install dccapi[embedded]; libgomp.so.1 comes from the system (Debian: libgomp1).", flush=True)
+        sys.exit(1)
     parameters = xllamacpp.CommonParams()
     parameters.model.path = path
     parameters.model_alias = {name}
@@ -1661,8 +1671,12 @@ def serve_embedded(path: str, context: int, slots: int, name: str) -> None:
     parameters.n_parallel = slots
     parameters.n_batch = 512  # a client that leaves while its prompt is read frees the slot after so many tokens
     parameters.ui = False
-    parameters.api_keys = [sys.stdin.readline().strip()]
-    server = xllamacpp.Server(parameters)
+    parameters.api_keys = [key]
+    try:
+        server = xllamacpp.Server(parameters)
+    except RuntimeError as error:
+        print(f"{error} ({Path(path).name})", flush=True)
+        sys.exit(1)
     print(server.listening_address, flush=True)
     sys.stdin.read()
     os._exit(0)  # llama.cpp's own end waits for running requests

@@ -77,7 +77,7 @@ class Proxy:
 
 @contextlib.asynccontextmanager
 async def page_at(url: str) -> AsyncIterator[Page]:
-    """A page of a fresh Chromium (Playwright gives it a profile of its own); the tests' own scripts need its content security policy out of the way."""
+    """A page of a fresh Chromium with a profile of its own; its policy set aside for the tests' scripts."""
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         try:
@@ -115,29 +115,35 @@ PROTOCOLS = """
 async def test_twenty_eventsources_share_one_h2_connection_and_none_generates_twice() -> None:
     pieces = split(badge_json(), 30)
     settings = {"max_per_client": 100, "resume_grace": 10}
-    async with serving(tls=True, script=Script(pieces=pieces, delay=0.01), **settings) as service:
-        async with Proxy(service.port) as proxy, page_at(f"https://localhost:{proxy.port}/") as page:
-            seen = await page.evaluate(FOLLOW, [20, "/generate/stream?content=knots"])
-            protocols = await page.evaluate(PROTOCOLS)
-            assert [one["text"] for one in seen] == [badge_json()] * 20
-            assert [one["finals"] for one in seen] == [1] * 20
-            assert len(service.engine.calls) == 20
-            assert set(protocols) == {"h2"}
-            assert sum(carried > 20_000 for carried in proxy.carried) == 1, "one connection carries them all"
+    async with (
+        serving(tls=True, script=Script(pieces=pieces, delay=0.01), **settings) as service,
+        Proxy(service.port) as proxy,
+        page_at(f"https://localhost:{proxy.port}/") as page,
+    ):
+        seen = await page.evaluate(FOLLOW, [20, "/generate/stream?content=knots"])
+        protocols = await page.evaluate(PROTOCOLS)
+        assert [one["text"] for one in seen] == [badge_json()] * 20
+        assert [one["finals"] for one in seen] == [1] * 20
+        assert len(service.engine.calls) == 20
+        assert set(protocols) == {"h2"}
+        assert sum(carried > 20_000 for carried in proxy.carried) == 1, "one connection carries them all"
 
 
 async def test_an_eventsource_that_is_cut_resumes_by_itself_and_shows_the_same_text() -> None:
     pieces = split(badge_json(), 120)
-    async with serving(tls=True, script=Script(pieces=pieces, delay=0.03), resume_grace=10) as service:
-        async with Proxy(service.port) as proxy, page_at(f"https://localhost:{proxy.port}/") as page:
-            following = asyncio.create_task(page.evaluate(FOLLOW, [2, "/generate/stream?content=knots"]))
-            await service.engine.wait_for_calls(2)
-            await eventually(lambda: service.engine.calls[0].pieces_sent > 40)
-            proxy.cut()
-            seen = await following
-            for one in seen:
-                assert one["opened"] >= 2, "it was cut"
-                assert one["text"] == badge_json()
-                assert one["finals"] == 1
-                assert len(one["ids"]) == len(set(one["ids"])) == len(pieces) + 1
-            assert len(service.engine.calls) == 2
+    async with (
+        serving(tls=True, script=Script(pieces=pieces, delay=0.03), resume_grace=10) as service,
+        Proxy(service.port) as proxy,
+        page_at(f"https://localhost:{proxy.port}/") as page,
+    ):
+        following = asyncio.create_task(page.evaluate(FOLLOW, [2, "/generate/stream?content=knots"]))
+        await service.engine.wait_for_calls(2)
+        await eventually(lambda: service.engine.calls[0].pieces_sent > 40)
+        proxy.cut()
+        seen = await following
+        for one in seen:
+            assert one["opened"] >= 2, "it was cut"
+            assert one["text"] == badge_json()
+            assert one["finals"] == 1
+            assert len(one["ids"]) == len(set(one["ids"])) == len(pieces) + 1
+        assert len(service.engine.calls) == 2

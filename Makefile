@@ -74,6 +74,7 @@ certs: install
 
 # exec: no shell stands between Ctrl-C and the service.
 demo: install model certs
+	@echo "Open https://localhost:8443/ (HTTP/2) or http://localhost:8001/; Ctrl-C ends it"
 	@ENGINE=embedded MODEL_PATH=$(MODEL) exec $(VENV_PYTHON) dccapi.py
 
 run: install

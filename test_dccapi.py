@@ -31,6 +31,7 @@ import hypercorn.asyncio
 import orjson
 import pytest
 from aiohttp.http_exceptions import LineTooLong
+from hpack import Encoder
 from hyperframe.frame import DataFrame, PriorityFrame
 from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
@@ -2867,6 +2868,92 @@ async def early(scope: Any, receive: Any, send: Any) -> None:
         raise RuntimeError("given up")
     await send({"type": "http.response.start", "status": 200, "headers": []})
     await send({"type": "http.response.body", "body": b""})
+
+
+GET = [(":method", "GET"), (":scheme", "http"), (":authority", "x"), (":path", "/livez")]
+
+
+def frame(kind: int, stream: int, payload: bytes = b"", flags: int = 0) -> bytes:
+    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+
+def headers_frame(fields: list[tuple[str, str]], stream: int = 1, flags: int = 5) -> bytes:
+    """END_HEADERS is 4, END_STREAM 1."""
+    return frame(1, stream, Encoder().encode(fields, huffman=False), flags)
+
+
+VIOLATIONS = {  # of RFC 9113, in the order of its sections, each after a valid connection preface
+    "a frame larger than SETTINGS_MAX_FRAME_SIZE (4.2)": frame(0, 1, b"x" * 16385),
+    "a broken header block (4.3)": frame(1, 1, b"\xff\xff\xff\xff\xff", 5),
+    "an unknown frame type (4.1)": frame(22, 0, b"12345678"),
+    "DATA on an idle stream (5.1)": frame(0, 1, b"x"),
+    "RST_STREAM on an idle stream (5.1)": frame(3, 1, b"\0\0\0\0"),
+    "WINDOW_UPDATE on an idle stream (5.1)": frame(8, 1, b"\0\0\0\1"),
+    "CONTINUATION without HEADERS (6.10)": frame(9, 1, b"", 4),
+    "HEADERS after the end of a stream (5.1)": headers_frame(GET) + headers_frame(GET),
+    "an even stream id (5.1.1)": headers_frame(GET, 2),
+    "a smaller stream id (5.1.1)": headers_frame(GET, 5) + headers_frame(GET, 3),
+    "a stream that depends on itself (5.3.1)": frame(2, 1, b"\0\0\0\1\0"),
+    "DATA on stream 0 (6.1)": frame(0, 0, b"x"),
+    "padding as long as the frame (6.1)": headers_frame(GET, flags=4) + frame(0, 1, b"\x06test", 8),
+    "HEADERS on stream 0 (6.2)": headers_frame(GET, 0),
+    "PRIORITY on stream 0 (6.3)": frame(2, 0, b"\0\0\0\1\0"),
+    "PRIORITY of a wrong length (6.3)": frame(2, 1, b"\0\0"),
+    "RST_STREAM on stream 0 (6.4)": frame(3, 0, b"\0\0\0\0"),
+    "RST_STREAM of a wrong length (6.4)": headers_frame(GET, flags=4) + frame(3, 1, b"\0\0"),
+    "SETTINGS with ACK and a payload (6.5)": frame(4, 0, b"\0\3\0\0\0\1", 1),
+    "SETTINGS on a stream (6.5)": frame(4, 1),
+    "SETTINGS of a wrong length (6.5)": frame(4, 0, b"\0\3\0"),
+    "ENABLE_PUSH of 2 (6.5.2)": frame(4, 0, b"\0\2\0\0\0\2"),
+    "INITIAL_WINDOW_SIZE over the limit (6.5.2)": frame(4, 0, b"\0\4\x80\0\0\0"),
+    "MAX_FRAME_SIZE under the limit (6.5.2)": frame(4, 0, b"\0\5\0\0\0\1"),
+    "PUSH_PROMISE by a client (6.6)": frame(5, 1, b"\0\0\0\2", 4),
+    "PING on a stream (6.7)": frame(6, 1, b"12345678"),
+    "PING of a wrong length (6.7)": frame(6, 0, b"1234"),
+    "GOAWAY on a stream (6.8)": frame(7, 1, b"\0" * 8),
+    "WINDOW_UPDATE by 0 (6.9)": frame(8, 0, b"\0\0\0\0"),
+    "WINDOW_UPDATE by 0 on a stream (6.9)": headers_frame(GET, flags=4) + frame(8, 1, b"\0\0\0\0"),
+    "WINDOW_UPDATE of a wrong length (6.9)": frame(8, 0, b"\0\0"),
+    "a window over the limit (6.9.1)": frame(8, 0, b"\x7f\xff\xff\xff"),
+    "an upper-case header (8.2)": headers_frame([*GET, ("X-Upper", "1")]),
+    "a connection header (8.2.2)": headers_frame([*GET, ("connection", "close")]),
+    "te other than trailers (8.2.2)": headers_frame([*GET, ("te", "gzip")]),
+    "an unknown pseudo header (8.3)": headers_frame([*GET, (":x", "1")]),
+    "a response's pseudo header (8.3)": headers_frame([*GET, (":status", "200")]),
+    "a pseudo header after others (8.3)": headers_frame([*GET[:3], ("a", "b"), GET[3]]),
+    "no :method (8.3.1)": headers_frame(GET[1:]),
+    "no :scheme (8.3.1)": headers_frame([GET[0], *GET[2:]]),
+    "no :path (8.3.1)": headers_frame(GET[:3]),
+    "an empty :path (8.3.1)": headers_frame([*GET[:3], (":path", "")]),
+    "two :method (8.3.1)": headers_frame([GET[0], *GET]),
+    "a wrong content-length (8.1.1)": headers_frame([*GET, ("content-length", "9")], flags=4) + frame(0, 1, b"x", 1),
+}
+
+
+async def test_violations_of_http2_are_answered_as_hypercorn_answers_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of h2spec, which no registry here has: what plain Hypercorn gets right, the guarded one does too."""
+
+    async def reaction(connection: H2Client, bytes_sent: bytes) -> list[str]:
+        await connection.send_raw(bytes_sent)
+        with contextlib.suppress(ConnectionError):
+            await connection.send_raw(frame(6, 0, b"12345678"))  # its ACK says that all before was dealt with
+        await eventually(lambda: connection.closed.is_set() or connection.pings, timeout=2)
+        goaway = connection.goaway and f"GOAWAY {int(connection.goaway.error_code or 0)}"
+        resets = [
+            f"RST {stream.reset_code}" for stream in connection._streams.values() if stream.reset_code is not None
+        ]
+        return [*([goaway] if goaway else []), *resets, *(["closed"] if connection.closed.is_set() else [])]
+
+    guarded, plain = {}, {}
+    async with serving() as service:
+        for name, violation in VIOLATIONS.items():
+            async with await service.connect() as connection:
+                guarded[name] = await reaction(connection, violation)
+    for name, violation in VIOLATIONS.items():
+        async with plain_hypercorn(early, monkeypatch) as connection:
+            plain[name] = await reaction(connection, violation)
+    assert guarded == plain
+    assert sum(bool(answer) for answer in guarded.values()) >= len(VIOLATIONS) - 5
 
 
 async def test_hypercorn_still_dies_of_data_after_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:

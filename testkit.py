@@ -595,6 +595,7 @@ class H2Client:
         self.auto_window = True  # False: what arrives is not acknowledged, so the server runs out of window
         self.goaway: h2.events.ConnectionTerminated | None = None
         self.closed = asyncio.Event()
+        self.pings = 0  # of ours, that the server has answered
         (self._reader, self._writer), self._authority = streams, at
         self._streams: dict[int, Response] = {}
         self._settled = False
@@ -825,6 +826,8 @@ class H2Client:
                 stream.ended = True
             case h2.events.StreamReset() if event.remote_reset:
                 stream.reset_code = int(event.error_code or 0)
+            case h2.events.PingAckReceived():
+                self.pings += 1
             case h2.events.ConnectionTerminated():
                 self.goaway = event
                 # RFC 9113 6.8: streams under way go on after GOAWAY, but h2 takes it for the end of the connection.

@@ -31,7 +31,11 @@ Deliberate deviations from what the libraries do by themselves, each with a test
     application last (hypercorn 308, PR 374). `raise_shutdown` is replaced by one that drains first.
  8. Closing a TLS connection waits 30 s for its client and then logs a traceback (hypercorn 202, 264).
     `PromptTCPServer` aborts it after CLOSE_TIMEOUT.
- 9. aiohttp does not repeat a POST whose pooled connection the server had just closed (aiohttp 6138), and its line
+    It also keeps a connection that its client has closed until keep_alive_timeout.
+ 9. What follows a running HTTP/1.1 request stops the reading of its connection, so its client's leaving is not seen; a
+    path or method that is not ASCII, or nonsense in an upgrade, ends an HTTP/2 connection with a traceback.
+    `GuardedH11Protocol` reads on, `GuardedH2Protocol` resets that stream.
+10. aiohttp does not repeat a POST whose pooled connection the server had just closed (aiohttp 6138), and its line
     reader stops at 128 KiB (aiohttp 4453): one retry before any byte of the answer, and a line splitter of our own.
 """
 
@@ -74,13 +78,15 @@ import hypercorn.asyncio.run
 import hypercorn.protocol
 import hypercorn.protocol.events
 import hypercorn.protocol.h2
+import hyperframe.exceptions
 import orjson
 import pydantic_core
 from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.config import Config
-from hypercorn.events import Closed
+from hypercorn.events import Closed, RawData, Updated
 from hypercorn.events import Event as ConnectionEvent
 from hypercorn.protocol.h2 import BufferCompleteError, H2Protocol, StreamBuffer
+from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.utils import ShutdownError
 from priority.priority import MissingStreamError, PriorityTree
 from pydantic import (
@@ -119,6 +125,7 @@ MAX_OUTPUT_CHARS = 2**18  # of one generation: 4,096 tokens of 64 characters
 MAX_BLANK_RUN = 200  # white space in a row; models loop on it under `format` (ollama 2577)
 MAX_QUERY = 32 * 2**10  # bytes; Hypercorn refuses headers over 64 KiB
 MAX_WRITE = 64 * 2**10  # bytes that one write of an event stream may hold, so also what one stream can buffer
+MAX_FRAME = 2**14  # bytes of one DATA frame (RFC 9113 6.5.2)
 RESETS_AT_ONCE, RESETS_PER_SECOND = 1000, 33  # nghttp2's own limits (nghttp2_option_set_stream_reset_rate_limit)
 CLOSE_TIMEOUT = 2  # seconds that the closing of a connection may take
 SERVICE_TIME = 20.0  # seconds that a generation is taken to last until one has been measured
@@ -238,6 +245,8 @@ class Settings(BaseSettings):
             name, colon, key = (part.strip() for part in entry.partition(":"))
             if not (name and colon and key):
                 raise ValueError("API_KEYS holds an entry that is not name:key")
+            if name in keys:
+                raise ValueError(f"API_KEYS names {name} twice")
             keys[name] = key.encode()
         return keys
 
@@ -549,11 +558,9 @@ class Prompt:
 def build_prompt(request: GenerateRequest, system: str, defaults: Mapping[str, Any]) -> Prompt:
     """The course first, delimited, then the options: drafts of one course share the longest prefix.
 
-    The delimiters are taken out of the content, so that it cannot end itself and turn into instructions.
+    Delimiters in the content lose their bracket, so that it cannot end itself and turn into instructions.
     """
-    content, found = request.content, 1
-    while found:
-        content, found = re.subn(r"<\s*/?\s*course\s*>", "", content, flags=re.IGNORECASE)
+    content = re.sub(r"(?i)<(?=\s*+/?\s*+course\s*+>)", "\u2039", request.content)  # possessive: a linear pass
     options = [f"{label}: {value}" for name, label in OPTION_LABELS.items() if (value := request.option(name))]
     user = "\n".join(["<course>", content.strip(), "</course>", "", *options, CLOSING])
     return Prompt(system, user, BADGE_SCHEMA, request.sampling(defaults))
@@ -883,7 +890,8 @@ class GenerationQueue:
             return None
         if not hmac.compare_digest(known[0], fingerprint):
             raise IdempotencyConflict
-        return None if isinstance(known[1].outcome, ApiError) else known[1]
+        failed = known[1].stop_reason is not None or isinstance(known[1].outcome, ApiError)
+        return None if failed else known[1]
 
     def remember(self, client: str, key: str, fingerprint: bytes, generation: Generation) -> None:
         self._keys[(client, key)] = (fingerprint, generation)
@@ -911,6 +919,12 @@ class GenerationQueue:
                     generation.leaving = loop.call_later(generation.grace, self.end, generation, Cancelled())
                 else:
                     self.end(generation, Cancelled())
+
+    def keep(self, generation: Generation) -> None:
+        """It runs to its end, followed or not."""
+        generation.grace = math.inf
+        if generation.leaving is not None:
+            generation.leaving.cancel()
 
     def end(self, generation: Generation, reason: ApiError) -> None:
         """End a generation now, wherever it is; its engine call is closed."""
@@ -1086,6 +1100,7 @@ class Watch:
 
 
 RUNNING: set[GenerationQueue] = set()  # what a shutdown of this process has to drain
+CONNECTIONS: set[PromptTCPServer] = set()  # and what it has to close
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1740,6 +1755,7 @@ class Api:
         self.settings = settings
         self.queue = queue
         self.engine = engine
+        self._probe: asyncio.Task[list[str]] | None = None
         self.system_prompt = settings.system_prompt_file.read_text("utf-8").strip()
 
     def routes(self) -> list[Route]:
@@ -1762,8 +1778,8 @@ class Api:
         """POST: one badge as JSON, or `202` and its URL with `Prefer: respond-async`."""
         _, generation = await self._posted(request)
         headers = {"x-queue-position": str(generation.queued_position)}
-        if "respond-async" in request.headers.get("prefer", ""):
-            generation.grace = math.inf
+        if "respond-async" in ",".join(request.headers.getlist("prefer")):
+            self.queue.keep(generation)
             location = f"/api/v1/generations/{generation.id}"
             accepted = Accepted(id=generation.id, status=generation.state, events=location + "/events")
             return as_json(
@@ -1812,11 +1828,11 @@ class Api:
 
     async def generation_events(self, request: Request) -> Response:
         """GET: the events from the start, or after `Last-Event-ID`."""
+        if request.method == "HEAD":
+            return Response(headers=EVENT_STREAM_HEADERS)
         if last := request.headers.get("last-event-id"):
             return self._resumed(last, _options(request))
         generation = self._known(request)
-        if request.method == "HEAD":
-            return Response(headers=EVENT_STREAM_HEADERS)
         return EventStreamResponse(self.queue, generation, _options(request), grace=self.settings.resume_grace)
 
     async def _posted(self, request: Request) -> tuple[GenerateRequest, Generation]:
@@ -1902,9 +1918,11 @@ class Api:
         return as_json({"status": "ready"})
 
     async def _state(self) -> tuple[list[str], ApiError | None]:
-        """The engine's models, and why no badge could be written now."""
+        """The engine's models, and why no badge could be written now. Probes at the same time share one question."""
+        if self._probe is None or self._probe.done():
+            self._probe = asyncio.create_task(self.engine.models(), name="probe")
         try:
-            available = await self.engine.models()
+            available = await asyncio.shield(self._probe)
         except ApiError as error:
             return [], error
         if self.queue.draining:
@@ -2257,8 +2275,18 @@ class Exchange:
         await self._passed_on(message)
 
     async def _passed_on(self, message: Message) -> None:
-        """To Hypercorn; a client that takes nothing for TOKEN_TIMEOUT is let go."""
+        """To Hypercorn; a client that takes nothing for TOKEN_TIMEOUT is let go.
+
+        In pieces of one frame: each says that its reader still takes.
+        """
+        body = message.get("body", b"")
         try:
+            while len(body) > MAX_FRAME:
+                async with asyncio.timeout(self._settings.token_timeout):
+                    await self._send({"type": "http.response.body", "body": body[:MAX_FRAME], "more_body": True})
+                body = body[MAX_FRAME:]
+            if "body" in message:
+                message = {**message, "body": body}
             async with asyncio.timeout(self._settings.token_timeout):
                 await self._send(message)
         except TimeoutError:
@@ -2340,7 +2368,7 @@ def _key_name(headers: Headers, keys: Mapping[str, bytes]) -> str | None:
 def _address(scope: Scope, headers: Headers, settings: Settings) -> str:
     """The client's address; from X-Forwarded-For only behind a proxy in TRUSTED_PROXIES, the last that is none."""
     address = cast(str, (scope.get("client") or ("unknown",))[0])
-    for hop in reversed(headers.get("x-forwarded-for", "").split(",")):
+    for hop in reversed(",".join(headers.getlist("x-forwarded-for")).split(",")):
         if not _is_proxy(address, settings) or not hop.strip():
             break
         address = hop.strip()
@@ -2383,6 +2411,14 @@ class GuardedH2Protocol(H2Protocol):
         # The default of 1,000 nodes ends the connection at 1,001 streams; `h2_max_concurrent_streams` is the limit.
         self.priority = PriorityTree(maximum_streams=2**20)
 
+    async def initiate(self, headers: list[tuple[bytes, bytes]] | None = None, settings: bytes | None = None) -> None:
+        try:
+            if headers is not None and not _is_request(dict(headers)):
+                raise ValueError("an upgrade by CONNECT")
+            await super().initiate(headers, settings)
+        except (ValueError, hyperframe.exceptions.HyperframeError, h2.exceptions.ProtocolError):
+            await self.send(Closed())  # nonsense in HTTP2-Settings
+
     async def handle(self, event: ConnectionEvent) -> None:
         await super().handle(event)
         if isinstance(event, Closed):
@@ -2395,11 +2431,16 @@ class GuardedH2Protocol(H2Protocol):
                 await asyncio.sleep(0)  # other connections get their turn beside a flood
             if isinstance(event, h2.events.PriorityUpdated):
                 continue
+            if isinstance(event, h2.events.RequestReceived) and not _is_request(dict(event.headers)):
+                self.connection.reset_stream(event.stream_id, h2.errors.ErrorCodes.PROTOCOL_ERROR)
+                continue
             if isinstance(event, h2.events.DataReceived) and event.stream_id not in self.streams:
                 self.connection.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
                 await self._flush()
                 continue
             await super()._handle_events([event])
+            if isinstance(event, h2.events.StreamReset) and self.idle and not self.closed:
+                await self.send(Updated(idle=True))  # the original says so only after a response
             if isinstance(event, h2.events.StreamReset) and self._too_many_resets():
                 log.warning("a connection was closed: over %d streams reset by its client", RESETS_AT_ONCE)
                 self.connection.close_connection(h2.errors.ErrorCodes.ENHANCE_YOUR_CALM)
@@ -2436,11 +2477,84 @@ class GuardedH2Protocol(H2Protocol):
         await super().stream_send(event)
 
 
+def _is_request(fields: Mapping[bytes, bytes]) -> bool:
+    """Whether Hypercorn can read it: its path and method as ASCII, or it raises and the connection ends."""
+    return all(fields.get(name, "\x80".encode()).isascii() for name in (b":path", b":method")) and (
+        fields[b":method"] != b"CONNECT" or b":protocol" in fields
+    )
+
+
+class Paused(Exception):
+    """A request waits behind the one that is being answered."""
+
+
+class NoWait:
+    """In place of the event on which Hypercorn's reading task would wait."""
+
+    async def set(self) -> None: ...
+
+    async def clear(self) -> None: ...
+
+    async def wait(self) -> None:
+        raise Paused
+
+
+class GuardedH11Protocol(H11Protocol):
+    """Hypercorn's HTTP/1.1 connection, which reads on while a request is answered: else nobody sees its client leave.
+
+    The original waits in its reading task as soon as anything follows a request, be it an empty line.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.can_read = cast(Any, NoWait())
+        self._paused = False
+
+    async def handle(self, event: ConnectionEvent) -> None:
+        if not (self._paused and isinstance(event, RawData)):
+            await super().handle(event)
+            return
+        self.connection.receive_data(event.data)
+        if len(self.connection.trailing_data[0]) > self.config.h11_max_incomplete_size:
+            await super().handle(Closed())
+            await self.send(Closed())
+
+    async def _handle_events(self) -> None:
+        try:
+            await super()._handle_events()
+        except Paused:
+            self._paused = True
+
+    async def _maybe_recycle(self) -> None:
+        await super()._maybe_recycle()
+        if self._paused:
+            self._paused = False
+            self.task_group.spawn(self._handle_events)
+
+
 class PromptTCPServer(TCPServer):
     """Hypercorn's connection, closed within CLOSE_TIMEOUT also when its client does not take part.
 
     TLS waits 30 s for the client's close_notify and then raises (hypercorn 202, 264), and a stop waits for that.
     """
+
+    ended = False
+
+    async def run(self) -> None:
+        CONNECTIONS.add(self)
+        try:
+            await super().run()
+        finally:
+            CONNECTIONS.discard(self)
+
+    async def _read_data(self) -> None:
+        await super()._read_data()
+        self.ended = True
+        await self.idle_task.stop()  # the original keeps a closed connection for the rest of its keep_alive_timeout
+
+    async def protocol_send(self, event: ConnectionEvent) -> None:
+        if not (self.ended and isinstance(event, Updated)):
+            await super().protocol_send(event)
 
     async def _initiate_server_close(self) -> None:
         await super()._initiate_server_close()
@@ -2470,6 +2584,8 @@ async def raise_shutdown_after_drain(shutdown_event: Callable[..., Awaitable[Any
     try:
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         await asyncio.gather(*(queue.drain() for queue in RUNNING))
+        for connection in CONNECTIONS:  # Python 3.12 and later wait for each without end
+            loop.call_later(2 * CLOSE_TIMEOUT, connection.writer.transport.abort)
     finally:
         for wait in waits:
             wait.cancel()
@@ -2480,6 +2596,7 @@ async def raise_shutdown_after_drain(shutdown_event: Callable[..., Awaitable[Any
 
 vars(hypercorn.protocol.h2)["StreamBuffer"] = PatientStreamBuffer
 vars(hypercorn.protocol)["H2Protocol"] = GuardedH2Protocol
+vars(hypercorn.protocol)["H11Protocol"] = GuardedH11Protocol
 vars(hypercorn.asyncio.run)["TCPServer"] = PromptTCPServer
 vars(hypercorn.asyncio.run)["raise_shutdown"] = raise_shutdown_after_drain
 

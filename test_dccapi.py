@@ -95,7 +95,9 @@ async def serving(
             engine.script = script if callable(script) else lambda body, index: script
         if isinstance(engine, ScriptedOpenAI):
             settings = {"engine": "openai", "openai_base_url": engine.base_url, **settings}
-        app = dccapi.create_app(dccapi.Settings(**{"ollama_url": engine.url, "resume_grace": 0.2, **settings}))
+        app = dccapi.create_app(
+            dccapi.Settings(**{"ollama_url": engine.url, "resume_grace": 0.2, "drain_timeout": 0.5, **settings})
+        )
         listening = socket.create_server(("127.0.0.1", 0), backlog=1024)
         port = listening.getsockname()[1]
         config = dccapi.load_config(str(HERE / "hypercorn.toml"))
@@ -2827,6 +2829,214 @@ def test_only_tested_pythons_and_one_worker_process_are_allowed() -> None:
     config = dccapi.load_config(str(HERE / "hypercorn.toml"))
     assert config.workers == 1
     assert config.keep_alive_timeout >= 75
+
+
+def connections() -> int:
+    """Hypercorn's, in this process."""
+    return sum("_server_callback" in task.get_coro().__qualname__ for task in asyncio.all_tasks())  # type: ignore
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["x<" + " " * 200_000, "<course" * 18_000 + ">" * 18_000, "<" * 250_000],
+    ids=["blanks", "nested", "open"],
+)
+def test_a_prompt_is_built_in_linear_time(content: str) -> None:
+    began = time.perf_counter()
+    prompt = dccapi.build_prompt(dccapi.GenerateRequest(content=content), "s", {})
+    assert time.perf_counter() - began < 2  # 0.02 s here; the quadratic way takes minutes
+    assert prompt.user.count("</course>") == 1
+
+
+@pytest.mark.parametrize("protocol", ["h1", "h2"])
+async def test_a_connection_that_its_client_closed_is_forgotten(protocol: str) -> None:
+    async with serving() as service:
+        for _ in range(5):
+            if protocol == "h1":
+                reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
+                writer.write(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+                await reader.readuntil(b"alive")
+                writer.close()
+                await writer.wait_closed()
+            else:
+                connection = await service.connect()
+                await connection.response(await connection.request("GET", "/livez"))
+                await connection.abort()
+        await eventually(lambda: connections() == 0, what="the end of closed connections")
+
+
+async def test_a_connection_that_broke_the_protocol_is_forgotten() -> None:
+    async with serving() as service:
+        connection = await service.connect()
+        await connection.request("POST", "/generate")
+        await connection.send_raw(frame(6, 3, b"12345678"))  # PING on a stream
+        await connection.closed.wait()
+        await connection.abort()
+        await eventually(lambda: connections() == 0, what="the end of the connection")
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+async def test_a_connection_whose_last_stream_was_reset_cannot_hold_a_stop_up(python: str) -> None:
+    port = free_port()
+    async with ScriptedOllama() as engine:
+        engine.script = lambda body, index: SLOW
+        command = commands(port)["hypercorn --config"]
+        async with Server(
+            command, {"OLLAMA_URL": engine.url}, f"http://127.0.0.1:{port}/livez", HERE, python=python
+        ) as server:
+            connection = await H2Client.connect("127.0.0.1", port)
+            stream = await connection.request("POST", "/generate/stream", body=COURSE)
+            await connection.headers(stream)
+            (call,) = await engine.wait_for_calls(1)
+            connection.reset(stream)
+            await call.closed_by_client.wait()
+            assert await server.terminate(timeout=8) == 0
+            assert "Traceback" not in "\n".join(server.log)
+            await connection.abort()
+
+
+@pytest.mark.parametrize(
+    "more", [b"\r\n", b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"], ids=["an empty line", "a request"]
+)
+@pytest.mark.parametrize("path", ["/generate", "/generate/stream"])
+async def test_an_http1_client_that_sent_more_and_left_frees_everything(path: str, more: bytes) -> None:
+    body = orjson.dumps(COURSE)
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    async with serving(script=SLOW) as service:
+        _, writer = await asyncio.open_connection("127.0.0.1", service.port)
+        writer.write(head + body + more)
+        await service.engine.wait_for_calls(1)
+        writer.close()
+        await writer.wait_closed()
+        await eventually(lambda: not service.queue.running, 0.25, "a free worker")
+        await eventually(lambda: connections() == 0, what="the end of the connection")
+
+
+async def test_pipelined_http1_requests_are_answered_in_order() -> None:
+    async with serving() as service:
+        reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
+        writer.write(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n" * 3 + b"GET /no HTTP/1.1\r\nHost: x\r\n")
+        for _ in range(3):
+            assert b" 200 " in await reader.readuntil(b"\r\n")
+            await reader.readuntil(b"alive")
+            await reader.readuntil(b"}")
+        writer.write(b"Connection: close\r\n\r\n")
+        assert b" 404 " in await asyncio.wait_for(reader.read(), 2)
+        writer.close()
+        await writer.wait_closed()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        [(":method", "GET"), (":scheme", "http"), (":path", "/caf\u00e9"), (":authority", "x")],
+        [(":method", "G\u00c9T"), (":scheme", "http"), (":path", "/livez"), (":authority", "x")],
+        [(":method", "CONNECT"), (":authority", "x")],
+    ],
+    ids=["path", "method", "connect"],
+)
+async def test_a_strange_request_kills_no_sibling_and_logs_no_traceback(fields: list[tuple[str, str]]) -> None:
+    lines: list[str] = []
+    with logging_into(lines):
+        async with serving(script=SLOW) as service, await service.connect() as connection:
+            sibling = await connection.request("POST", "/generate/stream", body=COURSE)
+            await connection.headers(sibling)
+            connection.h2.config.validate_outbound_headers = False
+            connection.h2.send_headers(3, fields, end_stream=True)
+            connection.flush()
+            await eventually(lambda: 3 in connection._streams and connection._streams[3].over)
+            await token(connection, sibling)
+    assert not [line for line in lines if "Traceback" in line]
+
+
+@pytest.mark.parametrize("request_line", [b"GET /livez", b"CONNECT x"])
+@pytest.mark.parametrize("setting", [b"AAA", b"AAMAAABk"])
+async def test_nonsense_in_an_upgrade_to_h2c_leaves_nothing_behind(request_line: bytes, setting: bytes) -> None:
+    lines: list[str] = []
+    upgrade = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: " + setting
+    with logging_into(lines):
+        async with serving() as service:
+            reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
+            writer.write(request_line + b" HTTP/1.1\r\nHost: x\r\n" + upgrade + b"\r\n\r\n")
+            await reader.readline()
+            writer.transport.abort()
+            await eventually(lambda: connections() == 0, what="the end of the connection")
+    assert not [line for line in lines if "Traceback" in line]
+
+
+async def test_a_client_cannot_forge_its_address_with_a_header_line_of_its_own() -> None:
+    async with serving(script=SLOW, trusted_proxies="127.0.0.1") as service, await service.connect() as connection:
+        lines = [("x-forwarded-for", "198.51.100.6"), ("x-forwarded-for", "198.51.100.9")]  # the last is the proxy's
+        await connection.headers(await connection.request("POST", "/generate/stream", lines, COURSE))
+        assert [generation.client for generation in service.queue.running] == ["198.51.100.9"]
+
+
+async def test_probes_do_not_take_the_engines_connections_from_generations() -> None:
+    async with serving(connect_timeout=1) as service, await service.connect() as connection:
+        service.engine.answering.clear()  # busy: /api/tags is slow
+        probes = [await connection.request("GET", "/readyz") for _ in range(40)]
+        stream = await connection.request("POST", "/generate", body=COURSE)
+        for probe in probes:
+            assert (await connection.response(probe)).status == 503
+        service.engine.answering.set()
+        assert (await connection.response(stream)).status == 200
+        assert service.engine.requests.count("GET /api/tags") < 4
+
+
+async def test_head_follows_nothing() -> None:
+    async with serving(script=SLOW) as service, await service.connect() as connection:
+        prefer = [("prefer", "respond-async")]
+        id = (await connection.response(await connection.request("POST", "/generate", prefer, COURSE))).json()["id"]
+        head = await connection.request("HEAD", f"/generations/{id}/events", [("last-event-id", f"{id}.0")])
+        assert (await connection.response(head, timeout=1)).status == 200
+
+
+async def test_an_asynchronous_generation_survives_the_grace_of_an_earlier_follower() -> None:
+    async with serving(script=SLOW, resume_grace=0.2) as service, await service.connect() as connection:
+        key = [("idempotency-key", "k")]
+        first = await connection.request("POST", "/generate/stream", key, COURSE)
+        await connection.headers(first)
+        (generation,) = service.queue.running
+        follower = await connection.request("GET", f"/generations/{generation.id}/events")
+        await connection.headers(follower)
+        connection.reset(first)
+        connection.reset(follower)
+        await eventually(lambda: not generation.followers)
+        timer = generation.leaving
+        assert timer is not None
+        prefer = [*key, ("prefer", "respond-async")]
+        accepted = await connection.response(await connection.request("POST", "/generate", prefer, COURSE))
+        assert accepted.status == 202
+        assert timer.cancelled()
+        assert generation.state == "running"
+
+
+async def test_a_retry_with_its_key_right_after_leaving_starts_anew() -> None:
+    async with serving(script=Script(delay=0.01)) as service, await service.connect() as connection:
+        key = [("idempotency-key", "k")]
+        first = await connection.request("POST", "/generate", key, COURSE)
+        await service.engine.wait_for_calls(1)
+        connection.h2.reset_stream(first, 8)  # leaves in one packet with what follows
+        retry = await connection.response(await connection.request("POST", "/generate", key, COURSE))
+        assert retry.status == 200, retry.body
+
+
+async def test_a_slow_reader_that_keeps_taking_is_not_let_go() -> None:
+    script = Script(pieces=badge_pieces() * 40, delay=0.001, eval_count=1)
+    async with (
+        serving(script=script, token_timeout=0.6) as service,
+        await service.connect(initial_window=4000, auto_window=False) as connection,
+    ):
+        stream = await connection.request("POST", "/generate/stream", body=COURSE)
+        taken = connection._streams[stream]
+        began = time.monotonic()
+        while time.monotonic() - began < 3:  # a frame of 16 KiB takes half the timeout, a write of 64 KiB twice as long
+            await eventually(lambda: taken.unacknowledged or taken.over)
+            assert not taken.over
+            await asyncio.sleep(0.06)
+            connection.h2.acknowledge_received_data(taken.unacknowledged, stream)
+            taken.unacknowledged = 0
+            connection.flush()
 
 
 # -- what upstream still does, so that a workaround does not outlive its reason

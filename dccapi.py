@@ -1002,9 +1002,10 @@ class GenerationQueue:
             watch.token()
             written += len(piece)
             blank = blank + len(piece) if piece.isspace() else len(piece) - len(piece.rstrip())
-            count = len(generation.log)
-            if blank > MAX_BLANK_RUN or written > MAX_OUTPUT_CHARS or count > generation.prompt.sampling["max_tokens"]:
-                return Usage(0, count, "length")
+            # Eight pieces a token: some servers send their text letter by letter.
+            too_many = len(generation.log) > 8 * generation.prompt.sampling["max_tokens"]
+            if blank > MAX_BLANK_RUN or written > MAX_OUTPUT_CHARS or too_many:
+                return Usage(0, len(generation.log), "length")
         raise EngineError(
             "The language model ended without finishing. Try again, with another seed or a lower temperature."
         )  # Ollama after 30 equal tokens in a row

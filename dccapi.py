@@ -12,6 +12,8 @@ Routes, each under /api/v1 and at the root:
     GET    /generate/stream                                       the same for EventSource, fields in the query
     GET    /generations/{id}, /generations/{id}/events            state and result; its events
     DELETE /generations/{id}                                      cancel
+    POST   /regenerate-field                                      the badge with one field written anew
+    POST   /credentials                                           an unsigned OpenBadgeCredential; no engine involved
     GET    /health, /livez, /readyz, /openapi.json, /
 
 Deliberate deviations from what the libraries do by themselves, each with a test that tells when it may go:
@@ -61,13 +63,14 @@ import tomllib
 import unicodedata
 import uuid
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from http import HTTPStatus
 from json import JSONDecoder
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Protocol, cast
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, cast
 
 import aiohttp
 import h2.errors
@@ -88,19 +91,24 @@ from hypercorn.events import Event as ConnectionEvent
 from hypercorn.protocol.h2 import BufferCompleteError, H2Protocol, StreamBuffer
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.utils import ShutdownError
+from markdown_it import MarkdownIt
 from priority.priority import MissingStreamError, PriorityTree
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
     ValidationInfo,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
+from pydantic.alias_generators import to_camel
 from pydantic.json_schema import models_json_schema
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from selectolax.lexbor import LexborHTMLParser
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -419,6 +427,8 @@ OPTION_LABELS = {
     "custom_instructions": "Instructions",
 }
 NOT_GIVEN = ("", "not-specified")
+# One character that can be seen: neither control nor space nor format character.
+VISIBLE = r"[^\x00-\x20\x7f-\xa0\xad\u1680\u2000-\u200f\u2028-\u202f\u205f-\u206f\u3000\ufeff]"
 
 
 def _integral(value: object) -> object:
@@ -427,6 +437,18 @@ def _integral(value: object) -> object:
 
 
 Whole = BeforeValidator(_integral)
+
+
+class Criteria(BaseModel):
+    narrative: str = Field(pattern=VISIBLE, description="What was done to earn the badge. Markdown.")
+
+
+class Badge(BaseModel):
+    """What the model writes."""
+
+    badge_name: str = Field(pattern=VISIBLE, max_length=120)
+    badge_description: str = Field(pattern=VISIBLE)
+    criteria: Criteria
 
 
 class StreamOptions(BaseModel):
@@ -502,6 +524,13 @@ class GenerateRequest(StreamOptions, BadgeOptions):
         return hashlib.sha256(orjson.dumps(fields, option=orjson.OPT_SORT_KEYS)).digest()
 
 
+class RegenerateRequest(GenerateRequest):
+    """A badge of which one field is to be written anew."""
+
+    badge: Badge
+    field: Literal["badge_name", "badge_description", "criteria"]
+
+
 def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Without what stands for "not given"."""
     return {
@@ -544,6 +573,11 @@ class Prompt:
     user: str
     schema: dict[str, Any]
     sampling: dict[str, Any]
+    request: GenerateRequest | None = None
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        return _kept(self.request)
 
     @property
     def words(self) -> int:
@@ -555,15 +589,57 @@ class Prompt:
         return len(self.user.partition("</course>")[0].split()) - 1
 
 
+def _kept(request: GenerateRequest | None) -> dict[str, Any]:
+    """The fields of a badge that are not asked for and come back as they were."""
+    if not isinstance(request, RegenerateRequest):
+        return {}
+    return {name: text for name, text in request.badge.model_dump().items() if name != request.field}
+
+
+MARKDOWN = MarkdownIt("commonmark").enable("table")
+BLOCKS = "br,p,div,section,article,header,footer,h1,h2,h3,h4,h5,h6,ul,ol,li,dl,dt,dd,table,tr,pre,blockquote,hr"
+NO_TEXT = "head,script,style,noscript,template,svg,img,iframe,object,form"
+
+
+def plain_text(content: str) -> str:
+    """What a course says without its markup, which costs tokens: HTML, Word's HTML, Markdown with front matter."""
+    text = re.sub(r"\A\ufeff?---[ \t]*\n.*?\n---[ \t]*\n", "", content.replace("\r\n", "\n"), flags=re.DOTALL)
+    html = text if text.lstrip().startswith("<") else MARKDOWN.render(text)
+    tree = LexborHTMLParser(html)
+    for node in tree.css(NO_TEXT):
+        node.decompose()
+    for node in tree.css(BLOCKS):
+        node.insert_after("\n")
+    for cell in tree.css("td,th"):
+        cell.insert_after(" | ")
+    text = tree.body.text() if tree.body else ""
+    text = re.sub(r"[ \t\xa0]+", " ", text)
+    text = re.sub(r"(?m)^ +| +$|^[:=-]{3,} ?\w*$", "", text)
+    return re.sub(r"\n{3,}", "\n\n", text).strip() or content.strip()
+
+
 def build_prompt(request: GenerateRequest, system: str, defaults: Mapping[str, Any]) -> Prompt:
     """The course first, delimited, then the options: drafts of one course share the longest prefix.
 
     Delimiters in the content lose their bracket, so that it cannot end itself and turn into instructions.
     """
-    content = re.sub(r"(?i)<(?=\s*+/?\s*+course\s*+>)", "\u2039", request.content)  # possessive: a linear pass
+    content = plain_text(request.content)
+    content = re.sub(r"(?i)<(?=\s*+/?\s*+course\s*+>)", "\u2039", content)  # possessive: a linear pass
     options = [f"{label}: {value}" for name, label in OPTION_LABELS.items() if (value := request.option(name))]
-    user = "\n".join(["<course>", content.strip(), "</course>", "", *options, CLOSING])
-    return Prompt(system, user, BADGE_SCHEMA, request.sampling(defaults))
+    schema, closing = BADGE_SCHEMA, CLOSING
+    if isinstance(request, RegenerateRequest):
+        schema = {
+            "type": "object",
+            "properties": {request.field: BADGE_SCHEMA["properties"][request.field]},
+            "required": [request.field],
+        }
+        kept = _kept(request)
+        closing = (
+            f"This is the badge for the course above, without its {request.field}:\n{orjson.dumps(kept).decode()}\n"
+            f"Write only {request.field}, anew and to suit the rest, as a JSON object with that one field."
+        )
+    user = "\n".join(["<course>", content, "</course>", "", *options, closing])
+    return Prompt(system, user, schema, request.sampling(defaults), request)
 
 
 def too_long(num_ctx: int, prompt: Prompt, tokens: int | None = None, limit: int | None = None) -> ContentTooLong:
@@ -582,18 +658,6 @@ def too_long(num_ctx: int, prompt: Prompt, tokens: int | None = None, limit: int
     )
 
 
-class Criteria(BaseModel):
-    narrative: str = Field(description="What was done to earn the badge. Markdown.")
-
-
-class Badge(BaseModel):
-    """What the model writes."""
-
-    badge_name: str = Field(max_length=120)
-    badge_description: str
-    criteria: Criteria
-
-
 # The words of the schema, with nothing but letters and digits left of them.
 PLACEHOLDERS = frozenset(
     "string text badge badgename badgetitle badgedescription name title description criteria narrative "  # noqa: SIM905
@@ -601,34 +665,39 @@ PLACEHOLDERS = frozenset(
 )
 
 
-def parse_badge(text: str, *, cut: bool = False) -> Badge:
+def parse_badge(text: str, *, cut: bool = False, kept: Mapping[str, Any] = {}) -> Badge:
     """The badge in a model's text: bare, fenced, between prose, or with its closing braces missing.
 
-    `cut` says that the text stopped at a token limit: then its last string may be unfinished.
-    Raises InvalidModelOutput for what cannot be read and for placeholders; nothing is made up.
+    `cut` says that the text stopped at a token limit: then its last string may be unfinished. `kept` fields were not
+    asked for. Raises InvalidModelOutput for what cannot be read and for placeholders; nothing is made up.
     """
+    first = next(name for name in Badge.model_fields if name not in kept)
     found = False
     for match in list(re.finditer(r"\{\s*\"", text))[:64]:
         with contextlib.suppress(ValueError, RecursionError, InvalidModelOutput):
             document, _ = JSONDecoder(strict=False).raw_decode(text, match.start())
-            if "badge_name" in document:
+            if first in document:
                 found = True
-                return _checked(document)
-    if not found and (start := re.search(r"\{\s*\"badge_name\"", text)):
+                return _checked(document, kept)
+    if not found and (start := re.search(rf"\{{\s*\"{first}\"", text)):
         with contextlib.suppress(ValueError, TypeError):
             rest = text[start.start() :].rstrip("` \n")
-            return _checked(pydantic_core.from_json(rest, allow_partial="trailing-strings" if cut else True))
+            partial = pydantic_core.from_json(rest, allow_partial="trailing-strings" if cut else True)
+            return _checked(partial, kept)
     raise InvalidModelOutput
 
 
-def _checked(document: dict[str, Any]) -> Badge:
-    criteria = document.get("criteria")
-    narrative = criteria.get("narrative") if isinstance(criteria, dict) else None
-    texts = [document.get("badge_name"), document.get("badge_description"), narrative]
-    name, description, narrative = (_clean(text) for text in texts)
-    if len(name) > 120 or any(character in name for character in "\n\t"):
+def _checked(document: dict[str, Any], kept: Mapping[str, Any]) -> Badge:
+    fields = dict(kept)
+    for name in ("badge_name", "badge_description"):
+        if name not in kept:
+            fields[name] = _clean(document.get(name))
+    if "criteria" not in kept:
+        criteria = document.get("criteria")
+        fields["criteria"] = {"narrative": _clean(criteria.get("narrative") if isinstance(criteria, dict) else None)}
+    if "badge_name" not in kept and (len(fields["badge_name"]) > 120 or re.search(r"[\n\t]", fields["badge_name"])):
         raise InvalidModelOutput
-    return Badge(badge_name=name, badge_description=description, criteria=Criteria(narrative=narrative))
+    return Badge.model_validate(fields)
 
 
 def _clean(text: object) -> str:
@@ -656,6 +725,337 @@ def partial_badge(text: str) -> dict[str, Any]:
     if isinstance(criteria, dict) and isinstance(criteria.get("narrative"), str):
         fields["criteria"] = {"narrative": criteria["narrative"]}
     return fields
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Open Badges 3.0: pure functions
+# ---------------------------------------------------------------------------------------------------------------------
+
+VC_CONTEXT = "https://www.w3.org/ns/credentials/v2"
+OB_CONTEXT = "https://purl.imsglobal.org/spec/ob/v3p0/context-3.0.3.json"
+CONTEXT = [VC_CONTEXT, OB_CONTEXT]
+UNKNOWN_RECIPIENT = "did:example:recipient"
+# DCC's issuer-coordinator refuses larger bodies (the default of express.json()).
+MAX_CREDENTIAL_BYTES = 100 * 1024
+ACHIEVEMENT_TYPES = (  # noqa: SIM905
+    "Achievement ApprenticeshipCertificate Assessment Assignment AssociateDegree Award Badge BachelorDegree "
+    "Certificate CertificateOfCompletion Certification CommunityService Competency Course CoCurricular Degree Diploma "
+    "DoctoralDegree Fieldwork GeneralEducationDevelopment JourneymanCertificate LearningProgram License Membership "
+    "ProfessionalDoctorate QualityAssuranceCredential MasterCertificate MasterDegree MicroCredential "
+    "ResearchDoctorate SecondarySchoolDiploma"
+).split()
+TARGET_TYPES = ["ceasn:Competency", "ceterms:Credential", "CTDL"]
+TARGET_TYPES += ["CFItem", "CFRubric", "CFRubricCriterion", "CFRubricCriterionLevel"]
+
+# The patterns stand in the OpenAPI document: only what Python, Rust and ECMAScript read alike.
+EXTENSION = "^ext:[A-Za-z0-9._-]+$"
+_URI_CHARACTER = r"([!#$&-;=?-\[\]_a-z~]|%[0-9A-Fa-f]{2})"
+URI = rf"^[A-Za-z][A-Za-z0-9+.-]*:{_URI_CHARACTER}+$"
+WEB_ADDRESS = rf"^https?://(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._~-]+)(:[0-9]{{1,5}})?([/?#]{_URI_CHARACTER}*)?$"
+# What more these schemes ask of a URI.
+SCHEMES = {
+    "urn:uuid:": r"urn:uuid:[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}",
+    "did:": r"did:[a-z0-9]+:[A-Za-z0-9._:%-]+([/?#].*)?",
+    "http:": WEB_ADDRESS,
+    "https:": WEB_ADDRESS,
+    "data:": r"data:[^,]*,.+",
+}
+EMAIL = r"^[!#-'*+./-9=?A-Z^-z|~-]+@[0-9A-Za-z-]+(\.[0-9A-Za-z-]+)*$"
+LANGUAGE = "^[a-z]{2,4}(-[A-Z][a-z]{3})?(-([A-Z]{2}|[0-9]{3}))?$"
+# RFC 3339, from the year 1000; that the day exists is seen by `_date_time`.
+DATE_TIME = (
+    r"^[1-9][0-9]{3}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])T([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]+)?"
+    r"(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])$"
+)
+# Base64 is told by its alphabet and length, PNG by its first eight bytes, SVG by how it begins.
+_BASE64 = "[A-Za-z0-9+/]"
+_BASE64_REST = f"({_BASE64}{{4}})*({_BASE64}{{2}}==|{_BASE64}{{3}}=)?"
+_PNG = f"png;base64,iVBORw0KGg(o=|[o-r]{_BASE64}{_BASE64_REST})"
+# `<svg`, `<!DOCTYPE svg`, `<?xml` and `<!--`: their last character's bits are shared with the character after it.
+_SVG_STARTS = f"(P|PCFET0NUWVBFI)HN2Z[w-z0-9+/]{_BASE64}{{2}}|PD94bW[w-z]{_BASE64}|PCEtL[Q-Za-f]{_BASE64}{{2}}"
+_SVG = rf"svg\+xml(;charset=[A-Za-z0-9-]+)?;base64,({_SVG_STARTS}){_BASE64_REST}"
+IMAGE_ADDRESS = rf"{WEB_ADDRESS}|^data:image/({_PNG}|{_SVG})$"
+
+
+def _tidied(text: str) -> str:
+    """Without control characters, and without the `{{` and `}}` that DCC's dashboard reads as Handlebars."""
+    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text.replace("\r\n", "\n"))
+    return re.sub(r"\{(?=\{)", "{ ", re.sub(r"\}(?=\})", "} ", text))
+
+
+def _like(pattern: str, meaning: str, value: str) -> str:
+    if not re.fullmatch(pattern, value):
+        raise ValueError(f"must be {meaning}")
+    return value
+
+
+def _uri(value: str) -> str:
+    for scheme, pattern in SCHEMES.items():
+        if value.lower().startswith(scheme):
+            _like(pattern, f"a well-formed {scheme} URI", value)
+    return _like(URI, "a URI with its scheme, without spaces and in ASCII", value)
+
+
+def _date_time(value: str) -> str:
+    _like(DATE_TIME, "a date and time with a time zone, as 2026-01-31T12:00:00Z", value)
+    datetime.fromisoformat(value)
+    return value
+
+
+def _term(terms: Sequence[str], value: str) -> str:
+    known = value in terms
+    return value if known else _like(EXTENSION, f"one of {', '.join(terms)}, or ext: and letters, digits, ._-", value)
+
+
+def _context(value: list[str]) -> list[str]:
+    if value != CONTEXT:
+        raise ValueError(f"must be {' and '.join(CONTEXT)}, in this order")
+    return value
+
+
+def _schema(pattern: str, **members: Any) -> WithJsonSchema:
+    return WithJsonSchema({"type": "string", "pattern": pattern, **members})
+
+
+def _vocabulary(terms: Sequence[str]) -> WithJsonSchema:
+    return WithJsonSchema({"anyOf": [{"enum": list(terms)}, {"type": "string", "pattern": EXTENSION}]})
+
+
+IMAGE_KINDS = "an http or https URL, or a data URI of a PNG or an SVG in Base64"
+T = TypeVar("T")
+# None and null stand for "not given" and are never written.
+Maybe = Annotated[T | None, Field(exclude_if=lambda value: value is None)]
+Text = Annotated[str, Field(pattern=VISIBLE), AfterValidator(_tidied)]
+Context = Annotated[list[str], AfterValidator(_context), WithJsonSchema({"const": CONTEXT})]
+Uri = Annotated[str, AfterValidator(_uri), _schema(URI)]
+WebAddress = Annotated[str, AfterValidator(partial(_like, WEB_ADDRESS, "an http or https URL")), _schema(WEB_ADDRESS)]
+Email = Annotated[str, AfterValidator(partial(_like, EMAIL, "an e-mail address")), _schema(EMAIL)]
+Language = Annotated[str, AfterValidator(partial(_like, LANGUAGE, "a language tag, as en or pt-BR")), _schema(LANGUAGE)]
+DateTime = Annotated[str, AfterValidator(_date_time), _schema(DATE_TIME, format="date-time")]
+AchievementType = Annotated[str, AfterValidator(partial(_term, ACHIEVEMENT_TYPES)), _vocabulary(ACHIEVEMENT_TYPES)]
+TargetType = Annotated[str, AfterValidator(partial(_term, TARGET_TYPES)), _vocabulary(TARGET_TYPES)]
+ImageAddress = Annotated[
+    str, AfterValidator(partial(_like, IMAGE_ADDRESS, IMAGE_KINDS)), _schema(IMAGE_ADDRESS, description=IMAGE_KINDS)
+]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Term(Strict):
+    """A class of the vocabulary: its JSON names, its `type`, and nothing empty."""
+
+    model_config = ConfigDict(alias_generator=to_camel, serialize_by_alias=True)
+
+
+class Image(Term):
+    id: ImageAddress
+    type: Literal["Image"] = "Image"
+    caption: Maybe[Text] = None
+
+
+Picture = Annotated[
+    Image,
+    BeforeValidator(lambda v: {"id": v} if isinstance(v, str) else v, json_schema_input_type=ImageAddress | Image),
+]
+
+
+class Profile(Term):
+    id: Uri
+    type: list[Literal["Profile"]] = Field(["Profile"], min_length=1, max_length=1)
+    name: Maybe[Text] = None
+    url: Maybe[WebAddress] = None
+    email: Maybe[Email] = None
+    image: Maybe[Picture] = None
+    description: Maybe[Text] = None
+
+
+class Issuer(Profile):
+    """Who awards the badge."""
+
+    name: Text
+
+
+class Alignment(Term):
+    """A node of an educational framework that the badge stands for."""
+
+    type: list[Literal["Alignment"]] = Field(["Alignment"], min_length=1, max_length=1)
+    target_name: Text
+    target_url: Uri
+    target_code: Maybe[Text] = None
+    target_description: Maybe[Text] = None
+    target_framework: Maybe[Text] = None
+    target_type: Maybe[TargetType] = None
+
+
+Alignments = Annotated[list[Alignment], Field(min_length=1)]
+
+
+class AchievementCriteria(Term):
+    id: Maybe[WebAddress] = None
+    type: Maybe[Literal["Criteria"]] = None
+    narrative: Text = Field(description="What was done to earn the badge. Markdown.")
+
+
+class Achievement(Term):
+    """An Open Badges 3.0 Achievement."""
+
+    context: Maybe[Context] = Field(None, alias="@context")
+    id: Uri
+    type: list[Literal["Achievement"]] = Field(min_length=1, max_length=1)
+    name: Text
+    description: Text
+    criteria: AchievementCriteria
+    creator: Maybe[Profile] = None
+    achievement_type: Maybe[AchievementType] = None
+    tag: Maybe[Annotated[list[Text], Field(min_length=1)]] = None
+    image: Maybe[Picture] = None
+    alignment: Maybe[Alignments] = None
+    in_language: Maybe[Language] = None
+    field_of_study: Maybe[Text] = None
+    specialization: Maybe[Text] = None
+    human_code: Maybe[Text] = None
+    version: Maybe[Text] = None
+    credits_available: Maybe[Annotated[float, Field(ge=0, allow_inf_nan=False)]] = None
+
+
+class AchievementSubject(Term):
+    """Who has earned it, and what."""
+
+    id: Uri
+    type: list[Literal["AchievementSubject"]]
+    achievement: Achievement
+
+
+class OpenBadgeCredential(Term):
+    """An Open Badges 3.0 credential without a proof: what an issuer signs."""
+
+    context: Context = Field(alias="@context")
+    id: Uri
+    type: list[Literal["VerifiableCredential", "OpenBadgeCredential"]]
+    issuer: Issuer
+    valid_from: DateTime
+    valid_until: Maybe[DateTime] = None
+    credential_subject: AchievementSubject
+
+    @model_validator(mode="after")
+    def _fits(self) -> OpenBadgeCredential:
+        # Indented: it is to fit however it is laid out.
+        size = len(orjson.dumps(self.model_dump(), option=orjson.OPT_INDENT_2))
+        if size > MAX_CREDENTIAL_BYTES:
+            raise ValueError(f"the credential has {size} bytes, at most {MAX_CREDENTIAL_BYTES} are allowed")
+        return self
+
+
+class PostedCriteria(Strict, Criteria):
+    narrative: Text = Field(description="What was done to earn the badge. Markdown.")
+
+
+class PostedBadge(Strict, Badge):
+    """A badge as /generate answers it, perhaps edited."""
+
+    badge_name: Text
+    badge_description: Text
+    criteria: PostedCriteria
+
+
+class CredentialRequest(Strict):
+    """A badge or an achievement, and who awards it. Unknown fields are refused."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"required": [name], "properties": {name: {"type": "object"}, other: {"type": "null"}}}
+                for name, other in (("badge", "achievement"), ("achievement", "badge"))
+            ]
+        }
+    )
+
+    badge: PostedBadge | None = Field(None, description="Either this or `achievement`.")
+    achievement: Achievement | None = Field(
+        None, validate_default=True, description="Its `inLanguage` is left out; give `in_language`."
+    )
+    issuer: Issuer
+    recipient_id: Uri | None = Field(None, description=f"{UNKNOWN_RECIPIENT} when not given.")
+    valid_from: DateTime | None = Field(None, description="Now when not given.")
+    valid_until: DateTime | None = Field(None, description="Must be after `valid_from`.")
+    image: Picture | None = Field(None, description="The badge's image.")
+    achievement_type: AchievementType | None = Field(None, description="`Badge` when not given.")
+    alignment: Alignments | None = None
+    in_language: Language | None = Field(
+        None, description="DCC's signer 1.1.0 signs a credential that has it, but the signature does not verify."
+    )
+
+    # Beside the fields' own faults, so that every fault is named: a model validator runs only when there are none.
+    @field_validator("achievement", mode="before")
+    @classmethod
+    def _one_of_both(cls, value: Any, info: ValidationInfo) -> Any:
+        if (value is None) == (info.data.get("badge", "a faulty one") is None):
+            raise ValueError("give either badge or achievement, and not both")
+        return value
+
+    @field_validator("valid_until")
+    @classmethod
+    def _after_valid_from(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None or "valid_from" not in info.data:  # a faulty one is named already
+            return value
+        start = info.data["valid_from"]
+        if datetime.fromisoformat(value) <= (datetime.fromisoformat(start) if start else datetime.now(UTC)):
+            raise ValueError("must be after valid_from, which is now when it is not given")
+        return value
+
+
+def build_achievement(badge: Badge, request: GenerateRequest | None = None, tags: Sequence[str] = ()) -> Achievement:
+    """The badge in Open Badges terms, with what the request knows. ValidationError when a text shows nothing."""
+    return Achievement.model_validate(
+        {
+            "@context": CONTEXT,
+            "id": uuid.uuid4().urn,
+            "type": ["Achievement"],
+            "name": badge.badge_name,
+            "description": badge.badge_description,
+            "criteria": {"narrative": badge.criteria.narrative},
+            "creator": _creator(request) if request else None,
+            "achievementType": "Badge",
+            "tag": [tag for tag in dict.fromkeys(tags) if re.search(VISIBLE, tag)] or None,
+        }
+    )
+
+
+def _creator(request: GenerateRequest) -> Profile | None:
+    """The institution, if a URL identifies it: a badge is not lost because of a bad one."""
+    url, name = request.option("institute_url"), request.option("institution")
+    with contextlib.suppress(ValidationError):
+        name = name if name and re.search(VISIBLE, name) else None
+        return Profile.model_validate({"id": url, "name": name, "url": url})
+    return None
+
+
+def build_credential(request: CredentialRequest) -> dict[str, Any]:
+    """An unsigned OpenBadgeCredential. ValidationError when it is too large for DCC's issuer-coordinator."""
+    achievement = request.achievement or build_achievement(cast(Badge, request.badge))
+    given = {name: getattr(request, name) for name in ("image", "achievement_type", "alignment")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if achievement.achievement_type is None:
+        given.setdefault("achievement_type", "Badge")
+    given |= {"context": None, "in_language": request.in_language}
+    credential = OpenBadgeCredential.model_validate(
+        {
+            "@context": CONTEXT,
+            "id": uuid.uuid4().urn,
+            "type": ["VerifiableCredential", "OpenBadgeCredential"],
+            "issuer": request.issuer,
+            "validFrom": request.valid_from or datetime.now(UTC).isoformat(timespec="seconds"),
+            "validUntil": request.valid_until,
+            "credentialSubject": {
+                "id": request.recipient_id or UNKNOWN_RECIPIENT,
+                "type": ["AchievementSubject"],
+                "achievement": achievement.model_copy(update=given),
+            },
+        }
+    )
+    return credential.model_dump()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -721,6 +1121,7 @@ class Answer(BaseModel):
     """A finished badge (contract 3.2)."""
 
     response: Badge
+    achievement: Achievement
     model: str
     usage: TokenUsage
     finish_reason: Literal["stop", "length"]
@@ -784,7 +1185,7 @@ def conclude(generation: Generation, usage: Usage, model: str, num_ctx: int) -> 
     if usage.prompt_tokens and (usage.prompt_tokens >= num_ctx or usage.prompt_tokens < prompt.words):
         raise too_long(num_ctx, prompt)
     try:
-        badge = parse_badge(generation.text(), cut=usage.finish_reason == "length")
+        badge = parse_badge(generation.text(), cut=usage.finish_reason == "length", kept=prompt.kept)
     except InvalidModelOutput:
         out_of_context = usage.prompt_tokens + usage.completion_tokens >= num_ctx - 1
         if usage.finish_reason == "length" and out_of_context:
@@ -794,14 +1195,26 @@ def conclude(generation: Generation, usage: Usage, model: str, num_ctx: int) -> 
                 "The language model reached max_tokens before the badge was complete. Try again with more max_tokens."
             ) from None
         raise
+    badge = _with_institution(badge, prompt)
     read, written = usage.prompt_tokens, usage.completion_tokens
     return Answer(
         response=badge,
+        achievement=build_achievement(badge, prompt.request),
         model=model,
         usage=TokenUsage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written),
         finish_reason=usage.finish_reason,
         request_id=generation.request_id,
     )
+
+
+def _with_institution(badge: Badge, prompt: Prompt) -> Badge:
+    """The institution stands in name or description; a small model forgets it."""
+    institution = prompt.request.option("institution") if prompt.request else None
+    if not institution or "badge_description" in prompt.kept:
+        return badge
+    if institution.casefold() in f"{badge.badge_name} {badge.badge_description}".casefold():
+        return badge
+    return badge.model_copy(update={"badge_description": f"{badge.badge_description} ({institution})"})
 
 
 class GenerationQueue:
@@ -1133,7 +1546,7 @@ class EventEncoder:
         while self.seen < len(log) and size < MAX_WRITE:
             entry = log[self.seen]
             self.seen += 1
-            parts.append(self._token(entry) if isinstance(entry, str) else self._partial_event() + self._last(entry))
+            parts.append(self._token(entry) if isinstance(entry, str) else self._last(entry))
             size += len(parts[-1])
         if parts and self._generation.outcome is None:
             parts.append(self._partial_event())
@@ -1149,10 +1562,12 @@ class EventEncoder:
             id=self._id,
         )
 
-    def _partial_event(self) -> bytes:
+    def _partial_event(self, badge: dict[str, Any] | None = None) -> bytes:
         if not self._options.partial:
             return b""
-        badge = partial_badge(self._generation.text(self.seen))
+        if badge is None:
+            badge = partial_badge(self._generation.text(self.seen))
+            badge = {**self._generation.prompt.kept, **badge} if badge else badge
         if badge == self._partial:
             return b""
         self._partial = badge
@@ -1161,7 +1576,8 @@ class EventEncoder:
     def _last(self, outcome: Answer | ApiError) -> bytes:
         if isinstance(outcome, Answer):
             answer = outcome.model_dump()
-            return sse({"type": "final", "content": answer.pop("response"), **answer}, id=self._id)
+            badge = answer.pop("response")
+            return self._partial_event(badge) + sse({"type": "final", "content": badge, **answer}, id=self._id)
         data = {"type": "error", "content": outcome.detail, "error": outcome.detail, "error_code": outcome.code}
         members = {"request_id": self._generation.request_id, **outcome.members}
         return sse(data | members, id=self._id)
@@ -1804,8 +2220,23 @@ class Api:
             raise invalid(error) from None
         if last := request.headers.get("last-event-id"):
             return self._resumed(last, body)
-        generation = self._submitted(request, body)
+        generation = await self._submitted(request, body)
         return EventStreamResponse(self.queue, generation, body, grace=self.settings.resume_grace)
+
+    async def regenerate_field(self, request: Request) -> Response:
+        """POST: the badge with one field written anew, as JSON or, where events are accepted, as events."""
+        body, generation = await self._posted(request, RegenerateRequest)
+        if "text/event-stream" in request.headers.get("accept", ""):
+            return EventStreamResponse(self.queue, generation, body)
+        return as_json((await finished(self.queue, generation)).model_dump())
+
+    async def credentials(self, request: Request) -> Response:
+        """POST: an unsigned OpenBadgeCredential."""
+        document = await json_body(request)
+        try:
+            return as_json(build_credential(CredentialRequest.model_validate(document)))
+        except ValidationError as error:
+            raise invalid(error) from None
 
     async def generation(self, request: Request) -> Response:
         """GET: state and result."""
@@ -1836,7 +2267,9 @@ class Api:
         generation = self._known(request)
         return EventStreamResponse(self.queue, generation, _options(request), grace=self.settings.resume_grace)
 
-    async def _posted(self, request: Request) -> tuple[GenerateRequest, Generation]:
+    async def _posted(
+        self, request: Request, model: type[GenerateRequest] = GenerateRequest
+    ) -> tuple[GenerateRequest, Generation]:
         """The generation that a POST asks for: a new one, or the one that its `Idempotency-Key` stands for.
 
         What will be refused is refused before its body is waited for.
@@ -1849,21 +2282,23 @@ class Api:
         document = await json_body(request)
         options = _options(request)
         try:
-            body = GenerateRequest.model_validate(document)
+            body = model.model_validate(document)
         except ValidationError as error:
             raise invalid(error) from None
         body = body.model_copy(update=options.model_dump(exclude_unset=True))
         if key is None:
-            return body, self._submitted(request, body)
+            return body, await self._submitted(request, body)
         fingerprint = body.fingerprint()
         generation = self.queue.join(client_of(request), key, fingerprint)
         if generation is None:
-            generation = self._submitted(request, body)
+            generation = await self._submitted(request, body)
             self.queue.remember(client_of(request), key, fingerprint, generation)
         return body, generation
 
-    def _submitted(self, request: Request, body: GenerateRequest) -> Generation:
-        prompt = build_prompt(body, self.system_prompt, self.engine.defaults)
+    async def _submitted(self, request: Request, body: GenerateRequest) -> Generation:
+        build = functools.partial(build_prompt, body, self.system_prompt, self.engine.defaults)
+        # Markup that is made to be slow takes seconds for 256 KiB.
+        prompt = build() if len(body.content) < 2**14 else await asyncio.to_thread(build)
         return self.queue.submit(prompt, client_of(request), request.state.request_id)
 
     def _known(self, request: Request) -> Generation:
@@ -2043,6 +2478,7 @@ class Operation:
     problems: str = ""
     parameters: tuple[str, ...] = ()
     media_type: str = "application/json"
+    body: type[BaseModel] = GenerateRequest
 
 
 def _operations() -> Iterator[Operation]:
@@ -2060,6 +2496,21 @@ def _operations() -> Iterator[Operation]:
         resumable: dict[str, type[BaseModel] | None] = {"200": Event, "204": None}
         problems = "401 413 414 422 429 503"
         yield Operation("GET", events, "eventsource", "… for EventSource", resumable, problems, query, stream)
+    regenerate, keyed = "/regenerate-field", ("Idempotency-Key",)
+    badge: dict[str, type[BaseModel] | None] = {"200": Answer}
+    yield Operation(
+        "POST", regenerate, "regenerate_field", "Write one field anew", badge, writing, keyed, body=RegenerateRequest
+    )
+    credential: dict[str, type[BaseModel] | None] = {"200": OpenBadgeCredential}
+    yield Operation(
+        "POST",
+        "/credentials",
+        "credentials",
+        "Make a credential",
+        credential,
+        "400 401 408 413 414 415 422",
+        body=CredentialRequest,
+    )
     one = "/generations/{id}"
     yield Operation("GET", one, "generation", "State and result", {"200": GenerationState}, found, ("id",))
     yield Operation("DELETE", one, "cancel", "Cancel", {"204": None}, found, ("id",))
@@ -2079,14 +2530,22 @@ OPERATIONS = list(_operations())
 def openapi_document() -> bytes:
     """OpenAPI 3.1, made from the models that validate and answer."""
     answering = {model for operation in OPERATIONS for model in operation.answers.values() if model} | {Problem}
-    models: Any = [(GenerateRequest, "validation"), *((model, "serialization") for model in answering)]
+    bodies = {operation.body for operation in OPERATIONS}
+    models: Any = [(model, "validation") for model in bodies] + [(model, "serialization") for model in answering]
     _, definitions = models_json_schema(models, ref_template="#/components/schemas/{model}")
     schemas = definitions["$defs"]
     fields = schemas["GenerateRequest"]["properties"]
-    for properties in (fields, schemas["BadgeOptions"]["properties"]):
-        properties |= {name: {"enum": list(choices)} for name, choices in CHOICES.items()}
-        given = {name: schema for name, schema in properties.items() if name != "content"}
-        properties |= {name: {"anyOf": [schema, {"enum": [*NOT_GIVEN, None]}]} for name, schema in given.items()}
+    for name in ("GenerateRequest", "RegenerateRequest", "BadgeOptions"):
+        properties = schemas[name]["properties"]
+        properties |= {choice: {"enum": list(values)} for choice, values in CHOICES.items()}
+        given = {key: schema for key, schema in properties.items() if key not in ("content", "badge", "field")}
+        properties |= {key: {"anyOf": [schema, {"enum": [*NOT_GIVEN, None]}]} for key, schema in given.items()}
+        if "content" in properties:
+            # `course_input` stands for `content` where that is not given, and is ignored where it is.
+            absent = {"enum": [*NOT_GIVEN, None]}
+            instead = {"course_input": properties["content"], "content": absent}
+            schemas[name]["anyOf"] = [{"required": ["content"]}, {"properties": instead, "required": ["course_input"]}]
+            schemas[name]["required"].remove("content")
 
     def content(media_type: str, model: type[BaseModel]) -> dict[str, Any]:
         return {"content": {media_type: {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}}}
@@ -2115,16 +2574,11 @@ def openapi_document() -> bytes:
             "responses": responses,
         }
         if operation.method == "POST":
-            members["requestBody"] = {"required": True, **content("application/json", GenerateRequest)}
+            members["requestBody"] = {"required": True, **content("application/json", operation.body)}
         if operation.path in OPEN_PATHS:
             members["security"] = []
         paths.setdefault(operation.path, {})[operation.method.lower()] = members
 
-    # `course_input` stands for `content` where that is not given, and is ignored where it is.
-    absent = {"enum": [*NOT_GIVEN, None]}
-    instead = {"properties": {"course_input": fields["content"], "content": absent}, "required": ["course_input"]}
-    schemas["GenerateRequest"]["anyOf"] = [{"required": ["content"]}, instead]
-    del schemas["GenerateRequest"]["required"]
     document = {
         "openapi": "3.1.0",
         "info": {

@@ -99,6 +99,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
     ValidationError,
     ValidationInfo,
     WithJsonSchema,
@@ -449,6 +450,7 @@ class Badge(BaseModel):
     badge_name: str = Field(pattern=VISIBLE, max_length=120)
     badge_description: str = Field(pattern=VISIBLE)
     criteria: Criteria
+    _tags: tuple[str, ...] = PrivateAttr(())  # where the model gave any; they go into the achievement
 
 
 class StreamOptions(BaseModel):
@@ -697,7 +699,10 @@ def _checked(document: dict[str, Any], kept: Mapping[str, Any]) -> Badge:
         fields["criteria"] = {"narrative": _clean(criteria.get("narrative") if isinstance(criteria, dict) else None)}
     if "badge_name" not in kept and (len(fields["badge_name"]) > 120 or re.search(r"[\n\t]", fields["badge_name"])):
         raise InvalidModelOutput
-    return Badge.model_validate(fields)
+    badge = Badge.model_validate(fields)
+    tags = document.get("tags") or document.get("tag")
+    badge._tags = tuple(tag for tag in tags if isinstance(tag, str)) if isinstance(tags, list) else ()
+    return badge
 
 
 def _clean(text: object) -> str:
@@ -1199,7 +1204,7 @@ def conclude(generation: Generation, usage: Usage, model: str, num_ctx: int) -> 
     read, written = usage.prompt_tokens, usage.completion_tokens
     return Answer(
         response=badge,
-        achievement=build_achievement(badge, prompt.request),
+        achievement=build_achievement(badge, prompt.request, badge._tags),
         model=model,
         usage=TokenUsage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written),
         finish_reason=usage.finish_reason,
@@ -2001,7 +2006,11 @@ class EmbeddedEngine(OpenAIEngine):
     # by itself on every one of the real courses; without, on half of them.
     defaults: Mapping[str, Any] = {"repeat_penalty": 1.12}
     extras: Mapping[str, Any] = {"dry_multiplier": 0.8, "dry_allowed_length": 3}
-    lengths: ClassVar = {"badge_name": (3, 80), "badge_description": (40, 900), "narrative": (40, 1400)}
+    texts: ClassVar = {
+        "badge_name": {"pattern": r'^[^<>"\\{}]{3,80}$'},  # a title, not the course's delimiter
+        "badge_description": {"minLength": 40, "maxLength": 900},
+        "narrative": {"minLength": 40, "maxLength": 1400},
+    }
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
@@ -2015,12 +2024,10 @@ class EmbeddedEngine(OpenAIEngine):
 
     def schema(self, schema: dict[str, Any]) -> dict[str, Any]:
         """With bounds on the texts, which llama.cpp's grammars take as long as they are short."""
-        bounded = {}
-        for name, part in schema["properties"].items():
-            least, most = self.lengths.get(name, (0, 0))
-            bounded[name] = (
-                self.schema(part) if "properties" in part else part | {"minLength": least, "maxLength": most}
-            )
+        bounded = {
+            name: self.schema(part) if "properties" in part else part | self.texts.get(name, {})
+            for name, part in schema["properties"].items()
+        }
         return schema | {"properties": bounded}
 
     async def start(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import AsyncIterator
@@ -147,3 +148,65 @@ async def test_an_eventsource_that_is_cut_resumes_by_itself_and_shows_the_same_t
             assert one["finals"] == 1
             assert len(one["ids"]) == len(set(one["ids"])) == len(pieces) + 1
         assert len(service.engine.calls) == 2
+
+
+# The published Co-writer's way of asking and of reading, written anew: whole lines, `data: ` in front, no event names.
+CO_WRITER = """<!doctype html><meta charset="utf-8"><title>Co-writer</title>
+<h1 id="name"></h1><p id="description"></p><p id="criteria"></p><pre id="progress"></pre>
+<script>
+const show = (id, text) => { document.getElementById(id).textContent = text; };
+async function write(url, course) {
+    const response = await fetch(url, {
+        method: 'POST',
+        headers: {'Content-Type': 'application/json', 'Accept': 'text/event-stream'},
+        body: JSON.stringify({
+            course_input: course,
+            badge_configuration: {badge_style: 'professional', badge_tone: 'not-specified', badge_level: '',
+                                  criterion_style: 'Task-Oriented', institution: '', user_prompt: null},
+            enable_skill_extraction: false, context_length: 0, image_generation: {enable_image_generation: true}
+        })
+    });
+    const reader = response.body.getReader(), decoder = new TextDecoder();
+    let rest = '';
+    for (;;) {
+        const {done, value} = await reader.read();
+        if (done) return;
+        const lines = (rest + decoder.decode(value, {stream: true})).split('\\n');
+        rest = lines.pop();
+        for (const line of lines) {
+            if (!line.startsWith('data: ')) continue;
+            const data = JSON.parse(line.slice(6));
+            if (data.type === 'token' && !data.done) show('progress', data.accumulated);
+            if (data.type === 'error') show('progress', data.error || data.message);
+            if (data.type !== 'final') continue;
+            show('name', data.content.badge_name);
+            show('description', data.content.badge_description);
+            show('criteria', data.content.criteria.narrative);
+        }
+    }
+}
+</script>"""
+
+
+async def test_the_co_writer_shows_the_badge_from_another_origin() -> None:
+    async def serve_page(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        body = CO_WRITER.encode()
+        head = f"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        writer.write(head.encode() + body)
+        writer.close()
+
+    origin = await asyncio.start_server(serve_page, "127.0.0.1", 0)
+    async with origin, serving(script=Script(delay=0.005)) as service:
+        port = origin.sockets[0].getsockname()[1]
+        async with page_at(f"http://localhost:{port}/") as page:
+            url = f"{service.url}/api/v1/generate-badge-suggestions/stream"
+            await page.evaluate("([url, course]) => write(url, course)", [url, "Knots for climbers"])
+            badge = json.loads(badge_json())
+            assert await page.inner_text("#name") == badge["badge_name"]
+            assert await page.inner_text("#description") == badge["badge_description"]
+            assert await page.inner_text("#criteria") == badge["criteria"]["narrative"]
+            assert json.loads(await page.inner_text("#progress")) == badge
+        asked = service.engine.calls[0].body["prompt"]
+        assert "Style: Professional" in asked
+        assert "Tone" not in asked

@@ -1439,6 +1439,14 @@ async def test_every_answer_and_final_carries_a_valid_achievement(judge: Any) ->
         assert "creator" not in (await writes(service))["achievement"]
 
 
+async def test_tags_that_the_model_gave_stand_in_the_achievement() -> None:
+    badge = json.loads(badge_json()) | {"tags": ["climbing", "knots", "knots", 3, " "]}
+    async with serving(script=Script(pieces=[json.dumps(badge)])) as service:
+        answer = await writes(service)
+        assert answer["achievement"]["tag"] == ["climbing", "knots"]
+        assert answer["response"] == json.loads(badge_json())
+
+
 async def test_a_credential_is_made_without_any_engine(judge: Any) -> None:
     async with serving(ollama_url="http://127.0.0.1:9") as service:
         made = await ask(service, {"badge": BADGE, "issuer": ISSUER}, "/credentials")
@@ -2432,6 +2440,11 @@ async def embedded(port: int, **env: str) -> AsyncIterator[Server]:
         yield server
 
 
+def texts_of(badge: dict[str, Any]) -> dict[str, str]:
+    """The texts of a badge, or of as much of it as is written."""
+    return {name: text["narrative"] if isinstance(text, dict) else text for name, text in badge.items()}
+
+
 def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
@@ -2462,7 +2475,11 @@ async def test_real_courses_become_valid_badges_over_h2c() -> None:
             written = "".join(token["content"] for token in named(events, "token"))
             assert json.loads(written)["badge_name"].strip() == badge.badge_name
             partials = [event["data"]["badge"] for event in events if event.get("event") == "partial"]
-            assert partials[-1]["badge_name"].strip() == badge.badge_name
+            for before, after in itertools.pairwise(partials[:-1]):
+                for name, text in texts_of(before).items():
+                    assert texts_of(after)[name].startswith(text)
+            assert partials[-1] == last["content"]
+            assert last["achievement"]["name"] == badge.badge_name
 
 
 @needs_model

@@ -2305,7 +2305,7 @@ class Api:
     async def _submitted(self, request: Request, body: GenerateRequest) -> Generation:
         build = functools.partial(build_prompt, body, self.system_prompt, self.engine.defaults)
         # Markup that is made to be slow takes seconds for 256 KiB.
-        prompt = build() if len(body.content) < 2**14 else await asyncio.to_thread(build)
+        prompt = build() if len(body.content) < 2**12 else await asyncio.to_thread(build)
         return self.queue.submit(prompt, client_of(request), request.state.request_id)
 
     def _known(self, request: Request) -> Generation:

@@ -598,25 +598,28 @@ def _kept(request: GenerateRequest | None) -> dict[str, Any]:
     return {name: text for name, text in request.badge.model_dump().items() if name != request.field}
 
 
-MARKDOWN = MarkdownIt("commonmark").enable("table")
-BLOCKS = "br,p,div,section,article,header,footer,h1,h2,h3,h4,h5,h6,ul,ol,li,dl,dt,dd,table,tr,pre,blockquote,hr"
-NO_TEXT = "head,script,style,noscript,template,svg,img,iframe,object,form"
+# Tags in prose (`vector<int>`, "the <script> tag") and list numbers ("1914. The war begins") are text of the course.
+MARKDOWN = MarkdownIt("commonmark", {"html": False}).enable("table").disable("list")
+BLOCK = "p|div|section|article|header|footer|main|nav|h[1-6]|ul|ol|li|dl|dt|dd|table|tr|pre|blockquote|details|summary"
+HTML = re.compile(rf"(?i)\s*<(!doctype|html|head|body|br|hr|img|{BLOCK})\b|[^<]*(<[^<]*)*</({BLOCK}|html|body)>")
+BLOCKS = "br,hr,option,caption,figcaption,h1,h2,h3,h4,h5,h6," + BLOCK.replace("|h[1-6]", "").replace("|", ",")
+NO_TEXT = "head,script,style,noscript,template,svg,img,iframe"
 
 
 def plain_text(content: str) -> str:
-    """What a course says without its markup, which costs tokens: HTML, Word's HTML, Markdown with front matter."""
-    text = re.sub(r"\A\ufeff?---[ \t]*\n.*?\n---[ \t]*\n", "", content.replace("\r\n", "\n"), flags=re.DOTALL)
-    html = text if text.lstrip().startswith("<") else MARKDOWN.render(text)
+    """What a course says, without the markup of HTML, Word's HTML or Markdown, which costs tokens. No text is lost."""
+    html = content if HTML.match(content) else MARKDOWN.render(content)
     tree = LexborHTMLParser(html)
     for node in tree.css(NO_TEXT):
         node.decompose()
     for node in tree.css(BLOCKS):
+        node.insert_before("\n")
         node.insert_after("\n")
     for cell in tree.css("td,th"):
         cell.insert_after(" | ")
     text = tree.body.text() if tree.body else ""
-    text = re.sub(r"[ \t\xa0]+", " ", text)
-    text = re.sub(r"(?m)^ +| +$|^[:=-]{3,} ?\w*$", "", text)
+    text = re.sub(r"[ \t\r\xa0]+", " ", text)
+    text = re.sub(r"(?m)^ +| +$|^([=-]{3,}|:{3,} ?\w*) ?$", "", text)
     return re.sub(r"\n{3,}", "\n\n", text).strip() or content.strip()
 
 
@@ -647,15 +650,18 @@ def build_prompt(request: GenerateRequest, system: str, defaults: Mapping[str, A
 def too_long(num_ctx: int, prompt: Prompt, tokens: int | None = None, limit: int | None = None) -> ContentTooLong:
     """The 413 with its figures; tokens and limit are the engine's own when it gave any."""
     limit = limit or num_ctx
+    instructions = len(prompt.system.encode()) // 4
     estimate = tokens or max(prompt.words * 4 // 3, len(prompt.user.encode()) // 4)
     about = "" if tokens else "about "
-    fits = max(0, limit - limit // 4 - len(prompt.system.encode()) // 4) * 3 // 4
+    words = max(prompt.content_words, len(prompt.user) // 12)  # not every script has spaces between them
+    room = max(0, limit - limit // 4 - instructions)  # a quarter for the answer
+    fits = min(room * 3 // 4, words * room // max(1, estimate - instructions))
     return ContentTooLong(
         f"The request has {about}{estimate} tokens; the model's context holds {limit}, its instructions and its answer "
         f"included. Shorten the content to about {fits} words, or write a badge for each part of the course.",
         prompt_tokens=estimate,
         context_tokens=limit,
-        content_words=prompt.content_words,
+        content_words=words,
         content_words_that_fit=fits,
     )
 
@@ -709,7 +715,7 @@ def _clean(text: object) -> str:
     """Trimmed, or InvalidModelOutput when it is no text that a person could have meant."""
     if not isinstance(text, str):
         raise InvalidModelOutput
-    text = text.replace("\r\n", "\n").strip()
+    text = _trimmed(text)
     if re.sub(r"[\W_]+", "", text).casefold() in PLACEHOLDERS | {""}:
         raise InvalidModelOutput
     if any(unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t" for character in text):
@@ -725,11 +731,19 @@ def partial_badge(text: str) -> dict[str, Any]:
         document = pydantic_core.from_json(text[start.start() :], allow_partial="trailing-strings")
     except (ValueError, TypeError):
         return {}
-    fields = {n: document[n] for n in ("badge_name", "badge_description") if isinstance(document.get(n), str)}
+    fields: dict[str, Any] = {
+        name: _trimmed(document[name])
+        for name in ("badge_name", "badge_description")
+        if isinstance(document.get(name), str)
+    }
     criteria = document.get("criteria")
     if isinstance(criteria, dict) and isinstance(criteria.get("narrative"), str):
-        fields["criteria"] = {"narrative": criteria["narrative"]}
+        fields["criteria"] = {"narrative": _trimmed(criteria["narrative"])}
     return fields
+
+
+def _trimmed(text: str) -> str:
+    return text.replace("\r\n", "\n").strip()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -754,9 +768,10 @@ TARGET_TYPES += ["CFItem", "CFRubric", "CFRubricCriterion", "CFRubricCriterionLe
 
 # The patterns stand in the OpenAPI document: only what Python, Rust and ECMAScript read alike.
 EXTENSION = "^ext:[A-Za-z0-9._-]+$"
-_URI_CHARACTER = r"([!#$&-;=?-\[\]_a-z~]|%[0-9A-Fa-f]{2})"
-URI = rf"^[A-Za-z][A-Za-z0-9+.-]*:{_URI_CHARACTER}+$"
-WEB_ADDRESS = rf"^https?://(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._~-]+)(:[0-9]{{1,5}})?([/?#]{_URI_CHARACTER}*)?$"
+_URI_CHARACTER = r"([!$&-;=?-Z_a-z~]|%[0-9A-Fa-f]{2})"
+URI = rf"^[A-Za-z][A-Za-z0-9+.-]*:{_URI_CHARACTER}+(#{_URI_CHARACTER}*)?$"
+_HOST = r"(\[[0-9A-Fa-f]*:[0-9A-Fa-f:.]+\]|[0-9A-Za-z._~-]+)"
+WEB_ADDRESS = rf"^https?://{_HOST}(:[0-9]{{1,5}})?([/?]{_URI_CHARACTER}*)?(#{_URI_CHARACTER}*)?$"
 # What more these schemes ask of a URI.
 SCHEMES = {
     "urn:uuid:": r"urn:uuid:[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}",
@@ -1214,10 +1229,12 @@ def conclude(generation: Generation, usage: Usage, model: str, num_ctx: int) -> 
 
 def _with_institution(badge: Badge, prompt: Prompt) -> Badge:
     """The institution stands in name or description; a small model forgets it."""
-    institution = prompt.request.option("institution") if prompt.request else None
-    if not institution or "badge_description" in prompt.kept:
+    institution = (prompt.request.option("institution") if prompt.request else None) or ""
+    institution = " ".join(_tidied(institution).split())
+    if not re.search(VISIBLE, institution) or "badge_description" in prompt.kept:
         return badge
-    if institution.casefold() in f"{badge.badge_name} {badge.badge_description}".casefold():
+    name = rf"(?<!\w){re.escape(institution.casefold())}(?!\w)"  # MIT is not in "submit"
+    if re.search(name, f"{badge.badge_name} {badge.badge_description}".casefold()):
         return badge
     return badge.model_copy(update={"badge_description": f"{badge.badge_description} ({institution})"})
 
@@ -1573,7 +1590,7 @@ class EventEncoder:
         if badge is None:
             badge = partial_badge(self._generation.text(self.seen))
             badge = {**self._generation.prompt.kept, **badge} if badge else badge
-        if badge == self._partial:
+        if not badge or badge == self._partial:
             return b""
         self._partial = badge
         return sse({"type": "partial", "badge": badge}, id=self._id, event="partial")
@@ -2227,7 +2244,7 @@ class Api:
             raise invalid(error) from None
         if last := request.headers.get("last-event-id"):
             return self._resumed(last, body)
-        generation = await self._submitted(request, body)
+        generation = self.queue.submit(await self._prompt(body), client_of(request), request.state.request_id)
         return EventStreamResponse(self.queue, generation, body, grace=self.settings.resume_grace)
 
     async def regenerate_field(self, request: Request) -> Response:
@@ -2293,20 +2310,20 @@ class Api:
         except ValidationError as error:
             raise invalid(error) from None
         body = body.model_copy(update=options.model_dump(exclude_unset=True))
-        if key is None:
-            return body, await self._submitted(request, body)
-        fingerprint = body.fingerprint()
-        generation = self.queue.join(client_of(request), key, fingerprint)
+        prompt = await self._prompt(body)
+        client, fingerprint = client_of(request), body.fingerprint()
+        # From here to `remember` nothing is awaited, or two requests with one key would make two generations.
+        generation = self.queue.join(client, key, fingerprint) if key is not None else None
         if generation is None:
-            generation = await self._submitted(request, body)
-            self.queue.remember(client_of(request), key, fingerprint, generation)
+            generation = self.queue.submit(prompt, client, request.state.request_id)
+            if key is not None:
+                self.queue.remember(client, key, fingerprint, generation)
         return body, generation
 
-    async def _submitted(self, request: Request, body: GenerateRequest) -> Generation:
+    async def _prompt(self, body: GenerateRequest) -> Prompt:
         build = functools.partial(build_prompt, body, self.system_prompt, self.engine.defaults)
         # Markup that is made to be slow takes seconds for 256 KiB.
-        prompt = build() if len(body.content) < 2**12 else await asyncio.to_thread(build)
-        return self.queue.submit(prompt, client_of(request), request.state.request_id)
+        return build() if len(body.content) < 2**12 else await asyncio.to_thread(build)
 
     def _known(self, request: Request) -> Generation:
         if (generation := self.queue.get(request.path_params["id"])) is None:

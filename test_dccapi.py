@@ -967,7 +967,8 @@ def test_a_partial_badge_grows_with_every_character_to_the_whole() -> None:
     assert (
         len(set(seen)) > len(json.loads(text)["criteria"]["narrative"]) / 2
     )  # within its strings, not from field to field
-    assert dccapi.partial_badge(text) == json.loads(text)
+    whole = json.loads(text)
+    assert dccapi.partial_badge(text) == whole | {"badge_name": whole["badge_name"].strip()}
 
 
 @pure
@@ -1413,11 +1414,89 @@ def test_a_course_costs_its_text_and_not_its_markup() -> None:
         "|",
     ]
     table = "| a | b |\n|---|---|\n| 1 | [two](https://example.org) |"
-    markdown = f"---\ntitle: x\n---\n\n# Knots \U0001f9d7\n\n{table}\n\n**Bold**"
-    assert dccapi.plain_text(markdown).split() == ["Knots", "🧗", "a", "|", "b", "|", "1", "|", "two", "|", "Bold"]
-    assert dccapi.plain_text("C# and C++: 2 * 3 < 7, a_b_c") == "C# and C++: 2 * 3 < 7, a_b_c"
-    assert dccapi.plain_text("プログラミング入門") == "プログラミング入門"
-    assert dccapi.plain_text("<img src=x>") == "<img src=x>", "never nothing"
+    markdown = f"---\ntitle: Knots\n---\n\n# Knots \U0001f9d7\n\n{table}\n\n**Bold**"
+    assert dccapi.plain_text(markdown).split() == [
+        "title:",
+        "Knots",
+        "Knots",
+        "🧗",
+        *["a", "|", "b", "|", "1", "|", "two", "|", "Bold"],
+    ]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "C# and C++: 2 * 3 < 7, a_b_c",
+        "プログラミング入門",
+        "Web basics: the <script> tag. Week 2: databases, List<String>, a<b and c>d",
+        "<Introduction to Python> In this course…",
+        "#include <vector>",
+        "1914. The war begins.\n\n1918. It ends.",
+        "=== Objectives\nfoo\n--- Assessment\nbar",
+        "![only a picture](x.png)",
+    ],
+)
+def test_what_is_no_markup_stays(content: str) -> None:
+    assert dccapi.plain_text(content) == content
+
+
+def test_no_course_of_several_is_lost() -> None:
+    assert dccapi.plain_text("---\nCourse 1: Welding.\n---\nCourse 2: Plumbing.\n").split()[:3:2] == [
+        "Course",
+        "Welding.",
+    ]
+    page = "<html><body><nav>Home</nav><form id=f><h1>Welding</h1><details><summary>Week 1</summary>Loops</details>"
+    assert dccapi.plain_text(page + "</form></body></html>").split() == ["Home", "Welding", "Week", "1", "Loops"]
+
+
+@pytest.mark.parametrize(
+    ("institution", "ending"),
+    [("MIT", "(MIT)"), ("Example", "work."), ("   ", "work."), ("\u200b", "work."), ("\x00\x01", "work.")],
+)
+async def test_the_institution_is_appended_where_it_is_missing(institution: str, ending: str) -> None:
+    script = Script(pieces=[badge_json(description="Learners of Example submit work.")])
+    async with serving(script=script) as service:
+        answer = await writes(service, COURSE | {"institution": institution})
+        assert answer["response"]["badge_description"].endswith(ending)
+
+
+async def test_one_key_makes_one_generation_of_long_courses_at_the_same_time() -> None:
+    body = {"content": "Knots for climbers and more. " * 400}
+    gate = asyncio.Event()
+    script = Script(gate=gate, prompt_eval_count=3000)
+    async with serving(script=script) as service, await service.connect() as connection:
+        key = [("idempotency-key", "k")]
+        streams = [await connection.request("POST", "/generate", key, body) for _ in range(4)]
+        other = await connection.request("POST", "/generate", key, body | {"seed": 1})
+        await service.engine.wait_for_calls(1)
+        gate.set()
+        answers = [await connection.response(stream) for stream in streams]
+        told = await connection.response(other)
+        if told.status == 409:  # whichever came first has the key
+            assert len({answer.json()["request_id"] for answer in answers}) == 1
+        else:
+            assert {answer.status for answer in answers} == {409}
+        assert len(service.engine.calls) == 1
+
+
+def test_partial_badges_only_grow() -> None:
+    badge = {"badge_name": "  Knots  ", "badge_description": "Ties\r\nknots \r\n", "criteria": {"narrative": " Do it "}}
+    text = json.dumps(badge)
+    before: dict[str, str] = {}
+    for length in range(len(text) + 1):
+        if not (now := texts_of(dccapi.partial_badge(text[:length]))):
+            continue  # within an escape; EventEncoder sends nothing then
+        assert all(now[name].startswith(words) for name, words in before.items())
+        before = now
+    assert before == {"badge_name": "Knots", "badge_description": "Ties\nknots", "criteria": "Do it"}
+
+
+async def test_the_figures_of_a_413_ask_for_less_than_there_is() -> None:
+    for content in ("Donaudampfschifffahrtsgesellschaft " * 2500, "编程入门" * 2000):
+        async with serving(ScriptedOpenAI(), exceeds_context(9000, 6144)) as service:
+            told = problem_in(await ask(service, {"content": content}), 413, "content_too_long")
+            assert told["content_words_that_fit"] < told["content_words"]
 
 
 async def test_every_answer_and_final_carries_a_valid_achievement(judge: Any) -> None:

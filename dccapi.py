@@ -603,11 +603,17 @@ MARKDOWN = MarkdownIt("commonmark", {"html": False}).enable("table").disable("li
 BLOCK = "p|div|section|article|header|footer|main|nav|h[1-6]|ul|ol|li|dl|dt|dd|table|tr|pre|blockquote|details|summary"
 HTML = re.compile(rf"(?i)\s*<(!doctype|html|head|body|br|hr|img|{BLOCK})\b|[^<]*(<[^<]*)*</({BLOCK}|html|body)>")
 BLOCKS = "br,hr,option,caption,figcaption,h1,h2,h3,h4,h5,h6," + BLOCK.replace("|h[1-6]", "").replace("|", ",")
+# A block of `key: value` lines with small letters; others between rulers are courses.
+FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\n(?=[a-z])((?:[a-z][\w-]*:.*\n|[ \t#-].*\n)*?)---[ \t]*\n")
+TOLD_IN_FRONT = re.compile(r"(?m)^(?:title|name|subtitle|description|summary|abstract|keywords|topics):[ \t]*(.+)")
 NO_TEXT = "head,script,style,noscript,template,svg,img,iframe"
 
 
 def plain_text(content: str) -> str:
     """What a course says, without the markup of HTML, Word's HTML or Markdown, which costs tokens. No text is lost."""
+    content = content.replace("\r\n", "\n")
+    if front := FRONT_MATTER.match(content):
+        content = "\n".join([*TOLD_IN_FRONT.findall(front[1]), "", content[front.end() :]])
     html = content if HTML.match(content) else MARKDOWN.render(content)
     tree = LexborHTMLParser(html)
     for node in tree.css(NO_TEXT):

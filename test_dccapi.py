@@ -1414,7 +1414,7 @@ def test_a_course_costs_its_text_and_not_its_markup() -> None:
         "|",
     ]
     table = "| a | b |\n|---|---|\n| 1 | [two](https://example.org) |"
-    markdown = f"---\ntitle: Knots\n---\n\n# Knots \U0001f9d7\n\n{table}\n\n**Bold**"
+    markdown = f"---\nsite: sand::paper\ntitle: Climbing\n---\n\n# Knots \U0001f9d7\n\n{table}\n\n**Bold**"
     assert dccapi.plain_text(markdown).split() == [
         "title:",
         "Knots",

@@ -1813,11 +1813,10 @@ class HttpEngine:
     async def _names(self, path: str, list_key: str, key: str) -> list[str]:
         """The names in a list of models."""
         try:
-            async with self._sessions[0].get(
-                await self.url() + path,
-                headers=self.headers(),
-                timeout=aiohttp.ClientTimeout(total=self.settings.connect_timeout),
-            ) as response:
+            async with (
+                asyncio.timeout(self.settings.connect_timeout),
+                self._sessions[0].get(await self.url() + path, headers=self.headers()) as response,
+            ):
                 if response.status != 200:
                     raise EngineUnreachable(f"The language model's server answers {response.status}; see its log.")
                 document = orjson.loads(await _whole(response))
@@ -2038,7 +2037,7 @@ class EmbeddedEngine(OpenAIEngine):
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         self._key = secrets.token_urlsafe(16)  # other users of this machine can reach the child's port
-        self._ready = asyncio.Event()
+        self._ready, self._ended = asyncio.Event(), asyncio.Event()
         self._fault = ""  # why the last child did not start
         self._supervisor: asyncio.Task[None] | None = None
 
@@ -2064,15 +2063,21 @@ class EmbeddedEngine(OpenAIEngine):
         await super().stop()
 
     async def url(self) -> str:
-        """The child's address, once it listens."""
+        """The child's address, once it listens: a restart takes seconds, for which a generation has its deadlines."""
         if self._fault:
             raise EngineUnreachable(f"The embedded language model cannot be started: {self._fault}")
-        try:
-            async with asyncio.timeout(self.settings.connect_timeout):
-                await self._ready.wait()
-        except TimeoutError:
-            raise EngineUnreachable("The embedded language model is being started. Try again in a moment.") from None
+        await self._ready.wait()
         return self.base_url
+
+    async def _post(self, path: str, body: dict[str, Any]) -> aiohttp.ClientResponse:
+        try:
+            return await super()._post(path, body)
+        except EngineUnreachable:
+            # It has just died, and its supervisor is about to hear of it: the next one will do.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1):
+                    await self._ended.wait()
+            return await super()._post(path, body)
 
     async def _supervise(self) -> None:
         delay = 0.5
@@ -2091,6 +2096,7 @@ class EmbeddedEngine(OpenAIEngine):
                 stderr=asyncio.subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is ours to answer: running generations finish first
             )
+            self._ended.clear()
             assert process.stdin is not None
             assert process.stdout is not None
             try:
@@ -2104,6 +2110,7 @@ class EmbeddedEngine(OpenAIEngine):
                 await process.wait()
             finally:
                 self._ready.clear()
+                self._ended.set()
                 with contextlib.suppress(ProcessLookupError):
                     process.kill()
                 await process.wait()

@@ -14,7 +14,8 @@ Routes, each under /api/v1 and at the root:
     DELETE /generations/{id}                                      cancel
     POST   /regenerate-field                                      the badge with one field written anew
     POST   /credentials                                           an unsigned OpenBadgeCredential; no engine involved
-    GET    /health, /livez, /readyz, /openapi.json, /
+    GET    /health, /livez, /readyz, /metrics                     state
+    GET    /, /demo, /docs, /openapi.json                         the demo page, the documentation
 
 Deliberate deviations from what the libraries do by themselves, each with a test that tells when it may go:
 
@@ -45,6 +46,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import contextlib
 import functools
 import hashlib
@@ -71,6 +73,7 @@ from http import HTTPStatus
 from json import JSONDecoder
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, cast
+from urllib.parse import urlsplit
 
 import aiohttp
 import h2.errors
@@ -92,7 +95,10 @@ from hypercorn.protocol.h2 import BufferCompleteError, H2Protocol, StreamBuffer
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.utils import ShutdownError
 from markdown_it import MarkdownIt
+from openapi_ui_bundles import swagger_ui
 from priority.priority import MissingStreamError, PriorityTree
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client.exposition import choose_encoder
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -114,7 +120,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -1245,6 +1251,78 @@ def _with_institution(badge: Badge, prompt: Prompt) -> Badge:
     return badge.model_copy(update={"badge_description": f"{badge.badge_description} ({institution})"})
 
 
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 300, 600)
+SECONDS_A_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
+
+
+class Metrics:
+    """What Prometheus reads. OpenTelemetry's GenAI names where it has one, `dccapi_` before the rest; labels bounded.
+
+    (opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-metrics)
+    """
+
+    def __init__(self, settings: Settings, queue: GenerationQueue) -> None:
+        self._keyed = bool(settings.keys)
+        self._model = ("generate_content", settings.engine, settings.model)
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+
+        def histogram(name: str, help: str, buckets: Sequence[float], *labels: str) -> Histogram:
+            asked = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model")
+            return Histogram(name, help, [*asked, *labels], buckets=buckets, registry=registry)
+
+        self._duration = histogram(
+            "gen_ai_server_request_duration_seconds", "From the engine call to its end", SECONDS, "error_type"
+        )
+        self._first = histogram(
+            "gen_ai_server_time_to_first_token_seconds", "From the call to the first token", SECONDS
+        )
+        self._each = histogram(
+            "gen_ai_server_time_per_output_token_seconds", "Between the tokens after the first", SECONDS_A_TOKEN
+        )
+        self._tokens = histogram(
+            "gen_ai_client_token_usage", "Tokens of a finished generation", TOKENS, "gen_ai_token_type"
+        )
+        self._wait = histogram("dccapi_queue_wait_seconds", "From admission to the engine call", SECONDS)
+        self._generations = Counter(
+            "dccapi_generations",
+            "Ended generations: succeeded, cancelled or an error_code; `key` is the name of the client's API key",
+            ["outcome", "key"],
+            registry=registry,
+        )
+        self._rejections = Counter(
+            "dccapi_rejections", "Requests refused without a generation", ["reason"], registry=registry
+        )
+        self.engine_up = Gauge("dccapi_engine_up", "1 if the engine answers and has the model", registry=registry)
+        for name, help, read in (
+            ("dccapi_queue_depth", "Generations that wait", lambda: queue.waiting),
+            ("dccapi_queue_limit", "How many may wait", lambda: settings.max_queue),
+            ("dccapi_active_generations", "Generations that are written", lambda: len(queue.running)),
+            ("dccapi_workers", "How many can be written at a time", lambda: settings.workers),
+        ):
+            Gauge(name, help, registry=registry).set_function(read)
+
+    def rejected(self, error: ApiError) -> None:
+        self._rejections.labels(error.code).inc()
+
+    def ended(self, generation: Generation, outcome: Answer | ApiError, watch: Watch | None) -> None:
+        code = outcome.code if isinstance(outcome, ApiError) else ""
+        self._generations.labels(code or "succeeded", generation.client if self._keyed else "").inc()
+        if watch is None:  # it never left the queue
+            return
+        self._wait.labels(*self._model).observe(max(0.0, watch.started_at - generation.created))
+        self._duration.labels(*self._model, code).observe(time.time() - watch.started_at)
+        if watch.first_token:
+            self._first.labels(*self._model).observe(watch.first_token - watch.started)
+        if isinstance(outcome, Answer):
+            read, written = outcome.usage.prompt_tokens, outcome.usage.completion_tokens
+            self._tokens.labels(*self._model, "input").observe(read)
+            self._tokens.labels(*self._model, "output").observe(written)
+            if written > 1:
+                self._each.labels(*self._model).observe((watch.last - watch.first_token) / (written - 1))
+
+
 class GenerationQueue:
     """Generations from arrival to the end of their keep: admission, order, workers, deadlines, drain."""
 
@@ -1259,6 +1337,7 @@ class GenerationQueue:
         self._finished: OrderedDict[Generation, asyncio.TimerHandle] = OrderedDict()
         self._keys: dict[tuple[str, str], tuple[bytes, Generation]] = {}
         self._service_time = 0.0
+        self.metrics = Metrics(settings, self)
         self._workers: list[asyncio.Task[None]] = []
 
     # -- lifecycle
@@ -1427,7 +1506,9 @@ class GenerationQueue:
 
     async def _generate(self, generation: Generation, watch: Watch) -> Answer:
         """Make the engine call and feed the log."""
-        async with contextlib.aclosing(self.engine.stream(generation.prompt)) as pieces:
+        prompt = generation.prompt
+        log.debug("generation %s: %d words to the engine, %s", generation.id[:8], prompt.words, prompt.sampling)
+        async with contextlib.aclosing(self.engine.stream(prompt)) as pieces:
             usage = await self._relay(generation, pieces, watch)
         return conclude(generation, usage, self.settings.model, self.settings.num_ctx)
 
@@ -1464,6 +1545,7 @@ class GenerationQueue:
         self._finished[generation] = loop.call_later(self.settings.result_ttl, self._forget, generation)
         while len(self._finished) > MAX_FINISHED:
             self._forget(next(iter(self._finished)))
+        self.metrics.ended(generation, outcome, watch)
         self._log(generation, outcome, watch)
 
     def _forget(self, generation: Generation) -> None:
@@ -1477,7 +1559,7 @@ class GenerationQueue:
         answer = outcome if isinstance(outcome, Answer) else None
         fields = {
             "request_id": generation.request_id,
-            "generation": generation.id,
+            "generation": generation.id[:8],  # the whole of it opens its events to who has no key
             "engine": self.settings.engine,
             "model": self.settings.model,
             "client": generation.client,
@@ -1499,7 +1581,7 @@ def _outcome(generation: Generation, task: asyncio.Task[Answer]) -> Answer | Api
     error = task.exception()
     if error is None or isinstance(error, ApiError):
         return error or task.result()
-    log.error("generation %s failed", generation.id, exc_info=error)
+    log.error("generation %s failed", generation.id[:8], exc_info=error)
     return EngineError()
 
 
@@ -1511,14 +1593,14 @@ class Watch:
         self._generation = generation
         self._loop = asyncio.get_running_loop()
         self.started_at = time.time()
-        self.started = self._last = self._loop.time()
+        self.started = self.last = self._loop.time()
         self.first_token = 0.0
         self._timer = self._loop.call_later(0, self._check)
 
     def token(self) -> None:
-        self._last = self._loop.time()
+        self.last = self._loop.time()
         if not self.first_token:
-            self.first_token = self._last
+            self.first_token = self.last
             self._timer.cancel()
             self._check()
 
@@ -1528,7 +1610,7 @@ class Watch:
     def _check(self) -> None:
         settings = self._queue.settings
         if self.first_token:
-            name, due = "TOKEN_TIMEOUT", self._last + settings.token_timeout
+            name, due = "TOKEN_TIMEOUT", self.last + settings.token_timeout
         else:
             name, due = "FIRST_TOKEN_TIMEOUT", self.started + settings.first_token_timeout
         if due > self.started + settings.generation_timeout:
@@ -2195,6 +2277,21 @@ class Health(BaseModel):
     error: str | None
 
 
+DEMO = HERE / "examples" / "demo.html"
+DOCS_FILES = ("swagger-ui.css", "swagger-ui-bundle.js", "favicon-32x32.png")
+DOCS_PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>dccapi: documentation</title>
+<link rel="stylesheet" href="docs/swagger-ui.css">
+<link rel="icon" href="docs/favicon-32x32.png">
+<div id="docs"></div>
+<script src="docs/swagger-ui-bundle.js"></script>
+<script>SwaggerUIBundle({url: "openapi.json", dom_id: "#docs", deepLinking: true, tryItOutEnabled: true})</script>
+"""
+
+
 def as_json(document: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     return Response(orjson.dumps(document), status, headers, "application/json")
 
@@ -2214,7 +2311,13 @@ class Api:
 
     def routes(self) -> list[Route]:
         """A route for each path of OPERATIONS, under /api/v1 and at the root."""
-        paths: dict[str, dict[str, Handler]] = {"/openapi.json": {"GET": self.openapi}, "/": {"GET": self.index}}
+        paths: dict[str, dict[str, Handler]] = {
+            "/": {"GET": self.index},
+            "/demo": {"GET": self.demo},
+            "/docs": {"GET": self.docs},
+            "/docs/{file}": {"GET": self.docs_file},
+            "/openapi.json": {"GET": self.openapi},
+        }
         for operation in OPERATIONS:
             paths.setdefault(operation.path, {})[operation.method] = getattr(self, operation.handler)
 
@@ -2331,6 +2434,7 @@ class Api:
             generation = self.queue.submit(prompt, client, request.state.request_id)
             if key is not None:
                 self.queue.remember(client, key, fingerprint, generation)
+        request.state.generation = generation
         return body, generation
 
     async def _prompt(self, body: GenerateRequest) -> Prompt:
@@ -2384,6 +2488,13 @@ class Api:
     async def livez(self, request: Request) -> Response:
         return as_json({"status": "alive"})
 
+    async def metrics(self, request: Request) -> Response:
+        """GET: for Prometheus, in the format that it asks for."""
+        metrics = self.queue.metrics
+        metrics.engine_up.set(self.engine.has_model((await self._state())[0]))
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(metrics.registry), headers={"content-type": content_type})
+
     async def readyz(self, request: Request) -> Response:
         _, error = await self._state()
         if error:
@@ -2409,15 +2520,44 @@ class Api:
         return Response(openapi_document(), media_type="application/json")
 
     async def index(self, request: Request) -> Response:
-        """The links, as a page to a browser and as JSON to others."""
-        links = {name: f"/{name}" for name in ("generate", "generate/stream", "health", "readyz", "openapi.json")}
-        if "text/html" not in request.headers.get("accept", ""):
-            return as_json({"name": "dccapi", "version": __version__, "links": links})
-        items = "".join(f'<li><a href="{path}">{path}</a></li>' for path in ("/health", "/readyz", "/openapi.json"))
-        return HTMLResponse(
-            f'<!doctype html><html lang="en"><title>dccapi</title><h1>dccapi {__version__}</h1>'
-            f"<p>Open Badges 3.0 drafts from course descriptions: POST /generate, /generate/stream.</p><ul>{items}</ul>"
+        """The demo page to a browser, the links to others."""
+        if "text/html" in request.headers.get("accept", ""):
+            return await self.demo(request)
+        names = ("generate", "generate/stream", "health", "readyz", "metrics", "demo", "docs", "openapi.json")
+        links = {name: f"/{name}" for name in names}
+        return as_json({"name": "dccapi", "version": __version__, "links": links})
+
+    async def demo(self, request: Request) -> Response:
+        try:
+            return page(DEMO.read_text("utf-8"), img="'self' data: blob:")
+        except FileNotFoundError:
+            raise NotFound("This installation has no demo page; /docs shows every route.") from None
+
+    async def docs(self, request: Request) -> Response:
+        return page(DOCS_PAGE, script="'self'", style="'self' 'unsafe-inline'", img="'self' data:")
+
+    async def docs_file(self, request: Request) -> Response:
+        file = request.path_params["file"]
+        if file not in DOCS_FILES:
+            raise NotFound
+        return FileResponse(swagger_ui.static_path / file, headers={"cache-control": "max-age=86400"})
+
+
+def page(html: str, **sources: str) -> Response:
+    """An HTML page under a policy that runs only the scripts and styles that stand in it (CSP Level 3, 8.2)."""
+
+    def inline(tag: str) -> str:
+        texts = re.findall(rf"(?s)<{tag}\b[^>]*>(.+?)</{tag}>", html)
+        return " ".join(
+            f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in texts
         )
+
+    policy = {"default": "'none'", "connect": "'self'", "script": inline("script"), "style": inline("style")}
+    for name, allowed in sources.items():
+        policy[name] = f"{policy.get(name, '')} {allowed}".strip()
+    directives = [f"{name}-src {allowed}" for name, allowed in policy.items() if allowed]
+    directives += ["base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"]
+    return HTMLResponse(html, headers={"content-security-policy": "; ".join(directives), "cache-control": "no-cache"})
 
 
 async def json_body(request: Request) -> dict[str, Any]:
@@ -2556,6 +2696,7 @@ def _operations() -> Iterator[Operation]:
         "GET", f"{one}/events", "generation_events", "Events", resumable, f"{found} 422", parameters, stream
     )
     yield Operation("GET", "/health", "health", "Health", {"200": Health, "503": Health}, "401 414")
+    yield Operation("GET", "/metrics", "metrics", "For Prometheus", {"200": None}, "401 414")
     yield Operation("GET", "/livez", "livez", "The process is up", {"200": Status}, "414")
     yield Operation("GET", "/readyz", "readyz", "Engine and model are ready", {"200": Status}, "414 503")
 
@@ -2669,6 +2810,7 @@ class Guard:
         pump = asyncio.create_task(exchange.pump())
         self._pumps.add(pump)
         pump.add_done_callback(self._pumps.discard)
+        started = time.monotonic()
         try:
             await self.app(scope, exchange.receive, exchange.send)
         except asyncio.CancelledError:
@@ -2678,6 +2820,14 @@ class Guard:
             exchange.task.uncancel()
         finally:
             exchange.over = True
+            if log.isEnabledFor(logging.DEBUG):
+                # The pattern of the path, and no query: either may hold a course or a key put there by mistake.
+                path = scope["route"].path if "route" in scope else "a path that is not known"
+                seconds, client = time.monotonic() - started, scope["state"].get("client", "unknown")
+                answer = f"{exchange.status} {'(the client left) ' if exchange.gone else ''}in {seconds:.3f} s"
+                log.debug(
+                    "%s %s over HTTP/%s: %s, for %s", scope["method"], path, scope["http_version"], answer, client
+                )
 
 
 class Exchange:
@@ -2691,6 +2841,7 @@ class Exchange:
         self._delivered = self._ending = False
         self.task = cast(asyncio.Task[None], asyncio.current_task())
         self.gone = self.over = False
+        self.status = 0
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         self.request_id = given if re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given) else uuid.uuid4().hex
 
@@ -2753,6 +2904,7 @@ class Exchange:
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
+            self.status = message["status"]
             names = {name for name, _ in message["headers"]}
             marks = [(b"x-request-id", self.request_id.encode()), *SECURITY_HEADERS, (b"cache-control", b"no-store")]
             message["headers"] = [*message["headers"], *(mark for mark in marks if mark[0] not in names)]
@@ -2790,9 +2942,10 @@ class Exchange:
 class Problems:
     """The one place that turns errors into application/problem+json; inside CORS, so that browsers can read them."""
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, queue: GenerationQueue) -> None:
         self.app = app
         self.settings = settings
+        self.queue = queue
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -2815,6 +2968,8 @@ class Problems:
                 error = ApiError()
             if started:
                 raise
+            if "generation" not in scope["state"] and _short_path(scope) not in OPEN_PATHS:
+                self.queue.metrics.rejected(error)
             headers = dict(error.headers)
             if error.retry_after is not None:
                 headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
@@ -2828,13 +2983,23 @@ class Problems:
         client = _address(scope, headers, self.settings)
         if len(scope["query_string"]) > MAX_QUERY:
             raise UriTooLong
-        path = scope["path"].removeprefix("/api/v1") or "/"
-        if self.settings.keys and path not in OPEN_PATHS:
+        path = _short_path(scope)
+        if self.settings.keys and path not in OPEN_PATHS and not path.startswith("/docs/"):
             name = _key_name(headers, self.settings.keys)
-            if name is None:
+            if name is None and not self._is_capability(scope["method"], path):
                 raise Unauthorized(headers={"www-authenticate": 'Bearer realm="dccapi"'})
-            client = name
+            client = name or client
         scope["state"]["client"] = client
+
+    def _is_capability(self, method: str, path: str) -> bool:
+        """Whether it is the unguessable URL of a generation's events: an EventSource cannot send a key."""
+        events = re.fullmatch(r"/generations/([\w-]+)/events", path)
+        return method == "GET" and events is not None and self.queue.get(events[1]) is not None
+
+
+def _short_path(scope: Scope) -> str:
+    """The path without the prefix under which each stands as well."""
+    return cast(str, scope["path"]).removeprefix("/api/v1") or "/"
 
 
 def _as_api_error(raised: Exception) -> ApiError | None:
@@ -3119,13 +3284,15 @@ def create_app(settings: Settings, bound: list[str] | None = None) -> Guard:
             settings.max_queue,
             ", ".join(at),
         )
+        if not settings.keys and any(map(is_public, at)):
+            log.warning("everyone who can reach this address can use the service: set API_KEYS, or bind to 127.0.0.1")
         try:
             yield
         finally:
             await queue.stop()
 
     app: ASGIApp = Router(api.routes(), lifespan=lifespan, redirect_slashes=False)
-    app = Problems(app, settings)
+    app = Problems(app, settings, queue)
     app = CORSMiddleware(
         app,
         allow_origins=_listed(settings.allowed_origins),
@@ -3196,6 +3363,15 @@ def hypercorn_command_config() -> Config | None:
 def addresses(config: Config) -> list[str]:
     secure, cleartext = (config.bind, config.insecure_bind) if config.ssl_enabled else ([], config.bind)
     return [f"https://{bind}" for bind in secure] + [f"http://{bind}" for bind in cleartext]
+
+
+def is_public(address: str) -> bool:
+    """Whether others than this machine can reach it."""
+    host = urlsplit(address).hostname or "localhost"
+    try:
+        return not ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host not in ("localhost", "unix", "fd")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

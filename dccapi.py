@@ -51,6 +51,7 @@ import contextlib
 import functools
 import hashlib
 import hmac
+import inspect
 import ipaddress
 import logging
 import math
@@ -106,6 +107,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PrivateAttr,
+    RootModel,
     ValidationError,
     ValidationInfo,
     WithJsonSchema,
@@ -2311,13 +2313,7 @@ class Api:
 
     def routes(self) -> list[Route]:
         """A route for each path of OPERATIONS, under /api/v1 and at the root."""
-        paths: dict[str, dict[str, Handler]] = {
-            "/": {"GET": self.index},
-            "/demo": {"GET": self.demo},
-            "/docs": {"GET": self.docs},
-            "/docs/{file}": {"GET": self.docs_file},
-            "/openapi.json": {"GET": self.openapi},
-        }
+        paths: dict[str, dict[str, Handler]] = {"/docs/{file}": {"GET": self.docs_file}}
         for operation in OPERATIONS:
             paths.setdefault(operation.path, {})[operation.method] = getattr(self, operation.handler)
 
@@ -2620,10 +2616,59 @@ class GenerationState(Accepted):
     error: Problem | None
 
 
+class TokenEvent(BaseModel):
+    """A piece of the text."""
+
+    type: Literal["token"]
+    content: str
+    accumulated: str | None = Field(description="The text so far; absent with `accumulated=false`.")
+    done: Literal[False]
+
+
+class FinalEvent(BaseModel):
+    """The badge. The last event."""
+
+    type: Literal["final"]
+    content: Badge
+    achievement: Achievement
+    model: str
+    usage: TokenUsage
+    finish_reason: Literal["stop", "length"]
+    request_id: str
+
+
+class ErrorEvent(BaseModel):
+    """Why there is no badge. The last event."""
+
+    type: Literal["error"]
+    content: str
+    error: str
+    error_code: str
+    request_id: str
+
+
+class QueueEvent(BaseModel):
+    """Named `queue`. Position 0 means running; the estimate is in seconds."""
+
+    type: Literal["queue"]
+    position: int
+    estimated_wait: float
+
+
+class PartialEvent(BaseModel):
+    """Named `partial`, with `partial=true`: the badge as far as it is written."""
+
+    type: Literal["partial"]
+    badge: dict[str, Any]
+
+
+EVENTS = (TokenEvent, FinalEvent, ErrorEvent, QueueEvent, PartialEvent)
+
+
 class Event(BaseModel):
     """A Server-Sent Event. The last of a stream is one `final` or one `error`; `retry` comes once, comments between.
 
-    Unnamed: `token` and `final` and `error`. Named: `queue` (position 0 means running) and, on request, `partial`.
+    Unnamed: `token`, `final` and `error`. Named: `queue` and, on request, `partial`.
     An `id` sent back as `Last-Event-ID` goes on after it; 204 says that nothing is left.
     """
 
@@ -2632,15 +2677,24 @@ class Event(BaseModel):
     data: str = Field(
         json_schema_extra={
             "contentMediaType": "application/json",
-            "examples": [
-                '{"type": "queue", "position": 3, "estimated_wait": 12.5}',
-                '{"type": "token", "content": "{", "accumulated": "{", "done": false}',
-                '{"type": "partial", "badge": {"badge_name": "Knots"}}',
-                '{"type": "final", "content": {}, "model": "…", "usage": {}, "finish_reason": "stop"}',
-                '{"type": "error", "content": "…", "error": "…", "error_code": "engine_timeout", "request_id": "…"}',
-            ],
+            "contentSchema": {"oneOf": [{"$ref": f"#/components/schemas/{model.__name__}"} for model in EVENTS]},
         }
     )
+
+
+class Links(RootModel[dict[str, Any]]):
+    """The paths; the demo page to a client that accepts HTML."""
+
+
+class Page(RootModel[str]):
+    """A page for people."""
+
+
+class Samples(RootModel[str]):
+    """Prometheus' text format."""
+
+
+MEDIA_TYPES: dict[type[BaseModel], str] = {Event: "text/event-stream", Page: "text/html", Samples: "text/plain"}
 
 
 @dataclass(frozen=True)
@@ -2651,67 +2705,177 @@ class Operation:
     path: str
     handler: str
     summary: str
-    answers: dict[str, type[BaseModel] | None]
-    problems: str = ""
+    answers: Mapping[str, Sequence[type[BaseModel]]]  # by status; of one or more media types, or without a body
+    problems: str = "414"
     parameters: tuple[str, ...] = ()
-    media_type: str = "application/json"
     body: type[BaseModel] = GenerateRequest
 
 
-def _operations() -> Iterator[Operation]:
-    writing = "400 401 408 409 413 414 415 422 429 502 503 504"
-    stream = "text/event-stream"
-    found = "401 404 414"
-    views: tuple[str, ...] = ("accumulated", "partial")
-    for path in ("/generate", "/generate-badge-suggestions"):
-        answers: dict[str, type[BaseModel] | None] = {"200": Answer, "202": Accepted}
-        yield Operation("POST", path, "generate", "Write a badge", answers, writing, ("Idempotency-Key", "Prefer"))
-        events = f"{path}/stream"
-        keyed = ("Idempotency-Key", *views)
-        yield Operation("POST", events, "generate_stream", "… as events", {"200": Event}, writing, keyed, stream)
-        query = (*(name for name in GenerateRequest.model_fields if name != "badge_configuration"), "Last-Event-ID")
-        resumable: dict[str, type[BaseModel] | None] = {"200": Event, "204": None}
-        problems = "401 413 414 422 429 503"
-        yield Operation("GET", events, "eventsource", "… for EventSource", resumable, problems, query, stream)
-    regenerate, keyed = "/regenerate-field", ("Idempotency-Key",)
-    badge: dict[str, type[BaseModel] | None] = {"200": Answer}
-    yield Operation(
-        "POST", regenerate, "regenerate_field", "Write one field anew", badge, writing, keyed, body=RegenerateRequest
+WRITING = "400 401 408 409 413 414 415 422 429 502 503 504"
+KEYED = ("Idempotency-Key",)
+VIEWS = ("accumulated", "partial")
+QUERY = (*(name for name in GenerateRequest.model_fields if name != "badge_configuration"), "Last-Event-ID")
+RESUMED: dict[str, Sequence[type[BaseModel]]] = {"200": [Event], "204": []}
+OPERATIONS = [
+    operation
+    for path in ("/generate", "/generate-badge-suggestions")
+    for operation in (
+        Operation(
+            "POST",
+            path,
+            "generate",
+            "Write a badge",
+            {"200": [Answer], "202": [Accepted]},
+            WRITING,
+            (*KEYED, "Prefer"),
+        ),
+        Operation(
+            "POST", f"{path}/stream", "generate_stream", "… as events", {"200": [Event]}, WRITING, (*KEYED, *VIEWS)
+        ),
+        Operation(
+            "GET", f"{path}/stream", "eventsource", "… for EventSource", RESUMED, "401 413 414 422 429 503", QUERY
+        ),
     )
-    credential: dict[str, type[BaseModel] | None] = {"200": OpenBadgeCredential}
-    yield Operation(
+] + [
+    Operation(
+        "POST",
+        "/regenerate-field",
+        "regenerate_field",
+        "Write one field anew; as events where they are accepted",
+        {"200": [Answer, Event]},
+        WRITING,
+        (*KEYED, *VIEWS),
+        RegenerateRequest,
+    ),
+    Operation(
         "POST",
         "/credentials",
         "credentials",
-        "Make a credential",
-        credential,
+        "Make an unsigned credential",
+        {"200": [OpenBadgeCredential]},
         "400 401 408 413 414 415 422",
         body=CredentialRequest,
-    )
-    one = "/generations/{id}"
-    yield Operation("GET", one, "generation", "State and result", {"200": GenerationState}, found, ("id",))
-    yield Operation("DELETE", one, "cancel", "Cancel", {"204": None}, found, ("id",))
-    parameters = ("id", *views, "Last-Event-ID")
-    yield Operation(
-        "GET", f"{one}/events", "generation_events", "Events", resumable, f"{found} 422", parameters, stream
-    )
-    yield Operation("GET", "/health", "health", "Health", {"200": Health, "503": Health}, "401 414")
-    yield Operation("GET", "/metrics", "metrics", "For Prometheus", {"200": None}, "401 414")
-    yield Operation("GET", "/livez", "livez", "The process is up", {"200": Status}, "414")
-    yield Operation("GET", "/readyz", "readyz", "Engine and model are ready", {"200": Status}, "414 503")
+    ),
+    Operation(
+        "GET", "/generations/{id}", "generation", "State and result", {"200": [GenerationState]}, "401 404 414", ("id",)
+    ),
+    Operation("DELETE", "/generations/{id}", "cancel", "Cancel", {"204": []}, "401 404 414", ("id",)),
+    Operation(
+        "GET",
+        "/generations/{id}/events",
+        "generation_events",
+        "Its events; this address needs no key",
+        RESUMED,
+        "401 404 414 422",
+        ("id", *VIEWS, "Last-Event-ID"),
+    ),
+    Operation("GET", "/health", "health", "Engine, model and queue", {"200": [Health], "503": [Health]}, "401 414"),
+    Operation("GET", "/livez", "livez", "The process is up", {"200": [Status]}),
+    Operation("GET", "/readyz", "readyz", "Engine and model are ready", {"200": [Status]}, "414 503"),
+    Operation("GET", "/metrics", "metrics", "For Prometheus", {"200": [Samples]}, "401 414"),
+    Operation("GET", "/", "index", "The paths, or the demo page", {"200": [Links, Page]}),
+    Operation("GET", "/demo", "demo", "The demo page", {"200": [Page]}),
+    Operation("GET", "/docs", "docs", "This documentation", {"200": [Page]}),
+    Operation("GET", "/openapi.json", "openapi", "This document", {"200": [Links]}),
+]
 
 
-OPERATIONS = list(_operations())
+def examples() -> dict[type[BaseModel], dict[str, Any]]:
+    """By model and name. Made by what makes the answers, so that they are as true as those."""
+    id, request_id = "Y7oWQd0Bq1xK3nZ5uT8vRg", "3f0c6c0a5b8e4e0f9a1d2c3b4a5f6e7d"
+    course = "Knots for climbers: figure eight, clove hitch, prusik. Practical exam on the wall."
+    badge = Badge(
+        badge_name="Knots for Climbers",
+        badge_description="Ties and checks the knots that climbers trust their lives to.",
+        criteria=Criteria(narrative="Tied the figure eight, the clove hitch and the prusik in an exam on the wall."),
+    )
+    answer = Answer(
+        response=badge,
+        achievement=build_achievement(badge).model_copy(update={"id": "urn:uuid:0b9d1f0a-63a4-4c1e-9c53-2f4f5d0c7a11"}),
+        model="phi4badges",
+        usage=TokenUsage(prompt_tokens=540, completion_tokens=96, total_tokens=636),
+        finish_reason="stop",
+        request_id=request_id,
+    )
+    awarded = {
+        "badge": badge.model_dump(),
+        "issuer": {"id": "https://example.edu", "type": ["Profile"], "name": "Example University"},
+        "recipient_id": "did:example:recipient",
+        "valid_from": "2026-01-31T12:00:00Z",
+    }
+    credential = build_credential(CredentialRequest.model_validate(awarded))
+    credential["id"] = "urn:uuid:5c1b7b52-0e57-4c57-8f53-5a3d1c7f9e20"
+    credential["credentialSubject"]["achievement"]["id"] = answer.achievement.id
+    accepted = {"id": id, "status": "queued", "events": f"/api/v1/generations/{id}/events"}
+    generation = Generation(Prompt("", "", {}, {}), "", request_id, id=id, log=['{"badge_name": "Kn', "ots"])
+    encoder = EventEncoder(generation, StreamOptions(accumulated=True, partial=True))
+    events = {"queue": encoder.queue(3, 12.5), "token and partial": encoder.pending()}
+    generation.log.append(answer)
+    events["final"] = encoder.pending()
+    generation.log[-1] = EngineTimeout()
+    encoder.seen -= 1
+    events["error"] = encoder.pending()
+    options = {"badge_style": "Technical", "badge_level": "Beginner", "institution": "Example University"}
+    return {
+        GenerateRequest: {"short": {"content": course}, "with options": {"content": course, **options, "seed": 1}},
+        RegenerateRequest: {"a name": {"content": course, "badge": badge.model_dump(), "field": "badge_name"}},
+        CredentialRequest: {"a badge": awarded},
+        Answer: {"a badge": answer.model_dump()},
+        Accepted: {"waiting": accepted},
+        GenerationState: {
+            "waiting": {**accepted, "position": 3, "result": None, "error": None},
+            "done": {**accepted, "status": "succeeded", "position": 0, "result": answer.model_dump(), "error": None},
+        },
+        OpenBadgeCredential: {"unsigned": credential},
+        Event: {name: event.decode() for name, event in events.items()},
+        Status: {"up": {"status": "alive"}, "ready": {"status": "ready"}},
+        Samples: {"a gauge": "# TYPE dccapi_queue_depth gauge\ndccapi_queue_depth 3.0\n"},
+        Links: {"some": {"name": "dccapi", "version": __version__, "links": {"generate": "/generate"}}},
+        Page: {"a page": "<!doctype html>…"},
+        Health: {
+            "healthy": {
+                "status": "healthy",
+                "engine": "ollama",
+                "ollama_url": "http://localhost:11434",
+                "available_models": ["phi4badges:latest"],
+                "target_model": "phi4badges",
+                "model_available": True,
+                "model_path": None,
+                "system_prompt_loaded": True,
+                "system_prompt_preview": "You write Open Badges…",
+                "active_requests": 4,
+                "max_concurrent_requests": 4,
+                "queued_requests": 3,
+                "max_queue": 64,
+                "queue_status": "busy",
+                "multiplexing_enabled": True,
+                "version": __version__,
+                "error": None,
+            }
+        },
+    }
+
+
+def errors_by_status() -> dict[int, list[ApiError]]:
+    """One of each kind of error that a client can meet."""
+    found: dict[int, list[ApiError]] = {}
+    faults = [{"loc": ["content"], "msg": "Field required", "type": "missing"}]
+    for kind in ApiError.__subclasses__():
+        error = kind(errors=faults) if kind is InvalidRequest else kind()
+        found.setdefault(kind.status, []).append(error)
+    return found
 
 
 @functools.cache
 def openapi_document() -> bytes:
     """OpenAPI 3.1, made from the models that validate and answer."""
-    answering = {model for operation in OPERATIONS for model in operation.answers.values() if model} | {Problem}
+    answering = {model for operation in OPERATIONS for models in operation.answers.values() for model in models}
     bodies = {operation.body for operation in OPERATIONS}
-    models: Any = [(model, "validation") for model in bodies] + [(model, "serialization") for model in answering]
+    models: Any = [(model, "validation") for model in bodies]
+    models += [(model, "serialization") for model in answering | {Problem, *EVENTS}]
     _, definitions = models_json_schema(models, ref_template="#/components/schemas/{model}")
     schemas = definitions["$defs"]
+    schemas["TokenEvent"]["required"].remove("accumulated")
     fields = schemas["GenerateRequest"]["properties"]
     for name in ("GenerateRequest", "RegenerateRequest", "BadgeOptions"):
         properties = schemas[name]["properties"]
@@ -2724,27 +2888,41 @@ def openapi_document() -> bytes:
             instead = {"course_input": properties["content"], "content": absent}
             schemas[name]["anyOf"] = [{"required": ["content"]}, {"properties": instead, "required": ["course_input"]}]
             schemas[name]["required"].remove("content")
+    samples = examples()
+    [course] = [body["content"] for name, body in samples[GenerateRequest].items() if name == "short"]
+    shown = {"content": course, "id": samples[Accepted]["waiting"]["id"], "Prefer": "respond-async"}
+    shown |= {"Idempotency-Key": "course-4711", "Last-Event-ID": f"{shown['id']}.2"}
 
-    def content(media_type: str, model: type[BaseModel]) -> dict[str, Any]:
-        return {"content": {media_type: {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}}}
+    def content(media_type: str, model: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
+        named = {name: {"value": value} for name, value in values.items()}
+        return {media_type: {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}, "examples": named}}
 
     def parameter(name: str) -> dict[str, Any]:
+        example = {"example": shown[name]} if name in shown else {}
         if name in fields:
-            return {"name": name, "in": "query", "required": name == "content", "schema": fields[name]}
+            return {"name": name, "in": "query", "required": name == "content", "schema": fields[name], **example}
         place = "path" if name == "id" else "header"
         pattern = {"pattern": "^[!-~]{1,255}$"} if name == "Idempotency-Key" else {}
-        return {"name": name, "in": place, "required": name == "id", "schema": {"type": "string", **pattern}}
+        schema = {"type": "string", **pattern}
+        return {"name": name, "in": place, "required": name == "id", "schema": schema, **example}
 
+    problems = {}
+    for status, errors in errors_by_status().items():
+        values = {error.code: problem(error, "3f0c6c0a5b8e4e0f9a1d2c3b4a5f6e7d") for error in errors}
+        problems[str(status)] = {
+            "description": HTTPStatus(status).phrase,
+            "content": content("application/problem+json", Problem, values),
+        }
     paths: dict[str, dict[str, Any]] = {}
     for operation in OPERATIONS:
-        responses: dict[str, Any] = {
-            status: {"description": HTTPStatus(int(status)).phrase} for status in operation.problems.split()
-        }
-        for response in responses.values():
-            response |= content("application/problem+json", Problem)
-        for status, model in operation.answers.items():
-            responses[status] = {"description": (model and model.__doc__) or HTTPStatus(int(status)).phrase}
-            responses[status] |= content(operation.media_type, model) if model else {}
+        problem_statuses = operation.problems.split()
+        responses: dict[str, Any] = {code: {"$ref": f"#/components/responses/{code}"} for code in problem_statuses}
+        for answer, answers in operation.answers.items():
+            about = inspect.getdoc(answers[0]) if answers else None
+            responses[answer] = {"description": about or HTTPStatus(int(answer)).phrase}
+            for model in answers:
+                media_type = MEDIA_TYPES.get(model, "application/json")
+                responses[answer].setdefault("content", {}).update(content(media_type, model, samples[model]))
         members: dict[str, Any] = {
             "summary": operation.summary,
             "operationId": f"{operation.handler}_{operation.path.strip('/').replace('/', '_')}",
@@ -2752,7 +2930,8 @@ def openapi_document() -> bytes:
             "responses": responses,
         }
         if operation.method == "POST":
-            members["requestBody"] = {"required": True, **content("application/json", operation.body)}
+            body = content("application/json", operation.body, samples[operation.body])
+            members["requestBody"] = {"required": True, "content": body}
         if operation.path in OPEN_PATHS:
             members["security"] = []
         paths.setdefault(operation.path, {})[operation.method.lower()] = members
@@ -2769,6 +2948,7 @@ def openapi_document() -> bytes:
         "paths": paths,
         "components": {
             "schemas": schemas,
+            "responses": problems,
             "securitySchemes": {
                 "bearer": {"type": "http", "scheme": "bearer"},
                 "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},

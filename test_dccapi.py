@@ -9,6 +9,7 @@ import asyncio
 import base64
 import contextlib
 import gc
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -39,6 +40,7 @@ from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from jsonschema import Draft202012Validator
 from pydantic import ValidationError
 from pyld import jsonld
 
@@ -473,11 +475,72 @@ async def test_without_the_right_key_it_is_a_401(path: str) -> None:
     assert len(service.engine.calls) == 2
 
 
-async def test_health_needs_a_key_and_the_open_pages_need_none() -> None:
+OPEN = {"/", "/demo", "/docs", "/openapi.json", "/livez", "/readyz"}
+
+
+@pytest.mark.parametrize("prefix", ["", "/api/v1"])
+async def test_with_keys_on_only_the_pages_and_the_probes_answer_without_one(prefix: str) -> None:
     async with serving(api_keys="lms:s3cret") as service:
-        problem_in(await ask(service, None, "/api/v1/health", "GET"), 401, "unauthorized")
-        for path in ("/livez", "/api/v1/livez", "/readyz", "/api/v1/openapi.json", "/"):
-            assert (await ask(service, None, path, "GET")).status == 200
+        generation = service.queue.submit(dccapi.build_prompt(dccapi.GenerateRequest(**COURSE), "", {}), "lms", "r1")
+        for operation in dccapi.OPERATIONS:
+            path = prefix + operation.path.replace("{id}", generation.id)
+            response = await ask(service, COURSE if operation.method == "POST" else None, path, operation.method)
+            if operation.path in OPEN or operation.handler == "generation_events":
+                assert response.status == 200, path
+            else:
+                problem_in(response, 401, "unauthorized")
+        for path in ("/docs/swagger-ui.css", "/docs/swagger-ui-bundle.js"):
+            assert (await ask(service, None, prefix + path, "GET")).status == 200
+        problem_in(await ask(service, None, f"{prefix}/nothing", "GET"), 401, "unauthorized")
+
+
+def bad_keys() -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """The path and the headers of 40 requests that bear no valid key."""
+    key = "s3cret-of-32-characters-in-all-0"
+    for path in ("/generate", "/api/v1/generate/stream"):
+        yield path, []
+        for name in ("api_key", "key", "access_token", "x-api-key"):
+            yield f"{path}?{name}={key}", []
+        for scheme in ("Basic", "Token", "ApiKey", "Digest"):
+            yield path, [("authorization", f"{scheme} {key}")]
+        for wrong in (key[:-1], key + "0", key[:-1] + "1", key.upper(), "x" * 30_000, "lms", f"lms:{key}", "é"):
+            yield path, [("authorization", f"Bearer {wrong}")]
+        for wrong in (key[:-1] + "1", "x" * 30_000, ""):
+            yield path, [("x-api-key", wrong)]
+
+
+async def test_forty_requests_without_a_valid_key_have_the_same_answer() -> None:
+    answers = set()
+    async with serving(api_keys="lms:s3cret-of-32-characters-in-all-0") as service:
+        requests = list(bad_keys())
+        assert len(requests) == 40
+        for path, headers in requests:
+            response = await ask(service, path=path, headers=headers)
+            problem = problem_in(response, 401, "unauthorized")
+            answers.add((problem["detail"], response.headers["www-authenticate"]))
+    assert len(answers) == 1
+    assert not service.engine.calls
+
+
+async def test_an_eventsource_needs_no_key_for_the_address_of_an_asynchronous_generation() -> None:
+    async with serving(script=SLOW, api_keys="lms:s3cret") as service:
+        headers = [("x-api-key", "s3cret"), ("prefer", "respond-async")]
+        accepted = (await ask(service, headers=headers)).json()
+        async with await service.connect() as browser:
+            stream = await browser.request("GET", accepted["events"])
+            await eventually(lambda: service.engine.calls and service.engine.calls[0].pieces_sent > 3)
+            for method in ("GET", "DELETE"):  # nothing but its events
+                response = await ask(service, None, f"/generations/{accepted['id']}", method)
+                problem_in(response, 401, "unauthorized")
+            problem_in(
+                await ask(service, None, f"/generations/{accepted['id'][:-1]}/events", "GET"), 401, "unauthorized"
+            )
+            cancelled = await ask(
+                service, None, f"/generations/{accepted['id']}", "DELETE", headers=[("x-api-key", "s3cret")]
+            )
+            assert cancelled.status == 204
+            assert named(await events_of(browser, stream), "error")[0]["error_code"] == "cancelled"
+        await service.idle()
 
 
 async def test_what_is_not_there_is_a_404() -> None:
@@ -2714,6 +2777,184 @@ async def test_credentials_in_the_engines_url_are_used_and_not_shown(credentials
     assert engine.calls[0].headers["authorization"].startswith("Basic ")
 
 
+SCRIPT = "console.log('<b>');\n"
+
+
+async def test_the_demo_page_stands_at_its_paths_and_runs_only_its_own_scripts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demo = tmp_path / "demo.html"
+    demo.write_text(f"<!doctype html><style>p {{}}</style><script>{SCRIPT}</script>", "utf-8")
+    monkeypatch.setattr(dccapi, "DEMO", demo)
+    async with serving() as service:
+        for path, accept in (("/", "text/html,*/*"), ("/demo", "*/*"), ("/api/v1/demo", "*/*")):
+            response = await ask(service, None, path, "GET", [("accept", accept)])
+            assert response.body == demo.read_bytes()
+            assert response.headers["content-type"] == "text/html; charset=utf-8"
+            directives = response.headers["content-security-policy"].split("; ")
+            hash = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+            assert {"default-src 'none'", f"script-src 'sha256-{hash}'", "connect-src 'self'"} <= set(directives)
+            assert not [one for one in directives if "unsafe" in one or "http" in one or "*" in one]
+        links = await ask(service, None, "/", "GET", [("accept", "*/*")])
+        assert links.json()["links"]["demo"] == "/demo"
+        demo.unlink()
+        problem_in(await ask(service, None, "/demo", "GET"), 404, "not_found")
+
+
+async def test_the_documentation_serves_its_own_files_and_nothing_beside_them() -> None:
+    async with serving() as service:
+        document = (await ask(service, None, "/docs", "GET")).body.decode()
+        for file in re.findall(r'(?:src|href)="(.+?)"', document):
+            assert (await ask(service, None, f"/{file}", "GET")).status == 200
+            assert (await ask(service, None, f"/api/v1/{file}", "GET")).status == 200
+        for file in ("index.html", "__init__.py", "..%2f__init__.py", "%2e%2e/__init__.py", "swagger-ui.css/"):
+            problem_in(await ask(service, None, f"/docs/{file}", "GET"), 404, "not_found")
+
+
+async def test_openapi_has_an_example_for_every_body_answer_and_error() -> None:
+    document = json.loads(dccapi.openapi_document())
+    validators = {
+        name: Draft202012Validator({"$ref": f"#/components/schemas/{name}", "components": document["components"]})
+        for name in document["components"]["schemas"]
+    }
+    problems = [one["content"]["application/problem+json"] for one in document["components"]["responses"].values()]
+    codes = {sample["value"]["error_code"] for problem in problems for sample in problem["examples"].values()}
+    assert codes == {error.code for errors in dccapi.errors_by_status().values() for error in errors}
+    for item in document["paths"].values():
+        for operation in item.values():
+            for one in [*operation["responses"].values(), operation.get("requestBody", {})]:
+                if "$ref" in one:
+                    one = document["components"]["responses"][one["$ref"].rpartition("/")[2]]
+                for media_type, media in one.get("content", {}).items():
+                    assert media["examples"], operation["summary"]
+                    for sample in media["examples"].values():
+                        if media_type.endswith("json"):
+                            validators[media["schema"]["$ref"].rpartition("/")[2]].validate(sample["value"])
+
+
+async def test_openapi_describes_the_events_that_are_sent() -> None:
+    document = json.loads(dccapi.openapi_document())
+    schema = document["components"]["schemas"]["Event"]["properties"]["data"]["contentSchema"]
+    validator = Draft202012Validator({**schema, "components": document["components"]})
+    async with serving(max_concurrent_requests=1) as service, await service.connect() as connection:
+        kinds = set()
+        for options, script in (("?partial=true", Script()), ("?accumulated=false", Script(drop_after=9))):
+            service.engine.script = lambda body, index, script=script: script
+            stream = await connection.request("POST", f"/generate/stream{options}", body=COURSE)
+            for event in await events_of(connection, stream):
+                if "data" in event:
+                    validator.validate(event["data"])
+                    kinds.add(event["data"]["type"])
+    assert kinds == {"queue", "token", "partial", "final", "error"}
+    assert not validator.is_valid({"type": "token", "content": "a"})
+
+
+async def samples(service: Service, **headers: str) -> dict[str, float]:
+    """What Prometheus would read, by the text before the value."""
+    response = await ask(service, None, "/metrics", "GET", list(headers.items()))
+    assert response.headers["content-type"].startswith("text/plain; version=")
+    lines = [line.rpartition(" ") for line in response.body.decode().splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, _, value in lines}
+
+
+GENAI = 'gen_ai_operation_name="generate_content",gen_ai_provider_name="ollama",gen_ai_request_model="phi4badges"'
+
+
+async def test_the_metrics_tell_what_ran_what_waits_and_what_was_refused() -> None:
+    async with serving(api_keys="lms:s3cret,cms:0ther", max_concurrent_requests=1, max_queue=1) as service:
+        key = {"x-api-key": "s3cret"}
+        assert (await ask(service, headers=list(key.items()))).status == 200
+        assert (await ask(service, headers=[("x-api-key", "0ther")])).status == 200
+        before = await samples(service, **key)
+        service.engine.script = lambda body, index: SLOW
+        async with await service.connect() as connection:
+            for _ in range(2):
+                await connection.request("POST", "/generate", list(key.items()), COURSE)
+            await eventually(lambda: service.queue.waiting == 1)
+            problem_in(await ask(service, headers=list(key.items())), 503, "queue_full")
+            await ask(service)
+            during = await samples(service, **key)
+        await service.idle()
+        after = await samples(service, **key)
+    assert before['dccapi_generations_total{key="lms",outcome="succeeded"}'] == 1
+    assert before['dccapi_generations_total{key="cms",outcome="succeeded"}'] == 1
+    for name, count in (
+        (f'gen_ai_server_request_duration_seconds_count{{error_type="",{GENAI}}}', 2),
+        (f"gen_ai_server_time_to_first_token_seconds_count{{{GENAI}}}", 2),
+        (f"gen_ai_server_time_per_output_token_seconds_count{{{GENAI}}}", 2),
+        (f'gen_ai_client_token_usage_sum{{{GENAI},gen_ai_token_type="output"}}', 2 * len(badge_pieces())),
+        (f"dccapi_queue_wait_seconds_count{{{GENAI}}}", 2),
+        (f'gen_ai_server_request_duration_seconds_bucket{{error_type="",{GENAI},le="600.0"}}', 2),
+        ("dccapi_engine_up", 1),
+    ):
+        assert before[name] == count, name
+    assert (during["dccapi_active_generations"], during["dccapi_queue_depth"]) == (1, 1)
+    assert during['dccapi_rejections_total{reason="queue_full"}'] == 1
+    assert during['dccapi_rejections_total{reason="unauthorized"}'] == 1
+    assert (after["dccapi_active_generations"], after["dccapi_queue_depth"]) == (0, 0)
+    assert after['dccapi_generations_total{key="lms",outcome="cancelled"}'] == 2
+    assert not [name for name in after if "s3cret" in name or "0ther" in name]
+
+
+async def test_the_metrics_count_a_failed_generation_once_and_no_probe() -> None:
+    async with serving(script=Script(drop_after=3)) as service:
+        await fails(service, 502, "engine_error")
+        after = await samples(service)
+        assert after['dccapi_generations_total{key="",outcome="engine_error"}'] == 2
+        assert after[f'gen_ai_server_request_duration_seconds_count{{error_type="engine_error",{GENAI}}}'] == 2
+        assert not [name for name in after if name.startswith("dccapi_rejections_total{")]
+        service.engine.models = []
+        problem_in(await ask(service, None, "/readyz", "GET"), 503, "model_missing")
+        after = await samples(service)
+        assert after["dccapi_engine_up"] == 0
+        assert not [name for name in after if name.startswith("dccapi_rejections_total{")]
+
+
+async def test_the_metrics_come_as_openmetrics_to_who_asks_for_it() -> None:
+    async with serving() as service:
+        accept = [("accept", "application/openmetrics-text;version=1.0.0,text/plain;q=0.5")]
+        response = await ask(service, None, "/metrics", "GET", accept)
+    assert response.headers["content-type"].startswith("application/openmetrics-text")
+    assert response.body.endswith(b"# EOF\n")
+
+
+@pytest.mark.parametrize(
+    ("bind", "keys", "warnings"), [("0.0.0.0", "", 1), ("127.0.0.1", "", 0), ("0.0.0.0", "lms:s3cret", 0)]
+)
+async def test_a_start_on_a_public_address_without_keys_is_warned_about_once(
+    bind: str, keys: str, warnings: int
+) -> None:
+    port = free_port()
+    command = ["dccapi.py", "--bind", f"{bind}:{port}", "--certs", "absent"]
+    async with Server(command, {"API_KEYS": keys}, f"http://127.0.0.1:{port}/livez", HERE) as server:
+        assert await server.terminate() == 0
+    assert len([line for line in server.log if "WARNING" in line and "API_KEYS" in line]) == warnings
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [("http://[::]:8001", True), ("http://[::1]:8001", False), ("http://localhost:8001", False),
+     ("https://badges.example.edu:8443", True), ("http://unix:/run/dccapi.sock", False), ("http://fd://3", False)],
+)  # fmt: skip
+def test_a_public_address_is_told_from_this_machines(address: str, public: bool) -> None:
+    assert dccapi.is_public(address) is public
+
+
+async def test_debug_lines_name_the_route_and_never_what_was_put_into_its_address() -> None:
+    lines: list[str] = []
+    with logging_into(lines):
+        async with serving(log_level="DEBUG", api_keys="lms:s3cret") as service:
+            headers = [("x-api-key", "s3cret")]
+            id = (await ask(service, headers=[*headers, ("prefer", "respond-async")])).json()["id"]
+            await ask(service, None, f"/generations/{id}/events?key=s3cret", "GET")
+            await ask(service, None, f"/generate/stream?content={MARKER}&key=s3cret", "GET")
+            await ask(service, None, "/generate/s3cret", "GET", headers)
+    said = "\n".join(line for line in lines if json.loads(line)["logger"] == "dccapi")
+    assert "GET /generations/{id}/events over HTTP/2: 200" in said
+    assert "GET a path that is not known over HTTP/2: 404" in said
+    assert not [word for word in (MARKER, "s3cret", id) if word in said]
+
+
 async def test_openapi_is_a_valid_document_that_lists_every_route() -> None:
     async with serving() as service:
         response = await ask(service, None, "/openapi.json", "GET")
@@ -2732,7 +2973,7 @@ async def test_openapi_is_a_valid_document_that_lists_every_route() -> None:
         (method.lower(), route.path) for route in api.routes()
         for method in route.methods - {"HEAD"} if not route.path.startswith("/api/v1")
     }  # fmt: skip
-    assert routes - listed <= {("get", page) for page in ("/", "/demo", "/docs", "/docs/{file}", "/openapi.json")}
+    assert routes - listed == {("get", "/docs/{file}")}
     assert listed <= routes
 
 
@@ -2757,8 +2998,10 @@ async def test_openapis_operations_are_well_formed() -> None:
             assert all("schema" in one and (one["in"] != "path" or one["required"] is True) for one in parameters)
             assert {one["name"] for one in parameters if one["in"] == "path"} == set(re.findall(r"{(\w+)}", path))
             assert all(re.fullmatch(r"[1-5]\d\d|default", status) for status in operation["responses"])
-            assert all(one["description"] for one in operation["responses"].values())
-            for one in [*operation["responses"].values(), operation.get("requestBody", {})]:
+            responses = [document["components"]["responses"][one["$ref"].rpartition("/")[2]] if "$ref" in one else one
+                         for one in operation["responses"].values()]  # fmt: skip
+            assert all(one["description"] for one in responses)
+            for one in [*responses, operation.get("requestBody", {})]:
                 assert all("schema" in media or media == {} for media in one.get("content", {}).values())
     writing = document["paths"]["/generate"]["post"]["responses"].keys()
     assert writing >= {"200", "400", "401", "408", "409", "413", "415", "422", "429", "502", "503", "504"}

@@ -1151,15 +1151,18 @@ class TokenUsage(BaseModel):
     total_tokens: int
 
 
-class Answer(BaseModel):
-    """A finished badge (contract 3.2)."""
-
-    response: Badge
+class Finished(BaseModel):
     achievement: Achievement
     model: str
     usage: TokenUsage
     finish_reason: Literal["stop", "length"]
     request_id: str
+
+
+class Answer(Finished):
+    """A finished badge (contract 3.2)."""
+
+    response: Badge
 
 
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
@@ -2279,6 +2282,152 @@ class Health(BaseModel):
     error: str | None
 
 
+class Problem(BaseModel):
+    """RFC 9457."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    error_code: str
+    request_id: str
+    timestamp: str
+    errors: list[dict[str, Any]] | None = None
+
+
+class GenerationState(Accepted):
+    """A generation and what came of it."""
+
+    position: int
+    result: Answer | None
+    error: Problem | None
+
+
+class TokenEvent(BaseModel):
+    """A piece of the text."""
+
+    type: Literal["token"]
+    content: str
+    accumulated: str | None = Field(description="The text so far; absent with `accumulated=false`.")
+    done: Literal[False]
+
+
+class FinalEvent(Finished):
+    """The badge. The last event."""
+
+    type: Literal["final"]
+    content: Badge
+
+
+class ErrorEvent(BaseModel):
+    """Why there is no badge. The last event."""
+
+    type: Literal["error"]
+    content: str
+    error: str
+    error_code: str
+    request_id: str
+
+
+class QueueEvent(BaseModel):
+    """Named `queue`. Position 0 means running; the estimate is in seconds."""
+
+    type: Literal["queue"]
+    position: int
+    estimated_wait: float
+
+
+class PartialEvent(BaseModel):
+    """Named `partial`, with `partial=true`: the badge as far as it is written."""
+
+    type: Literal["partial"]
+    badge: dict[str, Any]
+
+
+EVENTS = (TokenEvent, FinalEvent, ErrorEvent, QueueEvent, PartialEvent)
+
+
+class Event(BaseModel):
+    """A Server-Sent Event. The last of a stream is one `final` or one `error`; `retry` comes once, comments between.
+
+    Unnamed: `token`, `final` and `error`. Named: `queue` and, on request, `partial`.
+    An `id` sent back as `Last-Event-ID` goes on after it; 204 says that nothing is left.
+    """
+
+    id: str | None = None
+    event: Literal["message", "queue", "partial"] = "message"
+    data: str = Field(
+        json_schema_extra={
+            "contentMediaType": "application/json",
+            "contentSchema": {"oneOf": [{"$ref": f"#/components/schemas/{model.__name__}"} for model in EVENTS]},
+        }
+    )
+
+
+class Links(RootModel[dict[str, Any]]):
+    """The paths; the demo page to a client that accepts HTML."""
+
+
+class Page(RootModel[str]):
+    """A page for people."""
+
+
+class Samples(RootModel[str]):
+    """Prometheus' text format."""
+
+
+MEDIA_TYPES: dict[type[BaseModel], str] = {Event: "text/event-stream", Page: "text/html", Samples: "text/plain"}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A method of a path: its handler, what it answers and which problems it may have beside those that all have."""
+
+    method: str
+    path: str
+    handler: str
+    summary: str
+    answers: Mapping[str, Sequence[type[BaseModel]]]  # by status; of one or more media types, or without a body
+    problems: str
+    parameters: tuple[str, ...]
+    body: type[BaseModel]
+
+
+Handler = Callable[[Request], Awaitable[Response]]
+Method = TypeVar("Method", bound=Callable[..., Awaitable[Response]])
+OPERATIONS: list[Operation] = []
+OPEN_PATHS = {"/", "/demo", "/docs", "/openapi.json", "/livez", "/readyz"}  # no key is needed (contract 3.4)
+
+
+def operation(
+    method: str,
+    *paths: str,
+    answers: Mapping[str, Sequence[type[BaseModel]]],
+    problems: str = "",
+    parameters: tuple[str, ...] = (),
+    body: type[BaseModel] = GenerateRequest,
+) -> Callable[[Method], Method]:
+    """Enter a handler into OPERATIONS, from which the routes and the OpenAPI document are made."""
+
+    def entered(handler: Method) -> Method:
+        summary = str(handler.__doc__).partition("\n")[0]
+        for path in paths:
+            OPERATIONS.append(Operation(method, path, handler.__name__, summary, answers, problems, parameters, body))
+        return handler
+
+    return entered
+
+
+WRITING = "409 429 502 503 504"
+WRITE = ("/generate", "/generate-badge-suggestions")
+STREAM = tuple(f"{path}/stream" for path in WRITE)
+ASYNC = ("Idempotency-Key", "Prefer")
+VIEWS = ("Idempotency-Key", "accumulated", "partial")
+RESUME = ("Last-Event-ID", "accumulated", "partial")
+QUERY = (*(name for name in GenerateRequest.model_fields if name != "badge_configuration"), "Last-Event-ID")
+RESUMED: dict[str, Sequence[type[BaseModel]]] = {"200": [Event], "204": []}
+
+
 DEMO = HERE / "examples" / "demo.html"
 DOCS_FILES = ("swagger-ui.css", "swagger-ui-bundle.js", "favicon-32x32.png")
 DOCS_PAGE = """<!doctype html>
@@ -2298,9 +2447,6 @@ def as_json(document: Any, status: int = 200, headers: Mapping[str, str] | None 
     return Response(orjson.dumps(document), status, headers, "application/json")
 
 
-Handler = Callable[[Request], Awaitable[Response]]
-
-
 class Api:
     """The handlers. Each is a few lines: read the request, submit or find a generation, choose its view."""
 
@@ -2314,8 +2460,8 @@ class Api:
     def routes(self) -> list[Route]:
         """A route for each path of OPERATIONS, under /api/v1 and at the root."""
         paths: dict[str, dict[str, Handler]] = {"/docs/{file}": {"GET": self.docs_file}}
-        for operation in OPERATIONS:
-            paths.setdefault(operation.path, {})[operation.method] = getattr(self, operation.handler)
+        for one in OPERATIONS:
+            paths.setdefault(one.path, {})[one.method] = getattr(self, one.handler)
 
         def route(path: str, handlers: dict[str, Handler]) -> Route:
             async def handle(request: Request) -> Response:
@@ -2327,8 +2473,9 @@ class Api:
 
     # -- generations
 
+    @operation("POST", *WRITE, answers={"200": [Answer], "202": [Accepted]}, problems=WRITING, parameters=ASYNC)
     async def generate(self, request: Request) -> Response:
-        """POST: one badge as JSON, or `202` and its URL with `Prefer: respond-async`."""
+        """A badge as JSON, or `202` and its URL with `Prefer: respond-async`."""
         _, generation = await self._posted(request)
         headers = {"x-queue-position": str(generation.queued_position)}
         if "respond-async" in ",".join(request.headers.getlist("prefer")):
@@ -2341,13 +2488,15 @@ class Api:
         answer = await finished(self.queue, generation)
         return as_json(answer.model_dump(), headers=headers)
 
+    @operation("POST", *STREAM, answers={"200": [Event]}, problems=WRITING, parameters=VIEWS)
     async def generate_stream(self, request: Request) -> Response:
-        """POST: a badge as Server-Sent Events."""
+        """A badge as Server-Sent Events."""
         body, generation = await self._posted(request)
         return EventStreamResponse(self.queue, generation, body)
 
+    @operation("GET", *STREAM, answers=RESUMED, problems="413 422 429 503", parameters=QUERY)
     async def eventsource(self, request: Request) -> Response:
-        """GET: the same for an EventSource; one that comes back goes on where it was."""
+        """The same for an EventSource; one that comes back goes on where it was."""
         if request.method == "HEAD":
             return Response(headers=EVENT_STREAM_HEADERS)
         try:
@@ -2359,23 +2508,33 @@ class Api:
         generation = self.queue.submit(await self._prompt(body), client_of(request), request.state.request_id)
         return EventStreamResponse(self.queue, generation, body, grace=self.settings.resume_grace)
 
+    @operation(
+        "POST",
+        "/regenerate-field",
+        answers={"200": [Answer, Event]},
+        problems=WRITING,
+        parameters=VIEWS,
+        body=RegenerateRequest,
+    )
     async def regenerate_field(self, request: Request) -> Response:
-        """POST: the badge with one field written anew, as JSON or, where events are accepted, as events."""
+        """The badge with one field written anew, as JSON or, where events are accepted, as events."""
         body, generation = await self._posted(request, RegenerateRequest)
         if "text/event-stream" in request.headers.get("accept", ""):
             return EventStreamResponse(self.queue, generation, body)
         return as_json((await finished(self.queue, generation)).model_dump())
 
+    @operation("POST", "/credentials", answers={"200": [OpenBadgeCredential]}, body=CredentialRequest)
     async def credentials(self, request: Request) -> Response:
-        """POST: an unsigned OpenBadgeCredential."""
+        """An unsigned OpenBadgeCredential; no engine is involved."""
         document = await json_body(request)
         try:
             return as_json(build_credential(CredentialRequest.model_validate(document)))
         except ValidationError as error:
             raise invalid(error) from None
 
+    @operation("GET", "/generations/{id}", answers={"200": [GenerationState]})
     async def generation(self, request: Request) -> Response:
-        """GET: state and result."""
+        """State and result of a generation."""
         generation = self._known(request)
         outcome = generation.outcome
         return as_json(
@@ -2389,13 +2548,15 @@ class Api:
             }
         )
 
+    @operation("DELETE", "/generations/{id}", answers={"204": []})
     async def cancel(self, request: Request) -> Response:
-        """DELETE: cancel; its state stays to be seen."""
+        """Cancel a generation; its state stays to be seen."""
         self.queue.end(self._known(request), Cancelled())
         return Response(status_code=204)
 
+    @operation("GET", "/generations/{id}/events", answers=RESUMED, problems="422", parameters=RESUME)
     async def generation_events(self, request: Request) -> Response:
-        """GET: the events from the start, or after `Last-Event-ID`."""
+        """The events from the start, or after `Last-Event-ID`. This address needs no key: nobody can guess it."""
         if request.method == "HEAD":
             return Response(headers=EVENT_STREAM_HEADERS)
         if last := request.headers.get("last-event-id"):
@@ -2456,8 +2617,9 @@ class Api:
 
     # -- state
 
+    @operation("GET", "/health", answers={"200": [Health], "503": [Health]})
     async def health(self, request: Request) -> Response:
-        """GET: contract 3.5; 503 when no badge could be written now."""
+        """Engine, model and queue (contract 3.5); 503 when no badge could be written now."""
         settings, queue = self.settings, self.queue
         available, error = await self._state()
         health = Health(
@@ -2481,17 +2643,22 @@ class Api:
         )
         return as_json(health.model_dump(), 503 if error else 200)
 
+    @operation("GET", "/livez", answers={"200": [Status]})
     async def livez(self, request: Request) -> Response:
+        """The process is up."""
         return as_json({"status": "alive"})
 
+    @operation("GET", "/metrics", answers={"200": [Samples]})
     async def metrics(self, request: Request) -> Response:
-        """GET: for Prometheus, in the format that it asks for."""
+        """For Prometheus, in the format that it asks for."""
         metrics = self.queue.metrics
         metrics.engine_up.set(self.engine.has_model((await self._state())[0]))
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
         return Response(encode(metrics.registry), headers={"content-type": content_type})
 
+    @operation("GET", "/readyz", answers={"200": [Status]}, problems="503")
     async def readyz(self, request: Request) -> Response:
+        """Engine and model are ready."""
         _, error = await self._state()
         if error:
             raise error
@@ -2512,24 +2679,31 @@ class Api:
 
     # -- pages
 
+    @operation("GET", "/openapi.json", answers={"200": [Links]})
     async def openapi(self, request: Request) -> Response:
+        """This document."""
         return Response(openapi_document(), media_type="application/json")
 
+    @operation("GET", "/", answers={"200": [Links, Page]})
     async def index(self, request: Request) -> Response:
-        """The demo page to a browser, the links to others."""
+        """The demo page to a browser, the paths to others."""
         if "text/html" in request.headers.get("accept", ""):
             return await self.demo(request)
         names = ("generate", "generate/stream", "health", "readyz", "metrics", "demo", "docs", "openapi.json")
         links = {name: f"/{name}" for name in names}
         return as_json({"name": "dccapi", "version": __version__, "links": links})
 
+    @operation("GET", "/demo", answers={"200": [Page]})
     async def demo(self, request: Request) -> Response:
+        """The demo page."""
         try:
             return page(DEMO.read_text("utf-8"), img="'self' data: blob:")
         except FileNotFoundError:
             raise NotFound("This installation has no demo page; /docs shows every route.") from None
 
+    @operation("GET", "/docs", answers={"200": [Page]})
     async def docs(self, request: Request) -> Response:
+        """Swagger UI, without any other host."""
         return page(DOCS_PAGE, script="'self'", style="'self' 'unsafe-inline'", img="'self' data:")
 
     async def docs_file(self, request: Request) -> Response:
@@ -2595,195 +2769,10 @@ def client_of(request: Request) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Problem(BaseModel):
-    """RFC 9457."""
-
-    type: str
-    title: str
-    status: int
-    detail: str
-    error_code: str
-    request_id: str
-    timestamp: str
-    errors: list[dict[str, Any]] | None = None
-
-
-class GenerationState(Accepted):
-    """A generation and what came of it."""
-
-    position: int
-    result: Answer | None
-    error: Problem | None
-
-
-class TokenEvent(BaseModel):
-    """A piece of the text."""
-
-    type: Literal["token"]
-    content: str
-    accumulated: str | None = Field(description="The text so far; absent with `accumulated=false`.")
-    done: Literal[False]
-
-
-class FinalEvent(BaseModel):
-    """The badge. The last event."""
-
-    type: Literal["final"]
-    content: Badge
-    achievement: Achievement
-    model: str
-    usage: TokenUsage
-    finish_reason: Literal["stop", "length"]
-    request_id: str
-
-
-class ErrorEvent(BaseModel):
-    """Why there is no badge. The last event."""
-
-    type: Literal["error"]
-    content: str
-    error: str
-    error_code: str
-    request_id: str
-
-
-class QueueEvent(BaseModel):
-    """Named `queue`. Position 0 means running; the estimate is in seconds."""
-
-    type: Literal["queue"]
-    position: int
-    estimated_wait: float
-
-
-class PartialEvent(BaseModel):
-    """Named `partial`, with `partial=true`: the badge as far as it is written."""
-
-    type: Literal["partial"]
-    badge: dict[str, Any]
-
-
-EVENTS = (TokenEvent, FinalEvent, ErrorEvent, QueueEvent, PartialEvent)
-
-
-class Event(BaseModel):
-    """A Server-Sent Event. The last of a stream is one `final` or one `error`; `retry` comes once, comments between.
-
-    Unnamed: `token`, `final` and `error`. Named: `queue` and, on request, `partial`.
-    An `id` sent back as `Last-Event-ID` goes on after it; 204 says that nothing is left.
-    """
-
-    id: str | None = None
-    event: Literal["message", "queue", "partial"] = "message"
-    data: str = Field(
-        json_schema_extra={
-            "contentMediaType": "application/json",
-            "contentSchema": {"oneOf": [{"$ref": f"#/components/schemas/{model.__name__}"} for model in EVENTS]},
-        }
-    )
-
-
-class Links(RootModel[dict[str, Any]]):
-    """The paths; the demo page to a client that accepts HTML."""
-
-
-class Page(RootModel[str]):
-    """A page for people."""
-
-
-class Samples(RootModel[str]):
-    """Prometheus' text format."""
-
-
-MEDIA_TYPES: dict[type[BaseModel], str] = {Event: "text/event-stream", Page: "text/html", Samples: "text/plain"}
-
-
-@dataclass(frozen=True)
-class Operation:
-    """A method of a path: what handles it, what it answers, and which problems it may have."""
-
-    method: str
-    path: str
-    handler: str
-    summary: str
-    answers: Mapping[str, Sequence[type[BaseModel]]]  # by status; of one or more media types, or without a body
-    problems: str = "414"
-    parameters: tuple[str, ...] = ()
-    body: type[BaseModel] = GenerateRequest
-
-
-WRITING = "400 401 408 409 413 414 415 422 429 502 503 504"
-KEYED = ("Idempotency-Key",)
-VIEWS = ("accumulated", "partial")
-QUERY = (*(name for name in GenerateRequest.model_fields if name != "badge_configuration"), "Last-Event-ID")
-RESUMED: dict[str, Sequence[type[BaseModel]]] = {"200": [Event], "204": []}
-OPERATIONS = [
-    operation
-    for path in ("/generate", "/generate-badge-suggestions")
-    for operation in (
-        Operation(
-            "POST",
-            path,
-            "generate",
-            "Write a badge",
-            {"200": [Answer], "202": [Accepted]},
-            WRITING,
-            (*KEYED, "Prefer"),
-        ),
-        Operation(
-            "POST", f"{path}/stream", "generate_stream", "… as events", {"200": [Event]}, WRITING, (*KEYED, *VIEWS)
-        ),
-        Operation(
-            "GET", f"{path}/stream", "eventsource", "… for EventSource", RESUMED, "401 413 414 422 429 503", QUERY
-        ),
-    )
-] + [
-    Operation(
-        "POST",
-        "/regenerate-field",
-        "regenerate_field",
-        "Write one field anew; as events where they are accepted",
-        {"200": [Answer, Event]},
-        WRITING,
-        (*KEYED, *VIEWS),
-        RegenerateRequest,
-    ),
-    Operation(
-        "POST",
-        "/credentials",
-        "credentials",
-        "Make an unsigned credential",
-        {"200": [OpenBadgeCredential]},
-        "400 401 408 413 414 415 422",
-        body=CredentialRequest,
-    ),
-    Operation(
-        "GET", "/generations/{id}", "generation", "State and result", {"200": [GenerationState]}, "401 404 414", ("id",)
-    ),
-    Operation("DELETE", "/generations/{id}", "cancel", "Cancel", {"204": []}, "401 404 414", ("id",)),
-    Operation(
-        "GET",
-        "/generations/{id}/events",
-        "generation_events",
-        "Its events; this address needs no key",
-        RESUMED,
-        "401 404 414 422",
-        ("id", *VIEWS, "Last-Event-ID"),
-    ),
-    Operation("GET", "/health", "health", "Engine, model and queue", {"200": [Health], "503": [Health]}, "401 414"),
-    Operation("GET", "/livez", "livez", "The process is up", {"200": [Status]}),
-    Operation("GET", "/readyz", "readyz", "Engine and model are ready", {"200": [Status]}, "414 503"),
-    Operation("GET", "/metrics", "metrics", "For Prometheus", {"200": [Samples]}, "401 414"),
-    Operation("GET", "/", "index", "The paths, or the demo page", {"200": [Links, Page]}),
-    Operation("GET", "/demo", "demo", "The demo page", {"200": [Page]}),
-    Operation("GET", "/docs", "docs", "This documentation", {"200": [Page]}),
-    Operation("GET", "/openapi.json", "openapi", "This document", {"200": [Links]}),
-]
-
-
 def examples() -> dict[type[BaseModel], dict[str, Any]]:
-    """By model and name. Made by what makes the answers, so that they are as true as those."""
+    """By model and name, made by what makes the answers."""
     id, request_id = "Y7oWQd0Bq1xK3nZ5uT8vRg", "3f0c6c0a5b8e4e0f9a1d2c3b4a5f6e7d"
-    course = "Knots for climbers: figure eight, clove hitch, prusik. Practical exam on the wall."
+    course = {"content": "Knots for climbers: figure eight, clove hitch, prusik. Practical exam on the wall."}
     badge = Badge(
         badge_name="Knots for Climbers",
         badge_description="Ties and checks the knots that climbers trust their lives to.",
@@ -2791,67 +2780,48 @@ def examples() -> dict[type[BaseModel], dict[str, Any]]:
     )
     answer = Answer(
         response=badge,
-        achievement=build_achievement(badge).model_copy(update={"id": "urn:uuid:0b9d1f0a-63a4-4c1e-9c53-2f4f5d0c7a11"}),
+        achievement=build_achievement(badge),
         model="phi4badges",
         usage=TokenUsage(prompt_tokens=540, completion_tokens=96, total_tokens=636),
         finish_reason="stop",
         request_id=request_id,
     )
-    awarded = {
-        "badge": badge.model_dump(),
-        "issuer": {"id": "https://example.edu", "type": ["Profile"], "name": "Example University"},
-        "recipient_id": "did:example:recipient",
-        "valid_from": "2026-01-31T12:00:00Z",
-    }
-    credential = build_credential(CredentialRequest.model_validate(awarded))
-    credential["id"] = "urn:uuid:5c1b7b52-0e57-4c57-8f53-5a3d1c7f9e20"
-    credential["credentialSubject"]["achievement"]["id"] = answer.achievement.id
+    awarded = {"badge": badge.model_dump(), "issuer": {"id": "https://example.edu", "name": "Example University"}}
     accepted = {"id": id, "status": "queued", "events": f"/api/v1/generations/{id}/events"}
-    generation = Generation(Prompt("", "", {}, {}), "", request_id, id=id, log=['{"badge_name": "Kn', "ots"])
-    encoder = EventEncoder(generation, StreamOptions(accumulated=True, partial=True))
-    events = {"queue": encoder.queue(3, 12.5), "token and partial": encoder.pending()}
-    generation.log.append(answer)
-    events["final"] = encoder.pending()
+    waiting = {**accepted, "position": 3, "result": None, "error": None}
+    generation = Generation(Prompt("", "", {}, {}), "", request_id, id=id, log=['{"badge_name": "Kn', "ots", answer])
+    views = StreamOptions(partial=True)
+    events = (
+        b"retry: 1000\n\n" + EventEncoder(generation, views).queue(3, 12.5) + EventEncoder(generation, views).pending()
+    )
     generation.log[-1] = EngineTimeout()
-    encoder.seen -= 1
-    events["error"] = encoder.pending()
     options = {"badge_style": "Technical", "badge_level": "Beginner", "institution": "Example University"}
     return {
-        GenerateRequest: {"short": {"content": course}, "with options": {"content": course, **options, "seed": 1}},
-        RegenerateRequest: {"a name": {"content": course, "badge": badge.model_dump(), "field": "badge_name"}},
+        GenerateRequest: {"short": course, "with options": {**course, **options, "seed": 1}},
+        RegenerateRequest: {"a name": {**course, "badge": badge.model_dump(), "field": "badge_name"}},
         CredentialRequest: {"a badge": awarded},
         Answer: {"a badge": answer.model_dump()},
         Accepted: {"waiting": accepted},
         GenerationState: {
-            "waiting": {**accepted, "position": 3, "result": None, "error": None},
-            "done": {**accepted, "status": "succeeded", "position": 0, "result": answer.model_dump(), "error": None},
+            "waiting": waiting,
+            "done": {**waiting, "status": "succeeded", "position": 0, "result": answer.model_dump()},
         },
-        OpenBadgeCredential: {"unsigned": credential},
-        Event: {name: event.decode() for name, event in events.items()},
+        OpenBadgeCredential: {"unsigned": build_credential(CredentialRequest.model_validate(awarded))},
+        Event: {
+            "a badge": events.decode(),
+            "an error": EventEncoder(generation, views, seen=2).pending().decode(),
+        },
         Status: {"up": {"status": "alive"}, "ready": {"status": "ready"}},
         Samples: {"a gauge": "# TYPE dccapi_queue_depth gauge\ndccapi_queue_depth 3.0\n"},
         Links: {"some": {"name": "dccapi", "version": __version__, "links": {"generate": "/generate"}}},
         Page: {"a page": "<!doctype html>…"},
         Health: {
-            "healthy": {
-                "status": "healthy",
-                "engine": "ollama",
-                "ollama_url": "http://localhost:11434",
-                "available_models": ["phi4badges:latest"],
-                "target_model": "phi4badges",
-                "model_available": True,
-                "model_path": None,
-                "system_prompt_loaded": True,
-                "system_prompt_preview": "You write Open Badges…",
-                "active_requests": 4,
-                "max_concurrent_requests": 4,
-                "queued_requests": 3,
-                "max_queue": 64,
-                "queue_status": "busy",
-                "multiplexing_enabled": True,
-                "version": __version__,
-                "error": None,
-            }
+            "busy": dict.fromkeys(Health.model_fields)
+            | {"status": "healthy", "engine": "ollama", "ollama_url": "http://localhost:11434"}
+            | {"target_model": "phi4badges", "available_models": ["phi4badges:latest"], "model_available": True}
+            | {"system_prompt_loaded": True, "system_prompt_preview": "You write Open Badges 3.0 metadata…"}
+            | {"active_requests": 4, "max_concurrent_requests": 4, "queued_requests": 3, "max_queue": 64}
+            | {"queue_status": "busy", "multiplexing_enabled": True, "version": __version__}
         },
     }
 
@@ -2869,8 +2839,8 @@ def errors_by_status() -> dict[int, list[ApiError]]:
 @functools.cache
 def openapi_document() -> bytes:
     """OpenAPI 3.1, made from the models that validate and answer."""
-    answering = {model for operation in OPERATIONS for models in operation.answers.values() for model in models}
-    bodies = {operation.body for operation in OPERATIONS}
+    answering = {model for one in OPERATIONS for models in one.answers.values() for model in models}
+    bodies = {one.body for one in OPERATIONS}
     models: Any = [(model, "validation") for model in bodies]
     models += [(model, "serialization") for model in answering | {Problem, *EVENTS}]
     _, definitions = models_json_schema(models, ref_template="#/components/schemas/{model}")
@@ -2889,8 +2859,7 @@ def openapi_document() -> bytes:
             schemas[name]["anyOf"] = [{"required": ["content"]}, {"properties": instead, "required": ["course_input"]}]
             schemas[name]["required"].remove("content")
     samples = examples()
-    [course] = [body["content"] for name, body in samples[GenerateRequest].items() if name == "short"]
-    shown = {"content": course, "id": samples[Accepted]["waiting"]["id"], "Prefer": "respond-async"}
+    shown = {**samples[GenerateRequest]["short"], "id": samples[Accepted]["waiting"]["id"], "Prefer": "respond-async"}
     shown |= {"Idempotency-Key": "course-4711", "Last-Event-ID": f"{shown['id']}.2"}
 
     def content(media_type: str, model: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -2914,27 +2883,30 @@ def openapi_document() -> bytes:
             "content": content("application/problem+json", Problem, values),
         }
     paths: dict[str, dict[str, Any]] = {}
-    for operation in OPERATIONS:
-        problem_statuses = operation.problems.split()
-        responses: dict[str, Any] = {code: {"$ref": f"#/components/responses/{code}"} for code in problem_statuses}
-        for answer, answers in operation.answers.items():
+    for one in OPERATIONS:
+        may_fail = ["414", *one.problems.split()]
+        may_fail += ["400", "408", "413", "415", "422"] if one.method == "POST" else []
+        may_fail += ["404"] if "{id}" in one.path else []
+        may_fail += ["401"] if one.path not in OPEN_PATHS else []
+        responses: dict[str, Any] = {code: {"$ref": f"#/components/responses/{code}"} for code in sorted(may_fail)}
+        for answer, answers in one.answers.items():
             about = inspect.getdoc(answers[0]) if answers else None
             responses[answer] = {"description": about or HTTPStatus(int(answer)).phrase}
             for model in answers:
                 media_type = MEDIA_TYPES.get(model, "application/json")
                 responses[answer].setdefault("content", {}).update(content(media_type, model, samples[model]))
         members: dict[str, Any] = {
-            "summary": operation.summary,
-            "operationId": f"{operation.handler}_{operation.path.strip('/').replace('/', '_')}",
-            "parameters": [parameter(name) for name in operation.parameters],
+            "summary": one.summary,
+            "operationId": f"{one.handler}_{one.path.strip('/').replace('/', '_')}",
+            "parameters": [parameter(name) for name in (*re.findall(r"{(\w+)}", one.path), *one.parameters)],
             "responses": responses,
         }
-        if operation.method == "POST":
-            body = content("application/json", operation.body, samples[operation.body])
+        if one.method == "POST":
+            body = content("application/json", one.body, samples[one.body])
             members["requestBody"] = {"required": True, "content": body}
-        if operation.path in OPEN_PATHS:
+        if one.path in OPEN_PATHS:
             members["security"] = []
-        paths.setdefault(operation.path, {})[operation.method.lower()] = members
+        paths.setdefault(one.path, {})[one.method.lower()] = members
 
     document = {
         "openapi": "3.1.0",
@@ -2968,7 +2940,6 @@ SECURITY_HEADERS = [
     (b"referrer-policy", b"no-referrer"),
     (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
 ]
-OPEN_PATHS = {"/", "/demo", "/docs", "/openapi.json", "/livez", "/readyz"}
 
 
 class Guard:

@@ -1895,6 +1895,8 @@ class HttpEngine:
             members = fault if isinstance(fault, dict) else {"message": fault}
             message = str(members.get("message", ""))
         log.warning("the engine refused a request: %d %s", status, members.get("type", ""))  # a message may quote it
+        if status in (502, 504):  # by a balancer that has no engine to ask
+            return EngineUnreachable()
         return self.refusal(status, message, members, prompt)
 
     async def _names(self, path: str, list_key: str, key: str) -> list[str]:

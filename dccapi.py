@@ -1893,7 +1893,7 @@ class HttpEngine:
             document = orjson.loads(body)
             fault = document.get("error", document) if isinstance(document, dict) else {}
             members = fault if isinstance(fault, dict) else {"message": fault}
-            message = str(members.get("message", ""))
+            message = str(members.get("message") or members.get("detail") or "")  # the latter is FastAPI's
         log.warning("the engine refused a request: %d %s", status, members.get("type", ""))  # a message may quote it
         if status in (502, 504):  # by a balancer that has no engine to ask
             return EngineUnreachable()
@@ -2010,14 +2010,14 @@ def _keep_alive(value: str) -> str | int:
 
 
 class OpenAIEngine(HttpEngine):
-    """Any server with the OpenAI API: vLLM, llm-d, Ray Serve, llama-server."""
+    """Any server with the OpenAI API: vLLM, llm-d, Ray Serve, llama-server, llama-cpp-python."""
 
     extras: Mapping[str, Any] = {}
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         self.base_url = settings.openai_base_url
-        self._strict = False  # the server refused parameters that the OpenAI API does not have
+        self._without: set[str] = set()  # what the server has refused, and is not sent again
 
     def schema(self, schema: dict[str, Any]) -> dict[str, Any]:
         return schema
@@ -2027,34 +2027,38 @@ class OpenAIEngine(HttpEngine):
         return {"authorization": f"Bearer {key}"} if key else {}
 
     async def stream(self, prompt: Prompt) -> AsyncGenerator[str | Usage]:
-        try:
-            async with contextlib.aclosing(self._completion(prompt)) as pieces:
-                async for piece in pieces:
-                    yield piece
-        except UnknownParameter:
-            self._strict = True
-            async with contextlib.aclosing(self._completion(prompt)) as pieces:
-                async for piece in pieces:
-                    yield piece
+        while True:
+            without = frozenset(self._without)
+            try:
+                async with contextlib.aclosing(self._completion(prompt, without)) as pieces:
+                    async for piece in pieces:
+                        yield piece
+                return
+            except UnknownParameter as refusal:
+                # Calls at the same time are refused the same: each goes on from what it had itself sent.
+                part = next((part for part in refusal.parts if part not in without), None)
+                if part is None:
+                    raise EngineError from None
+                self._without.add(part)
 
-    async def _completion(self, prompt: Prompt) -> AsyncGenerator[str | Usage]:
-        sampling = prompt.sampling
-        body = {
+    async def _completion(self, prompt: Prompt, without: frozenset[str]) -> AsyncGenerator[str | Usage]:
+        sampling, schema = prompt.sampling, self.schema(prompt.schema)
+        body: dict[str, Any] = {
             "model": self.settings.model,
             "messages": [{"role": "system", "content": prompt.system}, {"role": "user", "content": prompt.user}],
             "stream": True,
             "stream_options": {"include_usage": True},
-            "response_format": {
-                "type": "json_schema",
-                "json_schema": {"name": "badge", "schema": self.schema(prompt.schema)},
-            },
             "max_tokens": sampling["max_tokens"],
             "temperature": sampling["temperature"],
             "top_p": sampling["top_p"],
         }
         if sampling["seed"] is not None:
             body["seed"] = sampling["seed"] % 2**31  # llama.cpp's is 32 bits wide
-        if not self._strict:
+        if "json_schema" not in without:
+            body["response_format"] = {"type": "json_schema", "json_schema": {"name": "badge", "schema": schema}}
+        elif "json_object" not in without:
+            body["response_format"] = {"type": "json_object", "schema": schema}  # llama-cpp-python's way
+        if "sampling" not in without:
             penalty = sampling["repeat_penalty"]  # llama.cpp's name and vLLM's
             body |= {
                 "top_k": sampling["top_k"],
@@ -2062,7 +2066,7 @@ class OpenAIEngine(HttpEngine):
                 "repetition_penalty": penalty,
                 **self.extras,
             }
-        finish_reason, counts = None, None
+        finish_reason, counts, written = None, None, 0
         async with contextlib.aclosing(self.lines("/chat/completions", body, prompt)) as lines:
             async for line in lines:
                 data = line.removeprefix(b"data:").strip()
@@ -2078,13 +2082,14 @@ class OpenAIEngine(HttpEngine):
                 counts = document.get("usage") or counts
                 for choice in document.get("choices") or []:
                     if piece := (choice.get("delta") or {}).get("content"):
+                        written += 1
                         yield str(piece)
                     finish_reason = choice.get("finish_reason") or finish_reason
         if finish_reason is not None:
             counts = counts or {}
             yield Usage(
                 int(counts.get("prompt_tokens") or 0),
-                int(counts.get("completion_tokens") or 0),
+                int(counts.get("completion_tokens") or written),  # llama-cpp-python counts only what it does not stream
                 "length" if finish_reason == "length" else "stop",
             )
 
@@ -2093,8 +2098,11 @@ class OpenAIEngine(HttpEngine):
             return too_long(self.settings.num_ctx, prompt, members.get("n_prompt_tokens"), members.get("n_ctx"))
         if status == 400 and "context length" in message:
             return too_long(self.settings.num_ctx, prompt)
-        if status in (400, 422) and not self._strict and re.search(r"top_k|repe(at|tition)_penalty", message):
-            return UnknownParameter()
+        if status in (400, 422, 500):  # the last is llama-cpp-python's
+            if re.search(r"top_k|repe(at|tition)_penalty", message):
+                return UnknownParameter("sampling")
+            if re.search(r"response.format", message):
+                return UnknownParameter("json_schema", "json_object")
         if status == 404:
             return ModelMissing()
         return QueueFull() if status in (429, 503) else EngineError()
@@ -2107,7 +2115,11 @@ class OpenAIEngine(HttpEngine):
 
 
 class UnknownParameter(EngineError):
-    """The server knows no sampling parameters beyond OpenAI's."""
+    """The server refuses a part of the request."""
+
+    def __init__(self, *parts: str) -> None:
+        super().__init__()
+        self.parts = parts  # to leave out, the first of those that were sent
 
 
 class EmbeddedEngine(OpenAIEngine):

@@ -2301,6 +2301,7 @@ FAILURES = {  # what goes wrong: the script and settings, the status and error_c
         Script(pieces=split(badge_json())[:20], done_reason="length"), {}, 502, "invalid_model_output"),
     "the engine fails": (Script(status=500, error="CUDA error at 127.0.0.1:9, key s3cret"), {}, 502, "engine_error"),
     "the engine is busy": (Script(status=503, error="server busy, please try again"), {}, 503, "queue_full"),
+    "a balancer has no engine to ask": (Script(status=502, error="Bad Gateway"), {}, 503, "engine_unreachable"),
     "no first token": (Script(stall_after=0), {"first_token_timeout": 0.15}, 504, "engine_timeout"),
     "no next token": (Script(stall_after=3), {"token_timeout": 0.15}, 504, "engine_timeout"),
     "no end": (Script(pieces=badge_pieces() * 40, delay=0.02), {"generation_timeout": 0.2}, 504, "engine_timeout"),
@@ -2538,6 +2539,51 @@ async def test_a_strict_openai_server_is_asked_without_extensions_from_then_on()
         assert (await watch(service))[-1]["type"] == "final"
     assert ["top_k" in call.body for call in service.engine.calls] == [True, False, False, False]
     assert not [name for call in service.engine.calls[1:] for name in call.body if "penalty" in name]
+
+
+FORMATS = {  # the answer of a server to a response_format that it does not know
+    "llama-cpp-python": (500, {"message": "1 validation error:\n {'loc': ('body', 'response_format', 'type')}"}),
+    "FastAPI": (422, {"detail": [{"loc": ["body", "response_format", "type"], "msg": "Input should be 'text'"}]}),
+    "OpenAI": (400, {"message": "This model does not support response format `json_schema`."}),
+}
+
+
+@pytest.mark.parametrize("server", FORMATS)
+@pytest.mark.parametrize("known", ["json_object", None])
+async def test_a_server_that_knows_no_json_schema_is_asked_another_way_from_then_on(
+    server: str, known: str | None
+) -> None:
+    status, refusal = FORMATS[server]
+    gate = asyncio.Event()
+
+    def limited(body: dict[str, Any], index: int) -> Script:
+        refused = body.get("response_format", {}).get("type") not in (known, None)
+        return Script(status=status, error=refusal, gate=gate) if refused else Script(gate=gate)
+
+    async with serving(ScriptedOpenAI(), limited) as service, await service.connect() as connection:
+        streams = [await connection.request("POST", "/generate", body=COURSE) for _ in range(4)]
+        await service.engine.wait_for_calls(4)
+        gate.set()
+        assert [(await connection.response(stream)).status for stream in streams] == [200] * 4
+        await writes(service)
+    asked = [call.body.get("response_format", {}).get("type") for call in service.engine.calls]
+    assert asked.count("json_schema") == 4
+    assert asked.count("json_object") == (5 if known else 4)
+    assert asked[-1] == known
+    formats = [call.body.get("response_format", {}) for call in service.engine.calls]
+    schemas = [format["schema"] for format in formats if format.get("type") == "json_object"]
+    assert all("badge_name" in schema["properties"] for schema in schemas)
+
+
+async def test_where_a_server_does_not_count_the_pieces_of_its_answer_are_counted() -> None:
+    chunks = [{"choices": [{"delta": {"content": piece}, "finish_reason": None}]} for piece in badge_pieces()]
+    chunks.append({"choices": [{"delta": {}, "finish_reason": "stop"}]})
+    lines = [b"data: " + orjson.dumps(chunk) + b"\r\n\r\n" for chunk in chunks]
+    async with serving(
+        ScriptedOpenAI(), Script(raw_chunks=[b": ping\r\n\r\n", *lines, b"data: [DONE]\r\n\r\n"])
+    ) as service:
+        usage = (await writes(service))["usage"]
+    assert usage == {"prompt_tokens": 0, "completion_tokens": len(badge_pieces()), "total_tokens": len(badge_pieces())}
 
 
 async def test_a_server_that_refuses_everything_is_asked_twice_at_most() -> None:

@@ -3551,13 +3551,16 @@ def make_certificate(directory: Path) -> None:
     certificate, key = directory / "cert.pem", directory / "key.pem"
     if certificate.exists() and key.exists():
         return
-    directory.mkdir(exist_ok=True)
     issued = trustme.CA(organization_name="dccapi").issue_cert("localhost", "127.0.0.1", "::1")
     partial = directory / "key.pem.partial"
-    partial.touch(mode=0o600)
-    partial.write_bytes(issued.private_key_pem.bytes())
-    certificate.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
-    partial.rename(key)
+    try:
+        directory.mkdir(exist_ok=True)
+        partial.touch(mode=0o600)
+        partial.write_bytes(issued.private_key_pem.bytes())
+        certificate.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
+        partial.rename(key)
+    except OSError as error:
+        raise SystemExit(f"dccapi: no certificate can be made in {directory}/: {error.strerror}") from None
     print(f"made a self-signed certificate for localhost in {directory}/")
 
 
@@ -3570,6 +3573,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--bind", action="append", help="cleartext address, instead of the file's")
     parser.add_argument("--tls-bind", default="0.0.0.0:8443", help="TLS address (default %(default)s)")
     parser.add_argument("--certs", type=Path, default=HERE / "certs", help="where cert.pem and key.pem are")
+    parser.add_argument("--make-certs", action="store_true", help="first make a self-signed one there if none is")
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("certs", help="make a self-signed certificate for localhost")
     child = commands.add_parser("engine", help="serve a GGUF to the process that started this one")
@@ -3592,6 +3596,8 @@ def serve(options: argparse.Namespace) -> None:
     settings = load_settings()
     config = load_config(options.config)
     cleartext = options.bind or config.bind
+    if options.make_certs:
+        make_certificate(options.certs)
     certificate, key = options.certs / "cert.pem", options.certs / "key.pem"
     if certificate.exists() and key.exists():
         config.certfile, config.keyfile = str(certificate), str(key)

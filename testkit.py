@@ -186,6 +186,7 @@ class ScriptedEngine:
     streams_by_default = True
     json_type = "application/json; charset=utf-8"
     end_of_body = b"0\r\n\r\n"
+    host = "127.0.0.1"
 
     def __init__(self, models: Iterable[str] = ("phi4badges:latest",), port: int = 0) -> None:
         self.script: Callable[[dict[str, Any], int], Script] = lambda body, index: Script()
@@ -216,7 +217,7 @@ class ScriptedEngine:
         """Listen; after a stop() on the same port as before."""
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(
-            lambda: asyncio.StreamReaderProtocol(WatchedReader(limit=2**22), self._converse), "127.0.0.1", self.port
+            lambda: asyncio.StreamReaderProtocol(WatchedReader(limit=2**22), self._converse), self.host, self.port
         )
         self.port = self._server.sockets[0].getsockname()[1]
 

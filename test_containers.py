@@ -242,11 +242,11 @@ class Stack:
         answer = "no connection"
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
-                while f" {status} " not in answer:
+                while not answer.endswith(f" {status}"):
                     await asyncio.sleep(0.05)
                     with contextlib.suppress(OSError, asyncio.IncompleteReadError):
                         answer = await status_line(f"http://127.0.0.1:{self.http}{path}")
-        assert f" {status} " in answer, answer
+        assert answer.endswith(f" {status}"), answer
         async with self.client() as client:
             return (await client.get(path)).json()
 
@@ -305,7 +305,7 @@ def test_the_image_says_what_it_is_and_runs_without_a_shell(images: dict[str, st
     assert config["Entrypoint"] == ["/opt/venv/bin/python3", "dccapi.py"]
     assert config["User"] == "10001:10001"
     assert config["StopSignal"] == "SIGTERM"
-    assert image["HealthCheck"]["Test"][0] == "CMD"
+    assert image["Healthcheck"]["Test"][0] == "CMD"
 
 
 async def test_the_container_may_write_only_to_tmp_and_to_its_certificates(

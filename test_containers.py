@@ -379,9 +379,10 @@ async def test_a_killed_engine_comes_back_and_the_api_with_it(images: dict[str, 
         await it.compose("up", "--detach")
         await it.answers("/readyz", 200)
         before = (await it.inspect("api"))["State"]["StartedAt"]
-        engine = (await it.inspect("ollama"))["State"]["Pid"]
-        os.kill(engine, signal.SIGKILL)
-        await it.restarted("ollama", engine)
+        shell = (await it.inspect("ollama"))["State"]["Pid"]
+        (engine,) = Path(f"/proc/{shell}/task/{shell}/children").read_text().split()
+        os.kill(int(engine), signal.SIGKILL)
+        await it.restarted("ollama", shell)
         await it.answers("/readyz", 200)
         await it.badge()
         assert (await it.inspect("api"))["State"]["StartedAt"] == before

@@ -127,8 +127,13 @@ def local_pip_settings(directory: Path) -> list[str]:
         name, _, value = line.partition("=")
         settings[name.rpartition(".")[2]] = ast.literal_eval(value)
     (directory / "pip.conf").write_text("[global]\n" + "".join(f"{name} = {settings[name]}\n" for name in settings))
-    paths = {path for value in settings.values() for path in re.findall(r"(?:^|\s|file://)(/\S+)", value)}
-    mounts = [f"{path}:{path}:ro" for path in sorted(paths) if Path(path).exists()]
+    # An index in a directory refers to files beside it.
+    paths = {
+        Path(path).parent if index else Path(path)
+        for value in settings.values()
+        for index, path in re.findall(r"(?:^|\s)(file://)?(/\S+)", value)
+    }
+    mounts = [f"{path}:{path}:ro" for path in sorted(paths) if path.exists()]
     return [f"--volume={mount}" for mount in [f"{directory}/pip.conf:/etc/pip.conf:ro", *mounts]]
 
 

@@ -1,0 +1,159 @@
+#!/usr/bin/env python3
+"""Badge drafts for courses: four at once on one HTTP/2 connection, as JSON lines on standard output.
+
+    pip install 'httpx[http2]'
+    python client.py course.txt
+    python client.py --url https://localhost:8443 --insecure --drafts 1 courses.jsonl
+
+A course is a text file, or a line of a .jsonl file: an object with `content` and any other field of a request.
+A connection that breaks costs nothing: no draft is begun twice, and its events go on after the last one received.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import sys
+import uuid
+from pathlib import Path
+
+import httpx
+
+ATTEMPTS = 6  # without an event in between, over 6 seconds
+
+
+class Failed(Exception):
+    """A draft that will not come, and why."""
+
+
+def courses_in(path):
+    """The name and the request of each course in a file."""
+    text = sys.stdin.read() if path == "-" else Path(path).read_text("utf-8")
+    if not path.endswith(".jsonl"):
+        return [(path, {"content": text})]
+    return [(f"{path}:{number}", json.loads(line)) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+
+
+async def refuse(response):
+    """Raise what a problem document (RFC 9457) says, with every fault of the request."""
+    await response.aread()
+    if response.status_code == 204:
+        raise Failed("the service has lost this draft, perhaps in a restart; ask for it again")
+    try:
+        problem = response.json()
+        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in problem.get("errors") or ()]
+        message = "; ".join([f"{problem['detail']} ({problem['error_code']})", *faults])
+    except (ValueError, KeyError, TypeError):
+        message = f"{response.request.url} answered {response.status_code}; is the address right?"
+    raise Failed(message)
+
+
+async def events_of(response):
+    """The id and the data of each Server-Sent Event; this service writes the data on one line."""
+    id = ""
+    async for line in response.aiter_lines():
+        if line.startswith("id: "):
+            id = line[4:]
+        elif line.startswith("data: "):
+            yield id, json.loads(line[6:])
+
+
+async def write(client, request, say):
+    """The `final` event of one draft. Raises Failed."""
+    # A POST that is repeated with the same key gets the generation that the first one began.
+    headers = {"Prefer": "respond-async", "Idempotency-Key": uuid.uuid4().hex}
+    path = last_id = ""
+    attempts = 0
+    while True:
+        try:
+            if not path:
+                response = await client.post("/generate", json=request, headers=headers)
+                if response.status_code != 202:
+                    await refuse(response)
+                path = f"/generations/{response.json()['id']}"
+                headers = {}
+            async with client.stream(
+                "GET", f"{path}/events", params={"accumulated": "false", "partial": "true"}, headers=headers
+            ) as response:
+                if response.status_code != 200:
+                    await refuse(response)
+                async for last_id, event in events_of(response):
+                    attempts = 0
+                    headers = {"Last-Event-ID": last_id}
+                    if event["type"] == "final":
+                        return event
+                    if event["type"] == "error":
+                        raise Failed(f"{event['error']} ({event['error_code']})")
+                    if event["type"] == "queue":
+                        say(f"number {event['position']} in the queue" if event["position"] else "begun")
+                    if event["type"] == "partial":
+                        say(f"writing {list(event['badge'])[-1]}")
+            raise httpx.RemoteProtocolError("the events ended early")
+        except httpx.TransportError as error:
+            attempts += 1
+            if attempts == ATTEMPTS:
+                raise Failed(f"no connection to {client.base_url}: {error or type(error).__name__}") from error
+            say("connecting again")
+            await asyncio.sleep(0.1 * 2**attempts)
+        except asyncio.CancelledError:
+            # Ctrl-C: an asynchronous generation would go on without us.
+            with contextlib.suppress(httpx.HTTPError):
+                await client.delete(path)
+            raise
+
+
+async def run(arguments):
+    courses = [course for file in arguments.files for course in courses_in(file)]
+    at_once = asyncio.Semaphore(4)
+
+    async def draft(client, name, number, request):
+        said = [""]
+
+        def say(text):
+            if text != said[-1]:
+                said.append(text)
+                print(f"{name}, draft {number}: {text}", file=sys.stderr)
+
+        async with at_once:
+            try:
+                event = await write(client, request, say)
+            except Failed as failure:
+                say(f"failed: {failure}")
+                return False
+        say("done")
+        facts = {key: event[key] for key in ("achievement", "model", "usage")}
+        print(json.dumps({"course": name, "draft": number, "badge": event["content"], **facts}), flush=True)
+        return True
+
+    async with httpx.AsyncClient(
+        base_url=arguments.url,
+        headers={"Authorization": f"Bearer {arguments.api_key}"} if arguments.api_key else {},
+        http2=True,
+        http1=arguments.url.startswith("https:"),  # without TLS nothing would tell which of them is spoken
+        verify=not arguments.insecure,
+        timeout=httpx.Timeout(10, read=60),  # a stream bears a comment every 15 seconds at least
+    ) as client:
+        numbers = range(1, arguments.drafts + 1)
+        drafts = [draft(client, name, number, request) for name, request in courses for number in numbers]
+        return 0 if all(await asyncio.gather(*drafts)) else 1
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="+", help="course texts and .jsonl files; - is standard input")
+    parser.add_argument("--url", default=os.environ.get("DCCAPI_URL", "http://localhost:8001"), help="or DCCAPI_URL")
+    parser.add_argument("--api-key", default=os.environ.get("DCCAPI_KEY"), help="or DCCAPI_KEY, which `ps` cannot show")
+    parser.add_argument("--drafts", type=int, default=4, help="how many of each course (4)")
+    parser.add_argument("--insecure", action="store_true", help="trust any certificate, such as a self-signed one")
+    try:
+        return asyncio.run(run(parser.parse_args()))
+    except (OSError, ValueError, httpx.InvalidURL) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

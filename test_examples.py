@@ -1,0 +1,604 @@
+"""The examples as their users run them, and the documentation page in a real Chromium without any other network.
+
+What needs Chromium, npm, curl or shellcheck is skipped where that is missing, except in CI.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.async_api import ConsoleMessage, Page, async_playwright
+
+import dccapi
+from test_browser import CHROMIUM, FLAGS, Proxy
+from test_dccapi import COURSE, COURSES, HERE, MODEL, certificate, needs_model, serving
+from testkit import Script, Server, badge_json, eventually, free_port, split
+
+EXAMPLES = HERE / "examples"
+BADGE = json.loads(badge_json())
+TEXT = COURSE["content"]
+# About three seconds a badge, where a test has to come in between.
+SLOWLY = Script(pieces=split(badge_json(), 60), delay=0.05)
+CI = bool(os.environ.get("CI"))
+
+
+def needs(*tools: str | None) -> pytest.MarkDecorator:
+    """Skips where one is missing; `None` is Chromium under any of its names."""
+    missing = [tool or "chromium" for tool in tools if not tool or not shutil.which(tool)]
+    return pytest.mark.skipif(bool(missing) and not CI, reason=f"needs {', '.join(missing)}: apt-get install")
+
+
+needs_chromium = needs(CHROMIUM)
+needs_component = needs(CHROMIUM, "node", "npm")
+pytestmark = pytest.mark.timeout(120)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A browser and a site
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Visit:
+    """A page, and all that its browser said and asked for."""
+
+    page: Page
+    complaints: list[str]  # console warnings, errors and violations of the policy, uncaught exceptions
+    origins: set[str]
+
+
+@contextlib.asynccontextmanager
+async def visiting(url: str, rules: str = "", **options: Any) -> AsyncIterator[Visit]:
+    """A page of a fresh Chromium that knows no host but this machine; `rules` map names to it."""
+    resolver = ", ".join([*rules.split(), "MAP * ~NOTFOUND", "EXCLUDE localhost", "EXCLUDE 127.0.0.1"])
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(
+            executable_path=CHROMIUM, args=[*FLAGS, f"--host-resolver-rules={resolver}"]
+        )
+        try:
+            page = await (await browser.new_context(ignore_https_errors=True, **options)).new_page()
+            visit = Visit(page, [], set())
+
+            def heard(message: ConsoleMessage) -> None:
+                if message.type in ("warning", "error"):
+                    visit.complaints.append(message.text)
+
+            page.on("console", heard)
+            page.on("pageerror", lambda error: visit.complaints.append(str(error)))
+            page.on("request", lambda request: visit.origins.add("/".join(request.url.split("/")[:3])))
+            await page.goto(url)
+            yield visit
+        finally:
+            await browser.close()
+
+
+@contextlib.asynccontextmanager
+async def site(script: bytes) -> AsyncIterator[str]:
+    """The address of a page of a site of its own, which runs `script`."""
+    files = {
+        "/": (
+            "text/html",
+            b'<!doctype html><html lang="en"><meta charset="utf-8"><title>A site</title><link rel="icon" href="data:,">'
+            b'<div id="root"></div><script src="/site.js"></script>',
+        ),
+        "/site.js": ("text/javascript", script),
+    }
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        request = await reader.readuntil(b"\r\n\r\n")
+        kind, body = files[request.split()[1].decode()]
+        fields = ["HTTP/1.1 200 OK", f"Content-Type: {kind}", f"Content-Length: {len(body)}", "Connection: close"]
+        writer.write("\r\n".join([*fields, "", ""]).encode() + body)
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        yield f"http://localhost:{server.sockets[0].getsockname()[1]}/"
+
+
+@contextlib.asynccontextmanager
+async def real() -> AsyncIterator[tuple[str, str]]:
+    """The addresses of the service with the real model: cleartext and TLS."""
+    certificate()
+    cleartext, tls = free_port(), free_port()
+    command = ["dccapi.py", "--bind", f"127.0.0.1:{cleartext}", "--tls-bind", f"127.0.0.1:{tls}"]
+    settings = {"ENGINE": "embedded", "MODEL_PATH": str(MODEL)}
+    async with Server(command, settings, f"http://127.0.0.1:{cleartext}/readyz", HERE, start_timeout=60):
+        yield f"http://localhost:{cleartext}", f"https://localhost:{tls}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# StreamingBadgeGenerator.jsx
+# ---------------------------------------------------------------------------------------------------------------------
+
+# With what they depend on, each at one version: npm is to choose nothing.
+ESBUILD = "esbuild@0.28.2"
+REACTS = {
+    "18": ["react@18.3.1", "react-dom@18.3.1", "scheduler@0.23.2", "loose-envify@1.4.0", "js-tokens@4.0.0"],
+    "19": ["react@19.3.1", "react-dom@19.3.1", "scheduler@0.28.0"],
+}
+# As a site would mount it; StrictMode mounts everything twice. Its properties and what `onBadge` got are the test's.
+ENTRY = """
+import { StrictMode } from 'react';
+import { createRoot } from 'react-dom/client';
+import StreamingBadgeGenerator from 'generator';
+
+const root = createRoot(document.getElementById('root'));
+window.badges = [];
+window.show = (properties) => root.render(
+  <StrictMode><StreamingBadgeGenerator {...properties} /></StrictMode>
+);
+window.showReporting = (properties) => window.show({
+  ...properties, onBadge: (event, number) => window.badges.push([number, event.content.badge_name])
+});
+window.leave = () => root.unmount();
+"""
+
+
+def built(major: str, directory: Path) -> bytes:
+    """The component as a script for browsers, with the React of that version."""
+
+    def run(*command: str | Path) -> None:
+        done = subprocess.run(command, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert done.returncode == 0, done.stdout
+
+    packages = [ESBUILD, *REACTS[major]]
+    installed = directory / "installed"
+    if not installed.exists() or installed.read_text() != " ".join(packages):
+        # No script of a package runs: esbuild's own only looks whether its program is there.
+        options = ["--no-save", "--no-package-lock", "--ignore-scripts", "--no-audit", "--no-fund"]
+        run("npm", "install", *options, "--prefix", directory, *packages)
+        installed.write_text(" ".join(packages))
+    (directory / "entry.jsx").write_text(ENTRY)
+    shutil.copy(EXAMPLES / "StreamingBadgeGenerator.jsx", directory)
+    # React's development build says what it dislikes.
+    options = ["--bundle", "--jsx=automatic", "--jsx-dev", "--outfile=site.js", "--log-level=warning"]
+    run("node", "node_modules/esbuild/bin/esbuild", "entry.jsx", *options)
+    return (directory / "site.js").read_bytes()
+
+
+@pytest.fixture(scope="module", params=REACTS, ids="React {}".format)
+def component(request: pytest.FixtureRequest) -> bytes:
+    return built(request.param, request.config.cache.mkdir(f"react{request.param}"))
+
+
+# Every text that the heading of a draft has had, by draft.
+WATCH = """
+() => {
+    window.headings = [];
+    new MutationObserver(() => document.querySelectorAll('article h3').forEach((heading, number) => {
+        const seen = window.headings[number] ??= [];
+        if (seen.at(-1) !== heading.textContent) seen.push(heading.textContent);
+    })).observe(document.body, {subtree: true, childList: true, characterData: true});
+}
+"""
+
+
+async def write_drafts(page: Page, properties: Mapping[str, Any], course: str = TEXT) -> None:
+    await page.evaluate("properties => window.show(properties)", properties)
+    await page.get_by_label("Course description").fill(course)
+    await page.get_by_role("button", name=re.compile("^Write . drafts?$")).click()
+
+
+async def says(page: Page, text: str, timeout: float = 10) -> None:
+    """Wait until the component's status is that."""
+    await page.get_by_role("status").filter(has_text=re.compile(f"^{text}$")).wait_for(timeout=timeout * 1000)
+
+
+@needs_component
+async def test_the_component_shows_four_drafts_growing_at_once_over_one_connection(component: bytes) -> None:
+    async with (
+        serving(tls=True, script=SLOWLY) as service,
+        Proxy(service.port) as proxy,
+        site(component) as address,
+        visiting(address) as visit,
+    ):
+        page = visit.page
+        await page.evaluate(WATCH)
+        await write_drafts(page, {"baseUrl": f"https://localhost:{proxy.port}", "options": {"badge_level": "Expert"}})
+        await service.engine.wait_for_calls(4)
+        await eventually(lambda: service.engine.open_calls == 4, what="four at once")
+        await says(page, "Drafts: 4 writing")
+        await says(page, "Drafts: 4 ready")
+        for number, seen in enumerate(await page.evaluate("window.headings"), 1):
+            first, *names = seen
+            assert first == f"Draft {number}"
+            assert len(names) > 3, "it grew"
+            assert all(after.startswith(before) for before, after in itertools.pairwise(names))
+            assert names[-1] == BADGE["badge_name"]
+        for article in await page.get_by_role("article").all():
+            text = await article.inner_text()
+            assert BADGE["badge_description"] in text
+            assert BADGE["criteria"]["narrative"] in text
+            assert "Ready, 60 tokens" in text
+        assert sorted(await page.evaluate("window.badges")) == [[number, BADGE["badge_name"]] for number in range(4)]
+        assert all("Level: Expert" in call.body["prompt"] for call in service.engine.calls)
+        assert sum(carried > 5_000 for carried in proxy.carried) == 1, "one connection carries them all"
+        assert visit.complaints == []
+
+
+@needs_component
+async def test_the_component_stops_one_draft_or_all_and_its_end_stops_them_too(component: bytes) -> None:
+    async with serving(script=SLOWLY) as service, site(component) as address, visiting(address) as visit:
+        page, calls = visit.page, service.engine.calls
+        await write_drafts(page, {"baseUrl": service.url})
+        await service.engine.wait_for_calls(4)
+        await page.get_by_role("button", name="Stop draft 2").click()
+        await eventually(lambda: service.engine.open_calls == 3, 1, "the end of one engine call")
+        await says(page, "Drafts: 3 ready, 1 stopped")
+        assert sum(call.closed_by_client.is_set() for call in calls) == 1
+
+        await page.get_by_role("button", name="Write draft 2 again").click()
+        await service.engine.wait_for_calls(5)
+        await says(page, "Drafts: 4 ready")
+
+        for way in ("button", "unmount"):
+            begun = len(calls)
+            await page.get_by_role("button", name="Write 4 drafts").click()
+            await service.engine.wait_for_calls(begun + 4)
+            if way == "button":
+                await page.get_by_role("button", name="Stop all").click()
+                await says(page, "Drafts: 4 stopped")
+            else:
+                await page.evaluate("window.leave()")
+            await service.idle(1)
+            assert all(call.closed_by_client.is_set() for call in calls[begun:])
+        assert visit.complaints == []
+
+
+@needs_component
+async def test_the_component_says_what_went_wrong_and_tries_again(component: bytes) -> None:
+    scripts = [Script(status=500, error="out of memory"), Script()]
+    async with (
+        serving(script=lambda body, index: scripts[index], api_keys="site:s3cret") as service,
+        site(component) as address,
+        visiting(address) as visit,
+    ):
+        page = visit.page
+        alert = page.get_by_role("alert")
+
+        async def told(*texts: str) -> None:
+            await says(page, "Drafts: 1 failed")
+            told = await alert.inner_text()
+            assert all(text in told for text in texts), told
+
+        properties = {"baseUrl": service.url, "drafts": 1, "apiKey": "wrong"}
+        await write_drafts(page, properties)
+        await told("API key", "unauthorized", "request ")
+        again = page.get_by_role("button", name="Write draft 1 again")
+        properties["apiKey"] = "s3cret"
+        await write_drafts(page, {**properties, "options": {"top_k": 0, "badge_tone": "Rude"}})
+        await told("top_k: ", "badge_tone: ", "invalid_request")
+        await write_drafts(page, properties)
+        await told("engine_error")
+        await again.click()
+        await says(page, "Drafts: 1 ready")
+        assert await alert.count() == 0
+        await write_drafts(page, {**properties, "baseUrl": f"http://localhost:{free_port()}"})
+        await told("connection", "Try again")
+        assert len(service.engine.calls) == 2
+
+
+@needs_component
+async def test_the_component_tells_a_broken_connection_and_the_place_in_the_queue(component: bytes) -> None:
+    async with (
+        serving(script=SLOWLY, max_concurrent_requests=1) as service,
+        Proxy(service.port) as proxy,
+        site(component) as address,
+        visiting(address) as visit,
+    ):
+        page = visit.page
+        await write_drafts(page, {"baseUrl": f"http://localhost:{proxy.port}", "drafts": 2})
+        await says(page, "Drafts: 1 waiting, 1 writing")
+        await page.get_by_text("Waiting, number 1 in the queue").wait_for()
+        proxy.cut()
+        await says(page, "Drafts: 2 failed")
+        assert (
+            await page.get_by_role("alert").all_inner_texts()
+            == [f"The connection to localhost:{proxy.port} failed. Try again."] * 2
+        )
+        await service.idle()
+
+
+@needs_component
+async def test_the_component_works_without_properties_and_shows_markup_as_text(component: bytes) -> None:
+    name = "<img src=x onerror=\"document.title='run'\">"
+    async with (
+        serving(script=Script(pieces=split(badge_json(name)))) as service,
+        site(component) as address,
+        visiting(address, f"MAP localhost:8001 127.0.0.1:{service.port}") as visit,
+    ):
+        await write_drafts(visit.page, {})
+        await says(visit.page, "Drafts: 4 ready")
+        assert await visit.page.get_by_role("heading").all_inner_texts() == [name] * 4
+        assert await visit.page.title() == "A site"
+        assert visit.origins == {address.rstrip("/"), "http://localhost:8001"}
+
+
+@needs_component
+@needs_model
+@pytest.mark.timeout(400)
+async def test_the_component_writes_four_badges_with_the_real_model(component: bytes) -> None:
+    async with real() as (_, tls), site(component) as address, visiting(address) as visit:
+        properties = {"baseUrl": tls, "options": {"seed": 1}}
+        await write_drafts(visit.page, properties, COURSES[1]["content"])
+        await says(visit.page, "Drafts: 4 ready", 300)
+        assert len(await visit.page.evaluate("window.badges")) == 4
+        assert visit.complaints == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# client.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """A program that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def badges(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.out.splitlines()]
+
+
+async def start(*command: str | Path, text: str = "", **env: str) -> asyncio.subprocess.Process:
+    """A program with that standard input and none of our settings."""
+    kept = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG")}
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, stderr=pipe, env=kept | env)
+    assert process.stdin
+    process.stdin.write(text.encode())
+    process.stdin.close()
+    return process
+
+
+async def ended(process: asyncio.subprocess.Process, timeout: float = 60) -> Run:
+    try:
+        async with asyncio.timeout(timeout):
+            out, err = await process.communicate()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+    return Run(process.returncode or 0, out.decode(), err.decode())
+
+
+async def start_client(url: str, *arguments: str | Path, **env: str) -> asyncio.subprocess.Process:
+    return await start(sys.executable, EXAMPLES / "client.py", "--url", url, *arguments, text=TEXT, **env)
+
+
+async def run_client(url: str, *arguments: str | Path, **env: str) -> Run:
+    return await ended(await start_client(url, *arguments, **env))
+
+
+async def test_the_client_writes_four_drafts_at_once_on_one_connection(tmp_path: Path) -> None:
+    course = tmp_path / "knots.txt"
+    course.write_text(TEXT)
+    gate = asyncio.Event()
+    async with serving(script=Script(gate=gate)) as service, Proxy(service.port) as proxy:
+        process = await start_client(f"http://localhost:{proxy.port}", course)
+        await service.engine.wait_for_calls(4)
+        gate.set()
+        run = await ended(process)
+        assert (run.code, len(service.engine.calls), len(proxy.carried)) == (0, 4, 1), run
+        assert [(badge["course"], badge["badge"]) for badge in run.badges] == [(str(course), BADGE)] * 4
+        assert sorted(badge["draft"] for badge in run.badges) == [1, 2, 3, 4]
+        assert {badge["achievement"]["name"] for badge in run.badges} == {BADGE["badge_name"]}
+        for progress in ("begun", "writing badge_name", "writing criteria", "done"):
+            assert f"{course}, draft 4: {progress}" in run.err
+
+
+async def test_the_client_takes_courses_with_options_over_tls_with_a_key(tmp_path: Path) -> None:
+    courses = tmp_path / "courses.jsonl"
+    courses.write_text("\n\n".join(json.dumps({"content": f"Knots {n}", "badge_level": "Expert"}) for n in range(6)))
+    settings = {"tls": True, "api_keys": "lms:s3cret", "max_concurrent_requests": 2}
+    async with serving(script=Script(delay=0.01), **settings) as service, Proxy(service.port) as proxy:
+        arguments = f"https://localhost:{proxy.port}", "--drafts", "1", courses
+        run = await run_client(*arguments, "--insecure", DCCAPI_KEY="s3cret")
+        assert (run.code, len(proxy.carried)) == (0, 1), run
+        assert sorted(badge["course"] for badge in run.badges) == [f"{courses}:{number}" for number in range(1, 12, 2)]
+        prompts = [call.body["prompt"] for call in service.engine.calls]
+        assert sorted(f"Knots {n}" for n in range(6) for prompt in prompts if f"Knots {n}" in prompt) == [
+            f"Knots {n}" for n in range(6)
+        ]
+        assert all("Level: Expert" in prompt for prompt in prompts)
+        assert "number 2 in the queue" in run.err
+
+        run = await run_client(*arguments, DCCAPI_KEY="s3cret")
+        assert run.code == 1
+        assert "certificate" in run.err
+
+
+async def test_the_client_goes_on_after_a_cut_and_begins_no_second_generation() -> None:
+    async with serving(script=SLOWLY) as service, Proxy(service.port) as proxy:
+        process = await start_client(f"http://localhost:{proxy.port}", "--drafts", "1", "-")
+        (call,) = await service.engine.wait_for_calls(1)
+        for pieces in (20, 40):
+            await eventually(lambda pieces=pieces: call.pieces_sent > pieces)
+            proxy.cut()
+        run = await ended(process)
+        assert (run.code, [badge["badge"] for badge in run.badges]) == (0, [BADGE]), run
+        assert len(proxy.carried) == 3
+        assert run.err.count("connecting again") == 2
+        assert len(service.engine.calls) == 1
+
+
+async def test_the_client_repeats_a_post_whose_answer_was_lost_without_a_second_generation() -> None:
+    async with serving(script=SLOWLY) as service:
+        lost: list[asyncio.Event] = []
+
+        async def lose_the_first_answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", service.port)
+            first = not lost
+            lost.append(asyncio.Event())
+
+            async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+                with contextlib.suppress(OSError):
+                    while data := await source.read(65536):
+                        sink.write(data)
+
+            pumps = [asyncio.create_task(pump(reader, far_writer))]
+            if first:
+                await service.engine.wait_for_calls(1)
+            else:
+                pumps.append(asyncio.create_task(pump(far_reader, writer)))
+                await pumps[0]
+            for task in pumps:
+                task.cancel()
+            writer.transport.abort()
+            far_writer.transport.abort()
+
+        async with await asyncio.start_server(lose_the_first_answer, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            run = await run_client(f"http://127.0.0.1:{port}", "--drafts", "1", "-")
+        assert (run.code, [badge["badge"] for badge in run.badges]) == (0, [BADGE]), run
+        assert (len(lost), len(service.engine.calls)) == (2, 1)
+
+
+async def test_the_client_says_what_failed_and_keeps_what_did_not() -> None:
+    scripts = [Script(), Script(status=500, error="out of memory"), Script(), Script()]
+    async with serving(script=lambda body, index: scripts[index], api_keys="lms:s3cret") as service:
+        run = await run_client(service.url, "-", "--api-key", "s3cret")
+        assert (run.code, len(run.badges)) == (1, 3), run
+        assert run.err.count("failed: ") == run.err.count("(engine_error)") == 1
+
+        run = await run_client(service.url, "-")
+        assert (run.code, run.out) == (1, "")
+        assert run.err.count("(unauthorized)") == 4
+
+
+async def test_the_client_tells_every_fault_of_a_request(tmp_path: Path) -> None:
+    courses = tmp_path / "courses.jsonl"
+    courses.write_text('{"content": "Knots", "top_k": 0, "badge_tone": "Rude"}')
+    async with serving() as service:
+        run = await run_client(service.url, "--drafts", "1", courses)
+        assert (run.code, run.out, service.engine.calls) == (1, "", [])
+        assert "top_k: " in run.err
+        assert "badge_tone: " in run.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--url", f"http://127.0.0.1:{free_port()}", "--drafts", "1", "-"], "no connection to http://127.0.0.1"),
+        (["absent.txt"], "absent.txt"),
+        ([EXAMPLES / "courses.jsonl", "--drafts", "many"], "--drafts"),
+        ([HERE / "README.md", "--url", "http://["], "URL"),
+    ],
+    ids=["nothing listens", "no such file", "a wrong option", "a wrong URL"],
+)
+async def test_the_client_ends_with_a_message_and_no_traceback(arguments: list[str | Path], said: str) -> None:
+    run = await run_client("http://127.0.0.1:9", *arguments)
+    assert run.code in (1, 2)
+    assert run.out == ""
+    assert said in run.err
+    assert "Traceback" not in run.err
+
+
+async def test_the_client_stops_its_generations_when_it_is_interrupted() -> None:
+    async with serving(script=SLOWLY) as service:
+        process = await start_client(service.url, "-")
+        calls = await service.engine.wait_for_calls(4)
+        await eventually(lambda: all(call.pieces_sent > 5 for call in calls))
+        process.send_signal(signal.SIGINT)
+        run = await ended(process)
+        await service.idle(1)
+        assert (run.code, run.out) == (130, ""), run
+        assert "Traceback" not in run.err
+        assert all(call.closed_by_client.is_set() for call in calls)
+
+
+@needs_model
+@pytest.mark.timeout(400)
+async def test_the_client_writes_badges_with_the_real_model(tmp_path: Path) -> None:
+    courses = tmp_path / "courses.jsonl"
+    courses.write_text("\n".join(json.dumps(course | {"seed": 1}) for course in COURSES))
+    async with real() as (_, tls):
+        run = await ended(await start_client(tls, "--insecure", "--drafts", "2", courses), 300)
+        assert (run.code, len(run.badges)) == (0, 2 * len(COURSES)), run
+        assert all(dccapi.Badge.model_validate(badge["badge"]) for badge in run.badges)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# curl.sh
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+async def tour(url: str, timeout: float = 60, **env: str) -> Run:
+    return await ended(await start("sh", EXAMPLES / "curl.sh", BASE=url, **env), timeout)
+
+
+def check_tour(run: Run) -> None:
+    assert run.code == 0, run
+    steps = {
+        title: body.splitlines() for title, _, body in (step.partition("\n") for step in run.out.split("\n== ") if step)
+    }
+    health, as_json, events, eventsource, later, cancelled, field, credential = steps.values()
+    assert json.loads(health[0])["status"] == "healthy"
+    assert json.loads(as_json[0])["response"].keys() == BADGE.keys()
+    assert as_json[1] == "(status 200 over HTTP/2)"
+    for lines in (events, eventsource, later):
+        told = [json.loads(line[6:]) for line in lines if line.startswith("data: ")]
+        assert told[0]["type"] == "queue"
+        assert told[-1]["type"] == "final"
+        assert not any("accumulated" in event for event in told)
+    assert "event: partial" in events
+    assert json.loads(later[-1])["status"] == "succeeded"
+    assert json.loads(cancelled[-1])["status"] == "cancelled"
+    assert json.loads(field[0])["response"]["badge_description"].startswith("Recognises learners")
+    assert json.loads(credential[0])["type"] == ["VerifiableCredential", "OpenBadgeCredential"]
+
+
+@needs("curl")
+@pytest.mark.parametrize("tls", [False, True], ids=["h2c", "TLS"])
+async def test_the_tour_with_curl_shows_all_that_it_says(tls: bool) -> None:
+    script = Script(pieces=split(badge_json(), 20), delay=0.02)
+    async with serving(tls=tls, script=script, api_keys="lms:s3cret" if tls else "") as service:
+        env = {"INSECURE": "1", "API_KEY": "s3cret"} if tls else {}
+        check_tour(await tour(f"http{'s' * tls}://localhost:{service.port}", **env))
+        assert len(service.engine.calls) == 6
+
+
+@needs("curl")
+async def test_the_tour_with_curl_ends_at_the_first_failure() -> None:
+    async with serving(script=Script(status=500, error="out of memory")) as service:
+        run = await tour(service.url)
+        assert run.code != 0
+        assert run.out.count("\n== ") == 2
+        assert "engine_error" in run.out
+        assert (await tour(f"http://127.0.0.1:{free_port()}")).code != 0
+
+
+@needs("curl")
+@needs_model
+@pytest.mark.timeout(400)
+async def test_the_tour_with_curl_works_with_the_real_model() -> None:
+    async with real() as (cleartext, _):
+        check_tour(await tour(cleartext, 300))
+
+
+@needs("shellcheck")
+async def test_the_tour_with_curl_is_plain_shell() -> None:
+    run = await ended(await start("shellcheck", EXAMPLES / "curl.sh"))
+    assert run.code == 0, run.out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# /docs
+# ---------------------------------------------------------------------------------------------------------------------

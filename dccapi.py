@@ -2731,9 +2731,9 @@ def page(html: str, **sources: str) -> Response:
     """An HTML page under a policy that runs only the scripts and styles that stand in it (CSP Level 3, 8.2)."""
 
     def inline(tag: str) -> str:
-        texts = re.findall(rf"(?s)<{tag}\b[^>]*>(.+?)</{tag}>", html)
+        texts = re.findall(rf"(?s)<{tag}\b[^>]*>(.*?)</{tag}>", html)
         return " ".join(
-            f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in texts
+            f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in texts if text
         )
 
     policy = {"default": "'none'", "connect": "'self'", "script": inline("script"), "style": inline("style")}

@@ -2884,10 +2884,12 @@ def openapi_document() -> bytes:
         example = {"example": shown[name]} if name in shown else {}
         if name in fields:
             return {"name": name, "in": "query", "required": name == "content", "schema": fields[name], **example}
-        place = "path" if name == "id" else "header"
+        if name == "id":
+            return {"name": name, "in": "path", "required": True, "schema": {"type": "string"}, **example}
         pattern = {"pattern": "^[!-~]{1,255}$"} if name == "Idempotency-Key" else {}
-        schema = {"type": "string", **pattern}
-        return {"name": name, "in": place, "required": name == "id", "schema": schema, **example}
+        # Swagger UI would send the parameter's `example` with every request, and get no badge.
+        schema = {"type": "string", **pattern, "examples": [shown[name]]}
+        return {"name": name, "in": "header", "required": False, "schema": schema}
 
     problems = {}
     for status, errors in errors_by_status().items():

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.async_api import ConsoleMessage, Page, async_playwright
+from playwright.async_api import ConsoleMessage, Locator, Page, async_playwright
 
 import dccapi
 from test_browser import CHROMIUM, FLAGS, Proxy
@@ -598,3 +598,90 @@ async def test_the_tour_with_curl_is_plain_shell() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # /docs
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+ROUTES = {
+    (method.upper(), path)
+    for path, item in json.loads(dccapi.openapi_document())["paths"].items()
+    for method in item
+    if method in ("get", "post", "delete")
+}
+
+
+async def operation(page: Page, method: str, path: str) -> Locator:
+    """An operation of the page, unfolded."""
+    summary = page.locator(f".opblock-summary-{method.lower()}").filter(
+        has=page.locator(f'[data-path="{path}"]'),
+    )
+    block = page.locator(".opblock").filter(has=summary)
+    await summary.locator(".opblock-summary-control").click()
+    await block.locator(".execute").wait_for()
+    return block
+
+
+async def executed(block: Locator) -> tuple[str, str]:
+    """Status and body of the answer to "try it out" as it is filled in."""
+    await block.locator(".execute").click()
+    answer = block.locator(".live-responses-table")
+    await answer.locator(".response-col_status").last.wait_for()
+    status = await answer.locator(".response .response-col_status").inner_text()
+    body = answer.locator(".response-col_description .highlight-code").first
+    return status.split()[0], await body.inner_text()
+
+
+@needs_chromium
+@pytest.mark.parametrize("prefix", ["", "/api/v1"])
+async def test_the_documentation_shows_every_route_and_asks_no_other_host(prefix: str) -> None:
+    async with serving() as service:
+        host = f"http://badges.example:{service.port}"
+        async with visiting(f"{host}{prefix}/docs", "MAP badges.example 127.0.0.1") as visit:
+            page = visit.page
+            await page.locator(".opblock").nth(len(ROUTES) - 1).wait_for()
+            shown = {
+                (await block.locator(".opblock-summary-method").inner_text(), str(path))
+                for block in await page.locator(".opblock").all()
+                for path in [await block.locator("[data-path]").get_attribute("data-path")]
+            }
+            assert shown == ROUTES
+            for method, path in sorted(ROUTES):
+                block = await operation(page, method, path)
+                await block.locator(".responses-table .response").first.wait_for()
+            assert await page.locator(".errors-wrapper").count() == 0
+            assert visit.origins == {host}
+            assert visit.complaints == []
+
+
+@needs_chromium
+async def test_every_example_of_the_documentation_can_be_tried_out() -> None:
+    async with serving() as service, visiting(f"{service.url}/docs") as visit:
+        shows = {
+            ("POST", "/generate"): BADGE["badge_name"],
+            ("POST", "/generate/stream"): '"type":"final"',
+            ("GET", "/generate/stream"): '"type":"final"',
+            ("POST", "/regenerate-field"): "badge_name",
+            ("POST", "/credentials"): "OpenBadgeCredential",
+            ("GET", "/health"): "healthy",
+        }
+        for (method, path), text in shows.items():
+            status, body = await executed(await operation(visit.page, method, path))
+            assert status == "200", (method, path, body)
+            assert text in body
+        assert len(service.engine.calls) == 4
+        assert visit.complaints == []
+
+
+@needs_chromium
+@pytest.mark.parametrize("scheme", ["bearer", "X-API-Key"])
+async def test_the_documentation_sends_the_key_that_it_is_given(scheme: str) -> None:
+    async with serving(api_keys="lms:s3cret") as service, visiting(f"{service.url}/docs") as visit:
+        block = await operation(visit.page, "POST", "/generate")
+        assert (await executed(block))[0] == "401"
+        await visit.page.locator(".scheme-container").get_by_role("button", name="Authorize").click()
+        form = visit.page.locator(".auth-container").filter(has_text=scheme)
+        await form.get_by_role("textbox").fill("s3cret")
+        await form.get_by_role("button", name="authorization").click()
+        await form.get_by_role("button", name="Close").click()
+        await block.get_by_role("button", name="Clear").click()
+        status, body = await executed(block)
+        assert status == "200"
+        assert BADGE["badge_name"] in body

@@ -679,8 +679,8 @@ async def test_the_documentation_sends_the_key_that_it_is_given(scheme: str) -> 
         await visit.page.locator(".scheme-container").get_by_role("button", name="Authorize").click()
         form = visit.page.locator(".auth-container").filter(has_text=scheme)
         await form.get_by_role("textbox").fill("s3cret")
-        await form.get_by_role("button", name="authorization").click()
-        await form.get_by_role("button", name="Close").click()
+        await form.locator(".authorize").click()
+        await form.locator(".btn-done").click()
         await block.get_by_role("button", name="Clear").click()
         status, body = await executed(block)
         assert status == "200"

@@ -6,15 +6,22 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import shutil
+import xml.etree.ElementTree
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
+import axe_playwright_python
 import pytest
-from playwright.async_api import Page, async_playwright
+from playwright.async_api import Locator, Page, async_playwright, expect
 
-from test_dccapi import badge_json, serving
-from testkit import Script, eventually, split
+from dccapi import Badge, OpenBadgeCredential
+from test_dccapi import HERE, MODEL, SLOW, badge_json, certificate, judge, needs_model, serving
+from testkit import Script, Server, eventually, exceeds_context, free_port, split
+
+__all__ = ["judge"]  # the fixture
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [
@@ -77,17 +84,23 @@ class Proxy:
 
 
 @contextlib.asynccontextmanager
-async def page_at(url: str) -> AsyncIterator[Page]:
-    """A page of a fresh Chromium with a profile of its own; its policy set aside for the tests' scripts."""
+async def chromium(**options: Any) -> AsyncIterator[Page]:
+    """An empty page of a fresh Chromium with a profile of its own."""
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         try:
-            context = await browser.new_context(ignore_https_errors=True, bypass_csp=True)
-            page = await context.new_page()
-            await page.goto(url)
-            yield page
+            context = await browser.new_context(ignore_https_errors=True, **options)
+            yield await context.new_page()
         finally:
             await browser.close()
+
+
+@contextlib.asynccontextmanager
+async def page_at(url: str) -> AsyncIterator[Page]:
+    """A page whose policy is set aside for the tests' scripts."""
+    async with chromium(bypass_csp=True) as page:
+        await page.goto(url)
+        yield page
 
 
 # Follows `count` generations as a page would that has never heard of `final`: it leaves ending to the browser.
@@ -210,3 +223,497 @@ async def test_the_co_writer_shows_the_badge_from_another_origin() -> None:
         asked = service.engine.calls[0].body["prompt"]
         assert "Style: Professional" in asked
         assert "Tone" not in asked
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The demo page
+# ---------------------------------------------------------------------------------------------------------------------
+
+AXE = Path(axe_playwright_python.__file__).parent / "axe.min.js"
+COURSE = "Knots for climbers: figure eight, clove hitch, prusik. Practical exam on the wall."
+NAMES = ["Climbing Knots Essentials", "Rope and Knot Craft", "Safe Knots on the Wall", "The Climber's Six Knots"]
+
+
+def drafts(delay: float = 0.01, **script: Any) -> Any:
+    """The engine's script for drafts that can be told apart."""
+    return lambda body, index: Script(pieces=split(badge_json(NAMES[index % 4])), delay=delay, **script)
+
+
+@contextlib.asynccontextmanager
+async def demo_at(url: str, **options: Any) -> AsyncIterator[Page]:
+    """The demo page, its policy in force. It must not complain, nor ask any other host for anything.
+
+    Chromium itself writes a line for each refused or cut request; the page says those in its own words.
+    """
+    origin = re.match("https?://[^/]+/", url)[0]
+    complaints: list[str] = []
+    elsewhere: list[str] = []
+    async with chromium(**options) as page:
+        page.set_default_timeout(20_000)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("console", lambda said: said.type in ("error", "warning") and complaints.append(said.text))
+        page.on("request", lambda request: elsewhere.append(request.url))
+        await page.goto(url)
+        await page.locator("#health b").wait_for()
+        yield page
+        await page.evaluate("1")  # what the page has said until now has arrived here
+        assert [text for text in complaints if not text.startswith("Failed to load resource")] == []
+        assert [one for one in elsewhere if not one.startswith((origin, "data:", "blob:" + origin))] == []
+
+
+async def write(page: Page, count: int = 4, course: str = COURSE) -> None:
+    await page.fill("#content", course)
+    await page.click(f"#count label >> nth={count - 1}")
+    await page.click("#write")
+
+
+def card(page: Page, number: int) -> Locator:
+    return page.get_by_role("article", name=f"Draft {number}", exact=True)
+
+
+def field(page: Page, number: int, label: str) -> Locator:
+    return card(page, number).get_by_label(label)
+
+
+async def states(page: Page, *expected: str) -> None:
+    """Wait until the cards say this."""
+    await expect(page.locator(".card .state")).to_have_text(list(expected), timeout=20_000)
+
+
+async def names_of(page: Page) -> list[str]:
+    names: list[str] = await page.eval_on_selector_all(".name textarea", "inputs => inputs.map(input => input.value)")
+    return names
+
+
+async def downloaded(page: Page, button: Locator) -> tuple[str, bytes]:
+    """Name and content of the file that a button gives."""
+    async with page.expect_download() as started:
+        await button.click()
+    download = await started.value
+    content = await asyncio.to_thread(Path(await download.path()).read_bytes)
+    return download.suggested_filename, content
+
+
+async def export(page: Page, number: int, format: str) -> Any:
+    """What the download holds; the dialog is closed again."""
+    await card(page, number).get_by_role("button", name="Export").click()
+    await page.check(f"#export [value={format}]")
+    _, content = await downloaded(page, page.locator("#export-save"))
+    await page.click("#export [data-close]")
+    return json.loads(content)
+
+
+async def fill_issuer(page: Page, number: int) -> None:
+    await card(page, number).get_by_role("button", name="Export").click()
+    await page.fill("#issuer-name", "Riverside State University")
+    await page.fill("#issuer-id", "https://riverside.example")
+    await expect(page.locator("#preview")).to_contain_text("OpenBadgeCredential")
+    await page.click("#export [data-close]")
+
+
+EVENT_PROTOCOLS = """
+() => performance.getEntriesByType('resource').filter(e => e.name.includes('/events')).map(e => e.nextHopProtocol)
+"""
+WATCH_SHIFTS = """
+() => {
+    window.shifts = 0;
+    const add = list => list.getEntries().forEach(entry => { window.shifts += entry.value; });
+    new PerformanceObserver(add).observe({type: 'layout-shift'});
+}
+"""
+
+
+async def test_four_drafts_stream_at_once_on_one_h2_connection_and_nothing_moves() -> None:
+    scripts = [Script(pieces=split(badge_json(name)), delay=0.1 if name == NAMES[3] else 0.03) for name in NAMES]
+    async with (
+        serving(tls=True, script=lambda body, index: scripts[index]) as service,
+        Proxy(service.port) as proxy,
+        demo_at(f"https://localhost:{proxy.port}/", viewport={"width": 1280, "height": 900}) as page,
+    ):
+        await write(page)
+        await eventually(lambda: service.engine.open_calls == 4)
+        await expect(field(page, 4, "Name")).to_have_value(NAMES[3])
+        await page.evaluate(WATCH_SHIFTS)
+        for number in (1, 2, 3):
+            await expect(card(page, number).locator(".state")).to_have_text("Finished")
+        assert await card(page, 4).locator(".state").inner_text() == "Writing"
+        assert await page.evaluate("window.shifts") < 0.001
+        await states(page, *["Finished"] * 4)
+        assert sorted(await names_of(page)) == sorted(NAMES)
+        assert service.engine.max_open_calls == len(service.engine.calls) == 4
+        assert len({call.body["options"]["seed"] for call in service.engine.calls}) == 4
+        assert set(await page.evaluate(EVENT_PROTOCOLS)) == {"h2"}
+        assert await page.inner_text("#protocol") == "h2"
+        assert len([carried for carried in proxy.carried if carried > 5_000]) == 1, "one connection carries them all"
+
+
+@needs_model
+@pytest.mark.timeout(300)
+async def test_the_real_model_writes_four_drafts_over_h2_and_one_becomes_a_credential() -> None:
+    port, secure = free_port(), free_port()
+    certificate()
+    command = ["dccapi.py", "--bind", f"127.0.0.1:{port}", "--tls-bind", f"127.0.0.1:{secure}", "--certs", "certs"]
+    environment = {"ENGINE": "embedded", "MODEL_PATH": str(MODEL)}
+    async with (
+        Server(command, environment, f"http://127.0.0.1:{port}/readyz", HERE, start_timeout=60),
+        Proxy(secure) as proxy,
+        demo_at(f"https://localhost:{proxy.port}/") as page,
+    ):
+        await page.click("#samples button >> nth=0")
+        await page.fill("#seed", "1")
+        await page.click("#write")
+        await expect(page.locator(".state", has_text="Writing")).to_have_count(4, timeout=120_000)
+        await expect(page.locator(".state", has_text="Finished")).to_have_count(4, timeout=200_000)
+        assert set(await page.evaluate(EVENT_PROTOCOLS)) == {"h2"}
+        assert len([carried for carried in proxy.carried if carried > 20_000]) == 1, "one connection carries them all"
+        for number in (1, 2, 3, 4):
+            Badge.model_validate(await export(page, number, "badge"))
+        await fill_issuer(page, 1)
+        OpenBadgeCredential.model_validate(await export(page, 1, "credential"))
+
+
+async def test_stop_ends_the_engine_call_and_leaves_the_other_drafts_alone() -> None:
+    async with serving(script=SLOW) as service, demo_at(service.url + "/") as page:
+        await write(page, 2)
+        await states(page, "Writing", "Writing")
+        await card(page, 2).get_by_role("button", name="Stop").click()
+        await states(page, "Writing", "Stopped")
+        stopped = [call for call in service.engine.calls if call.closed_by_client.is_set()]
+        assert (len(stopped), service.engine.open_calls) == (1, 1)
+        await page.click("#stop-all")
+        await states(page, "Stopped", "Stopped")
+        await service.idle()
+        assert "" not in await names_of(page), "what was written stays to be read"
+
+
+async def test_a_waiting_draft_tells_its_place_and_can_be_stopped_there() -> None:
+    gate = asyncio.Event()
+    async with (
+        serving(script=drafts(gate=gate), max_concurrent_requests=1) as service,
+        demo_at(service.url + "/") as page,
+    ):
+        await write(page, 3)
+        places = "Waiting, number 1 in the queue", "Waiting, number 2 in the queue"
+        await states(page, "Reading the course", *places)
+        await card(page, 2).get_by_role("button", name="Stop").click()
+        await states(page, "Reading the course", "Stopped", places[0])
+        gate.set()
+        await states(page, "Finished", "Stopped", "Finished")
+        assert len(service.engine.calls) == 2
+
+
+async def test_a_cut_connection_resumes_by_itself() -> None:
+    async with (
+        serving(tls=True, script=drafts(0.05)) as service,
+        Proxy(service.port) as proxy,
+        demo_at(f"https://localhost:{proxy.port}/") as page,
+    ):
+        await write(page, 2)
+        await states(page, "Writing", "Writing")
+        proxy.cut()
+        await states(page, "Connection lost, resuming", "Connection lost, resuming")
+        await states(page, "Finished", "Finished")
+        assert sorted(await names_of(page)) == sorted(NAMES[:2])
+        assert len(service.engine.calls) == 2
+
+
+async def test_a_reload_keeps_finished_drafts_and_goes_on_with_running_ones() -> None:
+    gates = [asyncio.Event(), asyncio.Event()]
+    gates[0].set()
+    script = lambda body, index: Script(pieces=split(badge_json(NAMES[index])), gate=gates[index])  # noqa: E731
+    async with serving(script=script) as service, demo_at(service.url + "/") as page:
+        await write(page, 2)
+        await states(page, "Finished", "Reading the course")
+        await field(page, 1, "Description").fill("Written by hand.")
+        await page.reload()
+        await expect(field(page, 1, "Description")).to_have_value("Written by hand.")
+        assert await page.input_value("#content") == COURSE
+        gates[1].set()
+        await states(page, "Finished", "Finished")
+        await page.reload()
+        await states(page, "Finished", "Finished")
+        assert await names_of(page) == NAMES[:2]
+        assert len(service.engine.calls) == 2
+        await page.click("#clear")
+        await expect(page.locator(".card")).to_have_count(0)
+        await page.click("#undo")
+        await expect(page.locator(".card")).to_have_count(2)
+        await page.click("#clear")
+        await page.reload()
+        await expect(page.locator("#empty")).to_be_visible()
+
+
+async def test_a_draft_that_the_service_has_forgotten_says_so() -> None:
+    async with serving(script=drafts(gate=asyncio.Event())) as service, demo_at(service.url + "/") as page:
+        await write(page, 1)
+        await states(page, "Reading the course")
+        generation = next(iter(service.queue.running))
+        service.queue._known.clear()
+        await page.reload()
+        await states(page, "Failed")
+        await expect(card(page, 1).locator(".alert")).to_contain_text("Write it again")
+        service.queue._known[generation.id] = generation
+
+
+async def test_an_export_is_a_credential_an_achievement_or_the_badge(judge: Any) -> None:
+    async with serving(script=drafts()) as service, demo_at(service.url + "/") as page:
+        await page.select_option("#badge_level", "Expert")
+        await write(page, 1)
+        await states(page, "Finished")
+        await field(page, 1, "Name").fill("Knots & <Bends>")
+        await card(page, 1).get_by_role("button", name="Export").click()
+        await page.click("#export-save")
+        await expect(page.locator("#export-error")).to_contain_text("Name the issuer")
+        await page.click("#export [data-close]")
+        await fill_issuer(page, 1)
+        await page.reload()
+        credential = await export(page, 1, "credential")
+        assert credential["issuer"]["name"] == "Riverside State University", "it is remembered"
+        assert judge.judge(credential, "credential", checks=("schema", "rules", "jsonld", "dcc"))["errors"] == []
+        achievement = await export(page, 1, "achievement")
+        assert judge.judge(achievement, "achievement")["errors"] == []
+        badge = await export(page, 1, "badge")
+        assert credential["credentialSubject"]["achievement"]["name"] == achievement["name"] == "Knots & <Bends>"
+        assert badge["badge_name"] == achievement["name"]
+        assert badge["criteria"]["narrative"] == achievement["criteria"]["narrative"]
+        assert achievement["image"]["id"].startswith("data:image/svg+xml;base64,")
+
+
+async def test_a_faulty_issuer_is_explained_beside_its_field() -> None:
+    async with serving(script=drafts()) as service, demo_at(service.url + "/") as page:
+        await write(page, 1)
+        await states(page, "Finished")
+        await card(page, 1).get_by_role("button", name="Export").click()
+        await page.fill("#issuer-name", "Riverside")
+        await page.fill("#issuer-id", "riverside example")
+        await page.click("#export-save")
+        await expect(page.locator("#export-error")).to_contain_text("URL or DID")
+        await expect(page.get_by_label("URL or DID")).to_be_focused()
+
+
+async def test_the_drawn_badge_can_be_taken_as_svg_and_as_png() -> None:
+    async with serving(script=drafts()) as service, demo_at(service.url + "/") as page:
+        await page.fill("#institution", "École & Söhne <1884>")
+        await write(page, 1)
+        await states(page, "Finished")
+        name, drawing = await downloaded(page, card(page, 1).get_by_role("button", name="SVG"))
+        assert name == "climbing-knots-essentials.svg"
+        said = " ".join(xml.etree.ElementTree.fromstring(drawing).itertext())
+        assert "Climbing Knots Essentials" in said
+        assert "École & Söhne <1884>" in said
+        name, picture = await downloaded(page, card(page, 1).get_by_role("button", name="PNG"))
+        assert name == "climbing-knots-essentials.png"
+        assert picture[:8] == b"\x89PNG\r\n\x1a\n"
+        assert picture[16:24] == bytes([0, 0, 4, 0] * 2), "1024 by 1024"
+
+
+async def test_one_field_is_written_anew_and_can_be_put_back() -> None:
+    anew = json.dumps({"badge_description": "Quite another description of the same knots."})
+    script = lambda body, index: Script(pieces=split(anew if index else badge_json()), delay=0.01)  # noqa: E731
+    async with serving(script=script) as service, demo_at(service.url + "/") as page:
+        await write(page, 1)
+        await states(page, "Finished")
+        before = await field(page, 1, "Description").input_value()
+        await card(page, 1).get_by_role("button", name="Rewrite the description").click()
+        await expect(field(page, 1, "Description")).to_have_value("Quite another description of the same knots.")
+        await states(page, "Finished")
+        assert await names_of(page) == NAMES[:1]
+        await page.click("#undo")
+        await expect(field(page, 1, "Description")).to_have_value(before)
+        await card(page, 1).get_by_role("button", name="Again").click()
+        await states(page, "Failed")
+        await expect(card(page, 1).locator(".alert")).to_contain_text("Try again")
+
+
+async def test_a_refused_request_is_told_once_at_the_form() -> None:
+    async with serving(script=drafts(), num_ctx=600) as service, demo_at(service.url + "/") as page:
+        await page.click("#write")
+        await expect(page.locator("#form-error")).to_contain_text("Paste a course description")
+        await expect(page.locator("#content")).to_be_focused()
+        await page.fill("#content", "word " * 5000)
+        await page.click("#write")
+        await expect(page.locator("#form-error")).to_contain_text("Shorten the content")
+        await page.fill("#content", COURSE)
+        await page.click("summary >> nth=1")
+        await page.fill("#temperature", "7")
+        await page.click("#write")
+        await expect(page.locator("#form-error")).to_contain_text("Temperature")
+        await expect(page.locator("#temperature")).to_be_focused()
+        assert await page.locator(".card").count() == 0
+        await page.fill("#temperature", "1")
+        await page.click("#write")
+        await states(page, *["Finished"] * 4)
+        assert service.engine.calls[0].body["options"]["temperature"] == 1
+
+
+async def test_a_failure_is_told_in_its_card_with_what_to_do() -> None:
+    script = lambda body, index: exceeds_context(700, 600) if index == 0 else Script(error_line="died")  # noqa: E731
+    async with serving(script=script) as service, demo_at(service.url + "/") as page:
+        await write(page, 1)
+        await states(page, "Failed")
+        service.engine.script = drafts()
+        await card(page, 1).get_by_role("button", name="Again").click()
+        await states(page, "Finished")
+        await expect(card(page, 1).locator(".alert")).to_be_empty()
+
+
+async def test_a_full_service_says_when_to_come_back() -> None:
+    async with (
+        serving(script=SLOW, max_per_client=2) as service,
+        demo_at(service.url + "/") as page,
+    ):
+        await write(page, 4)
+        await states(page, "Writing", "Writing", "Failed", "Failed")
+        await expect(card(page, 3).locator(".alert")).to_contain_text("The service asks to wait")
+        await page.click("#stop-all")
+        await service.idle()
+
+
+async def test_with_keys_on_the_page_asks_for_one() -> None:
+    async with serving(script=drafts(), api_keys="office:right-key") as service, demo_at(service.url + "/") as page:
+        await expect(page.locator("#health")).to_contain_text("A key is needed")
+        await write(page, 2)
+        await page.keyboard.press("Escape")
+        await expect(page.locator("#form-error")).to_contain_text("needs a key")
+        await page.click("#write")
+        await page.fill("#key", "wrong-key")
+        await page.keyboard.press("Enter")
+        await expect(page.locator("#key")).to_have_value("")
+        await page.fill("#key", "right-key")
+        await page.click("#key-dialog .primary")
+        await states(page, "Finished", "Finished")
+        await expect(page.locator("#health")).to_contain_text("Ready")
+        await page.reload()
+        await expect(page.locator("#health")).to_contain_text("Ready")
+        stored = await page.evaluate("JSON.stringify(localStorage)")
+        assert "right-key" not in stored, "it is kept with the tab only, unless wished otherwise"
+
+
+async def test_over_http_1_1_the_page_says_what_that_costs() -> None:
+    async with serving(script=drafts()) as service, demo_at(service.url + "/api/v1/demo") as page:
+        await expect(page.locator("#protocol-note")).to_be_visible()
+        assert await page.inner_text("#protocol") == "HTTP/1.1"
+        await write(page)
+        await states(page, *["Finished"] * 4)
+
+
+INERT = [
+    "<img src=x onerror=window.ran=1>",
+    "</script><script>window.ran=1</script>",
+    "</textarea><svg onload=window.ran=1>",
+    "javascript:window.ran=1",
+    "]]>&lt;b&gt;{{constructor.constructor('window.ran=1')()}}",
+]
+
+
+async def test_markup_in_any_field_is_shown_and_not_run() -> None:
+    script = lambda body, index: Script(pieces=split(badge_json(*[INERT[index]] * 3)))  # noqa: E731
+    async with serving(script=script) as service, demo_at(service.url + "/") as page:
+        await page.fill("#institution", INERT[0])
+        await page.fill("#custom_instructions", INERT[1]) if await page.is_visible("#custom_instructions") else None
+        for index in range(0, len(INERT), 4):
+            await write(page, min(4, len(INERT) - index), "".join(INERT))
+            await expect(page.locator(".state", has_text="Finished")).to_have_count(min(len(INERT), index + 4))
+        assert sorted(await names_of(page)) == sorted(INERT)
+        await page.reload()
+        assert sorted(await names_of(page)) == sorted(INERT)
+        await page.locator(".card").first.get_by_role("button", name="Export").click()
+        await page.fill("#issuer-name", INERT[2])
+        await page.fill("#issuer-id", "javascript:window.ran=1")
+        await expect(page.locator("#preview")).to_contain_text("window.ran=1")
+        assert await page.evaluate("window.ran") is None
+        assert await page.locator("main img, main script, main textarea svg").count() == 0
+
+
+async def test_a_course_file_can_be_opened_and_others_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "course.md").write_text("# Knots\n\nFigure eight.", "utf-8")
+    (tmp_path / "course.pdf").write_bytes(b"%PDF-1.7")
+    async with serving() as service, demo_at(service.url + "/") as page:
+        await page.set_input_files("#file", tmp_path / "course.md")
+        await expect(page.locator("#content")).to_have_value("# Knots\n\nFigure eight.")
+        await expect(page.locator("#source")).to_have_text("From course.md")
+        await page.set_input_files("#file", tmp_path / "course.pdf")
+        await expect(page.locator("#form-error")).to_contain_text("course.pdf is not a text file")
+        await page.evaluate(
+            """() => {
+                const data = new DataTransfer();
+                data.items.add(new File(['<p>Dropped</p>'], 'course.html', {type: 'text/html'}));
+                document.querySelector('#content').dispatchEvent(
+                    new DragEvent('drop', {dataTransfer: data, bubbles: true, cancelable: true}));
+            }"""
+        )
+        await expect(page.locator("#content")).to_have_value("<p>Dropped</p>")
+
+
+async def test_everything_can_be_done_with_the_keyboard() -> None:
+    async with serving(script=drafts(0.03)) as service, demo_at(service.url + "/") as page:
+
+        async def tab_to(name: str, back: bool = False) -> None:
+            for _ in range(80):
+                await page.keyboard.press("Shift+Tab" if back else "Tab")
+                focused = page.locator(":focus")
+                if await focused.count() and name in await focused.evaluate(
+                    "node => node.getAttribute('aria-label') || node.labels?.[0]?.textContent || node.textContent"
+                ):
+                    return
+            raise AssertionError(f"no way to {name}")
+
+        await tab_to("Course description")
+        await page.keyboard.type("Knots for climbers")
+        await page.keyboard.press("Control+Enter")
+        await states(page, *["Finished"] * 4)
+        await tab_to("Rewrite the name of draft 1")
+        await tab_to("Criteria of draft 1")
+        await page.keyboard.press("Control+End")
+        await page.keyboard.type(" By hand.")
+        assert (await field(page, 1, "Criteria").input_value()).endswith(" By hand.")
+        await tab_to("Again draft 1")
+        await page.keyboard.press("Enter")
+        await expect(card(page, 1).get_by_role("button", name="Stop")).to_be_focused()
+        await states(page, *["Finished"] * 4)
+        await expect(card(page, 1).get_by_role("button", name="Export")).to_be_focused()
+        await page.keyboard.press("Enter")
+        await tab_to("Issuer")
+        await page.keyboard.press("Escape")
+        await expect(card(page, 1).get_by_role("button", name="Export")).to_be_focused()
+
+
+RULES = """
+async () => (await axe.run({resultTypes: ['violations']})).violations.map(v => [v.id, v.nodes.map(node => node.html)])
+"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [320, 1280])
+async def test_axe_finds_nothing(scheme: Any, width: int) -> None:
+    gate = asyncio.Event()
+    options: dict[str, Any] = {"color_scheme": scheme, "viewport": {"width": width, "height": 800}}
+    options |= {"reduced_motion": "reduce"}  # no colour is measured in the middle of its fading in
+    script = lambda body, index: Script(pieces=split(badge_json()), gate=gate, status=404 if index == 2 else 200)  # noqa: E731
+    async with (
+        serving(script=script, max_concurrent_requests=3) as service,
+        demo_at(service.url + "/", bypass_csp=True, **options) as page,
+    ):
+        await page.add_script_tag(path=AXE)
+        assert await page.evaluate(RULES) == []
+        await page.fill("#institution", "Riverside State University")
+        for summary in await page.locator("summary").all():
+            await summary.click()
+        await write(page)
+        await states(page, *["Reading the course"] * 3, "Waiting, number 1 in the queue")
+        assert await page.evaluate(RULES) == []
+        gate.set()
+        await expect(page.locator(".state", has_text="Finished")).to_have_count(3)
+        await page.fill("#temperature", "9")
+        await page.click("#write")
+        await expect(page.locator("#form-error")).to_contain_text("Temperature")
+        assert await page.evaluate(RULES) == []
+        await page.locator("[data-do=export]:not(:disabled)").first.click()
+        await page.click("#export-save")
+        await expect(page.locator("#export-error")).not_to_be_empty()
+        assert await page.evaluate(RULES) == []
+        await page.keyboard.press("Escape")
+        await page.click("#clear")
+        assert await page.evaluate(RULES) == []
+        wide = await page.evaluate("document.documentElement.scrollWidth - innerWidth")
+        assert wide <= 0, "nothing lies outside of the window"

@@ -360,6 +360,7 @@ async def test_the_real_model_writes_four_drafts_over_h2_and_one_becomes_a_crede
         demo_at(f"https://localhost:{proxy.port}/") as page,
     ):
         await page.click("#samples button >> nth=0")
+        await page.click("summary >> nth=1")
         await page.fill("#seed", "1")
         await page.click("#write")
         await expect(page.locator(".state", has_text="Writing")).to_have_count(4, timeout=120_000)
@@ -370,6 +371,11 @@ async def test_the_real_model_writes_four_drafts_over_h2_and_one_becomes_a_crede
             Badge.model_validate(await export(page, number, "badge"))
         await fill_issuer(page, 1)
         OpenBadgeCredential.model_validate(await export(page, 1, "credential"))
+        await card(page, 2).get_by_role("button", name="Again").click()
+        await expect(card(page, 2).locator(".state")).to_have_text("Writing", timeout=60_000)
+        await card(page, 2).get_by_role("button", name="Stop").click()
+        await expect(card(page, 2).locator(".state")).to_have_text("Stopped")
+        await expect(page.locator("#health")).to_contain_text("0 writing, 0 waiting")
 
 
 async def test_stop_ends_the_engine_call_and_leaves_the_other_drafts_alone() -> None:
@@ -610,7 +616,8 @@ async def test_markup_in_any_field_is_shown_and_not_run() -> None:
     script = lambda body, index: Script(pieces=split(badge_json(*[INERT[index]] * 3)))  # noqa: E731
     async with serving(script=script) as service, demo_at(service.url + "/") as page:
         await page.fill("#institution", INERT[0])
-        await page.fill("#custom_instructions", INERT[1]) if await page.is_visible("#custom_instructions") else None
+        await page.click("summary >> nth=0")
+        await page.fill("#custom_instructions", INERT[1])
         for index in range(0, len(INERT), 4):
             await write(page, min(4, len(INERT) - index), "".join(INERT))
             await expect(page.locator(".state", has_text="Finished")).to_have_count(min(len(INERT), index + 4))

@@ -305,6 +305,7 @@ async def export(page: Page, number: int, format: str) -> Any:
 
 async def fill_issuer(page: Page, number: int) -> None:
     await card(page, number).get_by_role("button", name="Export").click()
+    await page.check("#export [value=credential]")
     await page.fill("#issuer-name", "Riverside State University")
     await page.fill("#issuer-id", "https://riverside.example")
     await expect(page.locator("#preview")).to_contain_text("OpenBadgeCredential")

@@ -323,6 +323,15 @@ WATCH_SHIFTS = """
 }
 """
 
+WATCH_WRITING = """
+() => {
+    window.most = 0;
+    const writing = () => [...document.querySelectorAll('.state')].filter(state => state.textContent === 'Writing').length;
+    const look = () => { window.most = Math.max(window.most, writing()); };
+    new MutationObserver(look).observe(document.querySelector('#cards'), {subtree: true, childList: true});
+}
+"""
+
 
 async def test_four_drafts_stream_at_once_on_one_h2_connection_and_nothing_moves() -> None:
     scripts = [Script(pieces=split(badge_json(name)), delay=0.1 if name == NAMES[3] else 0.03) for name in NAMES]
@@ -364,8 +373,9 @@ async def test_the_real_model_writes_four_drafts_over_h2_and_one_becomes_a_crede
         await page.click("summary >> nth=1")
         await page.fill("#seed", "1")
         await page.click("#write")
-        await expect(page.locator(".state", has_text="Writing")).to_have_count(4, timeout=120_000)
+        await page.evaluate(WATCH_WRITING)
         await expect(page.locator(".state", has_text="Finished")).to_have_count(4, timeout=200_000)
+        assert await page.evaluate("window.most") == 4, "all are written at the same time"
         assert set(await page.evaluate(EVENT_PROTOCOLS)) == {"h2"}
         assert len([carried for carried in proxy.carried if carried > 20_000]) == 1, "one connection carries them all"
         for number in (1, 2, 3, 4):

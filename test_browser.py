@@ -326,8 +326,10 @@ WATCH_SHIFTS = """
 WATCH_WRITING = """
 () => {
     window.most = 0;
-    const writing = () => [...document.querySelectorAll('.state')].filter(state => state.textContent === 'Writing').length;
-    const look = () => { window.most = Math.max(window.most, writing()); };
+    const look = () => {
+        const states = [...document.querySelectorAll('.state')].map(state => state.textContent);
+        window.most = Math.max(window.most, states.filter(text => text === 'Writing').length);
+    };
     new MutationObserver(look).observe(document.querySelector('#cards'), {subtree: true, childList: true});
 }
 """

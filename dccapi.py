@@ -97,7 +97,7 @@ from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.utils import ShutdownError
 from markdown_it import MarkdownIt
 from openapi_ui_bundles import swagger_ui
-from priority.priority import MissingStreamError, PriorityTree
+from priority.priority import DeadlockError, MissingStreamError, PriorityTree
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.exposition import choose_encoder
 from pydantic import (
@@ -1342,6 +1342,7 @@ class GenerationQueue:
         self._finished: OrderedDict[Generation, asyncio.TimerHandle] = OrderedDict()
         self._keys: dict[tuple[str, str], tuple[bytes, Generation]] = {}
         self._service_time = 0.0
+        self._telling: asyncio.TimerHandle | None = None
         self.metrics = Metrics(settings, self)
         self._workers: list[asyncio.Task[None]] = []
 
@@ -1481,9 +1482,16 @@ class GenerationQueue:
         idle = self.settings.workers - len(self.running)
         for number, generation in enumerate(self._waiting, 1):
             position = max(0, number - idle)
-            if generation.position != position:
-                generation.position = position
-                generation.wake()
+            generation.position = position
+        if self._telling is None:
+            # At once for as many as wait by default, and for a thousand twice a second: each is a write.
+            delay = len(self._waiting) // 64 / 32
+            self._telling = asyncio.get_running_loop().call_later(delay, self._tell_positions)
+
+    def _tell_positions(self) -> None:
+        self._telling = None
+        for generation in self._waiting:
+            generation.wake()
 
     # -- work
 
@@ -1649,6 +1657,7 @@ class EventEncoder:
         self._options = options
         self._escaped = bytearray(orjson.dumps(generation.text(seen))[1:-1]) if options.accumulated else bytearray()
         self._partial: dict[str, Any] = {}
+        self._name = generation.id.encode()
         self.seen = seen
 
     def queue(self, position: int, estimated_wait: float) -> bytes:
@@ -1668,13 +1677,16 @@ class EventEncoder:
         return b"".join(parts)
 
     def _token(self, piece: str) -> bytes:
+        """What `sse` makes of a token, in one go and without a copy of the text so far."""
         content = orjson.dumps(piece)
         if not self._options.accumulated:
-            return sse(b'{"type":"token","content":%b,"done":false}' % content, id=self._id)
+            return b'id: %b.%d\ndata: {"type":"token","content":%b,"done":false}\n\n' % (self._name, self.seen, content)
         self._escaped += content[1:-1]
-        return sse(
-            b'{"type":"token","content":%b,"accumulated":"%b","done":false}' % (content, bytes(self._escaped)),
-            id=self._id,
+        return b'id: %b.%d\ndata: {"type":"token","content":%b,"accumulated":"%b","done":false}\n\n' % (
+            self._name,
+            self.seen,
+            content,
+            self._escaped,
         )
 
     def _partial_event(self, badge: dict[str, Any] | None = None) -> bytes:
@@ -1738,6 +1750,8 @@ async def event_stream(
                 chunk = b": heartbeat\n\n" + chunk
             if chunk:
                 yield chunk
+                if len(chunk) >= MAX_WRITE:
+                    await asyncio.sleep(0)  # there is more: others have their turn first
                 chunk = b""
             else:
                 await changed.wait()
@@ -2986,7 +3000,7 @@ class Guard:
                 raise
             exchange.task.uncancel()
         finally:
-            exchange.over = True
+            exchange.close()
             if log.isEnabledFor(logging.DEBUG):
                 # The pattern of the path, and no query: either may hold a course or a key put there by mistake.
                 path = scope["route"].path if "route" in scope else "a path that is not known"
@@ -3009,6 +3023,9 @@ class Exchange:
         self.task = cast(asyncio.Task[None], asyncio.current_task())
         self.gone = self.over = False
         self.status = 0
+        self._loop = asyncio.get_running_loop()
+        self._offered = math.inf  # when the client was offered what it has not taken yet
+        self._timer = self._loop.call_later(settings.token_timeout, self._check)
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         self.request_id = given if re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given) else uuid.uuid4().hex
 
@@ -3059,6 +3076,10 @@ class Exchange:
             self.gone = True
             self.task.cancel()
 
+    def close(self) -> None:
+        self.over = True
+        self._timer.cancel()
+
     async def receive(self) -> Message:
         """The whole body as one message. Raises BodyTooLarge or BodyTimeout."""
         if self._delivered:
@@ -3086,24 +3107,24 @@ class Exchange:
         await self._passed_on(message)
 
     async def _passed_on(self, message: Message) -> None:
-        """To Hypercorn; a client that takes nothing for TOKEN_TIMEOUT is let go.
-
-        In pieces of one frame: each says that its reader still takes.
-        """
+        """To Hypercorn, in pieces of one frame: each says that its reader still takes."""
         body = message.get("body", b"")
-        try:
-            while len(body) > MAX_FRAME:
-                async with asyncio.timeout(self._settings.token_timeout):
-                    await self._send({"type": "http.response.body", "body": body[:MAX_FRAME], "more_body": True})
-                body = body[MAX_FRAME:]
-            if "body" in message:
-                message = {**message, "body": body}
-            async with asyncio.timeout(self._settings.token_timeout):
-                await self._send(message)
-        except TimeoutError:
-            log.info("a client took nothing for %g s and was let go", self._settings.token_timeout)
+        end = 0
+        for end in range(MAX_FRAME, len(body), MAX_FRAME):
+            self._offered = self._loop.time()
+            await self._send({"type": "http.response.body", "body": body[end - MAX_FRAME : end], "more_body": True})
+        self._offered = self._loop.time()
+        await self._send({**message, "body": body[end:]} if end else message)
+        self._offered = math.inf
+
+    def _check(self) -> None:
+        """Let a client go that takes nothing for TOKEN_TIMEOUT. One timer, not one for each write."""
+        now, patience = self._loop.time(), self._settings.token_timeout
+        if self._offered + patience <= now:
+            log.info("a client took nothing for %g s and was let go", patience)
             self.abandon()
-            await asyncio.Event().wait()
+        else:
+            self._timer = self._loop.call_at(min(self._offered, now) + patience, self._check)
 
 
 class Problems:
@@ -3232,6 +3253,7 @@ class GuardedH2Protocol(H2Protocol):
         super().__init__(*args, **kwargs)
         self._allowance = float(RESETS_AT_ONCE)
         self._counted_at = time.monotonic()
+        self._unflushed = 0  # bytes
         # The default of 1,000 nodes ends the connection at 1,001 streams; `h2_max_concurrent_streams` is the limit.
         self.priority = PriorityTree(maximum_streams=2**20)
 
@@ -3286,6 +3308,22 @@ class GuardedH2Protocol(H2Protocol):
             with contextlib.suppress(MissingStreamError):
                 self.priority.remove_stream(stream_id)
 
+    async def send_task(self) -> None:
+        """Send what waited for a window; flush in one write what all streams have written in the meantime."""
+        while not self.closed:
+            try:
+                stream_id = next(self.priority)
+            except DeadlockError:
+                await self._flush()
+                await self.has_data.wait()
+                await self.has_data.clear()
+            else:
+                await self._send_data(stream_id)
+
+    async def _flush(self) -> None:
+        self._unflushed = 0
+        await super()._flush()
+
     async def _send_data(self, stream_id: int) -> None:
         with contextlib.suppress(KeyError, MissingStreamError):  # reset while its data were being written
             await super()._send_data(stream_id)
@@ -3298,7 +3336,24 @@ class GuardedH2Protocol(H2Protocol):
                 with contextlib.suppress(h2.exceptions.ProtocolError):
                     self.connection.reset_stream(event.stream_id, h2.errors.ErrorCodes.CANCEL)
                     await self._flush()
-        await super().stream_send(event)
+        if not (isinstance(event, hypercorn.protocol.events.Body) and self._sent_at_once(event.stream_id, event.data)):
+            await super().stream_send(event)
+        elif self._unflushed < MAX_WRITE:
+            await self.has_data.set()
+        else:
+            await self._flush()
+
+    def _sent_at_once(self, stream_id: int, data: bytes) -> bool:
+        """Write a frame if nothing is before it and the windows are open: the original way costs far more."""
+        buffer = self.stream_buffers.get(stream_id)
+        if buffer is None or buffer.buffer or len(data) > MAX_FRAME:
+            return False
+        with contextlib.suppress(h2.exceptions.ProtocolError):
+            if len(data) <= self.connection.local_flow_control_window(stream_id):
+                self.connection.send_data(stream_id, data)
+                self._unflushed += len(data)
+                return True
+        return False
 
 
 def _is_request(fields: Mapping[bytes, bytes]) -> bool:
@@ -3377,7 +3432,14 @@ class PromptTCPServer(TCPServer):
         await self.idle_task.stop()  # the original keeps a closed connection for the rest of its keep_alive_timeout
 
     async def protocol_send(self, event: ConnectionEvent) -> None:
-        if not (self.ended and isinstance(event, Updated)):
+        if isinstance(event, RawData):
+            try:
+                # Without the original's lock: a task that is cancelled while it waits there takes its frames along.
+                self.writer.write(event.data)
+                await self.writer.drain()
+            except (ConnectionError, RuntimeError):
+                await self.protocol.handle(Closed())
+        elif not (self.ended and isinstance(event, Updated)):
             await super().protocol_send(event)
 
     async def _initiate_server_close(self) -> None:

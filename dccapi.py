@@ -28,7 +28,8 @@ Deliberate deviations from what the libraries do by themselves, each with a test
  4. Only `keep_alive_max_requests` limits rapid resets (hypercorn 146), and it starves running streams. The file sets
     it out of reach and `GuardedH2Protocol` counts resets.
  5. PRIORITY frames grow a tree that raises at 1,001 nodes, and an exclusive chain of them (Chromium sends one) starves
-    siblings. RFC 9113 5.3 deprecates them; `GuardedH2Protocol` ignores them.
+    siblings; each step through it visits every open stream. RFC 9113 5.3 deprecates them; `GuardedH2Protocol` ignores
+    them, and `Turns` stands in for the tree.
  6. A response that the application gives up in the middle is never ended. `GuardedH2Protocol` sends RST_STREAM.
  7. On SIGTERM Hypercorn 0.18 waits for ever (Python 3.12+) or cuts after three seconds (3.11), and tells the
     application last (hypercorn 308, PR 374). `raise_shutdown` is replaced by one that drains first.
@@ -97,7 +98,6 @@ from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.utils import ShutdownError
 from markdown_it import MarkdownIt
 from openapi_ui_bundles import swagger_ui
-from priority.priority import DeadlockError, MissingStreamError, PriorityTree
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.exposition import choose_encoder
 from pydantic import (
@@ -3246,6 +3246,29 @@ class PatientStreamBuffer(StreamBuffer):
         await self._is_empty.wait()
 
 
+class Turns:
+    """In place of Hypercorn's priority tree, of which each step visits each stream: those with data, in turn."""
+
+    def __init__(self) -> None:
+        self.ready = OrderedDict[int, None]()
+
+    def insert_stream(self, stream_id: int) -> None:
+        """Its first data will say so."""
+
+    def unblock(self, stream_id: int) -> None:
+        self.ready[stream_id] = None
+
+    def block(self, stream_id: int) -> None:
+        self.ready.pop(stream_id, None)
+
+    remove_stream = block
+
+    def next(self) -> int:
+        stream_id = next(iter(self.ready))
+        self.ready.move_to_end(stream_id)
+        return stream_id
+
+
 class GuardedH2Protocol(H2Protocol):
     """Hypercorn's HTTP/2 connection, deviations 1 and 3 to 6 of the module's list."""
 
@@ -3254,8 +3277,7 @@ class GuardedH2Protocol(H2Protocol):
         self._allowance = float(RESETS_AT_ONCE)
         self._counted_at = time.monotonic()
         self._unflushed = 0  # bytes
-        # The default of 1,000 nodes ends the connection at 1,001 streams; `h2_max_concurrent_streams` is the limit.
-        self.priority = PriorityTree(maximum_streams=2**20)
+        self.priority = cast(Any, Turns())
 
     async def initiate(self, headers: list[tuple[bytes, bytes]] | None = None, settings: bytes | None = None) -> None:
         try:
@@ -3305,28 +3327,27 @@ class GuardedH2Protocol(H2Protocol):
     async def _forget(self, stream_id: int) -> None:
         if (buffer := self.stream_buffers.pop(stream_id, None)) is not None:
             await buffer.close()
-            with contextlib.suppress(MissingStreamError):
-                self.priority.remove_stream(stream_id)
+            self.priority.remove_stream(stream_id)
 
     async def send_task(self) -> None:
         """Send what waited for a window; flush in one write what all streams have written in the meantime."""
         while not self.closed:
-            try:
-                stream_id = next(self.priority)
-            except DeadlockError:
+            if self.priority.ready:
+                await self._send_data(self.priority.next())
+            else:
                 await self._flush()
                 await self.has_data.wait()
                 await self.has_data.clear()
-            else:
-                await self._send_data(stream_id)
 
     async def _flush(self) -> None:
         self._unflushed = 0
         await super()._flush()
 
     async def _send_data(self, stream_id: int) -> None:
-        with contextlib.suppress(KeyError, MissingStreamError):  # reset while its data were being written
+        try:
             await super()._send_data(stream_id)
+        except KeyError:  # reset while its data were being written
+            self.priority.remove_stream(stream_id)
 
     async def stream_send(self, event: hypercorn.protocol.events.Event) -> None:
         if isinstance(event, hypercorn.protocol.events.StreamClosed):

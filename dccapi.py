@@ -732,7 +732,7 @@ def _clean(text: object) -> str:
     text = _trimmed(text)
     if re.sub(r"[\W_]+", "", text).casefold() in PLACEHOLDERS | {""}:
         raise InvalidModelOutput
-    if any(unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t" for character in text):
+    if any(unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t" for character in set(text)):
         raise InvalidModelOutput
     return text
 
@@ -1677,7 +1677,7 @@ class EventEncoder:
         return b"".join(parts)
 
     def _token(self, piece: str) -> bytes:
-        """What `sse` makes of a token, in one go and without a copy of the text so far."""
+        """What `sse` makes of a token, in one go."""
         content = orjson.dumps(piece)
         if not self._options.accumulated:
             return b'id: %b.%d\ndata: {"type":"token","content":%b,"done":false}\n\n' % (self._name, self.seen, content)
@@ -1686,7 +1686,7 @@ class EventEncoder:
             self._name,
             self.seen,
             content,
-            self._escaped,
+            cast(bytes, self._escaped),
         )
 
     def _partial_event(self, badge: dict[str, Any] | None = None) -> bytes:
@@ -3276,8 +3276,9 @@ class GuardedH2Protocol(H2Protocol):
         super().__init__(*args, **kwargs)
         self._allowance = float(RESETS_AT_ONCE)
         self._counted_at = time.monotonic()
-        self._unflushed = 0  # bytes
-        self.priority = cast(Any, Turns())
+        self._frames: list[bytes] = []
+        self._unflushed = 0  # bytes of them
+        self.priority: Any = Turns()
 
     async def initiate(self, headers: list[tuple[bytes, bytes]] | None = None, settings: bytes | None = None) -> None:
         try:
@@ -3340,8 +3341,11 @@ class GuardedH2Protocol(H2Protocol):
                 await self.has_data.clear()
 
     async def _flush(self) -> None:
-        self._unflushed = 0
-        await super()._flush()
+        # In this order: whatever h2 holds was written after these frames.
+        if data := b"".join([*self._frames, self.connection.data_to_send()]):
+            self._frames.clear()
+            self._unflushed = 0
+            await self.send(RawData(data))
 
     async def _send_data(self, stream_id: int) -> None:
         try:
@@ -3365,16 +3369,18 @@ class GuardedH2Protocol(H2Protocol):
             await self._flush()
 
     def _sent_at_once(self, stream_id: int, data: bytes) -> bool:
-        """Write a frame if nothing is before it and the windows are open: the original way costs far more."""
-        buffer = self.stream_buffers.get(stream_id)
-        if buffer is None or buffer.buffer or len(data) > MAX_FRAME:
+        """Write a frame if nothing is before it and the windows are open; h2 takes as long for it as all the rest."""
+        stream, buffer = self.connection.streams.get(stream_id), self.stream_buffers.get(stream_id)
+        if stream is None or stream.closed or buffer is None or buffer.buffer:
             return False
-        with contextlib.suppress(h2.exceptions.ProtocolError):
-            if len(data) <= self.connection.local_flow_control_window(stream_id):
-                self.connection.send_data(stream_id, data)
-                self._unflushed += len(data)
-                return True
-        return False
+        size = len(data)
+        if size > min(MAX_FRAME, stream.outbound_flow_control_window, self.connection.outbound_flow_control_window):
+            return False
+        stream.outbound_flow_control_window -= size
+        self.connection.outbound_flow_control_window -= size
+        self._frames += (size.to_bytes(3) + b"\0\0" + stream_id.to_bytes(4), data)  # type DATA, no flags
+        self._unflushed += size
+        return True
 
 
 def _is_request(fields: Mapping[bytes, bytes]) -> bool:

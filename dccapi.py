@@ -1483,9 +1483,10 @@ class GenerationQueue:
         for number, generation in enumerate(self._waiting, 1):
             position = max(0, number - idle)
             generation.position = position
-        if self._telling is None:
-            # At once for as many as wait by default, and for a thousand twice a second: each is a write.
-            delay = len(self._waiting) // 64 / 32
+        if len(self._waiting) <= 64:
+            self._tell_positions()
+        elif self._telling is None:  # each is a write: a thousand are told twice a second
+            delay = len(self._waiting) / 2000
             self._telling = asyncio.get_running_loop().call_later(delay, self._tell_positions)
 
     def _tell_positions(self) -> None:

@@ -360,7 +360,15 @@ async def start(*command: str | Path, text: str = "", **env: str) -> asyncio.sub
     """A program with that standard input and none of our settings."""
     kept = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG")}
     pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, stderr=pipe, env=kept | env)
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        stdin=pipe,
+        stdout=pipe,
+        stderr=pipe,
+        env=kept | env,
+        # A shell starts its background jobs without Ctrl-C, and these tests may be such a job.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert process.stdin
     process.stdin.write(text.encode())
     process.stdin.close()

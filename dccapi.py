@@ -1154,18 +1154,15 @@ class TokenUsage(BaseModel):
     total_tokens: int
 
 
-class Finished(BaseModel):
+class Answer(BaseModel):
+    """A finished badge (contract 3.2)."""
+
+    response: Badge
     achievement: Achievement
     model: str
     usage: TokenUsage
     finish_reason: Literal["stop", "length"]
     request_id: str
-
-
-class Answer(Finished):
-    """A finished badge (contract 3.2)."""
-
-    response: Badge
 
 
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
@@ -2344,11 +2341,16 @@ class TokenEvent(BaseModel):
     done: Literal[False]
 
 
-class FinalEvent(Finished):
+class FinalEvent(BaseModel):
     """The badge. The last event."""
 
     type: Literal["final"]
     content: Badge
+    achievement: Achievement
+    model: str
+    usage: TokenUsage
+    finish_reason: Literal["stop", "length"]
+    request_id: str
 
 
 class ErrorEvent(BaseModel):
@@ -2408,6 +2410,7 @@ class Samples(RootModel[str]):
     """Prometheus' text format."""
 
 
+TAGS: dict[Any, str] = {Health: "State", Status: "State", Samples: "State", Page: "Pages", Links: "Pages"}
 MEDIA_TYPES: dict[type[BaseModel], str] = {Event: "text/event-stream", Page: "text/html", Samples: "text/plain"}
 
 
@@ -2442,7 +2445,7 @@ def operation(
     """Enter a handler into OPERATIONS, from which the routes and the OpenAPI document are made."""
 
     def entered(handler: Method) -> Method:
-        summary = str(handler.__doc__).partition("\n")[0]
+        summary = str(handler.__doc__).partition("\n")[0].replace("`", "")
         for path in paths:
             OPERATIONS.append(Operation(method, path, handler.__name__, summary, answers, problems, parameters, body))
         return handler
@@ -2651,7 +2654,7 @@ class Api:
 
     @operation("GET", "/health", answers={"200": [Health], "503": [Health]})
     async def health(self, request: Request) -> Response:
-        """Engine, model and queue (contract 3.5); 503 when no badge could be written now."""
+        """Engine, model and queue; 503 when no badge could be written now."""
         settings, queue = self.settings, self.queue
         available, error = await self._state()
         health = Health(
@@ -2936,6 +2939,7 @@ def openapi_document() -> bytes:
                 responses[answer].setdefault("content", {}).update(content(media_type, model, samples[model]))
         members: dict[str, Any] = {
             "summary": one.summary,
+            "tags": [TAGS.get(next(iter(one.answers.get("200", [])), None), "Badges")],
             "operationId": f"{one.handler}_{one.path.strip('/').replace('/', '_')}",
             "parameters": [parameter(name) for name in (*re.findall(r"{(\w+)}", one.path), *one.parameters)],
             "responses": responses,
@@ -3705,7 +3709,23 @@ def serve(options: argparse.Namespace) -> None:
     else:
         config.bind = cleartext
     app = cast(Any, create_app(settings, addresses(config)))
+    check_addresses(config)
     asyncio.run(hypercorn.asyncio.serve(app, config))
+
+
+def check_addresses(config: Config) -> None:
+    """End with a sentence if an address is taken; Hypercorn would end with two tracebacks."""
+    if any(bind.startswith("fd://") for bind in config.bind):  # not ours to close
+        return
+    try:
+        sockets = config.create_sockets()
+    except OSError as error:
+        at = ", ".join(addresses(config))
+        raise SystemExit(
+            f"dccapi: cannot listen on {at}: {error.strerror}. Free it, or choose another: --bind"
+        ) from None
+    for socket in sockets.secure_sockets + sockets.insecure_sockets:
+        socket.close()
 
 
 if __name__ == "__main__":

@@ -2966,6 +2966,20 @@ async def test_the_metrics_come_as_openmetrics_to_who_asks_for_it() -> None:
     assert response.body.endswith(b"# EOF\n")
 
 
+async def test_a_port_that_is_taken_is_named_in_one_sentence() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        bind = f"127.0.0.1:{taken.getsockname()[1]}"
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "dccapi.py", "--bind", bind, "--certs", "absent"),
+            cwd=HERE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        _, said = await process.communicate()
+    assert process.returncode == 1
+    assert said.decode().startswith(f"dccapi: cannot listen on http://{bind}: Address already in use.")
+    assert said.count(b"\n") == 1
+
+
 @pytest.mark.parametrize(
     ("bind", "keys", "warnings"), [("0.0.0.0", "", 1), ("127.0.0.1", "", 0), ("0.0.0.0", "lms:s3cret", 0)]
 )

@@ -31,7 +31,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import urlencode
 
 import hpack
@@ -320,6 +320,7 @@ class Peer:
     mark: bytes = b'"done":false'  # stands in each token's event and nowhere else
     http2: bool = False
     idle: list[Any] = field(default_factory=list)  # connections
+    holds_back: ClassVar = False
 
     def request(self, tokens: int, rate: int) -> tuple[str, dict[str, Any]]:
         return "/generate", {"content": COURSE, "max_tokens": tokens, "seed": rate}
@@ -345,7 +346,7 @@ class Peer:
         await reply.done
         if not self.http2:
             self.idle.append(connection)
-        if stream and reply.events != tokens:
+        if stream and reply.events != tokens and not self.holds_back:
             raise RuntimeError(f"{self.name}: {reply.events} events for {tokens} tokens: …{reply.text[-600:]!r}")
         return reply
 
@@ -377,6 +378,8 @@ class Direct(Peer):
 
 
 class LiteLlm(Peer):
+    holds_back: ClassVar = True  # its ollama/ provider lets a JSON answer go only when it is whole
+
     def request(self, tokens: int, rate: int) -> tuple[str, dict[str, Any]]:
         messages = [{"role": "user", "content": COURSE}]
         return "/v1/chat/completions", {"model": "bench", "messages": messages, "max_tokens": tokens, "seed": rate}
@@ -428,7 +431,8 @@ async def litellm(engine: str, environment: Path) -> AsyncIterator[Peer]:
     config.write_text(json.dumps({"model_list": [{"model_name": "bench", "litellm_params": model}]}))
     command = [str(environment / "bin" / "litellm"), "--config", str(config), "--port", str(port)]
     ready = f"http://127.0.0.1:{port}/health/liveliness"
-    async with Server(command, {"DO_NOT_TRACK": "1"}, ready, HERE, str(python), start_timeout=120) as process:
+    env = {"DO_NOT_TRACK": "1", "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true"}  # or it does not start
+    async with Server(command, env, ready, HERE, str(python), start_timeout=120) as process:
         yield LiteLlm("litellm", port, process, mark=b'"delta":{"')
 
 

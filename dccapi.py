@@ -1359,7 +1359,7 @@ class GenerationQueue:
         for worker in self._workers:
             worker.cancel()
         await asyncio.gather(*self._workers, return_exceptions=True)
-        for timer in self._finished.values():
+        for timer in [*self._finished.values(), *filter(None, [self._telling])]:
             timer.cancel()
         await self.engine.stop()
 
@@ -1508,7 +1508,7 @@ class GenerationQueue:
             generation.wake()
             self._renumber()
             watch = Watch(self, generation)
-            generation.task = asyncio.create_task(self._generate(generation, watch), name=f"call {generation.id}")
+            generation.task = asyncio.create_task(self._generate(generation, watch), name=f"call {generation.id[:8]}")
             try:
                 await asyncio.wait({generation.task})
             finally:
@@ -1908,7 +1908,10 @@ class HttpEngine:
             document = orjson.loads(body)
             fault = document.get("error", document) if isinstance(document, dict) else {}
             members = fault if isinstance(fault, dict) else {"message": fault}
-            message = str(members.get("message") or members.get("detail") or "")  # the latter is FastAPI's
+            faults = members.get("detail") or ""  # FastAPI's, which repeats the request as `input`
+            if isinstance(faults, list):
+                faults = [(one.get("loc"), one.get("msg")) for one in faults if isinstance(one, dict)]
+            message = str(members.get("message") or faults)
         log.warning("the engine refused a request: %d %s", status, members.get("type", ""))  # a message may quote it
         if status in (502, 504):  # by a balancer that has no engine to ask
             return EngineUnreachable()
@@ -2042,19 +2045,21 @@ class OpenAIEngine(HttpEngine):
         return {"authorization": f"Bearer {key}"} if key else {}
 
     async def stream(self, prompt: Prompt) -> AsyncGenerator[str | Usage]:
+        without = frozenset(self._without)
         while True:
-            without = frozenset(self._without)
             try:
                 async with contextlib.aclosing(self._completion(prompt, without)) as pieces:
                     async for piece in pieces:
+                        if not without <= self._without:  # now it is known that the refusal was meant so
+                            self._without |= without
+                            log.warning("the engine is asked without %s from now on", " and ".join(sorted(without)))
                         yield piece
                 return
             except UnknownParameter as refusal:
-                # Calls at the same time are refused the same: each goes on from what it had itself sent.
                 part = next((part for part in refusal.parts if part not in without), None)
                 if part is None:
                     raise EngineError from None
-                self._without.add(part)
+                without |= {part}
 
     async def _completion(self, prompt: Prompt, without: frozenset[str]) -> AsyncGenerator[str | Usage]:
         sampling, schema = prompt.sampling, self.schema(prompt.schema)
@@ -2113,11 +2118,16 @@ class OpenAIEngine(HttpEngine):
             return too_long(self.settings.num_ctx, prompt, members.get("n_prompt_tokens"), members.get("n_ctx"))
         if status == 400 and "context length" in message:
             return too_long(self.settings.num_ctx, prompt)
-        if status in (400, 422, 500):  # the last is llama-cpp-python's
-            if re.search(r"top_k|repe(at|tition)_penalty", message):
-                return UnknownParameter("sampling")
-            if re.search(r"response.format", message):
-                return UnknownParameter("json_schema", "json_object")
+        parts: list[str] = []
+        if status in (400, 422) and re.search(r"\b(top_k|repe(at|tition)_penalty)\b", message):
+            parts += ["sampling"]
+        # The second is llama-cpp-python's, under 500.
+        if re.search(
+            r"\b(response_format|json_schema)\b" if status in (400, 422) else r"'body', 'response_format'", message
+        ):
+            parts += ["json_schema", "json_object"]
+        if parts:
+            return UnknownParameter(*parts)
         if status == 404:
             return ModelMissing()
         return QueueFull() if status in (429, 503) else EngineError()
@@ -2688,7 +2698,10 @@ class Api:
         """For Prometheus, in the format that it asks for."""
         metrics = self.queue.metrics
         metrics.engine_up.set(self.engine.has_model((await self._state())[0]))
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        try:
+            encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        except (TypeError, ValueError):  # a version that is no number
+            encode, content_type = choose_encoder("")
         return Response(encode(metrics.registry), headers={"content-type": content_type})
 
     @operation("GET", "/readyz", answers={"200": [Status]}, problems="503")
@@ -3291,6 +3304,7 @@ class GuardedH2Protocol(H2Protocol):
         self._counted_at = time.monotonic()
         self._frames: list[bytes] = []
         self._unflushed = 0  # bytes of them
+        self._flushing = 0  # writes that wait for the client to take what came before
         self.priority: Any = Turns()
 
     async def initiate(self, headers: list[tuple[bytes, bytes]] | None = None, settings: bytes | None = None) -> None:
@@ -3358,7 +3372,11 @@ class GuardedH2Protocol(H2Protocol):
         if data := b"".join([*self._frames, self.connection.data_to_send()]):
             self._frames.clear()
             self._unflushed = 0
-            await self.send(RawData(data))
+            self._flushing += 1
+            try:
+                await self.send(RawData(data))
+            finally:
+                self._flushing -= 1
 
     async def _send_data(self, stream_id: int) -> None:
         try:
@@ -3382,7 +3400,12 @@ class GuardedH2Protocol(H2Protocol):
             await self._flush()
 
     def _sent_at_once(self, stream_id: int, data: bytes) -> bool:
-        """Write a frame if nothing is before it and the windows are open; h2 takes as long for it as all the rest."""
+        """Write a frame if nothing is before it and the windows are open; h2 takes as long for it as all the rest.
+
+        While a write waits for the client, the streams take turns instead (`send_task`): else each would write on.
+        """
+        if self._flushing:
+            return False
         stream, buffer = self.connection.streams.get(stream_id), self.stream_buffers.get(stream_id)
         if stream is None or stream.closed or buffer is None or buffer.buffer:
             return False
@@ -3458,6 +3481,7 @@ class PromptTCPServer(TCPServer):
     """
 
     ended = False
+    written = 0  # bytes
 
     async def run(self) -> None:
         CONNECTIONS.add(self)
@@ -3475,12 +3499,32 @@ class PromptTCPServer(TCPServer):
         if isinstance(event, RawData):
             try:
                 # Without the original's lock: a task that is cancelled while it waits there takes its frames along.
+                if self.writer.transport.is_closing():
+                    raise ConnectionResetError  # asyncio would log each further write
                 self.writer.write(event.data)
-                await self.writer.drain()
+                self.written += len(event.data)
+                if self.writer.transport.get_write_buffer_size():
+                    await self._drained()
+                else:
+                    await self.writer.drain()
             except (ConnectionError, RuntimeError):
                 await self.protocol.handle(Closed())
         elif not (self.ended and isinstance(event, Updated)):
             await super().protocol_send(event)
+
+    async def _drained(self) -> None:
+        """Wait for the client to take what was written; close its connection if it takes nothing for TOKEN_TIMEOUT."""
+        transport = self.writer.transport
+        patience = max((queue.settings.token_timeout for queue in RUNNING), default=30)
+        taken, before = self.written - transport.get_write_buffer_size(), -1
+        while taken > before:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(patience):
+                    await self.writer.drain()
+                    return
+            taken, before = self.written - transport.get_write_buffer_size(), taken
+        log.info("a connection took nothing for %g s and was closed", patience)
+        transport.abort()
 
     async def _initiate_server_close(self) -> None:
         await super()._initiate_server_close()
@@ -3636,7 +3680,9 @@ def addresses(config: Config) -> list[str]:
 
 def is_public(address: str) -> bool:
     """Whether others than this machine can reach it."""
-    host = urlsplit(address).hostname or "localhost"
+    host = urlsplit(address).hostname
+    if host is None:  # ":8001" is every address
+        return "://" in address
     try:
         return not ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -34,6 +34,8 @@ import hypercorn.asyncio
 import orjson
 import pytest
 from aiohttp.http_exceptions import LineTooLong
+from h2.connection import H2Connection
+from h2.settings import SettingCodes, Settings
 from hpack import Encoder
 from hyperframe.frame import DataFrame, PriorityFrame
 from hypothesis import HealthCheck, example, given
@@ -2575,6 +2577,46 @@ async def test_a_server_that_knows_no_json_schema_is_asked_another_way_from_then
     assert all("badge_name" in schema["properties"] for schema in schemas)
 
 
+QUOTED = f"prompt: {COURSE['content']} uses response_format and top_k"
+
+
+@pytest.mark.parametrize(
+    ("status", "refusal"),
+    [
+        (400, {"message": QUOTED}),
+        (500, {"message": "out of memory while compiling the grammar of response_format"}),
+        (
+            422,
+            {"detail": [{"loc": ["body", "prompt"], "msg": "too rude", "input": {"top_k": 30, "response_format": {}}}]},
+        ),
+    ],
+    ids=["it quotes the course", "it is out of memory", "it repeats the request"],
+)
+async def test_a_refusal_for_another_reason_takes_nothing_from_later_requests(
+    status: int, refusal: dict[str, Any]
+) -> None:
+    def once(body: dict[str, Any], index: int) -> Script:
+        return Script(status=status, error=refusal) if "rude" in body["messages"][1]["content"] else Script()
+
+    async with serving(ScriptedOpenAI(), once) as service:
+        problem_in(await ask(service, {"content": "A rude course."}), 502, "engine_error")
+        await writes(service)
+    assert service.engine.calls[-1].body["response_format"]["type"] == "json_schema"
+    assert "top_k" in service.engine.calls[-1].body
+
+
+async def test_a_refusal_that_names_two_parts_leaves_out_one_after_the_other() -> None:
+    refusal = {"message": "unsupported: response_format.json_schema (supported: temperature, top_k)"}
+
+    def limited(body: dict[str, Any], index: int) -> Script:
+        refused = body.get("response_format", {}).get("type") == "json_schema"
+        return Script(status=400, error=refusal) if refused else Script()
+
+    async with serving(ScriptedOpenAI(), limited) as service:
+        await writes(service)
+    assert service.engine.calls[-1].body["response_format"]["type"] == "json_object"
+
+
 async def test_where_a_server_does_not_count_the_pieces_of_its_answer_are_counted() -> None:
     chunks = [{"choices": [{"delta": {"content": piece}, "finish_reason": None}]} for piece in badge_pieces()]
     chunks.append({"choices": [{"delta": {}, "finish_reason": "stop"}]})
@@ -2962,8 +3004,10 @@ async def test_the_metrics_come_as_openmetrics_to_who_asks_for_it() -> None:
     async with serving() as service:
         accept = [("accept", "application/openmetrics-text;version=1.0.0,text/plain;q=0.5")]
         response = await ask(service, None, "/metrics", "GET", accept)
-    assert response.headers["content-type"].startswith("application/openmetrics-text")
-    assert response.body.endswith(b"# EOF\n")
+        assert response.headers["content-type"].startswith("application/openmetrics-text")
+        assert response.body.endswith(b"# EOF\n")
+        for odd in ("text/plain;version=x", "application/openmetrics-text; version=1.0.0foo"):
+            assert (await ask(service, None, "/metrics", "GET", [("accept", odd)])).status == 200
 
 
 async def test_a_port_that_is_taken_is_named_in_one_sentence() -> None:
@@ -2995,7 +3039,7 @@ async def test_a_start_on_a_public_address_without_keys_is_warned_about_once(
 
 @pytest.mark.parametrize(
     ("address", "public"),
-    [("http://[::]:8001", True), ("http://[::1]:8001", False), ("http://localhost:8001", False),
+    [("http://[::]:8001", True), ("http://:8001", True), ("http://[::1]:8001", False), ("http://localhost:8001", False),
      ("https://badges.example.edu:8443", True), ("http://unix:/run/dccapi.sock", False), ("http://fd://3", False)],
 )  # fmt: skip
 def test_a_public_address_is_told_from_this_machines(address: str, public: bool) -> None:
@@ -4041,6 +4085,58 @@ async def test_hypercorn_still_stops_reading_behind_a_body_that_nobody_reads(mon
             await connection.send_raw(DataFrame(unread, b"x").serialize())
         with pytest.raises(TimeoutError):
             await connection.response(await connection.request("GET", "/"), timeout=0.25)
+
+
+@contextlib.asynccontextmanager
+async def wide_open(service: Service, path: str, count: int) -> AsyncIterator[tuple[socket.socket, H2Connection]]:
+    """A client with windows that never close and a small socket buffer, which has asked for the same thing often."""
+    loop = asyncio.get_running_loop()
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.setblocking(False)
+        await loop.sock_connect(client, ("127.0.0.1", service.port))
+        connection = H2Connection()
+        windows = {SettingCodes.INITIAL_WINDOW_SIZE: 2**31 - 1, SettingCodes.ENABLE_PUSH: 0}
+        connection.local_settings = Settings(client=True, initial_values=windows)
+        connection.initiate_connection()
+        connection.increment_flow_control_window(2**31 - 1 - 65535)
+        head = [(":method", "GET"), (":scheme", "http"), (":authority", "localhost"), (":path", path)]
+        for _ in range(count):
+            connection.send_headers(connection.get_next_available_stream_id(), head, end_stream=True)
+        await loop.sock_sendall(client, connection.data_to_send())
+        yield client, connection
+
+
+async def test_a_slow_but_steady_reader_loses_none_of_its_many_streams() -> None:
+    """Streams that write at once, each on its own, wait for all that the others have written: over TOKEN_TIMEOUT."""
+    streams, rate, gate = 60, 1_500_000, asyncio.Event()
+    script = Script(pieces=split(badge_json(), 400), gate=gate)
+    async with serving(script=script, token_timeout=1.2) as service:
+        accepted = (await ask(service, headers=[("prefer", "respond-async")])).json()
+        async with wide_open(service, accepted["events"], streams) as (client, connection):
+            await eventually(lambda: sum(len(one.followers) for one in service.queue.running) == streams)
+            gate.set()
+            loop = asyncio.get_running_loop()
+            kinds, read, started = [], 0, loop.time()
+            while len(kinds) < streams and (data := await loop.sock_recv(client, 32768)):
+                read += len(data)
+                events = [type(event).__name__ for event in connection.receive_data(data)]
+                kinds += [kind for kind in events if kind in ("StreamEnded", "StreamReset")]
+                await asyncio.sleep(max(0.0, started + read / rate - loop.time()))  # the pace, not a condition
+        assert kinds == ["StreamEnded"] * streams
+        assert read > streams * 64 * 1024
+
+
+async def test_a_connection_that_takes_nothing_is_closed_with_all_its_streams(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with serving(token_timeout=0.4) as service:
+        idle = len(asyncio.all_tasks())
+        async with wide_open(service, "/openapi.json", 120):
+            await eventually(lambda: len(asyncio.all_tasks()) > idle + 5, what="the requests")
+            await eventually(lambda: not dccapi.CONNECTIONS, what="its end")
+            await eventually(lambda: len(asyncio.all_tasks()) <= idle, what="the end of its streams")
+    assert not [record for record in caplog.records if record.name == "asyncio"]
 
 
 async def test_hypercorn_still_lets_an_application_run_ahead_of_a_closed_window() -> None:

@@ -3304,7 +3304,7 @@ class GuardedH2Protocol(H2Protocol):
         self._counted_at = time.monotonic()
         self._frames: list[bytes] = []
         self._unflushed = 0  # bytes of them
-        self._flushing = 0  # writes that wait for the client to take what came before
+        self._turn = asyncio.Lock()  # held while a client is slow; its waiters are served in order
         self.priority: Any = Turns()
 
     async def initiate(self, headers: list[tuple[bytes, bytes]] | None = None, settings: bytes | None = None) -> None:
@@ -3372,11 +3372,7 @@ class GuardedH2Protocol(H2Protocol):
         if data := b"".join([*self._frames, self.connection.data_to_send()]):
             self._frames.clear()
             self._unflushed = 0
-            self._flushing += 1
-            try:
-                await self.send(RawData(data))
-            finally:
-                self._flushing -= 1
+            await self.send(RawData(data))
 
     async def _send_data(self, stream_id: int) -> None:
         try:
@@ -3392,20 +3388,18 @@ class GuardedH2Protocol(H2Protocol):
                 with contextlib.suppress(h2.exceptions.ProtocolError):
                     self.connection.reset_stream(event.stream_id, h2.errors.ErrorCodes.CANCEL)
                     await self._flush()
-        if not (isinstance(event, hypercorn.protocol.events.Body) and self._sent_at_once(event.stream_id, event.data)):
-            await super().stream_send(event)
-        elif self._unflushed < MAX_WRITE:
-            await self.has_data.set()
-        else:
-            await self._flush()
+        if isinstance(event, hypercorn.protocol.events.Body):
+            async with self._turn:
+                if self._sent_at_once(event.stream_id, event.data):
+                    if self._unflushed >= MAX_WRITE:
+                        await self._flush()
+                    else:
+                        await self.has_data.set()
+                    return
+        await super().stream_send(event)
 
     def _sent_at_once(self, stream_id: int, data: bytes) -> bool:
-        """Write a frame if nothing is before it and the windows are open; h2 takes as long for it as all the rest.
-
-        While a write waits for the client, the streams take turns instead (`send_task`): else each would write on.
-        """
-        if self._flushing:
-            return False
+        """Write a frame if nothing is before it and the windows are open; h2 takes as long for it as all the rest."""
         stream, buffer = self.connection.streams.get(stream_id), self.stream_buffers.get(stream_id)
         if stream is None or stream.closed or buffer is None or buffer.buffer:
             return False
@@ -3481,7 +3475,8 @@ class PromptTCPServer(TCPServer):
     """
 
     ended = False
-    written = 0  # bytes
+    _written = 0  # bytes
+    _watch: asyncio.TimerHandle | None = None
 
     async def run(self) -> None:
         CONNECTIONS.add(self)
@@ -3489,6 +3484,8 @@ class PromptTCPServer(TCPServer):
             await super().run()
         finally:
             CONNECTIONS.discard(self)
+            if self._watch is not None:
+                self._watch.cancel()
 
     async def _read_data(self) -> None:
         await super()._read_data()
@@ -3502,29 +3499,33 @@ class PromptTCPServer(TCPServer):
                 if self.writer.transport.is_closing():
                     raise ConnectionResetError  # asyncio would log each further write
                 self.writer.write(event.data)
-                self.written += len(event.data)
-                if self.writer.transport.get_write_buffer_size():
-                    await self._drained()
-                else:
-                    await self.writer.drain()
+                self._written += len(event.data)
+                if self._watch is None and self.writer.transport.get_write_buffer_size():
+                    self._watch_client()
+                await self.writer.drain()
             except (ConnectionError, RuntimeError):
                 await self.protocol.handle(Closed())
         elif not (self.ended and isinstance(event, Updated)):
             await super().protocol_send(event)
 
-    async def _drained(self) -> None:
-        """Wait for the client to take what was written; close its connection if it takes nothing for TOKEN_TIMEOUT."""
-        transport = self.writer.transport
+    @property
+    def _taken(self) -> int:
+        return self._written - self.writer.transport.get_write_buffer_size()
+
+    def _watch_client(self) -> None:
+        """Close the connection if its client takes nothing of what waits for it in TOKEN_TIMEOUT."""
         patience = max((queue.settings.token_timeout for queue in RUNNING), default=30)
-        taken, before = self.written - transport.get_write_buffer_size(), -1
-        while taken > before:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(patience):
-                    await self.writer.drain()
-                    return
-            taken, before = self.written - transport.get_write_buffer_size(), taken
-        log.info("a connection took nothing for %g s and was closed", patience)
-        transport.abort()
+        self._watch = self.loop.call_later(patience, self._check, self._taken, patience)
+
+    def _check(self, taken: int, patience: float) -> None:
+        self._watch = None
+        if self._taken == self._written or self.writer.transport.is_closing():
+            return
+        if self._taken > taken:
+            self._watch_client()
+        else:
+            log.info("a connection took nothing for %g s and was closed", patience)
+            self.writer.transport.abort()
 
     async def _initiate_server_close(self) -> None:
         await super()._initiate_server_close()

@@ -35,7 +35,8 @@ Deliberate deviations from what the libraries do by themselves, each with a test
     application last (hypercorn 308, PR 374). `raise_shutdown` is replaced by one that drains first.
  8. Closing a TLS connection waits 30 s for its client and then logs a traceback (hypercorn 202, 264).
     `PromptTCPServer` aborts it after CLOSE_TIMEOUT.
-    It also keeps a connection that its client has closed until keep_alive_timeout.
+    It also keeps a connection that its client has closed until keep_alive_timeout, and for ever one whose client takes
+    nothing; the latter is closed after TOKEN_TIMEOUT.
  9. What follows a running HTTP/1.1 request stops the reading of its connection, so its client's leaving is not seen; a
     path or method that is not ASCII, or nonsense in an upgrade, ends an HTTP/2 connection with a traceback.
     `GuardedH11Protocol` reads on, `GuardedH2Protocol` resets that stream.
@@ -3296,7 +3297,7 @@ class Turns:
 
 
 class GuardedH2Protocol(H2Protocol):
-    """Hypercorn's HTTP/2 connection, deviations 1 and 3 to 6 of the module's list."""
+    """Hypercorn's HTTP/2 connection, deviations 1, 4 to 6, 9 and 11 of the module's list."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

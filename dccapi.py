@@ -74,7 +74,6 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
 from http import HTTPStatus
 from json import JSONDecoder
 from pathlib import Path
@@ -105,7 +104,6 @@ from openapi_ui_bundles import swagger_ui
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.exposition import choose_encoder
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -114,11 +112,9 @@ from pydantic import (
     RootModel,
     ValidationError,
     ValidationInfo,
-    WithJsonSchema,
     field_validator,
     model_validator,
 )
-from pydantic.alias_generators import to_camel
 from pydantic.json_schema import models_json_schema
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from selectolax.lexbor import LexborHTMLParser
@@ -770,330 +766,138 @@ def _trimmed(text: str) -> str:
 
 VC_CONTEXT = "https://www.w3.org/ns/credentials/v2"
 OB_CONTEXT = "https://purl.imsglobal.org/spec/ob/v3p0/context-3.0.3.json"
-CONTEXT = [VC_CONTEXT, OB_CONTEXT]
-UNKNOWN_RECIPIENT = "did:example:recipient"
-# DCC's issuer-coordinator refuses larger bodies (the default of express.json()).
-MAX_CREDENTIAL_BYTES = 100 * 1024
-ACHIEVEMENT_TYPES = (  # noqa: SIM905 - a list of 31 quoted words reads worse
-    "Achievement ApprenticeshipCertificate Assessment Assignment AssociateDegree Award Badge BachelorDegree "
-    "Certificate CertificateOfCompletion Certification CommunityService Competency Course CoCurricular Degree Diploma "
-    "DoctoralDegree Fieldwork GeneralEducationDevelopment JourneymanCertificate LearningProgram License Membership "
-    "ProfessionalDoctorate QualityAssuranceCredential MasterCertificate MasterDegree MicroCredential "
-    "ResearchDoctorate SecondarySchoolDiploma"
-).split()
-TARGET_TYPES = ["ceasn:Competency", "ceterms:Credential", "CTDL"]
-TARGET_TYPES += ["CFItem", "CFRubric", "CFRubricCriterion", "CFRubricCriterionLevel"]
-
-# The patterns stand in the OpenAPI document: only what Python, Rust and ECMAScript read alike.
-EXTENSION = "^ext:[A-Za-z0-9._-]+$"
-_URI_CHARACTER = r"([!$&-;=?-Z_a-z~]|%[0-9A-Fa-f]{2})"
-URI = rf"^[A-Za-z][A-Za-z0-9+.-]*:{_URI_CHARACTER}+(#{_URI_CHARACTER}*)?$"
-_HOST = r"(\[[0-9A-Fa-f]*:[0-9A-Fa-f:.]+\]|[0-9A-Za-z._~-]+)"
-WEB_ADDRESS = rf"^https?://{_HOST}(:[0-9]{{1,5}})?([/?]{_URI_CHARACTER}*)?(#{_URI_CHARACTER}*)?$"
-# What more these schemes ask of a URI.
-SCHEMES = {
-    "urn:uuid:": r"urn:uuid:[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}",
-    "did:": r"did:[a-z0-9]+:[A-Za-z0-9._:%-]+([/?#].*)?",
-    "http:": WEB_ADDRESS,
-    "https:": WEB_ADDRESS,
-    "data:": r"data:[^,]*,.+",
-}
-EMAIL = r"^[!#-'*+./-9=?A-Z^-z|~-]+@[0-9A-Za-z-]+(\.[0-9A-Za-z-]+)*$"
-LANGUAGE = "^[a-z]{2,4}(-[A-Z][a-z]{3})?(-([A-Z]{2}|[0-9]{3}))?$"
-# RFC 3339, from the year 1000; that the day exists is seen by `_date_time`.
-DATE_TIME = (
-    r"^[1-9][0-9]{3}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])T([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]+)?"
-    r"(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])$"
-)
-# Base64 is told by its alphabet and length, PNG by its first eight bytes, SVG by how it begins.
-_BASE64 = "[A-Za-z0-9+/]"
-_BASE64_REST = f"({_BASE64}{{4}})*({_BASE64}{{2}}==|{_BASE64}{{3}}=)?"
-_PNG = f"png;base64,iVBORw0KGg(o=|[o-r]{_BASE64}{_BASE64_REST})"
-# `<svg`, `<!DOCTYPE svg`, `<?xml` and `<!--`: their last character's bits are shared with the character after it.
-_SVG_STARTS = f"(P|PCFET0NUWVBFI)HN2Z[w-z0-9+/]{_BASE64}{{2}}|PD94bW[w-z]{_BASE64}|PCEtL[Q-Za-f]{_BASE64}{{2}}"
-_SVG = rf"svg\+xml(;charset=[A-Za-z0-9-]+)?;base64,({_SVG_STARTS}){_BASE64_REST}"
-IMAGE_ADDRESS = rf"{WEB_ADDRESS}|^data:image/({_PNG}|{_SVG})$"
+MAX_CREDENTIAL_BYTES = 100 * 1024  # DCC's issuer-coordinator refuses more (the default of express.json())
 
 
-def _tidied(text: str) -> str:
-    """Without control characters, and without the `{{` and `}}` that DCC's dashboard reads as Handlebars."""
-    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text.replace("\r\n", "\n"))
+@functools.cache
+def open_badges() -> tuple[dict[str, Any], Any]:
+    """The schema of Open Badges and its validator of requests. Not loaded at start-up: they take 12 MB."""
+    from jsonschema_rs import Draft202012Validator
+
+    schema = orjson.loads((HERE / "examples" / "open-badges-3.0.schema.json").read_bytes())
+    return schema, Draft202012Validator({**schema, "$ref": "#/$defs/CredentialRequest"}, validate_formats=True)
+
+
+def _tidied(node: Any) -> Any:
+    """Without what DCC's signer 1.1.0 does not know and what its dashboard takes for Handlebars; signed parts stay."""
+    if isinstance(node, list):
+        return [_tidied(item) for item in node]
+    if isinstance(node, dict) and "proof" not in node:
+        return {name: _tidied(value) for name, value in node.items() if name not in ("inLanguage", "awardedDate")}
+    if not isinstance(node, str):
+        return node
+    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", node.replace("\r\n", "\n"))
     return re.sub(r"\{(?=\{)", "{ ", re.sub(r"\}(?=\})", "} ", text))
 
 
-def _like(pattern: str, meaning: str, value: str) -> str:
-    if not re.fullmatch(pattern, value):
-        raise ValueError(f"must be {meaning}")
-    return value
+def build_achievement(badge: Badge, request: GenerateRequest | None = None, tags: Sequence[str] = ()) -> dict[str, Any]:
+    """The badge in Open Badges terms, with what the request knows. A bad URL does not cost the badge."""
+    achievement: dict[str, Any] = {
+        "@context": [VC_CONTEXT, OB_CONTEXT],
+        "id": uuid.uuid4().urn,
+        "type": ["Achievement"],
+        "name": badge.badge_name,
+        "description": badge.badge_description,
+        "criteria": {"narrative": badge.criteria.narrative},
+        "achievementType": "Badge",
+    }
+    url, name = ((request and request.option(option)) or "" for option in ("institute_url", "institution"))
+    if re.fullmatch(r"https?://[^/?#]+([/?][^#]*)?(#[^#]*)?", url) and not re.search(r"%(?![0-9A-Fa-f]{2})", url):
+        achievement["creator"] = {"id": url, "type": ["Profile"], "url": url}
+        achievement["creator"] |= {"name": name} if re.search(VISIBLE, name) else {}
+    if shown := [tag for tag in dict.fromkeys(tags) if re.search(VISIBLE, tag)]:
+        achievement["tag"] = shown
+    return cast(dict[str, Any], _tidied(achievement))
 
 
-def _uri(value: str) -> str:
-    for scheme, pattern in SCHEMES.items():
-        if value.lower().startswith(scheme):
-            _like(pattern, f"a well-formed {scheme} URI", value)
-    return _like(URI, "a URI with its scheme, without spaces and in ASCII", value)
+def _told(error: Any, schema: dict[str, Any]) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """Where an error of the validator is and what to do. A description in the schema that begins with Must says it."""
+    kind, place = error.kind, tuple(error.instance_path)
+    part = functools.reduce(lambda node, key: node[key], error.schema_path[:-1], schema)
+    if part.get("description", "").startswith("Must "):
+        yield place, part["description"].replace("Must", "must", 1)
+    elif kind.name == "anyOf":  # of something and null
+        for inner in kind.context[0]:
+            yield from _told(inner, schema)
+    elif kind.name == "required":
+        yield (*place, kind.property), "is missing"
+    elif kind.name == "type":
+        yield place, "must be a list" if kind.types == ["array"] else "must be an object"
+    else:  # unevaluatedProperties: JSON-LD has no name for it; additionalProperties: nothing else may stand there
+        hint = ", or name it by a URI" if kind.name == "unevaluatedProperties" else ""
+        yield from (((*place, name), f"is not known here; leave it out{hint}") for name in kind.unexpected)
 
 
-def _date_time(value: str) -> str:
-    _like(DATE_TIME, "a date and time with a time zone, as 2026-01-31T12:00:00Z", value)
-    datetime.fromisoformat(value)
-    return value
+def _beginning(node: Any) -> Any:
+    """With at most 100 items of each list: the validator's time grows with the square of the faults."""
+    if isinstance(node, dict):
+        return {name: _beginning(value) for name, value in node.items()}
+    return [_beginning(item) for item in node[:100]] if isinstance(node, list) else node
 
 
-def _term(terms: Sequence[str], value: str) -> str:
-    known = value in terms
-    return value if known else _like(EXTENSION, f"one of {', '.join(terms)}, or ext: and letters, digits, ._-", value)
+def check_request(request: dict[str, Any]) -> None:
+    """Raises InvalidRequest, which names every fault."""
+    schema, validator = open_badges()
+    faults: dict[tuple[str | int, ...], str] = {}
+    if not validator.is_valid(request):
+        for error in validator.iter_errors(_beginning(request)):
+            for place, text in _told(error, schema):
+                faults.setdefault(place, text)
+        faults = faults or {(): "has a fault after the 100th item of a list"}
+    start, end = (() if (name,) in faults else request.get(name) for name in ("valid_from", "valid_until"))
+    if start and end and datetime.fromisoformat(end) <= datetime.fromisoformat(start):
+        faults["valid_until",] = "must be after valid_from, which is now when it is not given"
+    achievement = None if any("achievement" in place for place in faults) else request.get("achievement")
+    for index, result in enumerate((achievement or {}).get("resultDescription", [])):
+        levels = [level["id"] for level in result.get("rubricCriterionLevel", [])]
+        for name, offered in (("requiredLevel", levels), ("requiredValue", result.get("allowedValue"))):
+            if result.get(name) and offered is not None and result[name] not in offered:
+                faults["achievement", "resultDescription", index, name] = "must be one of those that this result offers"
+    if faults:
+        raise InvalidRequest(errors=[_fault(list(place), text) for place, text in faults.items()])
 
 
-def _context(value: list[str]) -> list[str]:
-    if value != CONTEXT:
-        raise ValueError(f"must be {' and '.join(CONTEXT)}, in this order")
-    return value
-
-
-def _schema(pattern: str, **members: Any) -> WithJsonSchema:
-    return WithJsonSchema({"type": "string", "pattern": pattern, **members})
-
-
-def _vocabulary(terms: Sequence[str]) -> WithJsonSchema:
-    return WithJsonSchema({"anyOf": [{"enum": list(terms)}, {"type": "string", "pattern": EXTENSION}]})
-
-
-IMAGE_KINDS = "an http or https URL, or a data URI of a PNG or an SVG in Base64"
-T = TypeVar("T")
-# None and null stand for "not given" and are never written.
-Maybe = Annotated[T | None, Field(exclude_if=lambda value: value is None)]
-Text = Annotated[str, Field(pattern=VISIBLE), AfterValidator(_tidied)]
-Context = Annotated[list[str], AfterValidator(_context), WithJsonSchema({"const": CONTEXT})]
-Uri = Annotated[str, AfterValidator(_uri), _schema(URI)]
-WebAddress = Annotated[str, AfterValidator(partial(_like, WEB_ADDRESS, "an http or https URL")), _schema(WEB_ADDRESS)]
-Email = Annotated[str, AfterValidator(partial(_like, EMAIL, "an e-mail address")), _schema(EMAIL)]
-Language = Annotated[str, AfterValidator(partial(_like, LANGUAGE, "a language tag, as en or pt-BR")), _schema(LANGUAGE)]
-DateTime = Annotated[str, AfterValidator(_date_time), _schema(DATE_TIME, format="date-time")]
-AchievementType = Annotated[str, AfterValidator(partial(_term, ACHIEVEMENT_TYPES)), _vocabulary(ACHIEVEMENT_TYPES)]
-TargetType = Annotated[str, AfterValidator(partial(_term, TARGET_TYPES)), _vocabulary(TARGET_TYPES)]
-ImageAddress = Annotated[
-    str, AfterValidator(partial(_like, IMAGE_ADDRESS, IMAGE_KINDS)), _schema(IMAGE_ADDRESS, description=IMAGE_KINDS)
-]
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class Term(Strict):
-    """A class of the vocabulary: its JSON names, its `type`, and nothing empty."""
-
-    model_config = ConfigDict(alias_generator=to_camel, serialize_by_alias=True)
-
-
-class Image(Term):
-    id: ImageAddress
-    type: Literal["Image"] = "Image"
-    caption: Maybe[Text] = None
-
-
-Picture = Annotated[
-    Image,
-    BeforeValidator(lambda v: {"id": v} if isinstance(v, str) else v, json_schema_input_type=ImageAddress | Image),
-]
-
-
-class Profile(Term):
-    id: Uri
-    type: list[Literal["Profile"]] = Field(["Profile"], min_length=1, max_length=1)
-    name: Maybe[Text] = None
-    url: Maybe[WebAddress] = None
-    email: Maybe[Email] = None
-    image: Maybe[Picture] = None
-    description: Maybe[Text] = None
-
-
-class Issuer(Profile):
-    """Who awards the badge."""
-
-    name: Text
-
-
-class Alignment(Term):
-    """A node of an educational framework that the badge stands for."""
-
-    type: list[Literal["Alignment"]] = Field(["Alignment"], min_length=1, max_length=1)
-    target_name: Text
-    target_url: Uri
-    target_code: Maybe[Text] = None
-    target_description: Maybe[Text] = None
-    target_framework: Maybe[Text] = None
-    target_type: Maybe[TargetType] = None
-
-
-Alignments = Annotated[list[Alignment], Field(min_length=1)]
-
-
-class AchievementCriteria(Term):
-    id: Maybe[WebAddress] = None
-    type: Maybe[Literal["Criteria"]] = None
-    narrative: Text = Field(description="What was done to earn the badge. Markdown.")
-
-
-class Achievement(Term):
-    """An Open Badges 3.0 Achievement."""
-
-    context: Maybe[Context] = Field(None, alias="@context")
-    id: Uri
-    type: list[Literal["Achievement"]] = Field(min_length=1, max_length=1)
-    name: Text
-    description: Text
-    criteria: AchievementCriteria
-    creator: Maybe[Profile] = None
-    achievement_type: Maybe[AchievementType] = None
-    tag: Maybe[Annotated[list[Text], Field(min_length=1)]] = None
-    image: Maybe[Picture] = None
-    alignment: Maybe[Alignments] = None
-    in_language: Maybe[Language] = None
-    field_of_study: Maybe[Text] = None
-    specialization: Maybe[Text] = None
-    human_code: Maybe[Text] = None
-    version: Maybe[Text] = None
-    credits_available: Maybe[Annotated[float, Field(ge=0, allow_inf_nan=False)]] = None
-
-
-class AchievementSubject(Term):
-    """Who has earned it, and what."""
-
-    id: Uri
-    type: list[Literal["AchievementSubject"]]
-    achievement: Achievement
-
-
-class OpenBadgeCredential(Term):
-    """An Open Badges 3.0 credential without a proof: what an issuer signs."""
-
-    context: Context = Field(alias="@context")
-    id: Uri
-    type: list[Literal["VerifiableCredential", "OpenBadgeCredential"]]
-    issuer: Issuer
-    valid_from: DateTime
-    valid_until: Maybe[DateTime] = None
-    credential_subject: AchievementSubject
-
-    @model_validator(mode="after")
-    def _fits(self) -> OpenBadgeCredential:
-        # Indented: it is to fit however it is laid out.
-        size = len(orjson.dumps(self.model_dump(), option=orjson.OPT_INDENT_2))
-        if size > MAX_CREDENTIAL_BYTES:
-            raise ValueError(f"the credential has {size} bytes, at most {MAX_CREDENTIAL_BYTES} are allowed")
-        return self
-
-
-class PostedCriteria(Strict, Criteria):
-    narrative: Text = Field(description="What was done to earn the badge. Markdown.")
-
-
-class PostedBadge(Strict, Badge):
-    """A badge as /generate answers it, perhaps edited."""
-
-    badge_name: Text
-    badge_description: Text
-    criteria: PostedCriteria
-
-
-class CredentialRequest(Strict):
-    """A badge or an achievement, and who awards it. Unknown fields are refused."""
-
-    model_config = ConfigDict(
-        json_schema_extra={
-            "oneOf": [
-                {"required": [name], "properties": {name: {"type": "object"}, other: {"type": "null"}}}
-                for name, other in (("badge", "achievement"), ("achievement", "badge"))
-            ]
-        }
-    )
-
-    badge: PostedBadge | None = Field(None, description="Either this or `achievement`.")
-    achievement: Achievement | None = Field(
-        None, validate_default=True, description="Its `inLanguage` is left out; give `in_language`."
-    )
-    issuer: Issuer
-    recipient_id: Uri | None = Field(None, description=f"{UNKNOWN_RECIPIENT} when not given.")
-    valid_from: DateTime | None = Field(None, description="Now when not given.")
-    valid_until: DateTime | None = Field(None, description="Must be after `valid_from`.")
-    image: Picture | None = Field(None, description="The badge's image.")
-    achievement_type: AchievementType | None = Field(None, description="`Badge` when not given.")
-    alignment: Alignments | None = None
-    in_language: Language | None = Field(
-        None, description="DCC's signer 1.1.0 signs a credential that has it, but the signature does not verify."
-    )
-
-    # Beside the fields' own faults, so that every fault is named: a model validator runs only when there are none.
-    @field_validator("achievement", mode="before")
-    @classmethod
-    def _one_of_both(cls, value: Any, info: ValidationInfo) -> Any:
-        if (value is None) == (info.data.get("badge", "a faulty one") is None):
-            raise ValueError("give either badge or achievement, and not both")
-        return value
-
-    @field_validator("valid_until")
-    @classmethod
-    def _after_valid_from(cls, value: str | None, info: ValidationInfo) -> str | None:
-        if value is None or "valid_from" not in info.data:  # a faulty one is named already
-            return value
-        start = info.data["valid_from"]
-        if datetime.fromisoformat(value) <= (datetime.fromisoformat(start) if start else datetime.now(UTC)):
-            raise ValueError("must be after valid_from, which is now when it is not given")
-        return value
-
-
-def build_achievement(badge: Badge, request: GenerateRequest | None = None, tags: Sequence[str] = ()) -> Achievement:
-    """The badge in Open Badges terms, with what the request knows. ValidationError when a text shows nothing."""
-    return Achievement.model_validate(
-        {
-            "@context": CONTEXT,
-            "id": uuid.uuid4().urn,
-            "type": ["Achievement"],
-            "name": badge.badge_name,
-            "description": badge.badge_description,
-            "criteria": {"narrative": badge.criteria.narrative},
-            "creator": _creator(request) if request else None,
-            "achievementType": "Badge",
-            "tag": [tag for tag in dict.fromkeys(tags) if re.search(VISIBLE, tag)] or None,
-        }
-    )
-
-
-def _creator(request: GenerateRequest) -> Profile | None:
-    """The institution, if a URL identifies it: a badge is not lost because of a bad one."""
-    url, name = request.option("institute_url"), request.option("institution")
-    with contextlib.suppress(ValidationError):
-        name = name if name and re.search(VISIBLE, name) else None
-        return Profile.model_validate({"id": url, "name": name, "url": url})
-    return None
-
-
-def build_credential(request: CredentialRequest) -> dict[str, Any]:
-    """An unsigned OpenBadgeCredential. ValidationError when it is too large for DCC's issuer-coordinator."""
-    achievement = request.achievement or build_achievement(cast(Badge, request.badge))
-    given = {name: getattr(request, name) for name in ("image", "achievement_type", "alignment")}
-    given = {name: value for name, value in given.items() if value is not None}
-    if achievement.achievement_type is None:
-        given.setdefault("achievement_type", "Badge")
-    given |= {"context": None, "in_language": request.in_language}
-    credential = OpenBadgeCredential.model_validate(
-        {
-            "@context": CONTEXT,
-            "id": uuid.uuid4().urn,
-            "type": ["VerifiableCredential", "OpenBadgeCredential"],
-            "issuer": request.issuer,
-            "validFrom": request.valid_from or datetime.now(UTC).isoformat(timespec="seconds"),
-            "validUntil": request.valid_until,
-            "credentialSubject": {
-                "id": request.recipient_id or UNKNOWN_RECIPIENT,
-                "type": ["AchievementSubject"],
-                "achievement": achievement.model_copy(update=given),
-            },
-        }
-    )
-    return credential.model_dump()
+def build_credential(request: dict[str, Any]) -> dict[str, Any]:
+    """An unsigned OpenBadgeCredential. Raises InvalidRequest."""
+    try:
+        request = orjson.loads(orjson.dumps([request]))[0]  # a copy, as deep as the credential
+    except TypeError:
+        raise InvalidRequest(errors=[_fault([], "has more than 250 levels")]) from None
+    for part in (request, request.get("issuer")):
+        if isinstance(part, dict) and isinstance(image := part.get("image"), str | dict):
+            part["image"] = {"type": "Image", **({"id": image} if isinstance(image, str) else image)}
+    if request.get("valid_from") is None:
+        request["valid_from"] = datetime.now(UTC).isoformat(timespec="seconds")
+    check_request(request)
+    if badge := request.get("badge"):
+        badge = Badge.model_construct(**{**badge, "criteria": Criteria.model_construct(**badge["criteria"])})
+    achievement = build_achievement(badge) if badge else {"achievementType": "Badge", **request["achievement"]}
+    contexts = set(achievement.pop("@context", [])) & set(open_badges()[0]["$defs"]["ExtraContext"]["enum"])
+    given = {"achievementType": request.get("achievement_type"), "image": request.get("image")}
+    given["alignment"] = [{"type": ["Alignment"], **one} for one in request.get("alignment") or []]
+    credential = {
+        "@context": [VC_CONTEXT, OB_CONTEXT, *sorted(contexts)],
+        "id": uuid.uuid4().urn,
+        "type": ["VerifiableCredential", "OpenBadgeCredential"],
+        "issuer": {"type": ["Profile"], **request["issuer"]},
+        "validFrom": request["valid_from"],
+        **({"validUntil": request["valid_until"]} if request.get("valid_until") else {}),
+        "credentialSubject": {
+            "id": request.get("recipient_id") or "did:example:recipient",
+            "type": ["AchievementSubject"],
+            "achievement": achievement | {name: value for name, value in given.items() if value},
+        },
+    }
+    credential = cast(dict[str, Any], _tidied(credential))
+    if request.get("in_language"):
+        credential["credentialSubject"]["achievement"]["inLanguage"] = request["in_language"]
+    # Indented: it is to fit however it is laid out.
+    text = orjson.dumps(credential, option=orjson.OPT_INDENT_2)
+    if len(text) > MAX_CREDENTIAL_BYTES:
+        raise InvalidRequest(errors=[_fault([], f"makes {len(text)} bytes; {MAX_CREDENTIAL_BYTES} are allowed")])
+    if b"{{" in text or b"}}" in text:
+        raise InvalidRequest(errors=[_fault([], "is signed in a part with {{ or }}, which DCC takes for Handlebars")])
+    return credential
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1159,7 +963,7 @@ class Answer(BaseModel):
     """A finished badge (contract 3.2)."""
 
     response: Badge
-    achievement: Achievement
+    achievement: dict[str, Any]
     model: str
     usage: TokenUsage
     finish_reason: Literal["stop", "length"]
@@ -2357,7 +2161,7 @@ class FinalEvent(BaseModel):
 
     type: Literal["final"]
     content: Badge
-    achievement: Achievement
+    achievement: dict[str, Any]
     model: str
     usage: TokenUsage
     finish_reason: Literal["stop", "length"]
@@ -2411,6 +2215,14 @@ class Event(BaseModel):
 
 class Links(RootModel[dict[str, Any]]):
     """The paths; the demo page to a client that accepts HTML."""
+
+
+class CredentialRequest(RootModel[dict[str, Any]]):
+    """A badge or an achievement, and who awards it."""
+
+
+class OpenBadgeCredential(RootModel[dict[str, Any]]):
+    """An Open Badges 3.0 credential; without a proof it is what an issuer signs."""
 
 
 class Page(RootModel[str]):
@@ -2572,11 +2384,7 @@ class Api:
     @operation("POST", "/credentials", answers={"200": [OpenBadgeCredential]}, body=CredentialRequest)
     async def credentials(self, request: Request) -> Response:
         """An unsigned OpenBadgeCredential; no engine is involved."""
-        document = await json_body(request)
-        try:
-            return as_json(build_credential(CredentialRequest.model_validate(document)))
-        except ValidationError as error:
-            raise invalid(error) from None
+        return as_json(build_credential(await json_body(request)))
 
     @operation("GET", "/generations/{id}", answers={"200": [GenerationState]})
     async def generation(self, request: Request) -> Response:
@@ -2797,7 +2605,7 @@ async def json_body(request: Request) -> dict[str, Any]:
     return document
 
 
-def _fault(loc: list[str], message: str) -> dict[str, Any]:
+def _fault(loc: list[str | int], message: str) -> dict[str, Any]:
     return {"loc": loc, "msg": message, "type": "value_error"}
 
 
@@ -2830,7 +2638,7 @@ def examples() -> dict[type[BaseModel], dict[str, Any]]:
     )
     answer = Answer(
         response=badge,
-        achievement=build_achievement(badge).model_copy(update={"id": urn}),
+        achievement=build_achievement(badge) | {"id": urn},
         model="phi4badges",
         usage=TokenUsage(prompt_tokens=540, completion_tokens=96, total_tokens=636),
         finish_reason="stop",
@@ -2838,7 +2646,7 @@ def examples() -> dict[type[BaseModel], dict[str, Any]]:
     )
     issuer = {"id": "https://example.edu", "name": "Example University"}
     awarded = {"badge": badge.model_dump(), "issuer": issuer, "valid_from": "2026-01-31T12:00:00Z"}
-    credential = build_credential(CredentialRequest.model_validate(awarded)) | {"id": urn}
+    credential = build_credential(awarded) | {"id": urn}
     credential["credentialSubject"]["achievement"]["id"] = urn
     accepted = {"id": id, "status": "queued", "events": f"/api/v1/generations/{id}/events"}
     waiting = {**accepted, "position": 3, "result": None, "error": None}

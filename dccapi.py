@@ -64,10 +64,9 @@ import os
 import re
 import secrets
 import signal
+import socket
 import sys
-import threading
 import time
-import tomllib
 import unicodedata
 import uuid
 from collections import OrderedDict
@@ -76,6 +75,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from http import HTTPStatus
+from importlib.metadata import version
 from json import JSONDecoder
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, cast
@@ -85,21 +85,21 @@ import aiohttp
 import h2.errors
 import h2.events
 import h2.exceptions
+import h11
 import hypercorn.asyncio
 import hypercorn.asyncio.run
 import hypercorn.protocol
 import hypercorn.protocol.events
-import hypercorn.protocol.h2
-import hyperframe.exceptions
 import orjson
 import pydantic_core
+from hypercorn.app_wrappers import ASGIWrapper
+from hypercorn.asyncio.run import worker_serve
 from hypercorn.asyncio.tcp_server import TCPServer
-from hypercorn.config import Config
+from hypercorn.config import Config, Sockets
 from hypercorn.events import Closed, RawData, Updated
 from hypercorn.events import Event as ConnectionEvent
-from hypercorn.protocol.h2 import BufferCompleteError, H2Protocol, StreamBuffer
+from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.protocol.h11 import H11Protocol
-from hypercorn.utils import ShutdownError
 from markdown_it import MarkdownIt
 from openapi_ui_bundles import swagger_ui
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
@@ -146,7 +146,6 @@ MAX_OUTPUT_CHARS = 2**18  # of one generation: 4,096 tokens of 64 characters
 MAX_BLANK_RUN = 200  # white space in a row; models loop on it under `format` (ollama 2577)
 MAX_QUERY = 32 * 2**10  # bytes; Hypercorn refuses headers over 64 KiB
 MAX_WRITE = 64 * 2**10  # bytes that one write of an event stream may hold, so also what one stream can buffer
-MAX_FRAME = 2**14  # bytes of one DATA frame (RFC 9113 6.5.2)
 RESETS_AT_ONCE, RESETS_PER_SECOND = 1000, 33  # nghttp2's own limits (nghttp2_option_set_stream_reset_rate_limit)
 CLOSE_TIMEOUT = 2  # seconds that the closing of a connection may take
 SERVICE_TIME = 20.0  # seconds that a generation is taken to last until one has been measured
@@ -1352,10 +1351,8 @@ class GenerationQueue:
     async def start(self) -> None:
         await self.engine.start()
         self._workers = [asyncio.create_task(self._work(), name=f"worker {n}") for n in range(self.settings.workers)]
-        RUNNING.add(self)
 
     async def stop(self) -> None:
-        RUNNING.discard(self)
         await self.drain()
         for worker in self._workers:
             worker.cancel()
@@ -1636,10 +1633,6 @@ class Watch:
         else:
             # A generation at a low token rate is checked as often as its tokens may be late, no oftener.
             self._timer = self._loop.call_at(due, self._check)
-
-
-RUNNING: set[GenerationQueue] = set()  # what a shutdown of this process has to drain
-CONNECTIONS: set[PromptTCPServer] = set()  # and what it has to close
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3006,14 +2999,15 @@ class Guard:
         self.app = app
         self.settings = settings
         self.queue = queue
+        self.addresses = ["the addresses that its server names"]  # `serve_until_drained` knows them
         self._pumps: set[asyncio.Task[None]] = set()  # each ends with its stream: Hypercorn says http.disconnect
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["app"] = self
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         exchange = Exchange(scope, receive, send, self.settings)
-        scope["app"] = self
         scope["state"] = {"request_id": exchange.request_id}
         pump = asyncio.create_task(exchange.pump())
         self._pumps.add(pump)
@@ -3023,19 +3017,18 @@ class Guard:
             await self.app(scope, exchange.receive, exchange.send)
         except asyncio.CancelledError:
             if not exchange.gone:
-                pump.cancel()  # the connection is being torn down, so no disconnection will end it
+                pump.cancel()  # the connection is being torn down, so no http.disconnect will end it
                 raise
             exchange.task.uncancel()
         finally:
-            exchange.close()
-            if log.isEnabledFor(logging.DEBUG):
-                # The pattern of the path, and no query: either may hold a course or a key put there by mistake.
-                path = scope["route"].path if "route" in scope else "a path that is not known"
-                seconds, client = time.monotonic() - started, scope["state"].get("client", "unknown")
-                answer = f"{exchange.status} {'(the client left) ' if exchange.gone else ''}in {seconds:.3f} s"
-                log.debug(
-                    "%s %s over HTTP/%s: %s, for %s", scope["method"], path, scope["http_version"], answer, client
-                )
+            exchange.over = True
+            # The pattern of the path, and no query: either may hold a course or a key put there by mistake.
+            path = scope["route"].path if "route" in scope else "a path that is not known"
+            log.debug(
+                f"{scope['method']} {path} over HTTP/{scope['http_version']}: {exchange.status} "
+                f"{'(the client left) ' if exchange.gone else ''}in {time.monotonic() - started:.3f} s, "
+                f"for {scope['state'].get('client', 'unknown')}"
+            )
 
 
 class Exchange:
@@ -3043,27 +3036,26 @@ class Exchange:
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, settings: Settings) -> None:
         self._scope, self._receive, self._send, self._settings = scope, receive, send, settings
+        self._headers = dict(scope["headers"])
         self._body: bytes | ApiError | None = None
         self._arrived = asyncio.Event()  # the body, or the reason why it never will
-        self._drained = asyncio.Event()  # nothing more is waited for
+        self._drained = asyncio.Event()  # no more of the body is waited for
         self._delivered = self._ending = False
         self.task = cast(asyncio.Task[None], asyncio.current_task())
         self.gone = self.over = False
         self.status = 0
-        self._loop = asyncio.get_running_loop()
-        self._offered = math.inf  # when the client was offered what it has not taken yet
-        self._timer = self._loop.call_later(settings.token_timeout, self._check)
-        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        given = self._headers.get(b"x-request-id", b"").decode("latin-1")
         self.request_id = given if re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given) else uuid.uuid4().hex
 
     async def pump(self) -> None:
         """Take every message from Hypercorn, which would stop reading the connection otherwise; notice the end."""
         limit = self._settings.max_body_bytes
-        parts: list[bytes] = []
-        size = 0
-        declared = dict(self._scope["headers"]).get(b"content-length", b"")
+        too_large = BodyTooLarge(f"A body may have {limit} bytes.")
+        declared = self._headers.get(b"content-length", b"")
         if declared.isdigit() and int(declared) > limit:
-            self._settle(BodyTooLarge(f"A body may have {limit} bytes."))
+            self._settle(too_large)
+        body = bytearray()
+        size = 0
         try:
             async with asyncio.timeout(self._settings.body_timeout):
                 more = True
@@ -3075,11 +3067,11 @@ class Exchange:
                     size += len(message["body"])
                     more = message.get("more_body", False)
                     if size <= limit:
-                        parts.append(message["body"])
+                        body += message["body"]
                     else:
-                        parts.clear()
-                        self._settle(BodyTooLarge(f"A body may have {limit} bytes."))
-            self._settle(b"".join(parts))
+                        body.clear()
+                        self._settle(too_large)
+            self._settle(bytes(body))
         except TimeoutError:
             self._settle(BodyTimeout())
         self._drained.set()
@@ -3093,24 +3085,16 @@ class Exchange:
             self._arrived.set()
 
     def _disconnected(self) -> None:
-        # Hypercorn says so after every response too, while it tidies up in the last `send`: that must not be cancelled.
-        if not self._ending:
-            self.abandon()
-
-    def abandon(self) -> None:
         """The client is gone: end its request wherever it waits."""
-        if not self.over and not self.gone:
+        # Hypercorn says so after every response too, while it tidies up in the last `send`: that must not be cancelled.
+        if not self._ending and not self.over:
             self.gone = True
             self.task.cancel()
-
-    def close(self) -> None:
-        self.over = True
-        self._timer.cancel()
 
     async def receive(self) -> Message:
         """The whole body as one message. Raises BodyTooLarge or BodyTimeout."""
         if self._delivered:
-            await asyncio.Event().wait()  # disconnection arrives as cancellation
+            await asyncio.Event().wait()  # for ever: disconnection arrives as cancellation
         await self._arrived.wait()
         if isinstance(self._body, ApiError):
             raise self._body
@@ -3123,35 +3107,14 @@ class Exchange:
             names = {name for name, _ in message["headers"]}
             marks = [(b"x-request-id", self.request_id.encode()), *SECURITY_HEADERS, (b"cache-control", b"no-store")]
             message["headers"] = [*message["headers"], *(mark for mark in marks if mark[0] not in names)]
-        elif (
-            not message.get("more_body") and self._scope["http_version"].startswith("1") and not self._drained.is_set()
-        ):
-            # h11 closes a connection whose request was not read to its end, and the answer is lost with it.
-            await self._passed_on({**message, "more_body": True})
-            await self._drained.wait()
-            message = {"type": "http.response.body", "body": b""}
-        self._ending = message["type"] == "http.response.body" and not message.get("more_body", False)
-        await self._passed_on(message)
-
-    async def _passed_on(self, message: Message) -> None:
-        """To Hypercorn, in pieces of one frame: each says that its reader still takes."""
-        body = message.get("body", b"")
-        end = 0
-        for end in range(MAX_FRAME, len(body), MAX_FRAME):
-            self._offered = self._loop.time()
-            await self._send({"type": "http.response.body", "body": body[end - MAX_FRAME : end], "more_body": True})
-        self._offered = self._loop.time()
-        await self._send({**message, "body": body[end:]} if end else message)
-        self._offered = math.inf
-
-    def _check(self) -> None:
-        """Let a client go that takes nothing for TOKEN_TIMEOUT. One timer, not one for each write."""
-        now, patience = self._loop.time(), self._settings.token_timeout
-        if self._offered + patience <= now:
-            log.info("a client took nothing for %g s and was let go", patience)
-            self.abandon()
-        else:
-            self._timer = self._loop.call_at(min(self._offered, now) + patience, self._check)
+        elif not message.get("more_body"):
+            if self._scope["http_version"].startswith("1") and not self._drained.is_set():
+                # h11 closes a connection whose request was not read to its end, and the answer is lost with it.
+                await self._send({**message, "more_body": True})
+                await self._drained.wait()
+                message = {"type": "http.response.body", "body": b""}
+            self._ending = True
+        await self._send(message)
 
 
 class Problems:
@@ -3255,95 +3218,53 @@ def _is_proxy(address: str, settings: Settings) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Hypercorn 0.18, mended where it cannot be from outside
+# Hypercorn 0.18, mended
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class PatientStreamBuffer(StreamBuffer):
-    """`push` returns when the client's window has taken the bytes, so a closed window stops the application.
+class NoPriorities:
+    """Replaces Hypercorn's priority tree, which takes 1,000 streams and visits each at every step."""
 
-    The original wakes `push` whenever `pop` takes little, and with a closed window it takes nothing.
-    """
+    def _ignore(self, *_: Any, **__: Any) -> None: ...
 
-    async def push(self, data: bytes) -> None:
-        if self._complete:
-            raise BufferCompleteError
-        self.buffer.extend(data)
-        await self._is_empty.clear()
-        await self._is_empty.wait()
-
-
-class Turns:
-    """In place of Hypercorn's priority tree, of which each step visits each stream: those with data, in turn."""
-
-    def __init__(self) -> None:
-        self.ready = OrderedDict[int, None]()
-
-    def insert_stream(self, stream_id: int) -> None:
-        """Its first data will say so."""
-
-    def unblock(self, stream_id: int) -> None:
-        self.ready[stream_id] = None
-
-    def block(self, stream_id: int) -> None:
-        self.ready.pop(stream_id, None)
-
-    remove_stream = block
-
-    def next(self) -> int:
-        stream_id = next(iter(self.ready))
-        self.ready.move_to_end(stream_id)
-        return stream_id
+    insert_stream = reprioritize = block = unblock = _ignore
 
 
 class GuardedH2Protocol(H2Protocol):
-    """Hypercorn's HTTP/2 connection, deviations 1, 4 to 6, 9 and 11 of the module's list."""
+    """Hypercorn's HTTP/2 connection, in which each stream sends for itself as far as its windows are open.
+
+    Of Hypercorn's sending task remain `stream_buffers`, which tells the responses that have not ended, and `has_data`,
+    which Hypercorn sets whenever a window opens or a stream is closed.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._allowance = float(RESETS_AT_ONCE)
         self._counted_at = time.monotonic()
-        self._frames: list[bytes] = []
-        self._unflushed = 0  # bytes of them
-        self._turn = asyncio.Lock()  # held while a client is slow; its waiters are served in order
-        self.priority: Any = Turns()
+        self.priority: Any = NoPriorities()
 
-    async def initiate(self, headers: list[tuple[bytes, bytes]] | None = None, settings: bytes | None = None) -> None:
-        try:
-            if headers is not None and not _is_request(dict(headers)):
-                raise ValueError("an upgrade by CONNECT")
-            await super().initiate(headers, settings)
-        except (ValueError, hyperframe.exceptions.HyperframeError, h2.exceptions.ProtocolError):
-            await self.send(Closed())  # nonsense in HTTP2-Settings
-
-    async def handle(self, event: ConnectionEvent) -> None:
-        await super().handle(event)
-        if isinstance(event, Closed):
-            for stream_id in list(self.stream_buffers):
-                await self._forget(stream_id)  # or its application would wait for a window that never opens
+    async def send_task(self) -> None:
+        """Not needed."""
 
     async def _handle_events(self, events: list[h2.events.Event]) -> None:
         for number, event in enumerate(events):
             if number % 16 == 15:
-                await asyncio.sleep(0)  # other connections get their turn beside a flood
-            if isinstance(event, h2.events.PriorityUpdated):
-                continue
+                await asyncio.sleep(0)  # other connections get their turn beside a flood of frames
             if isinstance(event, h2.events.RequestReceived) and not _is_request(dict(event.headers)):
-                self.connection.reset_stream(event.stream_id, h2.errors.ErrorCodes.PROTOCOL_ERROR)
-                continue
-            if isinstance(event, h2.events.DataReceived) and event.stream_id not in self.streams:
+                await self._reset(event.stream_id, h2.errors.ErrorCodes.PROTOCOL_ERROR)
+            elif isinstance(event, h2.events.DataReceived) and event.stream_id not in self.streams:
                 self.connection.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
-                await self._flush()
-                continue
-            await super()._handle_events([event])
-            if isinstance(event, h2.events.StreamReset) and self.idle and not self.closed:
-                await self.send(Updated(idle=True))  # the original says so only after a response
-            if isinstance(event, h2.events.StreamReset) and self._too_many_resets():
-                log.warning("a connection was closed: over %d streams reset by its client", RESETS_AT_ONCE)
-                self.connection.close_connection(h2.errors.ErrorCodes.ENHANCE_YOUR_CALM)
-                await self._flush()
-                await self.send(Closed())
-                return
+            else:
+                await super()._handle_events([event])
+            if isinstance(event, h2.events.StreamReset):
+                if self._too_many_resets():
+                    log.warning("a connection was closed: over %d streams reset by its client", RESETS_AT_ONCE)
+                    self.connection.close_connection(h2.errors.ErrorCodes.ENHANCE_YOUR_CALM)
+                    await self._flush()
+                    await self.send(Closed())
+                    return
+                if self.idle and not self.closed:
+                    await self.send(Updated(idle=True))  # Hypercorn says so only after a response
         await self._flush()
 
     def _too_many_resets(self) -> bool:
@@ -3353,65 +3274,52 @@ class GuardedH2Protocol(H2Protocol):
         self._counted_at = now
         return self._allowance < 0
 
-    async def _forget(self, stream_id: int) -> None:
-        if (buffer := self.stream_buffers.pop(stream_id, None)) is not None:
-            await buffer.close()
-            self.priority.remove_stream(stream_id)
-
-    async def send_task(self) -> None:
-        """Send what waited for a window; flush in one write what all streams have written in the meantime."""
-        while not self.closed:
-            if self.priority.ready:
-                await self._send_data(self.priority.next())
-            else:
-                await self._flush()
-                await self.has_data.wait()
-                await self.has_data.clear()
-
-    async def _flush(self) -> None:
-        # In this order: whatever h2 holds was written after these frames.
-        if data := b"".join([*self._frames, self.connection.data_to_send()]):
-            self._frames.clear()
-            self._unflushed = 0
-            await self.send(RawData(data))
-
-    async def _send_data(self, stream_id: int) -> None:
-        try:
-            await super()._send_data(stream_id)
-        except KeyError:  # reset while its data were being written
-            self.priority.remove_stream(stream_id)
-
     async def stream_send(self, event: hypercorn.protocol.events.Event) -> None:
-        if isinstance(event, hypercorn.protocol.events.StreamClosed):
-            buffer = self.stream_buffers.get(event.stream_id)
-            if buffer is not None and not buffer.complete:
-                await self._forget(event.stream_id)
-                with contextlib.suppress(h2.exceptions.ProtocolError):
-                    self.connection.reset_stream(event.stream_id, h2.errors.ErrorCodes.CANCEL)
-                    await self._flush()
-        if isinstance(event, hypercorn.protocol.events.Body):
-            async with self._turn:
-                if self._sent_at_once(event.stream_id, event.data):
-                    if self._unflushed >= MAX_WRITE:
-                        await self._flush()
-                    else:
-                        await self.has_data.set()
-                    return
-        await super().stream_send(event)
+        try:
+            if isinstance(event, hypercorn.protocol.events.Body):
+                await self._send_body(event.stream_id, event.data)
+            elif isinstance(event, hypercorn.protocol.events.EndBody):
+                self.stream_buffers.pop(event.stream_id, None)
+                self.connection.end_stream(event.stream_id)
+                await self._flush()
+            else:
+                if isinstance(event, hypercorn.protocol.events.StreamClosed) and event.stream_id in self.stream_buffers:
+                    await self._reset(event.stream_id, h2.errors.ErrorCodes.CANCEL)  # the application gave it up
+                await super().stream_send(event)
+        except h2.exceptions.ProtocolError:
+            pass  # the stream or the connection was closed in the meantime
+        except TimeoutError:
+            log.info("a stream was reset: its client took nothing for %g s", cast(Any, self.config).stream_timeout)
+            await self._reset(event.stream_id, h2.errors.ErrorCodes.CANCEL)
+            await self._close_stream(event.stream_id)
 
-    def _sent_at_once(self, stream_id: int, data: bytes) -> bool:
-        """Write a frame if nothing is before it and the windows are open; h2 takes as long for it as all the rest."""
-        stream, buffer = self.connection.streams.get(stream_id), self.stream_buffers.get(stream_id)
-        if stream is None or stream.closed or buffer is None or buffer.buffer:
-            return False
-        size = len(data)
-        if size > min(MAX_FRAME, stream.outbound_flow_control_window, self.connection.outbound_flow_control_window):
-            return False
-        stream.outbound_flow_control_window -= size
-        self.connection.outbound_flow_control_window -= size
-        self._frames += (size.to_bytes(3) + b"\0\0" + stream_id.to_bytes(4), data)  # type DATA, no flags
-        self._unflushed += size
-        return True
+    async def _send_body(self, stream_id: int, data: bytes) -> None:
+        """Return when all has left. Raises TimeoutError if the client opens no window for TOKEN_TIMEOUT."""
+        is_token = len(data) < self.connection.max_outbound_frame_size
+        while data and stream_id in self.streams:
+            window = self.connection.local_flow_control_window(stream_id)
+            if window > 0:
+                size = min(window, self.connection.max_outbound_frame_size)
+                self.connection.send_data(stream_id, data[:size])
+                data = data[size:]
+                continue
+            await self._flush()
+            async with asyncio.timeout(cast(Any, self.config).stream_timeout):
+                while stream_id in self.streams and self.connection.local_flow_control_window(stream_id) <= 0:
+                    await self.has_data.clear()
+                    await self.has_data.wait()
+        if is_token:
+            await asyncio.sleep(0)  # one write for the tokens that other streams send in this round of the event loop
+        await self._flush()
+
+    async def _reset(self, stream_id: int, code: h2.errors.ErrorCodes) -> None:
+        with contextlib.suppress(h2.exceptions.ProtocolError):  # it is closed already
+            self.connection.reset_stream(stream_id, code)
+        await self._flush()
+
+    async def _close_stream(self, stream_id: int) -> None:
+        self.stream_buffers.pop(stream_id, None)
+        await super()._close_stream(stream_id)
 
 
 def _is_request(fields: Mapping[bytes, bytes]) -> bool:
@@ -3421,156 +3329,130 @@ def _is_request(fields: Mapping[bytes, bytes]) -> bool:
     )
 
 
-class Paused(Exception):
-    """A request waits behind the one that is being answered."""
-
-
-class NoWait:
-    """In place of the event on which Hypercorn's reading task would wait."""
-
-    async def set(self) -> None: ...
-
-    async def clear(self) -> None: ...
-
-    async def wait(self) -> None:
-        raise Paused
-
-
 class GuardedH11Protocol(H11Protocol):
-    """Hypercorn's HTTP/1.1 connection, which reads on while a request is answered: else nobody sees its client leave.
-
-    The original waits in its reading task as soon as anything follows a request, be it an empty line.
-    """
+    """Hypercorn's HTTP/1.1 connection, which reads on while a request is answered, to see its client leave."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.can_read = cast(Any, NoWait())
-        self._paused = False
+        connection = cast(Any, self.connection)
+        next_event = connection.next_event
+        # At PAUSED, when anything follows the request, Hypercorn waits for the answer's end in the task that reads.
+        connection.next_event = lambda: h11.NEED_DATA if (event := next_event()) is h11.PAUSED else event
 
     async def handle(self, event: ConnectionEvent) -> None:
-        if not (self._paused and isinstance(event, RawData)):
-            await super().handle(event)
-            return
-        self.connection.receive_data(event.data)
+        await super().handle(event)
         if len(self.connection.trailing_data[0]) > self.config.h11_max_incomplete_size:
             await super().handle(Closed())
             await self.send(Closed())
 
-    async def _handle_events(self) -> None:
-        try:
-            await super()._handle_events()
-        except Paused:
-            self._paused = True
-
     async def _maybe_recycle(self) -> None:
         await super()._maybe_recycle()
-        if self._paused:
-            self._paused = False
+        if self.connection.their_state is h11.IDLE and self.connection.trailing_data[0]:
             self.task_group.spawn(self._handle_events)
 
 
 class PromptTCPServer(TCPServer):
-    """Hypercorn's connection, closed within CLOSE_TIMEOUT also when its client does not take part.
+    """Hypercorn's connection, which is forgotten as soon as its client has left."""
 
-    TLS waits 30 s for the client's close_notify and then raises (hypercorn 202, 264), and a stop waits for that.
-    """
-
-    ended = False
-    _written = 0  # bytes
-    _watch: asyncio.TimerHandle | None = None
+    connections: ClassVar[set[PromptTCPServer]] = set()
 
     async def run(self) -> None:
-        CONNECTIONS.add(self)
+        self.connections.add(self)
         try:
             await super().run()
+        except* Exception as errors:
+            details = errors if log.isEnabledFor(logging.DEBUG) else None
+            log.warning("a connection ended by %s", type(errors.exceptions[0]).__name__, exc_info=details)
         finally:
-            CONNECTIONS.discard(self)
-            if self._watch is not None:
-                self._watch.cancel()
+            self.connections.discard(self)
 
     async def _read_data(self) -> None:
         await super()._read_data()
-        self.ended = True
-        await self.idle_task.stop()  # the original keeps a closed connection for the rest of its keep_alive_timeout
+        await self.idle_task.stop()
+
+    async def _idle_timeout(self) -> None:
+        if not (self.reader.at_eof() or self.writer.transport.is_closing()):
+            await super()._idle_timeout()
 
     async def protocol_send(self, event: ConnectionEvent) -> None:
         if isinstance(event, RawData):
-            try:
-                # Without the original's lock: a task that is cancelled while it waits there takes its frames along.
-                if self.writer.transport.is_closing():
-                    raise ConnectionResetError  # asyncio would log each further write
+            # Before Hypercorn waits for its lock: a task that is cancelled there would take its frames along.
+            if not self.writer.transport.is_closing():
                 self.writer.write(event.data)
-                self._written += len(event.data)
-                if self._watch is None and self.writer.transport.get_write_buffer_size():
-                    self._watch_client()
-                await self.writer.drain()
-            except (ConnectionError, RuntimeError):
-                await self.protocol.handle(Closed())
-        elif not (self.ended and isinstance(event, Updated)):
+            event = RawData(b"")
+        try:
             await super().protocol_send(event)
-
-    @property
-    def _taken(self) -> int:
-        return self._written - self.writer.transport.get_write_buffer_size()
-
-    def _watch_client(self) -> None:
-        """Close the connection if its client takes nothing of what waits for it in TOKEN_TIMEOUT."""
-        patience = max((queue.settings.token_timeout for queue in RUNNING), default=30)
-        self._watch = self.loop.call_later(patience, self._check, self._taken, patience)
-
-    def _check(self, taken: int, patience: float) -> None:
-        self._watch = None
-        if self._taken == self._written or self.writer.transport.is_closing():
-            return
-        if self._taken > taken:
-            self._watch_client()
-        else:
-            log.info("a connection took nothing for %g s and was closed", patience)
-            self.writer.transport.abort()
-
-    async def _initiate_server_close(self) -> None:
-        await super()._initiate_server_close()
-        self.loop.call_later(CLOSE_TIMEOUT, self.writer.transport.abort)
+        except OSError:
+            await self.protocol.handle(Closed())
 
     async def _close(self) -> None:
         with contextlib.suppress(OSError):
-            async with asyncio.timeout(CLOSE_TIMEOUT):
-                await super()._close()
-        self.writer.transport.abort()
+            await super()._close()
 
 
-async def raise_shutdown_after_drain(shutdown_event: Callable[..., Awaitable[Any]]) -> None:
-    """Hypercorn's `raise_shutdown`, with the drain before it: until it raises, everything goes on being served.
+async def serve_until_drained(
+    app: Any,
+    config: Config,
+    *,
+    sockets: Sockets | None = None,
+    shutdown_trigger: Callable[..., Awaitable[Any]] | None = None,
+) -> None:
+    """Replaces Hypercorn's `worker_serve`: a stop drains first, and until then everything goes on being served.
 
-    Under the `hypercorn` command the application runs in a worker process that SIGTERM would simply end; a supervisor
-    that signals the whole group (systemd does) signals it too.
+    Under the `hypercorn` command this runs in a worker process, which SIGTERM would simply end. A supervisor that
+    signals the whole process group (systemd does) signals it too.
     """
+    guard = app.app
+    if not isinstance(guard, Guard):
+        await worker_serve(app, config, sockets=sockets, shutdown_trigger=shutdown_trigger)
+        return
+    unknown = {name for name in vars(config) if not hasattr(Config, name)} - Config.__annotations__.keys()
+    if unknown:
+        raise SystemExit(f"dccapi: Hypercorn has no setting named {', '.join(sorted(unknown))}")
+    guard.addresses = addresses(config)
+    cast(Any, config).stream_timeout = guard.settings.token_timeout
+    sockets = sockets or config.create_sockets()
+    for listening in sockets.secure_sockets + sockets.insecure_sockets:
+        with contextlib.suppress(OSError, AttributeError):  # Linux alone has it, for TCP alone
+            # Its connections inherit it: a client that takes nothing for so long is taken for gone.
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(guard.settings.token_timeout * 1000))
     loop = asyncio.get_running_loop()
     stopping = asyncio.Event()
-    handled = (
-        threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    )
-    if handled:
-        loop.add_signal_handler(signal.SIGTERM, stopping.set)
-    waits = {asyncio.ensure_future(shutdown_event()), asyncio.ensure_future(stopping.wait())}
+    asked = asyncio.ensure_future((shutdown_trigger or asyncio.Event().wait)())
+    asked.add_done_callback(lambda _: stopping.set())
+    for sign in (signal.SIGTERM,) if shutdown_trigger else (signal.SIGTERM, signal.SIGINT):
+        with contextlib.suppress(RuntimeError, ValueError):  # on Windows, or not in the main thread
+            if not shutdown_trigger or signal.getsignal(sign) is signal.SIG_DFL:
+                loop.add_signal_handler(sign, stopping.set)
+
+    async def drained() -> None:
+        await stopping.wait()
+        await guard.queue.drain()
+        for connection in PromptTCPServer.connections:  # Python 3.12 and later wait for each without end
+            loop.call_later(CLOSE_TIMEOUT, connection.writer.transport.abort)
+
     try:
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        await asyncio.gather(*(queue.drain() for queue in RUNNING))
-        for connection in CONNECTIONS:  # Python 3.12 and later wait for each without end
-            loop.call_later(2 * CLOSE_TIMEOUT, connection.writer.transport.abort)
+        await worker_serve(app, config, sockets=sockets, shutdown_trigger=drained)
     finally:
-        for wait in waits:
-            wait.cancel()
-        if handled:
-            loop.remove_signal_handler(signal.SIGTERM)
-    raise ShutdownError
+        asked.cancel()
 
 
-vars(hypercorn.protocol.h2)["StreamBuffer"] = PatientStreamBuffer
-vars(hypercorn.protocol)["H2Protocol"] = GuardedH2Protocol
-vars(hypercorn.protocol)["H11Protocol"] = GuardedH11Protocol
-vars(hypercorn.asyncio.run)["TCPServer"] = PromptTCPServer
-vars(hypercorn.asyncio.run)["raise_shutdown"] = raise_shutdown_after_drain
+def mend_hypercorn() -> None:
+    """Replace these names in Hypercorn; its other versions are untested."""
+    if (found := version("hypercorn")) != "0.18.0":
+        raise SystemExit(f"dccapi: needs Hypercorn 0.18.0, whose faults it mends, not {found}: `make install`")
+    for place, name, ours in (
+        (Config, "stream_timeout", 30.0),
+        (hypercorn.protocol, "H2Protocol", GuardedH2Protocol),
+        (hypercorn.protocol, "H11Protocol", GuardedH11Protocol),
+        (hypercorn.asyncio.run, "TCPServer", PromptTCPServer),
+        (hypercorn.asyncio.run, "worker_serve", serve_until_drained),  # of the `hypercorn` command
+        (hypercorn.asyncio, "worker_serve", serve_until_drained),  # of `hypercorn.asyncio.serve`
+    ):
+        setattr(place, name, ours)
+
+
+mend_hypercorn()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3578,28 +3460,21 @@ vars(hypercorn.asyncio.run)["raise_shutdown"] = raise_shutdown_after_drain
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def create_app(settings: Settings, bound: list[str] | None = None) -> Guard:
-    """The ASGI application: Guard, CORS, Problems, routes, in this order. `bound` is named in the start's log line."""
+def create_app(settings: Settings) -> Guard:
+    """The ASGI application: Guard, CORS, Problems, routes, in this order."""
     engine = cast(Engine, ENGINES[settings.engine](settings))
     queue = GenerationQueue(settings, engine)
     api = Api(settings, queue, engine)
 
     @contextlib.asynccontextmanager
-    async def lifespan(app: object) -> AsyncIterator[None]:
+    async def lifespan(guard: Guard) -> AsyncIterator[None]:
         configure_logging(settings)
-        config = hypercorn_command_config()
-        at = bound or (addresses(config) if config else ["the addresses that Hypercorn names"])
         await queue.start()
         log.info(
-            "dccapi %s: engine %s, model %s, %d workers, queue %d, on %s, HTTP/2 on",
-            __version__,
-            settings.engine,
-            settings.model,
-            settings.workers,
-            settings.max_queue,
-            ", ".join(at),
+            f"dccapi {__version__}: engine {settings.engine}, model {settings.model}, {settings.workers} workers, "
+            f"queue {settings.max_queue}, on {', '.join(guard.addresses)}, HTTP/2 on"
         )
-        if not settings.keys and any(map(is_public, at)):
+        if not settings.keys and any(map(is_public, guard.addresses)):
             log.warning("everyone who can reach this address can use the service: set API_KEYS, or bind to 127.0.0.1")
         try:
             yield
@@ -3652,29 +3527,6 @@ def configure_logging(settings: Settings) -> None:
     log.setLevel(settings.log_level)
 
 
-def load_config(path: str) -> Config:
-    """Hypercorn's configuration from a TOML file. Hypercorn takes unknown keys in silence; here they stop the start."""
-    with open(path, "rb") as file:
-        unknown = sorted(key for key in tomllib.load(file) if key.startswith("_") or not hasattr(Config, key))
-    if unknown:
-        raise SystemExit(f"dccapi: {path}: Hypercorn has no setting named {', '.join(unknown)}")
-    return Config.from_toml(path)
-
-
-def hypercorn_command_config() -> Config | None:
-    """The configuration of the `hypercorn` command that runs us, checked as ours is; None elsewhere."""
-    if "hypercorn" not in Path(sys.argv[0]).parts[-2:]:
-        return None
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-    parser.add_argument("-c", "--config", default="")
-    parser.add_argument("-b", "--bind", action="append")
-    known, _ = parser.parse_known_args(sys.argv[1:])
-    config = load_config(known.config) if known.config and ":" not in known.config else Config()
-    if known.bind:
-        config.bind = known.bind
-    return config
-
-
 def addresses(config: Config) -> list[str]:
     secure, cleartext = (config.bind, config.insecure_bind) if config.ssl_enabled else ([], config.bind)
     return [f"https://{bind}" for bind in secure] + [f"http://{bind}" for bind in cleartext]
@@ -3696,28 +3548,8 @@ def is_public(address: str) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def make_certificate(directory: Path) -> None:
-    """A self-signed certificate for localhost in `directory`, unless one is there."""
-    import trustme  # type: ignore[import-not-found,unused-ignore]  # an extra; needs a tenth of a second to load
-
-    certificate, key = directory / "cert.pem", directory / "key.pem"
-    if certificate.exists() and key.exists():
-        return
-    issued = trustme.CA(organization_name="dccapi").issue_cert("localhost", "127.0.0.1", "::1")
-    partial = directory / "key.pem.partial"
-    try:
-        directory.mkdir(exist_ok=True)
-        partial.touch(mode=0o600)
-        partial.write_bytes(issued.private_key_pem.bytes())
-        certificate.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
-        partial.rename(key)
-    except OSError as error:
-        raise SystemExit(f"dccapi: no certificate can be made in {directory}/: {error.strerror}") from None
-    print(f"made a self-signed certificate for localhost in {directory}/")
-
-
 def main(arguments: list[str] | None = None) -> int:
-    """`python dccapi.py`: serve; `certs`: make a certificate; `engine`: the child process of the embedded engine."""
+    """`python dccapi.py`: serve; with `engine`: be the child process of the embedded engine."""
     parser = argparse.ArgumentParser(prog="dccapi.py", description="Open Badges 3.0 drafts from course descriptions")
     parser.add_argument(
         "--config", default=str(HERE / "hypercorn.toml"), help="Hypercorn's settings (default %(default)s)"
@@ -3725,18 +3557,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--bind", action="append", help="cleartext address, instead of the file's")
     parser.add_argument("--tls-bind", default="0.0.0.0:8443", help="TLS address (default %(default)s)")
     parser.add_argument("--certs", type=Path, default=HERE / "certs", help="where cert.pem and key.pem are")
-    parser.add_argument("--make-certs", action="store_true", help="first make a self-signed one there if none is")
     commands = parser.add_subparsers(dest="command")
-    commands.add_parser("certs", help="make a self-signed certificate for localhost")
     child = commands.add_parser("engine", help="serve a GGUF to the process that started this one")
     child.add_argument("path")
     child.add_argument("--context", type=int, required=True)
     child.add_argument("--slots", type=int, required=True)
     child.add_argument("--name", required=True)
     options = parser.parse_args(arguments)
-    if options.command == "certs":
-        make_certificate(options.certs)
-    elif options.command == "engine":
+    if options.command == "engine":
         serve_embedded(options.path, options.context, options.slots, options.name)
     else:
         serve(options)
@@ -3746,25 +3574,12 @@ def main(arguments: list[str] | None = None) -> int:
 def serve(options: argparse.Namespace) -> None:
     """Serve until SIGTERM or SIGINT, cleartext and, with a certificate, TLS."""
     settings = load_settings()
-    config = load_config(options.config)
-    cleartext = options.bind or config.bind
-    if options.make_certs:
-        make_certificate(options.certs)
+    config = Config.from_toml(options.config)
     certificate, key = options.certs / "cert.pem", options.certs / "key.pem"
+    config.bind = options.bind or config.bind
     if certificate.exists() and key.exists():
         config.certfile, config.keyfile = str(certificate), str(key)
-        config.bind, config.insecure_bind = [options.tls_bind], cleartext
-    else:
-        config.bind = cleartext
-    app = cast(Any, create_app(settings, addresses(config)))
-    check_addresses(config)
-    asyncio.run(hypercorn.asyncio.serve(app, config))
-
-
-def check_addresses(config: Config) -> None:
-    """End with a sentence if an address is taken; Hypercorn would end with two tracebacks."""
-    if any(bind.startswith("fd://") for bind in config.bind):  # not ours to close
-        return
+        config.bind, config.insecure_bind = [options.tls_bind], config.bind
     try:
         sockets = config.create_sockets()
     except OSError as error:
@@ -3772,8 +3587,7 @@ def check_addresses(config: Config) -> None:
         raise SystemExit(
             f"dccapi: cannot listen on {at}: {error.strerror}. Free it, or choose another: --bind"
         ) from None
-    for socket in sockets.secure_sockets + sockets.insecure_sockets:
-        socket.close()
+    asyncio.run(serve_until_drained(ASGIWrapper(cast(Any, create_app(settings))), config, sockets=sockets))
 
 
 if __name__ == "__main__":

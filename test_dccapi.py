@@ -74,7 +74,7 @@ __all__ = ["judge"]  # the fixture
 
 
 def test_the_configuration_that_is_shipped_is_one_that_hypercorn_knows() -> None:
-    assert dccapi.load_config(str(HERE / "hypercorn.toml")).workers == 1
+    assert dccapi.Config.from_toml(HERE / "hypercorn.toml").workers == 1
 
 
 async def test_h2c_by_prior_knowledge_and_by_upgrade_and_http1_for_a_post() -> None:
@@ -107,7 +107,7 @@ async def test_tls_speaks_h2_by_alpn_and_http1_otherwise() -> None:
 
 def test_only_tested_pythons_and_one_worker_process_are_allowed() -> None:
     assert 'requires-python = ">=3.11,<3.14"' in (HERE / "pyproject.toml").read_text()
-    config = dccapi.load_config(str(HERE / "hypercorn.toml"))
+    config = dccapi.Config.from_toml(HERE / "hypercorn.toml")
     assert config.workers == 1
     assert config.keep_alive_timeout >= 75
 

@@ -18,6 +18,7 @@ import pytest
 from h2.connection import H2Connection
 from h2.settings import SettingCodes, Settings
 from hpack import Encoder
+from hypercorn.protocol.events import Body
 from hyperframe.frame import DataFrame, PriorityFrame
 
 import dccapi
@@ -121,16 +122,27 @@ def protocol_of(connection: H2Client, kind: type = dccapi.GuardedH2Protocol) -> 
     return found
 
 
-async def test_a_slow_reader_holds_one_write_at_a_time_and_misses_nothing() -> None:
+async def test_a_slow_reader_holds_one_write_at_a_time_and_misses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     pieces = split(badge_json(narrative="knots " * 600), 400)
+    handed = 0
+    stream_send = dccapi.GuardedH2Protocol.stream_send
+
+    async def counted(self: dccapi.GuardedH2Protocol, event: Any) -> None:
+        nonlocal handed
+        handed += len(event.data) if isinstance(event, Body) else 0
+        await stream_send(self, event)
+
+    monkeypatch.setattr(dccapi.GuardedH2Protocol, "stream_send", counted)
     async with (
         serving(script=Script(pieces=pieces)) as service,
         await service.connect(auto_window=False) as connection,
     ):
         stream = await connection.request("POST", "/generate/stream", body=COURSE)
         await eventually(lambda: len(service.engine.calls) == 1 and service.engine.open_calls == 0)
-        (buffer,) = protocol_of(connection).stream_buffers.values()
-        assert 0 < len(buffer.buffer) < dccapi.MAX_WRITE + 2 * 4096 + 1000
+        await connection.headers(stream)
+        taken = connection._streams[stream]
+        await eventually(lambda: taken.unacknowledged == 65535, what="a closed window")
+        assert 65535 < handed < 65535 + dccapi.MAX_WRITE + 2 * 4096 + 1000
         connection.acknowledge()
         events = await events_of(connection, stream)
         assert [token["content"] for token in named(events, "token")] == pieces
@@ -215,7 +227,6 @@ async def test_a_thousand_resets_are_a_clients_right_and_leave_nothing_behind() 
         assert (await connection.response(await connection.request("GET", "/livez"))).status == 200
         protocol = protocol_of(connection)
         await eventually(lambda: not protocol.stream_buffers, what="no stream buffer")
-        assert not protocol.priority.ready
 
 
 async def test_more_streams_than_workers_and_queue_are_refused_not_killed() -> None:
@@ -452,7 +463,7 @@ async def test_a_connection_that_takes_nothing_is_closed_with_all_its_streams(
         idle = len(asyncio.all_tasks())
         async with wide_open(service, "/openapi.json", 120):
             await eventually(lambda: len(asyncio.all_tasks()) > idle + 5, what="the requests")
-            await eventually(lambda: not dccapi.CONNECTIONS, what="its end")
+            await eventually(lambda: not dccapi.PromptTCPServer.connections, what="its end")
             await eventually(lambda: len(asyncio.all_tasks()) <= idle, what="the end of its streams")
     assert not [record for record in caplog.records if record.name == "asyncio"]
 
@@ -464,7 +475,6 @@ async def test_a_connection_that_takes_nothing_is_closed_with_all_its_streams(
 async def plain_hypercorn(app: Any, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[H2Client]:
     """A connection to an app on Hypercorn as it is published."""
     monkeypatch.setitem(vars(hypercorn.protocol), "H2Protocol", dccapi.H2Protocol)
-    monkeypatch.setitem(vars(hypercorn.protocol.h2), "StreamBuffer", dccapi.StreamBuffer)
     monkeypatch.setitem(vars(hypercorn.asyncio.run), "TCPServer", dccapi.TCPServer)
     listening = socket.create_server(("127.0.0.1", 0))
     port = listening.getsockname()[1]
@@ -601,7 +611,7 @@ async def test_hypercorn_still_stops_reading_behind_a_body_that_nobody_reads(mon
 
 
 async def test_hypercorn_still_lets_an_application_run_ahead_of_a_closed_window() -> None:
-    buffer = dccapi.StreamBuffer(hypercorn.asyncio.run.WorkerContext.event_class)
+    buffer = hypercorn.protocol.h2.StreamBuffer(hypercorn.asyncio.run.WorkerContext.event_class)
     for _ in range(10):
         push = asyncio.create_task(buffer.push(b"x" * 2**16))
         await asyncio.sleep(0)

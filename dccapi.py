@@ -17,34 +17,7 @@ Routes, each under /api/v1 and at the root:
     GET    /health, /livez, /readyz, /metrics                     state
     GET    /, /demo, /docs, /openapi.json                         the demo page, the documentation
 
-Deliberate deviations from what the libraries do by themselves, each with a test that tells when it may go:
-
- 1. Hypercorn 0.18 kills an HTTP/2 connection when DATA arrives for a stream that was already answered
-    (hypercorn PR 334, 365). `GuardedH2Protocol` acknowledges and drops such DATA.
- 2. A body nobody reads blocks the whole connection (Hypercorn's application queue holds ten messages).
-    `Guard` reads every body itself, within `MAX_BODY_BYTES` and `BODY_TIMEOUT`.
- 3. Hypercorn's write buffer lets the application run ahead of a client whose window is closed (`StreamBuffer.pop`
-    of nothing wakes `push`). `PatientStreamBuffer.push` returns when the bytes have left.
- 4. Only `keep_alive_max_requests` limits rapid resets (hypercorn 146), and it starves running streams. The file sets
-    it out of reach and `GuardedH2Protocol` counts resets.
- 5. PRIORITY frames grow a tree that raises at 1,001 nodes, and an exclusive chain of them (Chromium sends one) starves
-    siblings; each step through it visits every open stream. RFC 9113 5.3 deprecates them; `GuardedH2Protocol` ignores
-    them, and `Turns` stands in for the tree.
- 6. A response that the application gives up in the middle is never ended. `GuardedH2Protocol` sends RST_STREAM.
- 7. On SIGTERM Hypercorn 0.18 waits for ever (Python 3.12+) or cuts after three seconds (3.11), and tells the
-    application last (hypercorn 308, PR 374). `raise_shutdown` is replaced by one that drains first.
- 8. Closing a TLS connection waits 30 s for its client and then logs a traceback (hypercorn 202, 264).
-    `PromptTCPServer` aborts it after CLOSE_TIMEOUT.
-    It also keeps a connection that its client has closed until keep_alive_timeout, and for ever one whose client takes
-    nothing; the latter is closed after TOKEN_TIMEOUT.
- 9. What follows a running HTTP/1.1 request stops the reading of its connection, so its client's leaving is not seen; a
-    path or method that is not ASCII, or nonsense in an upgrade, ends an HTTP/2 connection with a traceback.
-    `GuardedH11Protocol` reads on, `GuardedH2Protocol` resets that stream.
-10. aiohttp does not repeat a POST whose pooled connection the server had just closed (aiohttp 6138), and its line
-    reader stops at 128 KiB (aiohttp 4453): one retry before any byte of the answer, and a line splitter of our own.
-11. h2's bookkeeping of one DATA frame takes as long as the rest of a token's way, and Hypercorn writes for each stream
-    by itself. While the windows are open `GuardedH2Protocol` makes the frame, and what the streams wrote in one round
-    of the event loop leaves in one write. `make bench` tells what that is worth.
+Where Hypercorn is mended, why, and which test tells when a patch may go: the table under "Hypercorn 0.18, mended".
 """
 
 from __future__ import annotations
@@ -3220,6 +3193,26 @@ def _is_proxy(address: str, settings: Settings) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 # Hypercorn 0.18, mended
 # ---------------------------------------------------------------------------------------------------------------------
+
+# What it does by itself, who would notice, the issue or pull request, the lines of the patch, and the words by which
+# `pytest -k` finds the test that fails without the patch or tells when it may go.
+#
+# it                                                        noticed by                 issue     lines  test
+# dies of DATA for a stream that was answered already       siblings of a refusal      334, 365      2  data_after
+# stops reading behind ten messages that nobody reads       siblings of an upload                Guard  nobody_reads
+# lets the application run ahead of a closed window         operators: 65 MB a stream               24  run_ahead
+# visits each stream for each frame, and takes 1,000        pages with many streams                  7  priority_frames
+# takes any number of resets                                everyone, in a flood       146          14  of_resets
+# leaves a response open that the application gave up       clients that wait                       10  given_up_open
+# never ends a connection whose last stream was reset       operators: open files                    2  idle_again
+# dies of a path or method that is not ASCII                siblings of the request                  9  strange_request
+# reads no further behind an HTTP/1.1 request               workers without a client                19  sent_more
+# loses the frames of a task that is cancelled at its lock  siblings of the stream                   6  its_frames
+# keeps a connection that its client has closed             operators: open files                    6  client_closed
+# keeps a connection whose client takes nothing, for ever   operators: memory                        4  takes_nothing
+# logs tracebacks of nonsense, and of closing TLS           operators                  202, 264      8  nonsense, abrupt
+# waits for ever at SIGTERM, or cuts what runs              everyone, at a restart     308, 374     29  stop, signalled
+# takes unknown settings in silence                         operators with a typo                    3  unknown_key
 
 
 class NoPriorities:

@@ -16,6 +16,7 @@ import hypercorn.asyncio
 import orjson
 import pytest
 from h2.connection import H2Connection
+from h2.events import ResponseReceived
 from h2.settings import SettingCodes, Settings
 from hpack import Encoder
 from hypercorn.protocol.events import Body
@@ -400,6 +401,17 @@ def frame(kind: int, stream: int, payload: bytes = b"", flags: int = 0) -> bytes
     return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
 
 
+async def test_a_connection_whose_last_stream_was_reset_is_idle_again() -> None:
+    async with serving(script=SLOW) as service, await service.connect() as connection:
+        stream = await connection.request("POST", "/generate/stream", body=COURSE)
+        await connection.headers(stream)
+        (served,) = dccapi.PromptTCPServer.connections
+        timer = served.idle_task
+        assert timer._handle is None
+        connection.reset(stream)
+        await eventually(lambda: timer._handle, what="the timer of keep_alive_timeout")
+
+
 async def test_a_connection_that_broke_the_protocol_is_forgotten() -> None:
     async with serving() as service:
         connection = await service.connect()
@@ -454,6 +466,38 @@ async def test_nonsense_in_an_upgrade_to_h2c_leaves_nothing_behind(request_line:
             writer.transport.abort()
             await eventually(lambda: connections() == 0, what="the end of the connection")
     assert not [line for line in lines if "Traceback" in line]
+
+
+async def test_a_stream_that_is_reset_while_it_waits_to_write_takes_none_of_its_frames_along() -> None:
+    """A lost block of headers would spoil the header compression of all streams after it."""
+    loop = asyncio.get_running_loop()
+    async with serving() as service, wide_open(service, "/openapi.json", 120) as (client, connection):
+        (served,) = await eventually(lambda: dccapi.PromptTCPServer.connections)
+        await eventually(served.send_lock.locked, what="a full connection")
+
+        async def ask(path: str) -> int:
+            stream: int = connection.get_next_available_stream_id()
+            head = [(":method", "GET"), (":scheme", "http"), (":authority", "localhost"), (":path", path)]
+            connection.send_headers(stream, head, end_stream=True)
+            await loop.sock_sendall(client, connection.data_to_send())
+            await eventually(lambda: stream in streams)
+            return stream
+
+        streams = served.protocol.protocol.streams
+        waiting = len(served.send_lock._waiters or ())
+        reset = await ask("/health")
+        await eventually(lambda: len(served.send_lock._waiters or ()) > waiting, what="its headers")
+        connection.reset_stream(reset)
+        await loop.sock_sendall(client, connection.data_to_send())
+        await eventually(lambda: reset not in streams)
+        last = await ask("/health")
+        headers: dict[bytes, bytes] = {}
+        while not headers:
+            for event in connection.receive_data(await loop.sock_recv(client, 2**20)):
+                if isinstance(event, ResponseReceived) and event.stream_id == last:
+                    headers = dict(event.headers)
+        assert headers[b":status"] == b"200"
+        assert headers[b"content-type"] == b"application/json"
 
 
 async def test_a_connection_that_takes_nothing_is_closed_with_all_its_streams(

@@ -68,15 +68,14 @@ import sys
 import threading
 import time
 import tomllib
-import unicodedata
+import traceback
 import uuid
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from http import HTTPStatus
-from json import JSONDecoder
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, cast
 from urllib.parse import urlsplit
@@ -93,6 +92,7 @@ import hypercorn.protocol.h2
 import hyperframe.exceptions
 import orjson
 import pydantic_core
+from aiohttp.http_exceptions import LineTooLong
 from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.config import Config
 from hypercorn.events import Closed, RawData, Updated
@@ -594,6 +594,13 @@ class Prompt:
         return _kept(self.request)
 
     @property
+    def institution(self) -> str:
+        """The institution that the badge has to mention, or ""."""
+        name = (self.request.option("institution") if self.request else None) or ""
+        name = " ".join(_tidied(name).split())
+        return name if re.search(VISIBLE, name) and "badge_description" not in self.kept else ""
+
+    @property
     def words(self) -> int:
         """No tokenizer makes fewer tokens than words."""
         return len(self.system.split()) + len(self.user.split())
@@ -665,23 +672,32 @@ def build_prompt(request: GenerateRequest, system: str, defaults: Mapping[str, A
     return Prompt(system, user, schema, request.sampling(defaults), request)
 
 
-def too_long(num_ctx: int, prompt: Prompt, tokens: int | None = None, limit: int | None = None) -> ContentTooLong:
-    """The 413 with its figures; tokens and limit are the engine's own when it gave any."""
-    limit = limit or num_ctx
+def too_long(prompt: Prompt, limit: int | None, tokens: int | None = None, answer: int | None = None) -> ContentTooLong:
+    """The 413 with its figures, which agree with each other.
+
+    `limit` is what the context holds, `tokens` what the prompt has and `answer` what was to be written: the engine's
+    own figures where it gave any. Without them the prompt's tokens are estimated, as more than the context holds.
+    """
     instructions = len(prompt.system.encode()) // 4
-    estimate = tokens or max(prompt.words * 4 // 3, len(prompt.user.encode()) // 4)
     about = "" if tokens else "about "
+    if not tokens:
+        tokens = max(prompt.words * 4 // 3, len(prompt.user.encode()) // 4 + instructions, (limit or 0) + 1)
     words = max(prompt.content_words, len(prompt.user) // 12)  # not every script has spaces between them
-    room = max(0, limit - limit // 4 - instructions)  # a quarter for the answer
-    fits = min(room * 3 // 4, words * room // max(1, estimate - instructions))
-    return ContentTooLong(
-        f"The request has {about}{estimate} tokens; the model's context holds {limit}, its instructions and its answer "
-        f"included. Shorten the content to about {fits} words, or write a badge for each part of the course.",
-        prompt_tokens=estimate,
-        context_tokens=limit,
-        content_words=words,
-        content_words_that_fit=fits,
-    )
+    members: dict[str, Any] = {"prompt_tokens": tokens, "content_words": words}
+    has = f"The request has {about}{tokens} tokens"
+    shorten = "Shorten the content, or write a badge for each part of the course."
+    if not limit:
+        return ContentTooLong(f"{has}, more than the model's context holds. {shorten}", **members)
+    room = max(0, limit - min(answer or limit, limit // 4) - instructions)  # a quarter for the answer
+    fits = min(words * 3 // 4, room * 3 // 4, words * room // max(1, tokens - instructions))
+    shorten = shorten.replace("content", f"content to about {fits} words")
+    if answer and tokens <= limit:
+        detail = (
+            f"{has} and asks for up to {answer} more; the model's context holds {limit}. Lower max_tokens. {shorten}"
+        )
+    else:
+        detail = f"{has}; the model's context holds {limit}, its instructions and its answer included. {shorten}"
+    return ContentTooLong(detail, context_tokens=limit, content_words_that_fit=fits, **members)
 
 
 # The words of the schema, with nothing but letters and digits left of them. One string reads better than a list.
@@ -689,79 +705,397 @@ PLACEHOLDERS = frozenset(
     "string text badge badgename badgetitle badgedescription name title description criteria narrative "  # noqa: SIM905
     "criterianarrative object value example placeholder todo tbd null none na".split()
 )
+_THOUGHT = "think|thinking|thoughts?|reasoning"
+# What marks a model's thoughts in its text: the tags of DeepSeek-R1, Qwen3, Seed, Magistral, Kimi, Command A and
+# OpenThinker, and the channels of gpt-oss, whose marks some servers strip ("assistantfinal"). One more: `{"`, where a
+# JSON object begins.
+_OPENS = rf"<(?:seed:)?(?:{_THOUGHT})>|\[THINK\]|◁think▷|<\|(?:begin_of_thought|start_thinking)\|>"
+_CLOSES = rf"</(?:seed:)?(?:{_THOUGHT})>|\[/THINK\]|◁/think▷|<\|end_(?:of_thought|thinking)\|>"
+_OPENS += r"|<\|channel\|?>\s*(?:analysis|commentary|thought)"
+_CLOSES += r"|<\|channel\|?>\s*final|assistantfinal|<channel\|>"
+THOUGHTS_END = re.compile(rf"(?i){_CLOSES}")
+MARK = re.compile(rf"(?i)(?P<closes>{_CLOSES})|(?P<opens>{_OPENS})|(?P<object>\{{\s*\")")
+LONGEST_MARK = 64
+MAX_OBJECTS = 64  # of one text that are looked at: each may be read to the end of the text
+NOT_PROSE = re.compile(r"[\W_]*(json)?[\W_]*", re.I)  # before an object: nothing, or the fence of a code block
+PLAIN = re.compile(r' ?[^\s"\\\x00-\x20\x7f-\x9f\ud800-\udfff]++').fullmatch
+STRING_RUN = re.compile(r'[^"\\]+')
+ESCAPE = re.compile(r'\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|["\\/bfnrt]|[^u])')
+ESCAPE_BEGUN = re.compile(r"\\(?:u[0-9a-fA-F]{0,3}|u[dD][89abAB][0-9a-fA-F]{2}(?:\\(?:u[0-9a-fA-F]{0,3})?)?)?\Z")
+NOT_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+TAG_KEYS = ("tags", "tag", "skills")
+
+
+class BrokenBadge(Exception):
+    """What is read is not the JSON of a badge."""
+
+
+class BadgeReader:
+    """Reads one JSON object of a model and renders the badge in it, piece by piece. Sans I/O.
+
+    What `feed` and `finish` return is, put together, the JSON of the badge in the shape of the answer: only its
+    fields, in the order and layout in which they were written, after those that are `kept`; texts are trimmed, and a
+    text given as a list of sentences or items becomes a paragraph or a Markdown list. An institution that neither the
+    name nor the description mentions is appended to the description: small models forget it.
+    """
+
+    def __init__(self, kept: Mapping[str, Any] = {}, institution: str = "") -> None:
+        self.fields: dict[str, list[str]] = {}  # text in pieces
+        self.tags: list[str] = []
+        self.rest = ""  # what followed the object
+        self.done = self.broken = False
+        self._kept, self._institution = kept, institution
+        self._text, self._at = "", 0  # what was fed, and how far it is read
+        self._mark = 0  # how far it is rendered
+        self._ended = False
+        self._out: list[str] = []
+        self.said: list[str] = []  # of the text that is being read
+        self._blank = ""  # white space after it, which counts once more text follows
+        self._writing = False  # whether a text is being rendered
+        self._closing = ""  # what would close the field that is being rendered
+        self.plain = False  # whether the next piece may be taken as it is
+        self._run = self._object()
+
+    def feed(self, piece: str) -> str:
+        self._text = self._text[self._mark :] + piece
+        self._at, self._mark = self._at - self._mark, 0
+        try:
+            next(self._run)
+        except StopIteration:
+            self.done, self.rest = True, self._text[self._at :]
+        except BrokenBadge:
+            self.broken, self.rest = True, self._text[self._at :]
+        rendered = "".join(self._out)
+        self._out.clear()
+        return rendered
+
+    def finish(self, cut: bool) -> str:
+        """Close what the model left open. A text that is not closed is one only where a token limit `cut` it."""
+        if self.done or self.broken:
+            return ""
+        self._ended = True
+        rendered = self.feed("")
+        if (self._writing and not cut) or not self.fields:
+            self.broken = True
+            return ""
+        self.broken, self.done = False, True
+        return rendered + self._closing + "}"
+
+    def badge(self) -> Badge:
+        """Raises InvalidModelOutput for an object that is no badge, with placeholders for example."""
+        if not self.done:
+            raise InvalidModelOutput
+        texts = {name: "".join(pieces) for name, pieces in self.fields.items()}
+        for text in texts.values():
+            if re.sub(r"[\W_]+", "", text).casefold() in PLACEHOLDERS | {""}:
+                raise InvalidModelOutput
+        if re.search(r"[\n\t]", texts.get("badge_name", "")):
+            raise InvalidModelOutput
+        narrative = texts.pop("criteria", None)
+        criteria = {} if narrative is None else {"criteria": {"narrative": narrative}}
+        try:
+            badge = Badge.model_validate({**self._kept, **texts, **criteria})
+        except ValidationError:  # a field is missing, or the name is too long
+            raise InvalidModelOutput from None
+        badge._tags = tuple(self.tags)
+        return badge
+
+    # -- the object, as a generator that yields wherever it needs more text
+
+    def _object(self) -> Iterator[None]:
+        yield from self._expect("{")
+        while (yield from self._peek()) != "}":
+            key = yield from self._string()
+            yield from self._expect(":")
+            first = yield from self._peek()
+            if key in self.fields or key in self._kept:
+                yield from self._skip()
+            elif key in ("badge_name", "badge_description"):
+                yield from self._rendered(key, first, f'"{key}": ', '"')
+            elif key == "criteria":
+                yield from self._criteria(first)
+            elif key in TAG_KEYS and first == "[":
+                yield from self._tag_list()
+            elif first == "{" and not self.fields:
+                raise BrokenBadge  # the badge may be in there, and is found on its own
+            else:
+                yield from self._skip()
+        self._at += 1
+        if self.fields:
+            self._emit("}")
+
+    def _criteria(self, first: str) -> Iterator[None]:
+        if first != "{":
+            yield from self._rendered("criteria", first, '"criteria": {"narrative": ', '"}')
+            self._out.append(self._closing)
+            self._closing = ""
+            return
+        self._at += 1
+        while (yield from self._peek()) != "}":
+            key = yield from self._string()
+            yield from self._expect(":")
+            first = yield from self._peek()
+            if key == "narrative" and "criteria" not in self.fields:
+                yield from self._rendered("criteria", first, '"criteria": {"narrative": ', '"}')
+            else:
+                yield from self._skip()
+        self._at += 1
+        if "criteria" in self.fields:
+            self._emit("}")
+        self._closing = ""
+
+    def _rendered(self, name: str, first: str, opening: str, closing: str) -> Iterator[None]:
+        """A text, or a list of texts, of the badge."""
+        if first not in '"[' or (first == "[" and name == "badge_name"):
+            raise BrokenBadge
+        before = ", " if self.fields else "{"
+        if not self.fields and self._kept:
+            before = orjson.dumps(self._kept).decode()[:-1] + ", "
+        self._emit(before + opening)
+        self._out.append('"')
+        self._closing, self._writing = closing, True
+        self.fields[name] = self.said = []
+        if first == '"':
+            yield from self._string(render=True)
+        else:
+            self._at += 1
+            item, between = ("- ", "\n") if name == "criteria" else ("", " ")
+            while (yield from self._peek()) == '"':
+                self._render(between * bool(self.said) + item)
+                yield from self._string(render=True)
+            yield from self._expect("]")
+        if name == "badge_description" and not self._names_institution():
+            self._render(f" ({self._institution})")
+        self._closing, self._writing = closing[1:], False
+        self._out.append('"')
+        self._mark = self._at
+
+    def _emit(self, structure: str) -> None:
+        """What stands between the texts: as the model laid it out, if that is the same apart from white space."""
+        written, self._mark = self._text[self._mark : self._at], self._at
+        self._out.append(written if "".join(written.split()) == "".join(structure.split()) else structure)
+
+    def _names_institution(self) -> bool:
+        if not self._institution:
+            return True
+        name = rf"(?<!\w){re.escape(self._institution.casefold())}(?!\w)"  # MIT is not in "submit"
+        texts = "".join(self.fields.get("badge_name", [])), "".join(self.fields["badge_description"])
+        kept = str(self._kept.get("badge_name", ""))
+        return re.search(name, " ".join((kept, *texts)).casefold()) is not None
+
+    def _render(self, text: str) -> None:
+        if NOT_TEXT.search(text):
+            raise BrokenBadge
+        self._mark = self._at
+        if text:
+            self.said.append(text)
+            self._out.append(orjson.dumps(text)[1:-1].decode())
+
+    def _string(self, render: bool = False) -> Generator[None, None, str]:
+        """A string and its closing quote: rendered, trimmed, as it comes, or returned when it is whole."""
+        yield from self._expect('"')
+        parts: list[str] = []
+        begun = False
+        self._blank = ""
+        while True:
+            if self._at == len(self._text):
+                self.plain = render and begun and not self._blank
+                yield from self._more()
+                self.plain = False
+            if self._text[self._at] == '"':
+                self._at += 1
+                return "".join(parts)
+            part = yield from self._characters()
+            if not render:
+                parts.append(part)
+                continue
+            part = (self._blank + part) if begun else part.lstrip()
+            said = part.rstrip()
+            self._blank = part[len(said) :]
+            if said:
+                begun = True
+                self._render(said.replace("\r\n", "\n"))
+
+    def _characters(self) -> Generator[None, None, str]:
+        """The next run of a string, or its next escape sequence, decoded; a backslash that escapes nothing stays."""
+        if run := STRING_RUN.match(self._text, self._at):
+            self._at = run.end()
+            return run[0]
+        while ESCAPE_BEGUN.match(self._text, self._at) and not self._ended:
+            yield
+        escape = ESCAPE.match(self._text, self._at)
+        if escape is None:
+            raise BrokenBadge
+        self._at = escape.end()
+        try:
+            return str(orjson.loads(f'"{escape[0]}"'))
+        except ValueError:
+            if escape[0].startswith("\\u"):
+                raise BrokenBadge from None  # half a surrogate pair
+            return escape[0]
+
+    def _tag_list(self) -> Iterator[None]:
+        self._at += 1
+        while (yield from self._peek()) == '"':
+            tag = yield from self._string()
+            self.tags.append(NOT_TEXT.sub("", tag))
+        yield from self._expect("]")
+
+    def _skip(self) -> Iterator[None]:
+        """A value of any kind. Its brackets are counted, not matched."""
+        depth = 0
+        while True:
+            mark = yield from self._peek()
+            if mark == '"':
+                yield from self._string()
+            elif mark in "]}" and depth == 0:
+                return  # of the object around it
+            else:
+                self._at += 1
+                depth += (mark in "[{") - (mark in "]}")
+                if mark not in "[]{}":
+                    while (yield from self._more()) not in ',:[]{}"' and not self._text[self._at].isspace():
+                        self._at += 1
+            if depth == 0:
+                return
+
+    def _expect(self, mark: str) -> Iterator[None]:
+        if (yield from self._peek()) != mark:
+            raise BrokenBadge
+        self._at += 1
+
+    def _peek(self) -> Generator[None, None, str]:
+        """The next character that is neither white space nor a comma; models leave commas out and put in too many."""
+        while (yield from self._more()) in ", \n\t\r":
+            self._at += 1
+        return self._text[self._at]
+
+    def _more(self) -> Generator[None, None, str]:
+        while self._at == len(self._text):
+            if self._ended:
+                raise BrokenBadge
+            yield
+        return self._text[self._at]
+
+
+class Draft:
+    """The badge in what a model writes, whatever stands around it: prose, fences, thoughts. Sans I/O.
+
+    An object that comes first, or right after the thoughts, is rendered as it is written. One that stands behind prose
+    may be an idea within thoughts whose opening mark is missing (DeepSeek-R1's template writes that mark itself), so it
+    is rendered at the end. The badge is the last whole one that stands after the thoughts.
+    """
+
+    def __init__(self, kept: Mapping[str, Any] = {}, institution: str = "") -> None:
+        self.badge: Badge | None = None  # once it is finished
+        self._new_reader = partial(BadgeReader, kept, institution)
+        self._raw: list[str] = []
+        self._outside = ""  # of any object: what may be the beginning of a mark
+        self._reader: BadgeReader | None = None
+        self._written: BadgeReader | None = None  # a badge that was rendered as it was written
+        self._in_thoughts = self._after_thoughts = self._prose = self._told = False
+        self._tries = MAX_OBJECTS
+
+    def feed(self, piece: str) -> str:
+        """What this piece of the model's text adds to the JSON of the badge."""
+        self._raw.append(piece)
+        reader = self._reader
+        if reader is not None and reader.plain and PLAIN(piece):
+            reader.said.append(piece)
+            return piece
+        rendered = ""
+        while True:
+            if self._reader is None:
+                piece = self._seek(piece)
+            if (reader := self._reader) is None:
+                return rendered
+            rendered += reader.feed(piece)
+            self._told = self._told or rendered != ""
+            if not (reader.done or reader.broken):
+                return rendered
+            piece, self._reader = reader.rest, None
+            if reader.done and reader.fields:
+                self._written = reader
+
+    def _seek(self, piece: str) -> str:
+        """Look for an object that may be rendered as it is written; the text from its beginning."""
+        text = self._outside + piece
+        while mark := (THOUGHTS_END if self._in_thoughts else MARK).search(text):
+            before, text = text[: mark.start()], text[mark.end() :]
+            if self._in_thoughts or mark["closes"]:
+                if not self._in_thoughts:
+                    self._written = None  # it was an idea
+                self._in_thoughts, self._after_thoughts = False, True
+            elif mark["opens"]:
+                self._in_thoughts = True
+            else:
+                self._prose = self._prose or not NOT_PROSE.fullmatch(before)
+                if not self._told and self._tries and (self._after_thoughts or not self._prose):
+                    self._tries -= 1
+                    self._reader, self._outside = self._new_reader(), ""
+                    return mark[0] + text
+        self._prose = self._prose or not NOT_PROSE.fullmatch(text[:-LONGEST_MARK])
+        self._outside = text[-LONGEST_MARK:]
+        return ""
+
+    @property
+    def whole(self) -> bool:
+        """Whether a badge was rendered to its end."""
+        return self._written is not None
+
+    def finish(self, cut: bool) -> str:
+        """The last of the badge's JSON. Raises InvalidModelOutput; `cut` says that a token limit ended the text."""
+        rendered = ""
+        if self._reader is not None:
+            rendered = self._reader.finish(cut)
+            self._written = self._reader
+        with contextlib.suppress(InvalidModelOutput):
+            if self._written is not None:
+                self.badge = self._written.badge()
+                return rendered
+        # It was not rendered as it was written, or what was rendered is no badge.
+        self.badge, rendered = self._last_whole("".join(self._raw), cut)
+        return "" if self._told else rendered
+
+    def _last_whole(self, text: str, cut: bool) -> tuple[Badge, str]:
+        """The last whole badge after the thoughts, and its JSON. Raises InvalidModelOutput."""
+        found: tuple[Badge, str] | None = None
+        at, tries = 0, MAX_OBJECTS
+        while (mark := MARK.search(text, at)) and tries:
+            at = mark.end()
+            if mark["opens"]:
+                end = THOUGHTS_END.search(text, at)
+                at = end.end() if end else len(text)
+            if not mark["object"]:
+                found = None
+                continue
+            tries -= 1
+            reader = self._new_reader()
+            rendered = reader.feed(text[mark.start() :])
+            if not reader.done:
+                rendered += "" if found else reader.finish(cut)
+            with contextlib.suppress(InvalidModelOutput):
+                found = reader.badge(), rendered
+                at = len(text) - len(reader.rest)
+        if found is None:
+            raise InvalidModelOutput
+        return found
 
 
 def parse_badge(text: str, *, cut: bool = False, kept: Mapping[str, Any] = {}) -> Badge:
-    """The badge in a model's text: bare, fenced, between prose, or with its closing braces missing.
-
-    `cut` says that the text stopped at a token limit: then its last string may be unfinished. `kept` fields were not
-    asked for. Raises InvalidModelOutput for what cannot be read and for placeholders; nothing is made up.
-    """
-    first = next(name for name in Badge.model_fields if name not in kept)
-    found = False
-    for match in list(re.finditer(r"\{\s*\"", text))[:64]:
-        with contextlib.suppress(ValueError, RecursionError, InvalidModelOutput):
-            document, _ = JSONDecoder(strict=False).raw_decode(text, match.start())
-            if first in document:
-                found = True
-                return _checked(document, kept)
-    if not found and (start := re.search(rf"\{{\s*\"{first}\"", text)):
-        with contextlib.suppress(ValueError, TypeError):
-            rest = text[start.start() :].rstrip("` \n")
-            partial = pydantic_core.from_json(rest, allow_partial="trailing-strings" if cut else True)
-            return _checked(partial, kept)
-    raise InvalidModelOutput
+    """The badge in a whole text of a model. Raises InvalidModelOutput; nothing is made up."""
+    draft = Draft(kept)
+    draft.feed(text)
+    draft.finish(cut)
+    return cast(Badge, draft.badge)
 
 
-def _checked(document: dict[str, Any], kept: Mapping[str, Any]) -> Badge:
-    fields = dict(kept)
-    for name in ("badge_name", "badge_description"):
-        if name not in kept:
-            fields[name] = _clean(document.get(name))
-    if "criteria" not in kept:
-        criteria = document.get("criteria")
-        fields["criteria"] = {"narrative": _clean(criteria.get("narrative") if isinstance(criteria, dict) else None)}
-    if "badge_name" not in kept and (len(fields["badge_name"]) > 120 or re.search(r"[\n\t]", fields["badge_name"])):
-        raise InvalidModelOutput
-    badge = Badge.model_validate(fields)
-    tags = document.get("tags") or document.get("tag")
-    badge._tags = tuple(tag for tag in tags if isinstance(tag, str)) if isinstance(tags, list) else ()
-    return badge
-
-
-def _clean(text: object) -> str:
-    """Trimmed, or InvalidModelOutput when it is no text that a person could have meant."""
-    if not isinstance(text, str):
-        raise InvalidModelOutput
-    text = _trimmed(text)
-    if re.sub(r"[\W_]+", "", text).casefold() in PLACEHOLDERS | {""}:
-        raise InvalidModelOutput
-    if any(unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t" for character in set(text)):
-        raise InvalidModelOutput
-    return text
-
-
-def partial_badge(text: str) -> dict[str, Any]:
-    """The badge as far as it is written, for `partial` events; {} before its first field."""
-    if not (start := re.search(r"\{\s*\"", text)):
-        return {}
+def partial_badge(rendered: str) -> dict[str, Any]:
+    """The badge as far as it is rendered, for `partial` events; {} before its first field."""
     try:
-        document = pydantic_core.from_json(text[start.start() :], allow_partial="trailing-strings")
-    except (ValueError, TypeError):
+        return cast(dict[str, Any], pydantic_core.from_json(rendered or "{}", allow_partial="trailing-strings"))
+    except ValueError:
         return {}
-    fields: dict[str, Any] = {
-        name: _trimmed(document[name])
-        for name in ("badge_name", "badge_description")
-        if isinstance(document.get(name), str)
-    }
-    criteria = document.get("criteria")
-    if isinstance(criteria, dict) and isinstance(criteria.get("narrative"), str):
-        fields["criteria"] = {"narrative": _trimmed(criteria["narrative"])}
-    return fields
-
-
-def _trimmed(text: str) -> str:
-    return text.replace("\r\n", "\n").strip()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1097,35 +1431,8 @@ def build_credential(request: CredentialRequest) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Lines and events: pure functions
+# Events: pure functions
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-class LineSplitter:
-    """Bytes in, whole lines out, for lines of up to `limit` bytes (aiohttp's own reader stops at 128 KiB)."""
-
-    def __init__(self, limit: int = MAX_LINE) -> None:
-        self._limit = limit
-        self._parts: list[bytes] = []
-        self._size = 0
-
-    def feed(self, chunk: bytes) -> list[bytes]:
-        """The lines that `chunk` completes, without their ends. Raises EngineError over the limit."""
-        *ends, rest = chunk.split(b"\n")
-        lines = []
-        for end in ends:
-            lines.append((b"".join([*self._parts, end]) if self._parts else end).rstrip(b"\r"))
-            self._parts, self._size = [], 0
-        if rest:
-            self._parts.append(rest)
-            self._size += len(rest)
-        if self._size > self._limit or any(len(line) > self._limit for line in lines):
-            raise EngineError
-        return lines
-
-    def rest(self) -> bytes:
-        """A last line that nothing ended."""
-        return b"".join(self._parts)
 
 
 def sse(data: dict[str, Any] | bytes, *, id: str = "", event: str = "") -> bytes:
@@ -1185,7 +1492,7 @@ class Generation:
     state: State = "queued"
     position: int = 0  # in the queue, from 1; 0 = running or done
     queued_position: int = 0  # the position on arrival
-    created: float = field(default_factory=time.time)
+    created: float = field(default_factory=time.monotonic)  # the event loop's clock
     followers: set[asyncio.Event] = field(default_factory=set)
     grace: float = 0  # seconds that it goes on without a follower
     task: asyncio.Task[Answer] | None = None  # the engine call
@@ -1213,48 +1520,69 @@ class Generation:
         return f"{self.id}.{number}"
 
 
-def conclude(generation: Generation, usage: Usage, model: str, num_ctx: int) -> Answer:
-    """The answer in a finished text. Raises InvalidModelOutput or ContentTooLong.
+def conclude(generation: Generation, draft: Draft, usage: Usage, settings: Settings, limit: int | None) -> Answer:
+    """The answer in a finished draft, whose last text is logged. Raises InvalidModelOutput or ContentTooLong.
 
-    A prompt over the context is cut silently at its front by servers that do not know `truncate` (ollama 3839): it
-    shows in a prompt count at the context's size, or below the number of words.
+    `limit` is what the context holds, where that is known.
     """
-    prompt = generation.prompt
-    if usage.prompt_tokens and (usage.prompt_tokens >= num_ctx or usage.prompt_tokens < prompt.words):
-        raise too_long(num_ctx, prompt)
+    prompt, reached_limit = generation.prompt, usage.finish_reason == "length"
     try:
-        badge = parse_badge(generation.text(), cut=usage.finish_reason == "length", kept=prompt.kept)
+        rest = draft.finish(cut=reached_limit)
     except InvalidModelOutput:
-        out_of_context = usage.prompt_tokens + usage.completion_tokens >= num_ctx - 1
-        if usage.finish_reason == "length" and out_of_context:
-            raise too_long(num_ctx, prompt, usage.prompt_tokens) from None
-        if usage.finish_reason == "length":
+        if reached_limit and limit and usage.prompt_tokens + usage.completion_tokens >= limit - 1:
+            raise too_long(prompt, limit, usage.prompt_tokens, usage.completion_tokens) from None
+        if reached_limit:
             raise InvalidModelOutput(
                 "The language model reached max_tokens before the badge was complete. Try again with more max_tokens."
             ) from None
         raise
-    badge = _with_institution(badge, prompt)
+    if rest:
+        generation.append(rest)
+    badge = cast(Badge, draft.badge)
     read, written = usage.prompt_tokens, usage.completion_tokens
     return Answer(
         response=badge,
         achievement=build_achievement(badge, prompt.request, badge._tags),
-        model=model,
+        model=settings.model,
         usage=TokenUsage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written),
         finish_reason=usage.finish_reason,
         request_id=generation.request_id,
     )
 
 
-def _with_institution(badge: Badge, prompt: Prompt) -> Badge:
-    """The institution stands in name or description; a small model forgets it."""
-    institution = (prompt.request.option("institution") if prompt.request else None) or ""
-    institution = " ".join(_tidied(institution).split())
-    if not re.search(VISIBLE, institution) or "badge_description" in prompt.kept:
-        return badge
-    name = rf"(?<!\w){re.escape(institution.casefold())}(?!\w)"  # MIT is not in "submit"
-    if re.search(name, f"{badge.badge_name} {badge.badge_description}".casefold()):
-        return badge
-    return badge.model_copy(update={"badge_description": f"{badge.badge_description} ({institution})"})
+@dataclass(eq=False)
+class Call:
+    """One engine call: its times, and the deadlines that follow from them. Times are the event loop's.
+
+    A CPU reads prompts one after another or in turns, and writes next to nothing meanwhile. So the time that the
+    engine may spend on other prompts of ours does not count: each prompt that is read beside this one adds
+    FIRST_TOKEN_TIMEOUT, and a gap between tokens counts from when the engine has no other prompt to read.
+    """
+
+    generation: Generation
+    started: float
+    begun: asyncio.Future[None]  # done at the first sign of life: a token, or a thought
+    begun_at: float = 0.0
+    last: float = 0.0  # the last sign of life
+    first_token: float = 0.0
+    beside: int = 0  # prompts of ours that the engine had to read at the same time
+
+    def lives(self, now: float) -> None:
+        self.last = now
+        if not self.begun_at:
+            self.begun_at = now
+            self.begun.set_result(None)
+
+    def deadline(self, settings: Settings, others_read_until: float) -> tuple[float, str]:
+        """The time of the next deadline, and the setting that it comes from."""
+        beside = min(self.beside, settings.workers - 1)
+        end = self.started + settings.generation_timeout, "GENERATION_TIMEOUT"
+        if not self.begun_at:
+            wait = settings.first_token_timeout
+            return min((self.started + wait * (1 + beside), "FIRST_TOKEN_TIMEOUT"), (end[0] + wait * beside, end[1]))
+        excused = (self.begun_at - self.started) * beside / (1 + beside)
+        silence = max(self.last, others_read_until) + settings.token_timeout
+        return min((silence, "TOKEN_TIMEOUT"), (end[0] + excused, end[1]))
 
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 300, 600)
@@ -1268,7 +1596,7 @@ class Metrics:
     (opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-metrics)
     """
 
-    def __init__(self, settings: Settings, queue: GenerationQueue) -> None:
+    def __init__(self, settings: Settings, gauges: Mapping[str, tuple[str, Callable[[], float]]]) -> None:
         self._keyed = bool(settings.keys)
         self._model = ("generate_content", settings.engine, settings.model)
         self.registry = registry = CollectorRegistry()
@@ -1301,32 +1629,28 @@ class Metrics:
             "dccapi_rejections", "Requests refused without a generation", ["reason"], registry=registry
         )
         self.engine_up = Gauge("dccapi_engine_up", "1 if the engine answers and has the model", registry=registry)
-        for name, help, read in (
-            ("dccapi_queue_depth", "Generations that wait", lambda: queue.waiting),
-            ("dccapi_queue_limit", "How many may wait", lambda: settings.max_queue),
-            ("dccapi_active_generations", "Generations that are written", lambda: len(queue.running)),
-            ("dccapi_workers", "How many can be written at a time", lambda: settings.workers),
-        ):
+        for name, (help, read) in gauges.items():
             Gauge(name, help, registry=registry).set_function(read)
 
     def rejected(self, error: ApiError) -> None:
         self._rejections.labels(error.code).inc()
 
-    def ended(self, generation: Generation, outcome: Answer | ApiError, watch: Watch | None) -> None:
+    def observe(self, generation: Generation, outcome: Answer | ApiError, call: Call | None, now: float) -> None:
+        """An ended generation; `call` is None where it never left the queue."""
         code = outcome.code if isinstance(outcome, ApiError) else ""
         self._generations.labels(code or "succeeded", generation.client if self._keyed else "").inc()
-        if watch is None:  # it never left the queue
+        if call is None:
             return
-        self._wait.labels(*self._model).observe(max(0.0, watch.started_at - generation.created))
-        self._duration.labels(*self._model, code).observe(time.time() - watch.started_at)
-        if watch.first_token:
-            self._first.labels(*self._model).observe(watch.first_token - watch.started)
+        self._wait.labels(*self._model).observe(max(0.0, call.started - generation.created))
+        self._duration.labels(*self._model, code).observe(now - call.started)
+        if call.first_token:
+            self._first.labels(*self._model).observe(call.first_token - call.started)
         if isinstance(outcome, Answer):
             read, written = outcome.usage.prompt_tokens, outcome.usage.completion_tokens
             self._tokens.labels(*self._model, "input").observe(read)
             self._tokens.labels(*self._model, "output").observe(written)
             if written > 1:
-                self._each.labels(*self._model).observe((watch.last - watch.first_token) / (written - 1))
+                self._each.labels(*self._model).observe((call.last - call.first_token) / (written - 1))
 
 
 class GenerationQueue:
@@ -1343,13 +1667,24 @@ class GenerationQueue:
         self._finished: OrderedDict[Generation, asyncio.TimerHandle] = OrderedDict()
         self._keys: dict[tuple[str, str], tuple[bytes, Generation]] = {}
         self._service_time = 0.0
+        self._reading: set[Call] = set()  # calls whose prompt the engine has yet to read
+        self._read_until = 0.0  # when it had last read one
         self._telling: asyncio.TimerHandle | None = None
-        self.metrics = Metrics(settings, self)
+        self.metrics = Metrics(
+            settings,
+            {
+                "dccapi_queue_depth": ("Generations that wait", lambda: self.waiting),
+                "dccapi_queue_limit": ("How many may wait", lambda: settings.max_queue),
+                "dccapi_active_generations": ("Generations that are written", lambda: len(self.running)),
+                "dccapi_workers": ("How many can be written at a time", lambda: settings.workers),
+            },
+        )
         self._workers: list[asyncio.Task[None]] = []
 
     # -- lifecycle
 
     async def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
         await self.engine.start()
         self._workers = [asyncio.create_task(self._work(), name=f"worker {n}") for n in range(self.settings.workers)]
         RUNNING.add(self)
@@ -1401,8 +1736,8 @@ class GenerationQueue:
     def submit(self, prompt: Prompt, client: str, request_id: str) -> Generation:
         """Put a generation in the queue. Raises ShuttingDown, TooManyRequests, QueueFull or ContentTooLong."""
         self.check_admission(client)
-        if prompt.words > self.settings.num_ctx:
-            raise too_long(self.settings.num_ctx, prompt)
+        if self.engine.context and prompt.words > self.engine.context:
+            raise too_long(prompt, self.engine.context)
         generation = Generation(prompt, client, request_id)
         self._known[generation.id] = generation
         self._waiting[generation] = None
@@ -1508,69 +1843,119 @@ class GenerationQueue:
             self.running.add(generation)
             generation.wake()
             self._renumber()
-            watch = Watch(self, generation)
-            generation.task = asyncio.create_task(self._generate(generation, watch), name=f"call {generation.id[:8]}")
+            call = Call(generation, self._loop.time(), self._loop.create_future())
+            generation.task = asyncio.create_task(self._generate(call), name=f"call {generation.id[:8]}")
             try:
-                await asyncio.wait({generation.task})
+                await self._supervise(call, generation.task)
             finally:
                 generation.task.cancel()
-                watch.stop()
                 self.running.discard(generation)
-                self._finish(generation, _outcome(generation, generation.task), watch)
+                self._finish(generation, _outcome(generation, generation.task), call)
                 self._renumber()
 
-    async def _generate(self, generation: Generation, watch: Watch) -> Answer:
+    async def _supervise(self, call: Call, task: asyncio.Task[Answer]) -> None:
+        """Wait for the end of a call, and end it when a deadline passes. Tokens set no timer: they are too many."""
+        for other in self._reading:
+            other.beside += 1
+        call.beside = len(self._reading)
+        self._reading.add(call)
+        try:
+            while not task.done():
+                now = self._loop.time()
+                others_read_until = now if self._reading - {call} else self._read_until
+                due, name = call.deadline(self.settings, others_read_until)
+                if due <= now:
+                    self.end(call.generation, self._late(name))
+                    due = math.inf
+                waits: set[asyncio.Future[Any]] = {task} if call.begun_at else {task, call.begun}
+                await asyncio.wait(
+                    waits, timeout=None if due == math.inf else due - now, return_when=asyncio.FIRST_COMPLETED
+                )
+                if call.begun_at:
+                    self._has_read(call)
+        finally:
+            self._has_read(call)
+
+    def _has_read(self, call: Call) -> None:
+        if call in self._reading:
+            self._reading.discard(call)
+            self._read_until = self._loop.time()
+
+    def _late(self, name: str) -> EngineTimeout:
+        hint = {
+            "FIRST_TOKEN_TIMEOUT": "to begin. Try again later, or with less content.",
+            "TOKEN_TIMEOUT": "between two tokens. Try again later.",
+            "GENERATION_TIMEOUT": "to finish. Try again later, or with a lower max_tokens.",
+        }[name]
+        return EngineTimeout(
+            f"The language model took longer than {name} allows {hint}", retry_after=self.estimated_wait(1)
+        )
+
+    async def _generate(self, call: Call) -> Answer:
         """Make the engine call and feed the log."""
+        generation = call.generation
         prompt = generation.prompt
         log.debug("generation %s: %d words to the engine, %s", generation.id[:8], prompt.words, prompt.sampling)
+        draft = Draft(prompt.kept, prompt.institution)
         async with contextlib.aclosing(self.engine.stream(prompt)) as pieces:
-            usage = await self._relay(generation, pieces, watch)
-        return conclude(generation, usage, self.settings.model, self.settings.num_ctx)
+            usage = await self._relay(call, draft, pieces)
+        return conclude(generation, draft, usage, self.settings, self.engine.context)
 
-    async def _relay(self, generation: Generation, pieces: AsyncIterator[str | Usage], watch: Watch) -> Usage:
-        """Append each token; stop where only white space or more than was asked for comes."""
-        written = blank = 0
+    async def _relay(self, call: Call, draft: Draft, pieces: AsyncIterator[str | Usage]) -> Usage:
+        """Log what each piece of text adds to the badge; stop an engine that writes without end.
+
+        An empty piece is a sign of life: the model thinks.
+        """
+        generation, now, feed = call.generation, self._loop.time, draft.feed
+        # Eight pieces a token: some servers send their text letter by letter.
+        most = 8 * generation.prompt.sampling["max_tokens"]
+        count = size = blank = 0
         async for piece in pieces:
             if isinstance(piece, Usage):
                 return piece
+            call.lives(now())
             if not piece:
                 continue
-            generation.append(piece)
-            watch.token()
-            written += len(piece)
-            blank = blank + len(piece) if piece.isspace() else len(piece) - len(piece.rstrip())
-            # Eight pieces a token: some servers send their text letter by letter.
-            too_many = len(generation.log) > 8 * generation.prompt.sampling["max_tokens"]
-            if blank > MAX_BLANK_RUN or written > MAX_OUTPUT_CHARS or too_many:
-                return Usage(0, len(generation.log), "length")
+            call.first_token = call.first_token or call.last
+            if text := feed(piece):
+                generation.append(text)
+            count += 1
+            size += len(piece)
+            blank = blank + len(piece) if piece.isspace() else 0
+            if blank > MAX_BLANK_RUN or size > MAX_OUTPUT_CHARS or count > most:
+                if draft.whole:
+                    return Usage(0, min(count, generation.prompt.sampling["max_tokens"]), "length")
+                raise InvalidModelOutput(
+                    "The language model wrote without end and was stopped. Try again, with another seed or a higher "
+                    "repeat_penalty."
+                )
         raise EngineError(
             "The language model ended without finishing. Try again, with another seed or a lower temperature."
         )  # Ollama after 30 equal tokens in a row
 
-    def _finish(self, generation: Generation, outcome: Answer | ApiError, watch: Watch | None = None) -> None:
-        loop = asyncio.get_running_loop()
+    def _finish(self, generation: Generation, outcome: Answer | ApiError, call: Call | None = None) -> None:
+        now = self._loop.time()
         generation.state = (
             "succeeded" if isinstance(outcome, Answer) else "cancelled" if isinstance(outcome, Cancelled) else "failed"
         )
         generation.position, generation.task = 0, None
         generation.append(outcome)
-        if isinstance(outcome, Answer) and watch:
+        if isinstance(outcome, Answer) and call:
             weight = 0.2 if self._service_time else 1.0
-            self._service_time += weight * (loop.time() - watch.started - self._service_time)
-        self._finished[generation] = loop.call_later(self.settings.result_ttl, self._forget, generation)
+            self._service_time += weight * (now - call.started - self._service_time)
+        self._finished[generation] = self._loop.call_later(self.settings.result_ttl, self._forget, generation)
         while len(self._finished) > MAX_FINISHED:
             self._forget(next(iter(self._finished)))
-        self.metrics.ended(generation, outcome, watch)
-        self._log(generation, outcome, watch)
+        self.metrics.observe(generation, outcome, call, now)
+        self._log(generation, outcome, call, now)
 
     def _forget(self, generation: Generation) -> None:
         self._finished.pop(generation).cancel()
         del self._known[generation.id]
         self._keys = {key: known for key, known in self._keys.items() if known[1] is not generation}
 
-    def _log(self, generation: Generation, outcome: Answer | ApiError, watch: Watch | None) -> None:
-        now = time.time()
-        started = watch.started_at if watch else now
+    def _log(self, generation: Generation, outcome: Answer | ApiError, call: Call | None, now: float) -> None:
+        started = call.started if call else now
         answer = outcome if isinstance(outcome, Answer) else None
         fields = {
             "request_id": generation.request_id,
@@ -1580,7 +1965,7 @@ class GenerationQueue:
             "client": generation.client,
             "state": generation.state,
             "queue_seconds": round(started - generation.created, 3),
-            "first_token_seconds": round(watch.first_token - watch.started, 3) if watch and watch.first_token else None,
+            "first_token_seconds": round(call.first_token - started, 3) if call and call.first_token else None,
             "seconds": round(now - started, 3),
             "prompt_tokens": answer.usage.prompt_tokens if answer else None,
             "tokens": answer.usage.completion_tokens if answer else len(generation.log) - 1,
@@ -1596,46 +1981,13 @@ def _outcome(generation: Generation, task: asyncio.Task[Answer]) -> Answer | Api
     error = task.exception()
     if error is None or isinstance(error, ApiError):
         return error or task.result()
-    log.error("generation %s failed", generation.id[:8], exc_info=error)
+    log.error("generation %s failed: %s", generation.id[:8], described(error))
     return EngineError()
 
 
-class Watch:
-    """The deadlines of one engine call: first token, between tokens, in all. One timer, not one for each token."""
-
-    def __init__(self, queue: GenerationQueue, generation: Generation) -> None:
-        self._queue = queue
-        self._generation = generation
-        self._loop = asyncio.get_running_loop()
-        self.started_at = time.time()
-        self.started = self.last = self._loop.time()
-        self.first_token = 0.0
-        self._timer = self._loop.call_later(0, self._check)
-
-    def token(self) -> None:
-        self.last = self._loop.time()
-        if not self.first_token:
-            self.first_token = self.last
-            self._timer.cancel()
-            self._check()
-
-    def stop(self) -> None:
-        self._timer.cancel()
-
-    def _check(self) -> None:
-        settings = self._queue.settings
-        if self.first_token:
-            name, due = "TOKEN_TIMEOUT", self.last + settings.token_timeout
-        else:
-            name, due = "FIRST_TOKEN_TIMEOUT", self.started + settings.first_token_timeout
-        if due > self.started + settings.generation_timeout:
-            name, due = "GENERATION_TIMEOUT", self.started + settings.generation_timeout
-        if due <= self._loop.time():
-            detail = f"The language model took longer than {name} allows. Try again later, or with a lower max_tokens."
-            self._queue.end(self._generation, EngineTimeout(detail))
-        else:
-            # A generation at a low token rate is checked as often as its tokens may be late, no oftener.
-            self._timer = self._loop.call_at(due, self._check)
+def described(error: BaseException) -> str:
+    """An unforeseen exception for the log: its type and where it was raised. Its message may quote a course."""
+    return f"{type(error).__name__}, raised at\n{''.join(traceback.format_tb(error.__traceback__))}".rstrip()
 
 
 RUNNING: set[GenerationQueue] = set()  # what a shutdown of this process has to drain
@@ -1696,7 +2048,6 @@ class EventEncoder:
             return b""
         if badge is None:
             badge = partial_badge(self._generation.text(self.seen))
-            badge = {**self._generation.prompt.kept, **badge} if badge else badge
         if not badge or badge == self._partial:
             return b""
         self._partial = badge
@@ -1803,9 +2154,14 @@ async def finished(queue: GenerationQueue, generation: Generation) -> Answer:
 
 
 class Engine(Protocol):
-    """A language model: a prompt in, pieces of text out, a Usage at the end."""
+    """A language model: a prompt in, pieces of text out, a Usage at the end. An empty piece says that it thinks."""
 
     defaults: Mapping[str, Any]  # sampling where the client gave none
+    context: int | None  # tokens that its context holds, as far as that is known
+
+    @property
+    def remark(self) -> str:
+        """What an operator should know of it, or ""."""
 
     async def start(self) -> None: ...
 
@@ -1819,22 +2175,111 @@ class Engine(Protocol):
     def has_model(self, available: list[str]) -> bool: ...
 
 
+# How servers say that a prompt does not fit their context, and the figures that they give: what it holds, what the
+# prompt has, what was to be written. Sources: llama.cpp 17284 and its older wording; ollama llm/llama_server.go; vllm
+# 42474 and opencode PR 25230; sglang 4048; chat-ui 1149 (TGI); OpenAI, Mistral, LM Studio, llama-cpp-python.
+TOO_LONG = re.compile(
+    r"(?i)context[ _](?:length|size|window)|maximum (?:model|context|input) length|max_new_tokens|prompt is too long"
+    r"|`inputs` must have less than|exceed_context_size|context the overflows"
+)
+FIGURES = {
+    "limit": r"n_ctx\D{1,4}(\d+)|context (?:length|size|window)\D{0,40}?(\d+)|model length of (\d+)|(\d+) maximum"
+    r"|<= (\d+)|less than (\d+)",
+    "tokens": r"n_prompt_tokens\D{1,4}(\d+)|(\d+) (?:tokens )?(?:in|from) the (?:input )?messages|first (\d+) tokens"
+    r"|(\d+) (?:`inputs`|input) tokens|(?:request|input|tokens|length) \((\d+)|\(length (\d+)"
+    r"|(?:resulted in|contains|Given:|too long:) (\d+)",
+    "answer": r"(\d+) (?:tokens )?(?:in|for) the completion|(\d+) (?:`max_new_tokens`|output tokens)"
+    r"|is too large: (\d+)",
+}
+# The parts of a request that a server may refuse, and the words by which its refusal names them. Sources:
+# openai-agents-python 442, Flowise 2866, obsidian-copilot 1477, TGI 2899, langchainjs PR 6888.
+OPTIONAL_PARTS = {
+    "stream_options": r"stream_options|include_usage",
+    "max_tokens": r"\bmax_tokens\b",
+    "seed": r"\bseed\b",
+    "temperature": r"\btemperature\b",
+    "top_p": r"\btop_p\b",
+    "sampling": r"\btop_k\b|\brepe(?:at|tition)_penalty\b",
+    "json_schema": r"response_format|response format|json_schema|guided_json",
+    "json_object": r"response_format|response format|json_object",
+    "chat_template_kwargs": r"chat_template_kwargs|enable_thinking",
+    "think": r"\bthink(?:ing)?\b",
+    "system": r"system (?:message|role|prompt|instruction)|role\W+system|'system'",
+    "format": r"\bformat\b",
+}
+FILTERED = (
+    "The language model's own content filter stopped it. Change the content, or ask its operator about the filter."
+)
+# What else refusals say: a pattern, whose match is the engine's own words without anything of the request, and what a
+# client is told, with those words in the place of {}. Sources: ollama server/sched.go and llm/llama_server.go; continue
+# 11444, 12795; TranslateBooksWithLLMs PR 280; Azure OpenAI's content filter; llama-server's 503.
+REFUSALS = {
+    r"requires more system memory \([\w. ]+\) than is available \([\w. ]+\)|out of memory": (
+        "The language model does not fit into its server's memory ({}). Its operator has to give it more, or choose a "
+        "smaller model."
+    ),
+    r"timed out waiting for [\w-]+(?: runner)? to start|unable to load model|error loading model": (
+        "The language model's server cannot load the model ({}). Its operator finds the reason in that server's log."
+    ),
+    r"does not support (?:generate|chat|completions?)\b": (
+        "The model cannot write text ({}). Its operator has to choose another one."
+    ),
+    r"content_filter|content management policy": FILTERED,
+}
+# Every finish_reason that is known; any other is a failure.
+FINISH_REASONS: dict[str, Literal["stop", "length", "filter"]] = {
+    **dict.fromkeys(("stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete", "completed"), "stop"),
+    **dict.fromkeys(("length", "max_tokens", "max_length", "max_output_tokens", "model_length"), "length"),
+    **dict.fromkeys(("content_filter", "safety", "content_filtered"), "filter"),
+}
+
+
+def finish_reason(said: object) -> Literal["stop", "length"]:
+    """In our terms. Raises EngineError for a failure and for what is not known."""
+    meaning = FINISH_REASONS.get(str(said).lower())
+    if meaning == "filter":
+        raise EngineError(FILTERED)
+    if meaning is None:
+        log.warning("the engine finished with a reason that stands for a failure, or is not known")
+        raise EngineError
+    return meaning
+
+
+class Refused(EngineError):
+    """The server refuses parts of the request."""
+
+    def __init__(self, parts: Sequence[str]) -> None:
+        super().__init__()
+        self.parts = parts  # to leave out or rename, the first of those that were sent
+
+
 class HttpEngine:
-    """What the engines share: one pooled session, one retry, whole lines, and errors in our terms."""
+    """What the engines share: one pooled session, one retry, whole lines, and refusals in our terms."""
 
     defaults: Mapping[str, Any] = {}
     base_url = ""
+    address_setting = "its address"
+    parts: Sequence[str] = ()  # of OPTIONAL_PARTS, those that a request has
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.context: int | None = None
+        self._fault = ""  # why the last generation failed, where the engine said so
+        self._advice = ""  # what is wrong with the model
+        self._known = False  # whether the server was asked what it is
+        self._without: frozenset[str] = frozenset()  # parts that the server has refused, and is not sent again
         self._sessions: list[aiohttp.ClientSession] = []  # the pooled one, and one for a retry on a fresh connection
+
+    @property
+    def remark(self) -> str:
+        return self._fault or self._advice
 
     async def start(self) -> None:
         settings = self.settings
         trace = aiohttp.TraceConfig()
         trace.on_connection_reuseconn.append(_note_reuse)
         options: dict[str, Any] = {
-            # `Watch` keeps the time; aiohttp's total of 300 s would end long answers.
+            # `Call` has the deadlines; aiohttp's total of 300 s would end long answers.
             "timeout": aiohttp.ClientTimeout(total=None, connect=settings.connect_timeout),
             "auto_decompress": False,
             "headers": {"accept-encoding": "identity"},
@@ -1857,26 +2302,50 @@ class HttpEngine:
     def headers(self) -> dict[str, str]:
         return {}
 
-    def refusal(self, status: int, message: str, members: dict[str, Any], prompt: Prompt) -> ApiError:
-        """What the client is told when the engine answers with another status than 200."""
+    # -- a generation
+
+    async def introduce(self) -> None:
+        """Ask the server what it is, before the first generation. Raises EngineUnreachable."""
+
+    def body(self, prompt: Prompt, without: frozenset[str]) -> dict[str, Any]:
+        """What the server is asked, without the parts of OPTIONAL_PARTS that it refused."""
         raise NotImplementedError
 
-    async def lines(self, path: str, body: dict[str, Any], prompt: Prompt) -> AsyncGenerator[bytes]:
-        """POST, and yield the answer's lines as they come. Leaving early closes the connection."""
-        response = await self._post(path, body)
+    @contextlib.asynccontextmanager
+    async def asked(self, path: str, prompt: Prompt) -> AsyncIterator[aiohttp.StreamReader]:
+        """The answer to a prompt, whose reader leaves early by closing the connection.
+
+        Where the server refuses a part of the request it is asked without, and that is remembered when it helped.
+        """
+        if not self._known:
+            with contextlib.suppress(ApiError):
+                await self.introduce()
+                self._known = True
+        without = self._without
+        response = None
         try:
-            if response.status != 200:
-                raise self._refused(response.status, await _whole(response), prompt)
-            splitter = LineSplitter()
-            async for chunk in response.content.iter_any():
-                for line in splitter.feed(chunk):
-                    yield line
-            yield splitter.rest()
-        except (aiohttp.ClientError, OSError) as error:
+            while response is None or response.status != 200:
+                response = await self._post(path, self.body(prompt, without))
+                if response.status != 200:
+                    after = response.headers.get("retry-after")
+                    error = self.refusal(response.status, await _whole(response), prompt, after)
+                    response.close()
+                    parts = error.parts if isinstance(error, Refused) else ()
+                    part = next((part for part in parts if part in self.parts and part not in without), None)
+                    if part is None:
+                        raise error
+                    without |= {part}
+            if not without <= self._without:
+                self._without |= without
+                log.warning("the engine is asked without %s from now on", " and ".join(sorted(without)))
+            yield response.content
+            self._fault = ""
+        except (aiohttp.ClientError, LineTooLong, OSError) as error:
             log.warning("the engine dropped a connection: %s", type(error).__name__)
             raise EngineError from error
         finally:
-            response.close()
+            if response is not None:
+                response.close()
 
     async def _post(self, path: str, body: dict[str, Any]) -> aiohttp.ClientResponse:
         """The response, after one retry when a pooled connection turns out to be closed (aiohttp 6138)."""
@@ -1895,45 +2364,86 @@ class HttpEngine:
                     "The language model's server took longer than CONNECT_TIMEOUT allows to accept a connection. "
                     "Try again later."
                 ) from error
-            except aiohttp.ClientConnectorError as error:
-                raise EngineUnreachable from error
+            except aiohttp.ClientResponseError as error:  # bytes had come
+                raise EngineError from error
             except (aiohttp.ClientError, OSError) as error:
-                if not reused or isinstance(error, aiohttp.ClientResponseError):  # the latter: bytes had come
-                    raise EngineError from error
-        raise EngineError
+                self._known = False  # another one may be started in its place
+                if not reused:
+                    raise EngineUnreachable from error
+        raise EngineUnreachable
 
-    def _refused(self, status: int, body: bytes, prompt: Prompt) -> ApiError:
-        members: dict[str, Any] = {}
-        message = ""
-        with contextlib.suppress(ValueError):
-            document = orjson.loads(body)
-            fault = document.get("error", document) if isinstance(document, dict) else {}
-            members = fault if isinstance(fault, dict) else {"message": fault}
-            faults = members.get("detail") or ""  # FastAPI's, which repeats the request as `input`
-            if isinstance(faults, list):
-                faults = [(one.get("loc"), one.get("msg")) for one in faults if isinstance(one, dict)]
-            message = str(members.get("message") or faults)
-        log.warning("the engine refused a request: %d %s", status, members.get("type", ""))  # a message may quote it
+    # -- what a refusal means
+
+    def refusal(self, status: int, body: bytes, prompt: Prompt, retry_after: str | None = None) -> ApiError:
+        """What a client is told when the engine answers with another status than 200, or breaks off with an error."""
+        message = _message(body)
+        error = self._refusal(status, message, prompt, retry_after)
+        # The message itself may quote the course.
+        log.warning("the engine refused a request: %d, told as %s: %s", status, error.code, error.detail)
+        return error
+
+    def _refusal(self, status: int, message: str, prompt: Prompt, retry_after: str | None) -> ApiError:
         if status in (502, 504):  # by a balancer that has no engine to ask
             return EngineUnreachable()
-        return self.refusal(status, message, members, prompt)
+        if TOO_LONG.search(message):
+            limit, tokens, answer = (_figure(pattern, message) for pattern in FIGURES.values())
+            if limit and (tokens or limit) + (answer or 0) >= limit:
+                self.context = limit
+                return too_long(prompt, limit, tokens, answer)
+            if status < 500:
+                return too_long(prompt, self.context)
+        for pattern, told in REFUSALS.items():
+            if said := re.search(f"(?i){pattern}", message):
+                self._fault = told.format(" ".join(said[0].split()))
+                return EngineError(self._fault)
+        if status == 503 and "loading model" in message.lower():  # llama-server
+            return EngineUnreachable("The language model is being loaded. Try again in a moment.")
+        if status == 404:
+            self._known = False
+            return ModelMissing()
+        if status in (429, 503):
+            return QueueFull(retry_after=float(retry_after) if retry_after and retry_after.isdigit() else None)
+        if status in (400, 422) or (status == 500 and re.search(r"'body', |\bin format\b|\binvalid format\b", message)):
+            named = {part: re.search(f"(?i){words}", message) for part, words in OPTIONAL_PARTS.items()}
+            found = sorted(((match.start(), part) for part, match in named.items() if match), key=lambda one: one[0])
+            if found:
+                return Refused([part for _, part in found])
+        return EngineError()
 
-    async def _names(self, path: str, list_key: str, key: str) -> list[str]:
-        """The names in a list of models."""
+    # -- questions
+
+    async def models(self) -> list[str]:
+        raise NotImplementedError
+
+    async def ask(self, path: str, body: dict[str, Any] | None = None) -> tuple[int, Any]:
+        """Status and JSON of a question to the server; None for what is no JSON. Raises EngineUnreachable."""
         try:
             async with (
                 asyncio.timeout(self.settings.connect_timeout),
-                self._sessions[0].get(await self.url() + path, headers=self.headers()) as response,
+                self._sessions[0].request(
+                    "GET" if body is None else "POST", await self.url() + path, json=body, headers=self.headers()
+                ) as response,
             ):
-                if response.status != 200:
-                    raise EngineUnreachable(f"The language model's server answers {response.status}; see its log.")
-                document = orjson.loads(await _whole(response))
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
-            raise EngineUnreachable from error
-        try:
-            return [str(model[key]) for model in document.get(list_key) or []]
-        except (AttributeError, KeyError, TypeError) as error:  # something else listens there
-            raise EngineUnreachable from error
+                text = await _whole(response)
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise EngineUnreachable(
+                f"The language model's server does not answer. Start it, or correct {self.address_setting}; badges are "
+                "written again as soon as it answers."
+            ) from error
+        with contextlib.suppress(ValueError):
+            return response.status, orjson.loads(text)
+        return response.status, None
+
+
+def _models(asked: tuple[int, Any], list_key: str, key: str) -> list[dict[str, Any]]:
+    """The models in the answer to a question for them, each with its name under `key`. Raises EngineUnreachable."""
+    status, document = asked
+    if status != 200:
+        raise EngineUnreachable(f"The language model's server answers {status}; see its log.")
+    models = document.get(list_key) or [] if isinstance(document, dict) else None
+    if not isinstance(models, list) or not all(isinstance(model, dict) and key in model for model in models):
+        raise EngineUnreachable("Something else than a language model's server answers at its address. Correct it.")
+    return models
 
 
 async def _note_reuse(session: object, context: Any, params: object) -> None:
@@ -1949,11 +2459,11 @@ async def _whole(response: aiohttp.ClientResponse) -> bytes:
     return bytes(body)
 
 
-async def _let_end(lines: AsyncGenerator[bytes]) -> None:
+async def _let_end(answer: aiohttp.StreamReader) -> None:
     """After the last word: the end of the body is on its way, and with it the connection can be used again."""
-    with contextlib.suppress(StopAsyncIteration, TimeoutError, ApiError):
+    with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(0.05):
-            await anext(lines)
+            await answer.readuntil(max_size=MAX_LINE)
 
 
 def _json_line(line: bytes) -> dict[str, Any]:
@@ -1967,14 +2477,67 @@ def _json_line(line: bytes) -> dict[str, Any]:
     return document
 
 
+def _message(body: bytes) -> str:
+    """What a refusal says, without what it repeats of the request (FastAPI's `input`): plain text, or JSON of any form.
+
+    Ollama since 0.30 gives llama-server's whole JSON as a string in its own.
+    """
+    text = body.decode(errors="replace")
+    for _ in range(2):
+        try:
+            fault = orjson.loads(text)
+        except ValueError:
+            break
+        fault = fault.get("error") or fault if isinstance(fault, dict) else fault
+        if isinstance(fault, str):
+            text = fault
+            continue
+        if not isinstance(fault, dict):
+            break
+        if isinstance(faults := fault.get("detail"), list):
+            return str([(one.get("loc"), one.get("msg")) for one in faults if isinstance(one, dict)])
+        told = ("type", "code", "param", "message", "detail", "n_prompt_tokens", "n_ctx")
+        return "; ".join(f"{name}: {fault[name]}" for name in told if fault.get(name))
+    return text
+
+
+def _figure(pattern: str, message: str) -> int | None:
+    found = re.search(f"(?i){pattern}", re.sub(r"(?<=\d),(?=\d{3})", "", message))
+    return int(next(filter(None, found.groups()))) if found else None
+
+
 class OllamaEngine(HttpEngine):
     """Ollama's own API: newline-delimited JSON from `POST /api/generate`."""
+
+    address_setting = "OLLAMA_URL"
+    parts = ("think", "format")
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         self.base_url = settings.ollama_url
+        self.context = settings.num_ctx
+        self._think: bool | str | None = None  # what is sent; None where the model does not think
+        self._may_cut = False  # a server before 0.12.6 does not know `truncate` (ollama PR 12519)
 
-    async def stream(self, prompt: Prompt) -> AsyncGenerator[str | Usage]:
+    async def introduce(self) -> None:
+        _, version = await self.ask("/api/version")
+        number = re.match(r"(\d+)\.(\d+)\.(\d+)", str((version or {}).get("version")))
+        self._may_cut = number is not None and tuple(map(int, number.groups())) < (0, 12, 6)
+        status, model = await self.ask("/api/show", {"model": self.settings.model})
+        if status != 200 or not isinstance(model, dict):
+            return
+        details, info = model.get("details") or {}, model.get("model_info") or {}
+        if "thinking" in (model.get("capabilities") or []):
+            # gpt-oss cannot stop thinking (ollama docs/thinking).
+            self._think = "low" if "gptoss" in str(details.get("family")).replace("-", "") else False
+        own = next((value for key, value in info.items() if key.endswith(".context_length")), None)
+        self.context = min(self.settings.num_ctx, own) if isinstance(own, int) else self.settings.num_ctx
+        template = str(model.get("template") or "")
+        if template and not re.search(r"\.(System|Messages)\b", template):
+            self._advice = "The model's template has no place for the system prompt: give its Modelfile a TEMPLATE."
+            log.warning(self._advice)
+
+    def body(self, prompt: Prompt, without: frozenset[str]) -> dict[str, Any]:
         settings = self.settings
         options = {name: value for name, value in prompt.sampling.items() if name != "max_tokens" and value is not None}
         body = {
@@ -1989,38 +2552,46 @@ class OllamaEngine(HttpEngine):
             "truncate": False,  # a prompt over the context is an error, not cut at its front (ollama 3839)
             "shift": False,
         }
-        async with contextlib.aclosing(self.lines("/api/generate", body, prompt)) as lines:
-            async for line in lines:
-                if not line:
+        if self._think is not None:
+            body["think"] = self._think
+        return {name: value for name, value in body.items() if name not in without}
+
+    async def stream(self, prompt: Prompt) -> AsyncGenerator[str | Usage]:
+        async with self.asked("/api/generate", prompt) as answer:
+            while line := await answer.readuntil(max_size=MAX_LINE):
+                if line.isspace():
                     continue
                 document = _json_line(line)
                 if "error" in document:  # in mid-stream, under status 200, when the model's runner dies
-                    log.warning("the engine failed in mid-stream")
-                    raise EngineError
+                    raise self.refusal(500, line, prompt)
                 if piece := document.get("response"):
                     yield str(piece)
+                elif document.get("thinking"):
+                    yield ""
                 if document.get("done"):
-                    reason: Any = document.get("done_reason") or "stop"
-                    if reason not in ("stop", "length"):  # load, unload
-                        raise EngineError
-                    await _let_end(lines)
+                    reason = finish_reason(document.get("done_reason") or "stop")  # load and unload are failures
+                    await _let_end(answer)
                     read, written = (int(document.get(key) or 0) for key in ("prompt_eval_count", "eval_count"))
+                    if self._may_cut and read >= self.settings.num_ctx:
+                        raise too_long(prompt, self.settings.num_ctx)
                     yield Usage(read, written, reason)
                     return
 
-    def refusal(self, status: int, message: str, members: dict[str, Any], prompt: Prompt) -> ApiError:
-        if status == 404:
-            return ModelMissing()
-        if "context length" in message:
-            return too_long(self.settings.num_ctx, prompt)
-        return QueueFull() if status == 503 else EngineError()
-
     async def models(self) -> list[str]:
-        return await self._names("/api/tags", "models", "name")
+        return [str(model["name"]) for model in _models(await self.ask("/api/tags"), "models", "name")]
 
     def has_model(self, available: list[str]) -> bool:
-        model = self.settings.model
-        return (model if ":" in model.rpartition("/")[2] else f"{model}:latest") in available
+        return _full_name(self.settings.model) in map(_full_name, available)
+
+
+def _full_name(model: str) -> str:
+    """A model's name as Ollama compares it: with every default, without regard to case (types/model/name.go)."""
+    name, tag = model.removeprefix("https://"), "latest"
+    if ":" in name.rpartition("/")[2]:
+        name, _, tag = name.rpartition(":")
+    path = name.split("/")
+    defaults = ("registry.ollama.ai", "library")[: max(0, 3 - len(path))]
+    return "/".join([*defaults, *path, tag]).casefold()
 
 
 def _keep_alive(value: str) -> str | int:
@@ -2029,14 +2600,15 @@ def _keep_alive(value: str) -> str | int:
 
 
 class OpenAIEngine(HttpEngine):
-    """Any server with the OpenAI API: vLLM, llm-d, Ray Serve, llama-server, llama-cpp-python."""
+    """Any server with the OpenAI API: vLLM, sglang, TGI, llm-d, Ray Serve, llama-server, llama-cpp-python."""
 
+    address_setting = "OPENAI_BASE_URL"
     extras: Mapping[str, Any] = {}
+    parts = tuple(part for part in OPTIONAL_PARTS if part not in ("format", "think"))
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         self.base_url = settings.openai_base_url
-        self._without: set[str] = set()  # what the server has refused, and is not sent again
 
     def schema(self, schema: dict[str, Any]) -> dict[str, Any]:
         return schema
@@ -2045,33 +2617,23 @@ class OpenAIEngine(HttpEngine):
         key = self.settings.openai_api_key
         return {"authorization": f"Bearer {key}"} if key else {}
 
-    async def stream(self, prompt: Prompt) -> AsyncGenerator[str | Usage]:
-        without = frozenset(self._without)
-        while True:
-            try:
-                async with contextlib.aclosing(self._completion(prompt, without)) as pieces:
-                    async for piece in pieces:
-                        if not without <= self._without:  # now it is known that the refusal was meant so
-                            self._without |= without
-                            log.warning("the engine is asked without %s from now on", " and ".join(sorted(without)))
-                        yield piece
-                return
-            except UnknownParameter as refusal:
-                part = next((part for part in refusal.parts if part not in without), None)
-                if part is None:
-                    raise EngineError from None
-                without |= {part}
+    async def introduce(self) -> None:
+        await self.models()
 
-    async def _completion(self, prompt: Prompt, without: frozenset[str]) -> AsyncGenerator[str | Usage]:
+    def body(self, prompt: Prompt, without: frozenset[str]) -> dict[str, Any]:
         sampling, schema = prompt.sampling, self.schema(prompt.schema)
+        system, user = {"role": "system", "content": prompt.system}, {"role": "user", "content": prompt.user}
+        if "system" in without:
+            user["content"], system = f"{prompt.system}\n\n{prompt.user}", {}
         body: dict[str, Any] = {
             "model": self.settings.model,
-            "messages": [{"role": "system", "content": prompt.system}, {"role": "user", "content": prompt.user}],
+            "messages": [message for message in (system, user) if message],
             "stream": True,
             "stream_options": {"include_usage": True},
-            "max_tokens": sampling["max_tokens"],
             "temperature": sampling["temperature"],
             "top_p": sampling["top_p"],
+            "max_tokens": sampling["max_tokens"],
+            "chat_template_kwargs": {"enable_thinking": False},
         }
         if sampling["seed"] is not None:
             body["seed"] = sampling["seed"] % 2**31  # llama.cpp's is 32 bits wide
@@ -2087,65 +2649,68 @@ class OpenAIEngine(HttpEngine):
                 "repetition_penalty": penalty,
                 **self.extras,
             }
-        finish_reason, counts, written = None, None, 0
-        async with contextlib.aclosing(self.lines("/chat/completions", body, prompt)) as lines:
-            async for line in lines:
-                data = line.removeprefix(b"data:").strip()
-                if line.startswith(b"error:") or (data.startswith(b"{") and b'"error"' in data[:12]):
-                    log.warning("the engine failed in mid-stream")
-                    raise EngineError
-                if data == b"[DONE]":
-                    await _let_end(lines)
-                    break
-                if not line.startswith(b"data:"):
+        kept = {name: value for name, value in body.items() if name not in without}
+        if "max_tokens" in without:
+            kept["max_completion_tokens"] = sampling["max_tokens"]
+        return kept
+
+    async def stream(self, prompt: Prompt) -> AsyncGenerator[str | Usage]:
+        reason, counts, written, reasoning = None, None, 0, ""
+        async with self.asked("/chat/completions", prompt) as answer:
+            while line := await answer.readuntil(max_size=MAX_LINE):
+                field, _, data = line.partition(b":")
+                data = data.strip()
+                if field == b"error":
+                    raise self.refusal(500, data, prompt)
+                if field != b"data" or not data:  # comments, and heartbeats of either form
                     continue
+                if data == b"[DONE]":
+                    await _let_end(answer)
+                    break
                 document = _json_line(data)
+                if document.get("error"):
+                    raise self.refusal(500, data, prompt)
                 counts = document.get("usage") or counts
                 for choice in document.get("choices") or []:
-                    if piece := (choice.get("delta") or {}).get("content"):
+                    delta = choice.get("delta") or {}
+                    content, thought = delta.get("content"), delta.get("reasoning_content") or delta.get("reasoning")
+                    if piece := content if isinstance(content, str) else _text_of(content):
                         written += 1
-                        yield str(piece)
-                    finish_reason = choice.get("finish_reason") or finish_reason
-        if finish_reason is not None:
-            counts = counts or {}
-            yield Usage(
-                int(counts.get("prompt_tokens") or 0),
-                int(counts.get("completion_tokens") or written),  # llama-cpp-python counts only what it does not stream
-                "length" if finish_reason == "length" else "stop",
-            )
-
-    def refusal(self, status: int, message: str, members: dict[str, Any], prompt: Prompt) -> ApiError:
-        if members.get("type") == "exceed_context_size_error":  # llama.cpp, with its figures
-            return too_long(self.settings.num_ctx, prompt, members.get("n_prompt_tokens"), members.get("n_ctx"))
-        if status == 400 and "context length" in message:
-            return too_long(self.settings.num_ctx, prompt)
-        parts: list[str] = []
-        if status in (400, 422) and re.search(r"\b(top_k|repe(at|tition)_penalty)\b", message):
-            parts += ["sampling"]
-        # The second is llama-cpp-python's, under 500.
-        if re.search(
-            r"\b(response_format|json_schema)\b" if status in (400, 422) else r"'body', 'response_format'", message
-        ):
-            parts += ["json_schema", "json_object"]
-        if parts:
-            return UnknownParameter(*parts)
-        if status == 404:
-            return ModelMissing()
-        return QueueFull() if status in (429, 503) else EngineError()
+                        yield piece
+                    elif thought or content:
+                        if isinstance(thought, str) and len(reasoning) < MAX_OUTPUT_CHARS:
+                            reasoning += thought
+                        yield ""
+                    reason = choice.get("finish_reason") or reason
+        if reason is None:
+            return
+        finished = finish_reason(reason)
+        if not written and reasoning.lstrip().startswith("{"):
+            yield reasoning  # the badge's JSON went to the wrong place (maclocal-api 44)
+        counts = counts or {}
+        # llama-cpp-python counts only what it does not stream.
+        yield Usage(int(counts.get("prompt_tokens") or 0), int(counts.get("completion_tokens") or written), finished)
 
     async def models(self) -> list[str]:
-        return await self._names("/models", "data", "id")
+        asked = await self.ask("/models")
+        if asked[0] in (404, 405, 501):  # a server that has no list is ready when it answers
+            return [self.settings.model]
+        models = _models(asked, "data", "id")
+        for model in models:
+            meta = model.get("meta") or {}
+            limit = model.get("max_model_len") or (meta.get("n_ctx") if isinstance(meta, dict) else None)
+            if model["id"] == self.settings.model and isinstance(limit, int):
+                self.context = limit
+        return [str(model["id"]) for model in models]
 
     def has_model(self, available: list[str]) -> bool:
         return self.settings.model in available
 
 
-class UnknownParameter(EngineError):
-    """The server refuses a part of the request."""
-
-    def __init__(self, *parts: str) -> None:
-        super().__init__()
-        self.parts = parts  # to leave out, the first of those that were sent
+def _text_of(content: object) -> str:
+    """The text of a delta's content that is a list of parts, of which some are thoughts (Mistral)."""
+    parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+    return "".join(str(part.get("text") or "") for part in parts if part.get("type", "text") in ("text", "output_text"))
 
 
 class EmbeddedEngine(OpenAIEngine):

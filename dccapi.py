@@ -714,11 +714,11 @@ _CLOSES = rf"</(?:seed:)?(?:{_THOUGHT})>|\[/THINK\]|◁/think▷|<\|end_(?:of_th
 _OPENS += r"|<\|channel\|?>\s*(?:analysis|commentary|thought)"
 _CLOSES += r"|<\|channel\|?>\s*final|assistantfinal|<channel\|>"
 THOUGHTS_END = re.compile(rf"(?i){_CLOSES}")
-MARK = re.compile(rf"(?i)(?P<closes>{_CLOSES})|(?P<opens>{_OPENS})|(?P<object>\{{\s*\")")
+MARK = re.compile(rf"(?i)(?P<closes>{_CLOSES})|(?P<opens>{_OPENS})|(?P<object>\{{\s*(?:\"|\Z))")
 LONGEST_MARK = 64
 MAX_OBJECTS = 64  # of one text that are looked at: each may be read to the end of the text
 NOT_PROSE = re.compile(r"[\W_]*(json)?[\W_]*", re.I)  # before an object: nothing, or the fence of a code block
-PLAIN = re.compile(r' ?[^\s"\\\x00-\x20\x7f-\x9f\ud800-\udfff]++').fullmatch
+PLAIN = re.compile(r'[^"\\\x00-\x1f\x7f-\x9f\ud800-\udfff]*[^\s"\\\x00-\x1f\x7f-\x9f\ud800-\udfff] ?').fullmatch
 STRING_RUN = re.compile(r'[^"\\]+')
 ESCAPE = re.compile(r'\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|["\\/bfnrt]|[^u])')
 ESCAPE_BEGUN = re.compile(r"\\(?:u[0-9a-fA-F]{0,3}|u[dD][89abAB][0-9a-fA-F]{2}(?:\\(?:u[0-9a-fA-F]{0,3})?)?)?\Z")
@@ -728,6 +728,13 @@ TAG_KEYS = ("tags", "tag", "skills")
 
 class BrokenBadge(Exception):
     """What is read is not the JSON of a badge."""
+
+
+def _after(beginning: str, text: str) -> str:
+    """What follows the beginning of a text that is the same apart from white space; "" where it begins otherwise."""
+    count = len("".join(beginning.split()))
+    begins = re.match(rf"(?:\s*\S){{{count}}}", text)
+    return text[begins.end() :] if begins and "".join(begins[0].split()) == "".join(beginning.split()) else ""
 
 
 class BadgeReader:
@@ -747,6 +754,7 @@ class BadgeReader:
         self._kept, self._institution = kept, institution
         self._text, self._at = "", 0  # what was fed, and how far it is read
         self._mark = 0  # how far it is rendered
+        self._ahead = ""  # what was rendered of the structure before the next text, without its white space
         self._ended = False
         self._out: list[str] = []
         self.said: list[str] = []  # of the text that is being read
@@ -761,6 +769,7 @@ class BadgeReader:
         self._at, self._mark = self._at - self._mark, 0
         try:
             next(self._run)
+            self._go_ahead()
         except StopIteration:
             self.done, self.rest = True, self._text[self._at :]
         except BrokenBadge:
@@ -804,6 +813,8 @@ class BadgeReader:
 
     def _object(self) -> Iterator[None]:
         yield from self._expect("{")
+        while (yield from self._peek()) == "{" and not self.fields:
+            self._at += 1  # some models open it twice
         while (yield from self._peek()) != "}":
             key = yield from self._string()
             yield from self._expect(":")
@@ -848,10 +859,7 @@ class BadgeReader:
         """A text, or a list of texts, of the badge."""
         if first not in '"[' or (first == "[" and name == "badge_name"):
             raise BrokenBadge
-        before = ", " if self.fields else "{"
-        if not self.fields and self._kept:
-            before = orjson.dumps(self._kept).decode()[:-1] + ", "
-        self._emit(before + opening)
+        self._emit(self._before() + opening)
         self._out.append('"')
         self._closing, self._writing = closing, True
         self.fields[name] = self.said = []
@@ -870,10 +878,35 @@ class BadgeReader:
         self._out.append('"')
         self._mark = self._at
 
+    def _before(self) -> str:
+        """What comes before the next field."""
+        if self.fields:
+            return ", "
+        return orjson.dumps(self._kept).decode()[:-1] + ", " if self._kept else "{"
+
     def _emit(self, structure: str) -> None:
         """What stands between the texts: as the model laid it out, if that is the same apart from white space."""
         written, self._mark = self._text[self._mark : self._at], self._at
-        self._out.append(written if "".join(written.split()) == "".join(structure.split()) else structure)
+        ahead, self._ahead, wanted = self._ahead, "", "".join(structure.split())
+        if ahead + "".join(written.split()) != wanted:
+            if not wanted.startswith(ahead):
+                raise BrokenBadge
+            written = _after(ahead, structure)
+        self._out.append(written)
+
+    def _go_ahead(self) -> None:
+        """Render the structure as far as it has come, where only what is wanted can follow."""
+        if self._writing or not (written := self._text[self._mark :]):
+            return
+        ahead = self._ahead + "".join(written.split())
+        if self._closing or len(self.fields) + len(self._kept) == 3:
+            wanted = ["}"]
+        else:
+            fields = ('"badge_name":', '"badge_description":', '"criteria":{"narrative":')
+            wanted = [self._before().strip() + field for field in fields if field.split('"')[1] not in self.fields]
+        if any(one.startswith(ahead) for one in wanted):
+            self._out.append(written)
+            self._mark, self._ahead = self._at, ahead
 
     def _names_institution(self) -> bool:
         if not self._institution:
@@ -895,11 +928,14 @@ class BadgeReader:
         """A string and its closing quote: rendered, trimmed, as it comes, or returned when it is whole."""
         yield from self._expect('"')
         parts: list[str] = []
-        begun = False
+        begun, said = False, ""
         self._blank = ""
         while True:
             if self._at == len(self._text):
-                self.plain = render and begun and not self._blank
+                if said and self._blank == " ":  # between two words, as far as can be seen
+                    self._render(" ")
+                    self._blank = ""
+                self.plain, said = render and begun and not self._blank, ""
                 yield from self._more()
                 self.plain = False
             if self._text[self._at] == '"':
@@ -936,9 +972,12 @@ class BadgeReader:
 
     def _tag_list(self) -> Iterator[None]:
         self._at += 1
-        while (yield from self._peek()) == '"':
-            tag = yield from self._string()
-            self.tags.append(NOT_TEXT.sub("", tag))
+        while (mark := (yield from self._peek())) not in "]}":
+            if mark == '"':
+                tag = yield from self._string()
+                self.tags.append(NOT_TEXT.sub("", tag))
+            else:
+                yield from self._skip()
         yield from self._expect("]")
 
     def _skip(self) -> Iterator[None]:
@@ -1055,7 +1094,8 @@ class Draft:
                 return rendered
         # It was not rendered as it was written, or what was rendered is no badge.
         self.badge, rendered = self._last_whole("".join(self._raw), cut)
-        return "" if self._told else rendered
+        told = "".join(map(Draft(*self._new_reader.args).feed, self._raw)) if self._told else ""
+        return _after(told, rendered)
 
     def _last_whole(self, text: str, cut: bool) -> tuple[Badge, str]:
         """The last whole badge after the thoughts, and its JSON. Raises InvalidModelOutput."""
@@ -1093,9 +1133,10 @@ def parse_badge(text: str, *, cut: bool = False, kept: Mapping[str, Any] = {}) -
 def partial_badge(rendered: str) -> dict[str, Any]:
     """The badge as far as it is rendered, for `partial` events; {} before its first field."""
     try:
-        return cast(dict[str, Any], pydantic_core.from_json(rendered or "{}", allow_partial="trailing-strings"))
+        badge = pydantic_core.from_json(rendered or "{}", allow_partial="trailing-strings")
     except ValueError:
         return {}
+    return {name: text for name, text in badge.items() if text != {}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2317,7 +2358,8 @@ class HttpEngine:
 
         Where the server refuses a part of the request it is asked without, and that is remembered when it helped.
         """
-        if not self._known:
+        was_known = self._known
+        if not was_known:
             with contextlib.suppress(ApiError):
                 await self.introduce()
                 self._known = True
@@ -2325,7 +2367,8 @@ class HttpEngine:
         response = None
         try:
             while response is None or response.status != 200:
-                response = await self._post(path, self.body(prompt, without))
+                # A connection that has just answered a question is not one that the server has long closed.
+                response = await self._post(path, self.body(prompt, without), retry=was_known)
                 if response.status != 200:
                     after = response.headers.get("retry-after")
                     error = self.refusal(response.status, await _whole(response), prompt, after)
@@ -2333,7 +2376,7 @@ class HttpEngine:
                     parts = error.parts if isinstance(error, Refused) else ()
                     part = next((part for part in parts if part in self.parts and part not in without), None)
                     if part is None:
-                        raise error
+                        raise EngineError if isinstance(error, Refused) else error
                     without |= {part}
             if not without <= self._without:
                 self._without |= without
@@ -2347,9 +2390,9 @@ class HttpEngine:
             if response is not None:
                 response.close()
 
-    async def _post(self, path: str, body: dict[str, Any]) -> aiohttp.ClientResponse:
+    async def _post(self, path: str, body: dict[str, Any], retry: bool) -> aiohttp.ClientResponse:
         """The response, after one retry when a pooled connection turns out to be closed (aiohttp 6138)."""
-        for session in self._sessions:
+        for session in self._sessions[: 1 + retry]:
             reused: list[bool] = []
             try:
                 return await session.post(
@@ -2517,12 +2560,8 @@ class OllamaEngine(HttpEngine):
         self.base_url = settings.ollama_url
         self.context = settings.num_ctx
         self._think: bool | str | None = None  # what is sent; None where the model does not think
-        self._may_cut = False  # a server before 0.12.6 does not know `truncate` (ollama PR 12519)
 
     async def introduce(self) -> None:
-        _, version = await self.ask("/api/version")
-        number = re.match(r"(\d+)\.(\d+)\.(\d+)", str((version or {}).get("version")))
-        self._may_cut = number is not None and tuple(map(int, number.groups())) < (0, 12, 6)
         status, model = await self.ask("/api/show", {"model": self.settings.model})
         if status != 200 or not isinstance(model, dict):
             return
@@ -2572,8 +2611,9 @@ class OllamaEngine(HttpEngine):
                     reason = finish_reason(document.get("done_reason") or "stop")  # load and unload are failures
                     await _let_end(answer)
                     read, written = (int(document.get(key) or 0) for key in ("prompt_eval_count", "eval_count"))
-                    if self._may_cut and read >= self.settings.num_ctx:
-                        raise too_long(prompt, self.settings.num_ctx)
+                    if self.context and (read >= self.context or read + written > self.context):
+                        # A server before 0.12.6 knows neither `truncate` nor `shift`, and has cut the prompt.
+                        raise too_long(prompt, self.context)
                     yield Usage(read, written, reason)
                     return
 
@@ -2761,15 +2801,15 @@ class EmbeddedEngine(OpenAIEngine):
         await self._ready.wait()
         return self.base_url
 
-    async def _post(self, path: str, body: dict[str, Any]) -> aiohttp.ClientResponse:
+    async def _post(self, path: str, body: dict[str, Any], retry: bool) -> aiohttp.ClientResponse:
         try:
-            return await super()._post(path, body)
+            return await super()._post(path, body, retry)
         except EngineUnreachable:
             # It has just died, and its supervisor is about to hear of it: the next one will do.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(1):
                     await self._ended.wait()
-            return await super()._post(path, body)
+            return await super()._post(path, body, retry)
 
     async def _supervise(self) -> None:
         delay = 0.5

@@ -782,12 +782,14 @@ async def test_partial_events_grow_to_the_final_badge() -> None:
         assert badges[-1] == events[-1]["data"]["content"]
 
 
-async def test_the_tokens_of_a_stream_are_the_pieces_of_the_engine() -> None:
+async def test_the_tokens_of_a_stream_are_what_the_engine_writes_as_it_is_written() -> None:
     pieces = split(badge_json(name='Knoten: é 🧗 <b>&\u2028</b> \\ "'), 40)
     async with serving(script=Script(pieces=pieces)) as service:
         *tokens, final = await watch(service)
-    assert [token["content"] for token in tokens] == pieces
-    assert [token["accumulated"] for token in tokens] == ["".join(pieces[: n + 1]) for n in range(len(pieces))]
+    contents = [token["content"] for token in tokens]
+    assert "".join(contents) == "".join(pieces)
+    assert [token["accumulated"] for token in tokens] == ["".join(contents[: n + 1]) for n in range(len(contents))]
+    assert len(set(contents) & set(pieces)) > len(pieces) / 2  # as they come, but for an escape that is cut in two
     assert final["content"] == json.loads("".join(pieces))
 
 

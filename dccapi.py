@@ -2282,7 +2282,7 @@ class Api:
         self.system_prompt = settings.system_prompt_file.read_text("utf-8").strip()
 
     def routes(self) -> list[Route]:
-        """Every path (contract 3) with its methods, at the root and under /api/v1; `tools/openapi.py` describes them."""
+        """The paths of contract 3 with their methods, at the root and under /api/v1."""
         stream: dict[str, Handler]
         stream = {"POST": self.generate_stream, "GET": self.eventsource, "HEAD": self.no_events}
         paths: dict[str, dict[str, Handler]] = {

@@ -12,6 +12,7 @@ import ssl
 import struct
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -36,7 +37,8 @@ def free_port() -> int:
     """A TCP port of the loopback interface that was free a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def rss_kib(pid: int) -> int:
@@ -178,7 +180,7 @@ class WatchedReader(asyncio.StreamReader):
             self.on_end()
 
 
-class ScriptedEngine:
+class ScriptedEngine(ABC):
     """A small HTTP/1.1 server that answers generations by script. The dialects below say how each record is written."""
 
     generate_path: str
@@ -234,9 +236,10 @@ class ScriptedEngine:
         await eventually(lambda: len(self.calls) >= n, timeout, f"{n} engine calls ({len(self.calls)} before the wait)")
         return self.calls
 
-    async def _converse(self, reader: WatchedReader, writer: asyncio.StreamWriter) -> None:
+    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
+        assert isinstance(reader, WatchedReader)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         self.connections += 1
@@ -368,14 +371,25 @@ class ScriptedEngine:
         return []
 
     # What a dialect says; the records are bytes, each the contents of one chunk.
+    @abstractmethod
     def info(self, path: str) -> dict[str, Any] | None: ...  # the body of a GET, None where there is none
+    @abstractmethod
     def refusal(self, headers: dict[str, str], path: str, body: Any) -> tuple[int, dict[str, Any]] | None: ...
-    def load_only(self, body: dict[str, Any]) -> dict[str, Any] | None: ...
+
+    def load_only(self, body: dict[str, Any]) -> dict[str, Any] | None:
+        return None
+
+    @abstractmethod
     def token_limit(self, body: dict[str, Any]) -> int | None: ...
+    @abstractmethod
     def error_record(self, error: str) -> bytes: ...
+    @abstractmethod
     def piece(self, call: Call, text: str) -> bytes: ...
+    @abstractmethod
     def ending(self, call: Call, script: Script) -> list[bytes]: ...
-    def whole(self, call: Call, script: Script) -> bytes: ...  # with "stream": false
+
+    def whole(self, call: Call, script: Script) -> bytes:  # with "stream": false
+        raise NotImplementedError
 
 
 class ScriptedOllama(ScriptedEngine):
@@ -389,7 +403,12 @@ class ScriptedOllama(ScriptedEngine):
         details |= {"parameter_size": "134.52M", "quantization_level": "Q4_1"}
         facts = {"modified_at": "2026-11-22T19:56:26.258874789Z", "size": 98365399, "digest": "76a1" * 16}
         tags = {"models": [{"name": name, "model": name, **facts, "details": details} for name in self.models]}
-        return {"/api/tags": tags, "/api/version": {"version": "0.24.0"}, "/api/ps": {"models": []}}.get(path)
+        answers: dict[str, dict[str, Any]] = {
+            "/api/tags": tags,
+            "/api/version": {"version": "0.24.0"},
+            "/api/ps": {"models": []},
+        }
+        return answers.get(path)
 
     def refusal(self, headers: dict[str, str], path: str, body: Any) -> tuple[int, dict[str, Any]] | None:
         if path != self.generate_path:
@@ -404,7 +423,8 @@ class ScriptedOllama(ScriptedEngine):
         return None if body.get("prompt") else self._record(body, "", True) | {"done_reason": "load"}
 
     def token_limit(self, body: dict[str, Any]) -> int | None:
-        return body.get("options", {}).get("num_predict")
+        limit: int | None = body.get("options", {}).get("num_predict")
+        return limit
 
     def error_record(self, error: str) -> bytes:
         return go_json({"error": error}) + b"\n"

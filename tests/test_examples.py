@@ -24,8 +24,8 @@ import pytest
 from playwright.async_api import ConsoleMessage, Locator, Page, async_playwright
 
 import dccapi
+from service import COURSE, COURSES, HERE, MODEL, certificate, needs_model, serving
 from test_browser import CHROMIUM, FLAGS, Proxy
-from test_dccapi import COURSE, COURSES, HERE, MODEL, certificate, needs_model, serving
 from testkit import Script, Server, badge_json, eventually, free_port, split
 
 EXAMPLES = HERE / "examples"
@@ -44,7 +44,7 @@ def needs(*tools: str | None) -> pytest.MarkDecorator:
 
 needs_chromium = needs(CHROMIUM)
 needs_component = needs(CHROMIUM, "node", "npm")
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ is answered. Every example of an answer, an event or an error comes from the cod
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 import sys
@@ -133,8 +132,8 @@ class PartialEvent(BaseModel):
 EVENTS = (TokenEvent, FinalEvent, ErrorEvent, QueueEvent, PartialEvent)
 
 
-def reference(model: type[BaseModel]) -> dict[str, Any]:
-    return {"$ref": f"#/components/schemas/{model.__name__}"}
+def reference(schema: str) -> dict[str, Any]:
+    return {"$ref": f"#/components/schemas/{schema}"}
 
 
 class Event(BaseModel):
@@ -149,7 +148,7 @@ class Event(BaseModel):
     data: str = Field(
         json_schema_extra={
             "contentMediaType": "application/json",
-            "contentSchema": {"oneOf": [reference(model) for model in EVENTS]},
+            "contentSchema": {"oneOf": [reference(model.__name__) for model in EVENTS]},
         }
     )
 
@@ -170,7 +169,10 @@ class Samples(RootModel[str]):
     """Prometheus' text format."""
 
 
-MEDIA_TYPES: dict[type[BaseModel], str] = {Event: "text/event-stream", Page: "text/html", Samples: "text/plain"}
+ASKED = (GenerateRequest, RegenerateRequest, CredentialRequest)
+ANSWERED = (Answer, Accepted, GenerationState, OpenBadgeCredential, Health, Status, Problem, Event, *EVENTS)
+PAGES = (Links, Document, Page, Samples)
+MEDIA_TYPES = {"Event": "text/event-stream", "Page": "text/html", "Samples": "text/plain"}  # else JSON
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The operations
@@ -184,48 +186,48 @@ class Operation(NamedTuple):
     path: str
     tag: str
     summary: str
-    answers: Mapping[str, Sequence[type[BaseModel]]]  # by status; of one or more media types, or without a body
+    answers: Mapping[str, Sequence[str]]  # schemas by status: of one or more media types, or none for no body
     problems: str = ""
     parameters: Sequence[str] = ()
-    body: type[BaseModel] | None = None
+    body: str = ""  # its schema
 
 
 WRITING = "409 429 502 503 504"
 VIEWS = ("accumulated", "partial")
 RESUME = ("Last-Event-ID", *VIEWS)
 QUERY = (*(name for name in GenerateRequest.model_fields if name not in ("badge_configuration", "stream")), RESUME[0])
-WRITTEN: dict[str, Sequence[type[BaseModel]]] = {"200": [Answer, Event], "202": [Accepted]}
-RESUMED: dict[str, Sequence[type[BaseModel]]] = {"200": [Event], "204": []}
+WRITTEN: dict[str, Sequence[str]] = {"200": ["Answer", "Event"], "202": ["Accepted"]}
+RESUMED: dict[str, Sequence[str]] = {"200": ["Event"], "204": []}
 POSTED = ("Idempotency-Key", "Prefer", *VIEWS)
 
 
 def operations() -> Iterator[Operation]:
     for path in ("/generate", "/generate-badge-suggestions"):
         summary = "A badge as JSON or, where they are accepted, as events; 202 and its URL with Prefer: respond-async."
-        yield Operation("post", path, "Badges", summary, WRITTEN, WRITING, POSTED, GenerateRequest)
+        yield Operation("post", path, "Badges", summary, WRITTEN, WRITING, POSTED, "GenerateRequest")
         path, views, summary = f"{path}/stream", ("Idempotency-Key", *VIEWS), "A badge as Server-Sent Events."
-        yield Operation("post", path, "Badges", summary, {"200": [Event]}, WRITING, views, GenerateRequest)
+        yield Operation("post", path, "Badges", summary, {"200": ["Event"]}, WRITING, views, "GenerateRequest")
         summary = "The same for an EventSource; one that comes back goes on where it was."
         yield Operation("get", path, "Badges", summary, RESUMED, "413 422 429 503", QUERY)
     summary = "The badge with one field written anew, answered as /generate answers."
-    yield Operation("post", "/regenerate-field", "Badges", summary, WRITTEN, WRITING, POSTED, RegenerateRequest)
-    summary, made = "An unsigned OpenBadgeCredential; no engine is involved.", {"200": [OpenBadgeCredential]}
-    yield Operation("post", "/credentials", "Badges", summary, made, body=CredentialRequest)
+    yield Operation("post", "/regenerate-field", "Badges", summary, WRITTEN, WRITING, POSTED, "RegenerateRequest")
+    summary, made = "An unsigned OpenBadgeCredential; no engine is involved.", {"200": ["OpenBadgeCredential"]}
+    yield Operation("post", "/credentials", "Badges", summary, made, body="CredentialRequest")
     path, summary = "/generations/{id}", "State and result of a generation."
-    yield Operation("get", path, "Badges", summary, {"200": [GenerationState]})
+    yield Operation("get", path, "Badges", summary, {"200": ["GenerationState"]})
     yield Operation("delete", path, "Badges", "Cancel a generation; its state stays to be seen.", {"204": []})
     summary = "The events from the start, or after Last-Event-ID. This address needs no key: nobody can guess it."
     yield Operation("get", f"{path}/events", "Badges", summary, RESUMED, "422", RESUME)
     summary = "Engine, model and queue; 503 when no badge could be written now."
-    yield Operation("get", "/health", "State", summary, {"200": [Health], "503": [Health]})
-    yield Operation("get", "/livez", "State", "The process is up.", {"200": [Status]})
-    yield Operation("get", "/readyz", "State", "Engine and model are ready.", {"200": [Status]}, "503")
-    yield Operation("get", "/metrics", "State", "For Prometheus, in the format that it asks for.", {"200": [Samples]})
+    yield Operation("get", "/health", "State", summary, {"200": ["Health"], "503": ["Health"]})
+    yield Operation("get", "/livez", "State", "The process is up.", {"200": ["Status"]})
+    yield Operation("get", "/readyz", "State", "Engine and model are ready.", {"200": ["Status"]}, "503")
+    yield Operation("get", "/metrics", "State", "For Prometheus, in the format that it asks for.", {"200": ["Samples"]})
     summary = "The demo page to a browser, the paths to others."
-    yield Operation("get", "/", "Pages", summary, {"200": [Links, Page]})
-    yield Operation("get", "/demo", "Pages", "The demo page.", {"200": [Page]}, "404")
-    yield Operation("get", "/docs", "Pages", "Swagger UI, without any other host.", {"200": [Page]})
-    yield Operation("get", "/openapi.json", "Pages", "This document.", {"200": [Document]}, "404")
+    yield Operation("get", "/", "Pages", summary, {"200": ["Links", "Page"]})
+    yield Operation("get", "/demo", "Pages", "The demo page.", {"200": ["Page"]}, "404")
+    yield Operation("get", "/docs", "Pages", "Swagger UI, without any other host.", {"200": ["Page"]})
+    yield Operation("get", "/openapi.json", "Pages", "This document.", {"200": ["Document"]}, "404")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -254,20 +256,20 @@ PARAMETERS = {
     "Last-Event-ID": f"{ID}.2",
 }
 
-Examples = dict[type[BaseModel], dict[str, Any]]
+Examples = dict[str, dict[str, Any]]
 
 
 def asked() -> Examples:
-    """Examples of bodies, by model and name."""
+    """Examples of bodies, by schema and name."""
     return {
-        GenerateRequest: {"short": COURSE, "with options": {**COURSE, **OPTIONS}},
-        RegenerateRequest: {"a name": {**COURSE, "badge": AWARDED["badge"], "field": "badge_name"}},
-        CredentialRequest: {"a badge": AWARDED},
+        "GenerateRequest": {"short": COURSE, "with options": {**COURSE, **OPTIONS}},
+        "RegenerateRequest": {"a name": {**COURSE, "badge": AWARDED["badge"], "field": "badge_name"}},
+        "CredentialRequest": {"a badge": AWARDED},
     }
 
 
 def answered() -> Examples:
-    """Examples of answers, by model and name; what is random or of today is fixed."""
+    """Examples of answers, by schema and name; what is random or of today is fixed."""
     answer = Answer(
         response=BADGE,
         achievement=dccapi.build_achievement(BADGE).model_copy(update={"id": URN}),
@@ -282,20 +284,20 @@ def answered() -> Examples:
     waiting = {**accepted, "position": 3, "result": None, "error": None}
     done = {**waiting, "status": "succeeded", "position": 0, "result": answer.model_dump()}
     return {
-        Answer: {"a badge": answer.model_dump()},
-        Accepted: {"waiting": accepted},
-        GenerationState: {"waiting": waiting, "done": done},
-        OpenBadgeCredential: {"unsigned": credential},
-        Event: {
+        "Answer": {"a badge": answer.model_dump()},
+        "Accepted": {"waiting": accepted},
+        "GenerationState": {"waiting": waiting, "done": done},
+        "OpenBadgeCredential": {"unsigned": credential},
+        "Event": {
             "a badge": "retry: 1000\n\n" + events(0, ['{"badge_name": "Kn', "ots", answer]),
             "an error": events(2, ['{"badge_name": "Kn', "ots", dccapi.EngineTimeout()]),
         },
-        Health: {"busy": health()},
-        Status: {"up": {"status": "alive"}, "ready": {"status": "ready"}},
-        Samples: {"a gauge": "# TYPE dccapi_queue_depth gauge\ndccapi_queue_depth 3.0\n"},
-        Links: {"some": {"name": "dccapi", "version": dccapi.__version__, "links": {"generate": "/generate"}}},
-        Document: {"its beginning": {"openapi": "3.1.0"}},
-        Page: {"a page": "<!doctype html>…"},
+        "Health": {"busy": health()},
+        "Status": {"up": {"status": "alive"}, "ready": {"status": "ready"}},
+        "Samples": {"a gauge": "# TYPE dccapi_queue_depth gauge\ndccapi_queue_depth 3.0\n"},
+        "Links": {"some": {"name": "dccapi", "version": dccapi.__version__, "links": {"generate": "/generate"}}},
+        "Document": {"its beginning": {"openapi": "3.1.0"}},
+        "Page": {"a page": "<!doctype html>…"},
     }
 
 
@@ -365,8 +367,8 @@ def document() -> dict[str, Any]:
 
 def component_schemas() -> dict[str, Any]:
     """The schemas of all models, by name."""
-    models: Any = [(model, "validation") for model in asked()]
-    models += [(model, "serialization") for model in (*answered(), Problem, *EVENTS)]
+    models: Any = [(model, "validation") for model in ASKED]
+    models += [(model, "serialization") for model in (*ANSWERED, *PAGES)]
     _, definitions = models_json_schema(models, ref_template="#/components/schemas/{model}")
     schemas: dict[str, Any] = definitions["$defs"]
     for name in ("GenerateRequest", "RegenerateRequest", "BadgeOptions"):
@@ -403,15 +405,15 @@ def problem_responses() -> dict[str, Any]:
     return {
         status: {
             "description": ", ".join(problem["title"] for problem in named.values()),
-            "content": content("application/problem+json", Problem, named),
+            "content": content("application/problem+json", "Problem", named),
         }
         for status, named in examples.items()
     }
 
 
-def content(media_type: str, model: type[BaseModel], examples: Mapping[str, Any]) -> dict[str, Any]:
+def content(media_type: str, schema: str, examples: Mapping[str, Any]) -> dict[str, Any]:
     named = {name: {"value": value} for name, value in examples.items()}
-    return {media_type: {"schema": reference(model), "examples": named}}
+    return {media_type: {"schema": reference(schema), "examples": named}}
 
 
 def operation(one: Operation, schemas: dict[str, Any], examples: Examples) -> dict[str, Any]:
@@ -421,7 +423,7 @@ def operation(one: Operation, schemas: dict[str, Any], examples: Examples) -> di
         "tags": [one.tag],
         "operationId": f"{one.method}_{re.sub('[^a-z]+', '_', one.path).strip('_')}".strip("_"),
         "parameters": [parameter(name, schemas["GenerateRequest"]["properties"]) for name in names],
-        "responses": responses(one, examples),
+        "responses": responses(one, schemas, examples),
     }
     if one.body:
         described["requestBody"] = {
@@ -433,17 +435,17 @@ def operation(one: Operation, schemas: dict[str, Any], examples: Examples) -> di
     return described
 
 
-def responses(one: Operation, examples: Examples) -> dict[str, Any]:
+def responses(one: Operation, schemas: dict[str, Any], examples: Examples) -> dict[str, Any]:
     problems = ["414", *one.problems.split()]
     problems += ["400", "408", "413", "415", "422"] if one.body else []
     problems += ["404"] if "{id}" in one.path else []
     problems += ["401"] if one.path not in dccapi.OPEN_PATHS else []
     described: dict[str, Any] = {code: {"$ref": f"#/components/responses/{code}"} for code in sorted(problems)}
-    for status, models in one.answers.items():
-        described[status] = {"description": (models and inspect.getdoc(models[0])) or "No content"}
-        for model in models:
-            media_type = MEDIA_TYPES.get(model, "application/json")
-            described[status].setdefault("content", {}).update(content(media_type, model, examples[model]))
+    for status, names in one.answers.items():
+        described[status] = {"description": schemas[names[0]]["description"] if names else "No content"}
+        for name in names:
+            media_type = MEDIA_TYPES.get(name, "application/json")
+            described[status].setdefault("content", {}).update(content(media_type, name, examples[name]))
     return described
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -169,6 +169,7 @@ class Samples(RootModel[str]):
     """Prometheus' text format."""
 
 
+# Schemas of requests say what is taken, those of answers what is given.
 ASKED = (GenerateRequest, RegenerateRequest, CredentialRequest)
 ANSWERED = (Answer, Accepted, GenerationState, OpenBadgeCredential, Health, Status, Problem, Event, *EVENTS)
 PAGES = (Links, Document, Page, Samples)
@@ -195,40 +196,49 @@ class Operation(NamedTuple):
 WRITING = "409 429 502 503 504"
 VIEWS = ("accumulated", "partial")
 RESUME = ("Last-Event-ID", *VIEWS)
+POSTED = ("Idempotency-Key", "Prefer", *VIEWS)
+POSTED_STREAM = ("Idempotency-Key", *VIEWS)
 QUERY = (*(name for name in GenerateRequest.model_fields if name not in ("badge_configuration", "stream")), RESUME[0])
 WRITTEN: dict[str, Sequence[str]] = {"200": ["Answer", "Event"], "202": ["Accepted"]}
+STREAMED: dict[str, Sequence[str]] = {"200": ["Event"]}
+AWARDED: dict[str, Sequence[str]] = {"200": ["OpenBadgeCredential"]}
 RESUMED: dict[str, Sequence[str]] = {"200": ["Event"], "204": []}
-POSTED = ("Idempotency-Key", "Prefer", *VIEWS)
 
+GENERATE = "A badge as JSON or, where they are accepted, as events; 202 and its URL with Prefer: respond-async."
+STREAM = "A badge as Server-Sent Events."
+EVENTSOURCE = "The same for an EventSource; one that comes back goes on where it was."
+REGENERATE = "The badge with one field written anew, answered as /generate answers."
+CREDENTIALS = "An unsigned OpenBadgeCredential; no engine is involved."
+CANCEL = "Cancel a generation; its state stays to be seen."
+FOLLOW = "The events from the start, or after Last-Event-ID. This address needs no key: nobody can guess it."
+HEALTH = "Engine, model and queue; 503 when no badge could be written now."
+METRICS = "For Prometheus, in the format that it asks for."
+INDEX = "The demo page to a browser, the paths to others."
 
-def operations() -> Iterator[Operation]:
-    for path in ("/generate", "/generate-badge-suggestions"):
-        summary = "A badge as JSON or, where they are accepted, as events; 202 and its URL with Prefer: respond-async."
-        yield Operation("post", path, "Badges", summary, WRITTEN, WRITING, POSTED, "GenerateRequest")
-        path, views, summary = f"{path}/stream", ("Idempotency-Key", *VIEWS), "A badge as Server-Sent Events."
-        yield Operation("post", path, "Badges", summary, {"200": ["Event"]}, WRITING, views, "GenerateRequest")
-        summary = "The same for an EventSource; one that comes back goes on where it was."
-        yield Operation("get", path, "Badges", summary, RESUMED, "413 422 429 503", QUERY)
-    summary = "The badge with one field written anew, answered as /generate answers."
-    yield Operation("post", "/regenerate-field", "Badges", summary, WRITTEN, WRITING, POSTED, "RegenerateRequest")
-    summary, made = "An unsigned OpenBadgeCredential; no engine is involved.", {"200": ["OpenBadgeCredential"]}
-    yield Operation("post", "/credentials", "Badges", summary, made, body="CredentialRequest")
-    path, summary = "/generations/{id}", "State and result of a generation."
-    yield Operation("get", path, "Badges", summary, {"200": ["GenerationState"]})
-    yield Operation("delete", path, "Badges", "Cancel a generation; its state stays to be seen.", {"204": []})
-    summary = "The events from the start, or after Last-Event-ID. This address needs no key: nobody can guess it."
-    yield Operation("get", f"{path}/events", "Badges", summary, RESUMED, "422", RESUME)
-    summary = "Engine, model and queue; 503 when no badge could be written now."
-    yield Operation("get", "/health", "State", summary, {"200": ["Health"], "503": ["Health"]})
-    yield Operation("get", "/livez", "State", "The process is up.", {"200": ["Status"]})
-    yield Operation("get", "/readyz", "State", "Engine and model are ready.", {"200": ["Status"]}, "503")
-    yield Operation("get", "/metrics", "State", "For Prometheus, in the format that it asks for.", {"200": ["Samples"]})
-    summary = "The demo page to a browser, the paths to others."
-    yield Operation("get", "/", "Pages", summary, {"200": ["Links", "Page"]})
-    yield Operation("get", "/demo", "Pages", "The demo page.", {"200": ["Page"]}, "404")
-    yield Operation("get", "/docs", "Pages", "Swagger UI, without any other host.", {"200": ["Page"]})
-    yield Operation("get", "/openapi.json", "Pages", "This document.", {"200": ["Document"]}, "404")
-
+OPERATIONS = (
+    *(
+        one
+        for path in ("/generate", "/generate-badge-suggestions")
+        for one in (
+            Operation("post", path, "Badges", GENERATE, WRITTEN, WRITING, POSTED, "GenerateRequest"),
+            Operation("post", f"{path}/stream", "Badges", STREAM, STREAMED, WRITING, POSTED_STREAM, "GenerateRequest"),
+            Operation("get", f"{path}/stream", "Badges", EVENTSOURCE, RESUMED, "413 422 429 503", QUERY),
+        )
+    ),
+    Operation("post", "/regenerate-field", "Badges", REGENERATE, WRITTEN, WRITING, POSTED, "RegenerateRequest"),
+    Operation("post", "/credentials", "Badges", CREDENTIALS, AWARDED, body="CredentialRequest"),
+    Operation("get", "/generations/{id}", "Badges", "State and result of a generation.", {"200": ["GenerationState"]}),
+    Operation("delete", "/generations/{id}", "Badges", CANCEL, {"204": []}),
+    Operation("get", "/generations/{id}/events", "Badges", FOLLOW, RESUMED, "422", RESUME),
+    Operation("get", "/health", "State", HEALTH, {"200": ["Health"], "503": ["Health"]}),
+    Operation("get", "/livez", "State", "The process is up.", {"200": ["Status"]}),
+    Operation("get", "/readyz", "State", "Engine and model are ready.", {"200": ["Status"]}, "503"),
+    Operation("get", "/metrics", "State", METRICS, {"200": ["Samples"]}),
+    Operation("get", "/", "Pages", INDEX, {"200": ["Links", "Page"]}),
+    Operation("get", "/demo", "Pages", "The demo page.", {"200": ["Page"]}, "404"),
+    Operation("get", "/docs", "Pages", "Swagger UI, without any other host.", {"200": ["Page"]}),
+    Operation("get", "/openapi.json", "Pages", "This document.", {"200": ["Document"]}, "404"),
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Examples
@@ -243,7 +253,7 @@ BADGE = dccapi.Badge(
     badge_description="Ties and checks the knots that climbers trust their lives to.",
     criteria=dccapi.Criteria(narrative="Tied the figure eight, the clove hitch and the prusik in an exam on the wall."),
 )
-AWARDED = {
+AWARD = {
     "badge": BADGE.model_dump(),
     "issuer": {"id": "https://example.edu", "name": "Example University"},
     "valid_from": "2026-01-31T12:00:00Z",
@@ -263,8 +273,8 @@ def asked() -> Examples:
     """Examples of bodies, by schema and name."""
     return {
         "GenerateRequest": {"short": COURSE, "with options": {**COURSE, **OPTIONS}},
-        "RegenerateRequest": {"a name": {**COURSE, "badge": AWARDED["badge"], "field": "badge_name"}},
-        "CredentialRequest": {"a badge": AWARDED},
+        "RegenerateRequest": {"a name": {**COURSE, "badge": AWARD["badge"], "field": "badge_name"}},
+        "CredentialRequest": {"a badge": AWARD},
     }
 
 
@@ -278,7 +288,7 @@ def answered() -> Examples:
         finish_reason="stop",
         request_id=REQUEST_ID,
     )
-    credential = dccapi.build_credential(CredentialRequest.model_validate(AWARDED)) | {"id": URN}
+    credential = dccapi.build_credential(CredentialRequest.model_validate(AWARD)) | {"id": URN}
     credential["credentialSubject"]["achievement"]["id"] = URN
     accepted = dccapi.accepted(generation([]))
     waiting = {**accepted, "position": 3, "result": None, "error": None}
@@ -341,7 +351,7 @@ def document() -> dict[str, Any]:
     schemas = component_schemas()
     examples = {**asked(), **answered()}
     paths: dict[str, dict[str, Any]] = {}
-    for one in operations():
+    for one in OPERATIONS:
         paths.setdefault(one.path, {})[one.method] = operation(one, schemas, examples)
     return {
         "openapi": "3.1.0",

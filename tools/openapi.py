@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -385,7 +385,18 @@ def component_schemas() -> dict[str, Any]:
         describe_options(schemas[name])
     for name in ("GenerateRequest", "RegenerateRequest"):
         describe_content(schemas[name])
+    for file in sorted(dccapi.OPENAPI.parent.glob("*.schema.json")):
+        schemas |= definitions_of(file, schemas.keys())
     return schemas
+
+
+def definitions_of(file: Path, taken: Container[str]) -> dict[str, Any]:
+    """The `$defs` of a JSON schema that the service validates with; a name that is taken gets the file's in front."""
+    text = file.read_text("utf-8")
+    prefix = re.sub(r"\W", "_", file.name.removesuffix(".schema.json"))
+    names = {name: f"{prefix}_{name}" if name in taken else name for name in json.loads(text)["$defs"]}
+    text = re.sub(r'"#/\$defs/(\w+)"', lambda found: json.dumps(reference(names[found[1]])["$ref"]), text)
+    return {names[name]: schema for name, schema in json.loads(text)["$defs"].items()}
 
 
 def describe_options(schema: dict[str, Any]) -> None:

@@ -56,7 +56,6 @@ import contextlib
 import functools
 import hashlib
 import hmac
-import inspect
 import ipaddress
 import logging
 import math
@@ -75,7 +74,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
-from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, cast
 from urllib.parse import urlsplit
@@ -111,7 +109,6 @@ from pydantic import (
     ConfigDict,
     Field,
     PrivateAttr,
-    RootModel,
     ValidationError,
     ValidationInfo,
     WithJsonSchema,
@@ -119,18 +116,18 @@ from pydantic import (
     model_validator,
 )
 from pydantic.alias_generators import to_camel
-from pydantic.json_schema import models_json_schema
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from selectolax.lexbor import LexborHTMLParser
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 HERE = Path(__file__).resolve().parent
 log = logging.getLogger("dccapi")
@@ -299,12 +296,12 @@ def load_settings() -> Settings:
 
 
 class ApiError(Exception):
-    """Something went wrong here. Try again; if it stays, report the request_id."""
+    """What a client is told (contract 3.4): a status, an `error_code` and a sentence that says what to do."""
 
-    # A subclass's docstring is the sentence that a client reads: what is wrong and what to do.
     status = 500
     code = "internal_error"
     retry_after: float | None = None
+    text = "Something went wrong here. Try again; if it stays, report the request_id."
 
     def __init_subclass__(cls, status: int = 0, retry_after: float | None = None) -> None:
         cls.status = status or cls.status
@@ -314,91 +311,55 @@ class ApiError(Exception):
     def __init__(
         self, detail: str = "", *, retry_after: float | None = None, headers: Mapping[str, str] = {}, **members: Any
     ) -> None:
-        self.detail = detail or str(self.__doc__)
+        self.detail = detail or self.text
         super().__init__(self.detail)
         self.retry_after = self.retry_after if retry_after is None else retry_after
         self.headers = dict(headers)
         self.members = members  # extension members of the problem (RFC 9457 3.2)
 
 
+# fmt: off
 class InvalidJson(ApiError, status=400):
-    """The body is not JSON. Send a JSON object in UTF-8."""
-
-
+    text = "The body is not JSON. Send a JSON object in UTF-8."
 class Unauthorized(ApiError, status=401):
-    """A key is needed. Send one of the service's as `Authorization: Bearer KEY` or `X-API-Key: KEY`."""
-
-
+    text = "A key is needed. Send one of the service's as `Authorization: Bearer KEY` or `X-API-Key: KEY`."
 class NotFound(ApiError, status=404):
-    """There is nothing at this path; /openapi.json lists what there is."""
-
-
+    text = "There is nothing at this path; /openapi.json lists what there is."
 class MethodNotAllowed(ApiError, status=405):
-    """This path has other methods: use one of the Allow header."""
-
-
+    text = "This path has other methods: use one of the Allow header."
 class BodyTimeout(ApiError, status=408):
-    """The body did not arrive in time. Send the request again, its whole body at once."""
-
-
+    text = "The body did not arrive in time. Send the request again, its whole body at once."
 class IdempotencyConflict(ApiError, status=409):
-    """This Idempotency-Key was used with another body. Use a new key for a new request."""
-
-
+    text = "This Idempotency-Key was used with another body. Use a new key for a new request."
 class BodyTooLarge(ApiError, status=413):
-    """The body is too large. Send less."""
-
-
+    text = "The body is too large. Send less."
 class ContentTooLong(ApiError, status=413):
-    """The content does not fit the model's context. Shorten it, or write a badge for each part of the course."""
-
-
+    text = "The content does not fit the model's context. Shorten it, or write a badge for each part of the course."
 class UriTooLong(ApiError, status=414):
-    """The query is too long. POST long content to /generate/stream."""
-
-
+    text = "The query is too long. POST long content to /generate/stream."
 class UnsupportedMediaType(ApiError, status=415):
-    """Send the body as application/json."""
-
-
+    text = "Send the body as application/json."
 class InvalidRequest(ApiError, status=422):
-    """The request is not valid. Correct the fields listed in `errors`."""
-
-
+    text = "The request is not valid. Correct the fields listed in `errors`."
 class TooManyRequests(ApiError, status=429):
-    """You have too many generations in flight. Wait for one to finish, or cancel one."""
-
-
+    text = "You have too many generations in flight. Wait for one to finish, or cancel one."
 class EngineError(ApiError, status=502):
-    """The language model failed while writing. Try again."""
-
-
+    text = "The language model failed while writing. Try again."
 class InvalidModelOutput(ApiError, status=502):
-    """What the language model wrote is not a badge. Try again, with another seed or more content."""
-
-
+    text = "What the language model wrote is not a badge. Try again, with another seed or more content."
 class QueueFull(ApiError, status=503, retry_after=5):
-    """Too many badges are waiting to be written. Try again after the time in Retry-After."""
-
-
+    text = "Too many badges are waiting to be written. Try again after the time in Retry-After."
 class EngineUnreachable(ApiError, status=503, retry_after=5):
-    """The language model's server does not answer. Try again later; /health says more."""
-
-
+    text = "The language model's server does not answer. Try again later; /health says more."
 class ModelMissing(ApiError, status=503, retry_after=30):
-    """The language model's server runs but does not have the model. Create it; /health names it."""
-
-
+    text = "The language model's server runs but does not have the model. Create it; /health names it."
 class ShuttingDown(ApiError, status=503, retry_after=5):
-    """The service is being stopped or restarted. Try again in a moment."""
-
-
+    text = "The service is being stopped or restarted. Try again in a moment."
 class Cancelled(ApiError, status=503, retry_after=1):
-    """The generation was cancelled before it was finished. Start a new one."""
-
-
+    text = "The generation was cancelled before it was finished. Start a new one."
 class EngineTimeout(ApiError, status=504):
-    """The language model took too long. Try again later."""
+    text = "The language model took too long. Try again later."
+# fmt: on
 
 
 def problem(error: ApiError, request_id: str) -> dict[str, Any]:
@@ -419,6 +380,10 @@ def invalid(error: ValidationError) -> InvalidRequest:
     """Every fault of a request, without the values."""
     faults = error.errors(include_url=False, include_input=False, include_context=False)
     return InvalidRequest(errors=[{"loc": list(f["loc"]), "msg": f["msg"], "type": f["type"]} for f in faults])
+
+
+def invalid_field(loc: list[str], message: str) -> InvalidRequest:
+    return InvalidRequest(errors=[{"loc": loc, "msg": message, "type": "value_error"}])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -468,6 +433,7 @@ class Badge(BaseModel):
 class StreamOptions(BaseModel):
     """How a client wants its events."""
 
+    stream: bool = Field(False, description="Answer with events, as `Accept: text/event-stream` does.")
     accumulated: bool = Field(True, description="Repeat the whole text so far in each token event.")
     partial: bool = Field(False, description="Add `partial` events with the badge as far as it is written.")
 
@@ -534,7 +500,7 @@ class GenerateRequest(StreamOptions, BadgeOptions):
 
     def fingerprint(self) -> bytes:
         """What an `Idempotency-Key` stands for: the fields, not how they are delivered."""
-        fields = self.model_dump(exclude={"accumulated", "partial"})
+        fields = self.model_dump(exclude=set(StreamOptions.model_fields))
         return hashlib.sha256(orjson.dumps(fields, option=orjson.OPT_SORT_KEYS)).digest()
 
 
@@ -2890,196 +2856,12 @@ ENGINES: dict[str, type[HttpEngine]] = {"ollama": OllamaEngine, "openai": OpenAI
 # Handlers
 # ---------------------------------------------------------------------------------------------------------------------
 
-
-class Accepted(BaseModel):
-    """An asynchronous generation."""
-
-    id: str
-    status: Literal["queued", "running", "succeeded", "failed", "cancelled"]
-    events: str = Field(description="The path of its events.")
-
-
-class Status(BaseModel):
-    """A word."""
-
-    status: Literal["alive", "ready"]
-
-
-class Health(BaseModel):
-    """Contract 3.5."""
-
-    status: Literal["healthy", "unhealthy"]
-    engine: str
-    ollama_url: str
-    available_models: list[str]
-    target_model: str
-    model_available: bool
-    model_path: str | None
-    system_prompt_loaded: bool
-    system_prompt_preview: str
-    active_requests: int
-    max_concurrent_requests: int
-    queued_requests: int
-    max_queue: int
-    queue_status: Literal["ready", "busy", "full"]
-    multiplexing_enabled: bool
-    version: str
-    error: str | None
-
-
-class Problem(BaseModel):
-    """RFC 9457."""
-
-    type: str
-    title: str
-    status: int
-    detail: str
-    error_code: str
-    request_id: str
-    timestamp: str
-    errors: list[dict[str, Any]] | None = None
-
-
-class GenerationState(Accepted):
-    """A generation and what came of it."""
-
-    position: int
-    result: Answer | None
-    error: Problem | None
-
-
-class TokenEvent(BaseModel):
-    """A piece of the text."""
-
-    type: Literal["token"]
-    content: str
-    accumulated: str | None = Field(description="The text so far; absent with `accumulated=false`.")
-    done: Literal[False]
-
-
-class FinalEvent(BaseModel):
-    """The badge. The last event."""
-
-    type: Literal["final"]
-    content: Badge
-    achievement: Achievement
-    model: str
-    usage: TokenUsage
-    finish_reason: Literal["stop", "length"]
-    request_id: str
-
-
-class ErrorEvent(BaseModel):
-    """Why there is no badge. The last event."""
-
-    type: Literal["error"]
-    content: str
-    error: str
-    error_code: str
-    request_id: str
-
-
-class QueueEvent(BaseModel):
-    """Named `queue`. Position 0 means running; the estimate is in seconds."""
-
-    type: Literal["queue"]
-    position: int
-    estimated_wait: float
-
-
-class PartialEvent(BaseModel):
-    """Named `partial`, with `partial=true`: the badge as far as it is written."""
-
-    type: Literal["partial"]
-    badge: dict[str, Any]
-
-
-EVENTS = (TokenEvent, FinalEvent, ErrorEvent, QueueEvent, PartialEvent)
-
-
-class Event(BaseModel):
-    """A Server-Sent Event. The last of a stream is one `final` or one `error`; `retry` comes once, comments between.
-
-    Unnamed: `token`, `final` and `error`. Named: `queue` and, on request, `partial`.
-    An `id` sent back as `Last-Event-ID` goes on after it; 204 says that nothing is left.
-    """
-
-    id: str | None = None
-    event: Literal["message", "queue", "partial"] = "message"
-    data: str = Field(
-        json_schema_extra={
-            "contentMediaType": "application/json",
-            "contentSchema": {"oneOf": [{"$ref": f"#/components/schemas/{model.__name__}"} for model in EVENTS]},
-        }
-    )
-
-
-class Links(RootModel[dict[str, Any]]):
-    """The paths; the demo page to a client that accepts HTML."""
-
-
-class Page(RootModel[str]):
-    """A page for people."""
-
-
-class Samples(RootModel[str]):
-    """Prometheus' text format."""
-
-
-TAGS: dict[Any, str] = {Health: "State", Status: "State", Samples: "State", Page: "Pages", Links: "Pages"}
-MEDIA_TYPES: dict[type[BaseModel], str] = {Event: "text/event-stream", Page: "text/html", Samples: "text/plain"}
-
-
-@dataclass(frozen=True)
-class Operation:
-    """A method of a path: its handler, what it answers and which problems it may have beside those that all have."""
-
-    method: str
-    path: str
-    handler: str
-    summary: str
-    answers: Mapping[str, Sequence[type[BaseModel]]]  # by status; of one or more media types, or without a body
-    problems: str
-    parameters: tuple[str, ...]
-    body: type[BaseModel]
-
-
 Handler = Callable[[Request], Awaitable[Response]]
-Method = TypeVar("Method", bound=Callable[..., Awaitable[Response]])
-OPERATIONS: list[Operation] = []
+Model = TypeVar("Model", bound=BaseModel)
 OPEN_PATHS = {"/", "/demo", "/docs", "/openapi.json", "/livez", "/readyz"}  # no key is needed (contract 3.4)
 
-
-def operation(
-    method: str,
-    *paths: str,
-    answers: Mapping[str, Sequence[type[BaseModel]]],
-    problems: str = "",
-    parameters: tuple[str, ...] = (),
-    body: type[BaseModel] = GenerateRequest,
-) -> Callable[[Method], Method]:
-    """Enter a handler into OPERATIONS, from which the routes and the OpenAPI document are made."""
-
-    def entered(handler: Method) -> Method:
-        summary = str(handler.__doc__).partition("\n")[0].replace("`", "")
-        for path in paths:
-            OPERATIONS.append(Operation(method, path, handler.__name__, summary, answers, problems, parameters, body))
-        return handler
-
-    return entered
-
-
-WRITING = "409 429 502 503 504"
-WRITE = ("/generate", "/generate-badge-suggestions")
-STREAM = tuple(f"{path}/stream" for path in WRITE)
-ASYNC = ("Idempotency-Key", "Prefer")
-VIEWS = ("Idempotency-Key", "accumulated", "partial")
-RESUME = ("Last-Event-ID", "accumulated", "partial")
-QUERY = (*(name for name in GenerateRequest.model_fields if name != "badge_configuration"), "Last-Event-ID")
-RESUMED: dict[str, Sequence[type[BaseModel]]] = {"200": [Event], "204": []}
-
-
 DEMO = HERE / "examples" / "demo.html"
+OPENAPI = HERE / "examples" / "openapi.json"  # `make openapi` writes it
 DOCS_FILES = ("swagger-ui.css", "swagger-ui-bundle.js", "favicon-32x32.png")
 DOCS_PAGE = """<!doctype html>
 <html lang="en">
@@ -3094,10 +2876,6 @@ DOCS_PAGE = """<!doctype html>
 """
 
 
-def as_json(document: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(orjson.dumps(document), status, headers, "application/json")
-
-
 class Api:
     """The handlers. Each is a few lines: read the request, submit or find a generation, choose its view."""
 
@@ -3109,14 +2887,32 @@ class Api:
         self.system_prompt = settings.system_prompt_file.read_text("utf-8").strip()
 
     def routes(self) -> list[Route]:
-        """A route for each path of OPERATIONS, under /api/v1 and at the root."""
-        paths: dict[str, dict[str, Handler]] = {"/docs/{file}": {"GET": self.docs_file}}
-        for one in OPERATIONS:
-            paths.setdefault(one.path, {})[one.method] = getattr(self, one.handler)
+        """The paths of contract 3 with their methods, at the root and under /api/v1."""
+        stream: dict[str, Handler]
+        stream = {"POST": self.generate_stream, "GET": self.eventsource, "HEAD": self.no_events}
+        paths: dict[str, dict[str, Handler]] = {
+            "/generate": {"POST": self.generate},
+            "/generate-badge-suggestions": {"POST": self.generate},
+            "/generate/stream": stream,
+            "/generate-badge-suggestions/stream": stream,
+            "/regenerate-field": {"POST": self.regenerate_field},
+            "/credentials": {"POST": self.credentials},
+            "/generations/{id}": {"GET": self.generation, "DELETE": self.cancel},
+            "/generations/{id}/events": {"GET": self.generation_events, "HEAD": self.no_events},
+            "/health": {"GET": self.health},
+            "/livez": {"GET": self.livez},
+            "/readyz": {"GET": self.readyz},
+            "/metrics": {"GET": self.metrics},
+            "/": {"GET": self.index},
+            "/demo": {"GET": self.demo},
+            "/docs": {"GET": self.docs},
+            "/docs/{file}": {"GET": self.docs_file},
+            "/openapi.json": {"GET": self.openapi},
+        }
 
         def route(path: str, handlers: dict[str, Handler]) -> Route:
             async def handle(request: Request) -> Response:
-                return await handlers["GET" if request.method == "HEAD" else request.method](request)
+                return await (handlers.get(request.method) or handlers["GET"])(request)  # HEAD as GET
 
             return Route(path, handle, methods=list(handlers))
 
@@ -3124,118 +2920,78 @@ class Api:
 
     # -- generations
 
-    @operation("POST", *WRITE, answers={"200": [Answer], "202": [Accepted]}, problems=WRITING, parameters=ASYNC)
-    async def generate(self, request: Request) -> Response:
-        """A badge as JSON, or `202` and its URL with `Prefer: respond-async`."""
-        _, generation = await self._posted(request)
-        headers = {"x-queue-position": str(generation.queued_position)}
+    async def generate(self, request: Request, model: type[GenerateRequest] = GenerateRequest) -> Response:
+        """A badge as JSON, as events, or later: the client's `Prefer`, `Accept` and `stream` choose."""
+        body, generation = await self._posted(request, model)
         if "respond-async" in ",".join(request.headers.getlist("prefer")):
             self.queue.keep(generation)
             location = f"/api/v1/generations/{generation.id}"
-            accepted = Accepted(id=generation.id, status=generation.state, events=location + "/events")
-            return as_json(
-                accepted.model_dump(), 202, headers | {"location": location, "preference-applied": "respond-async"}
-            )
+            headers = {"location": location, "preference-applied": "respond-async"}
+            return as_json(accepted(generation), 202, headers | queue_position(generation))
+        if body.stream or "text/event-stream" in request.headers.get("accept", ""):
+            return EventStreamResponse(self.queue, generation, body)
         answer = await finished(self.queue, generation)
-        return as_json(answer.model_dump(), headers=headers)
+        return as_json(answer.model_dump(), headers=queue_position(generation))
 
-    @operation("POST", *STREAM, answers={"200": [Event]}, problems=WRITING, parameters=VIEWS)
+    async def regenerate_field(self, request: Request) -> Response:
+        return await self.generate(request, RegenerateRequest)
+
     async def generate_stream(self, request: Request) -> Response:
-        """A badge as Server-Sent Events."""
-        body, generation = await self._posted(request)
+        body, generation = await self._posted(request, GenerateRequest)
         return EventStreamResponse(self.queue, generation, body)
 
-    @operation("GET", *STREAM, answers=RESUMED, problems="413 422 429 503", parameters=QUERY)
     async def eventsource(self, request: Request) -> Response:
         """The same for an EventSource; one that comes back goes on where it was."""
-        if request.method == "HEAD":
-            return Response(headers=EVENT_STREAM_HEADERS)
-        try:
-            body = GenerateRequest.model_validate_strings(dict(request.query_params), strict=False)
-        except ValidationError as error:
-            raise invalid(error) from None
+        body = validated(partial(GenerateRequest.model_validate_strings, strict=False), dict(request.query_params))
         if last := request.headers.get("last-event-id"):
             return self._resumed(last, body)
-        generation = self.queue.submit(await self._prompt(body), client_of(request), request.state.request_id)
+        generation = await self._submitted(request, body)
         return EventStreamResponse(self.queue, generation, body, grace=self.settings.resume_grace)
 
-    @operation(
-        "POST",
-        "/regenerate-field",
-        answers={"200": [Answer, Event]},
-        problems=WRITING,
-        parameters=VIEWS,
-        body=RegenerateRequest,
-    )
-    async def regenerate_field(self, request: Request) -> Response:
-        """The badge with one field written anew, as JSON or, where events are accepted, as events."""
-        body, generation = await self._posted(request, RegenerateRequest)
-        if "text/event-stream" in request.headers.get("accept", ""):
-            return EventStreamResponse(self.queue, generation, body)
-        return as_json((await finished(self.queue, generation)).model_dump())
+    async def no_events(self, request: Request) -> Response:
+        """HEAD starts nothing."""
+        return Response(headers=EVENT_STREAM_HEADERS)
 
-    @operation("POST", "/credentials", answers={"200": [OpenBadgeCredential]}, body=CredentialRequest)
     async def credentials(self, request: Request) -> Response:
-        """An unsigned OpenBadgeCredential; no engine is involved."""
-        document = await json_body(request)
-        try:
-            return as_json(build_credential(CredentialRequest.model_validate(document)))
-        except ValidationError as error:
-            raise invalid(error) from None
+        """An unsigned OpenBadgeCredential."""
+        return as_json(build_credential(validated(CredentialRequest.model_validate, await json_body(request))))
 
-    @operation("GET", "/generations/{id}", answers={"200": [GenerationState]})
     async def generation(self, request: Request) -> Response:
         """State and result of a generation."""
         generation = self._known(request)
         outcome = generation.outcome
-        return as_json(
-            {
-                "id": generation.id,
-                "status": generation.state,
-                "events": f"/api/v1/generations/{generation.id}/events",
-                "position": generation.position,
-                "result": outcome.model_dump() if isinstance(outcome, Answer) else None,
-                "error": problem(outcome, generation.request_id) if isinstance(outcome, ApiError) else None,
-            }
-        )
+        result = outcome.model_dump() if isinstance(outcome, Answer) else None
+        error = problem(outcome, generation.request_id) if isinstance(outcome, ApiError) else None
+        return as_json(accepted(generation) | {"position": generation.position, "result": result, "error": error})
 
-    @operation("DELETE", "/generations/{id}", answers={"204": []})
     async def cancel(self, request: Request) -> Response:
-        """Cancel a generation; its state stays to be seen."""
+        """Its state stays to be seen."""
         self.queue.end(self._known(request), Cancelled())
         return Response(status_code=204)
 
-    @operation("GET", "/generations/{id}/events", answers=RESUMED, problems="422", parameters=RESUME)
     async def generation_events(self, request: Request) -> Response:
-        """The events from the start, or after `Last-Event-ID`. This address needs no key: nobody can guess it."""
-        if request.method == "HEAD":
-            return Response(headers=EVENT_STREAM_HEADERS)
+        """The events from the start, or after `Last-Event-ID`."""
+        options = stream_options(request)
         if last := request.headers.get("last-event-id"):
-            return self._resumed(last, _options(request))
-        generation = self._known(request)
-        return EventStreamResponse(self.queue, generation, _options(request), grace=self.settings.resume_grace)
+            return self._resumed(last, options)
+        return EventStreamResponse(self.queue, self._known(request), options, grace=self.settings.resume_grace)
 
-    async def _posted(
-        self, request: Request, model: type[GenerateRequest] = GenerateRequest
-    ) -> tuple[GenerateRequest, Generation]:
-        """The generation that a POST asks for: a new one, or the one that its `Idempotency-Key` stands for.
-
-        What will be refused is refused before its body is waited for.
-        """
-        key = request.headers.get("idempotency-key")
-        if key is not None and not re.fullmatch(r"[\x21-\x7e]{1,255}", key):
-            raise InvalidRequest(errors=[_fault(["header", "Idempotency-Key"], "must be 1 to 255 visible characters")])
+    async def _posted(self, request: Request, model: type[GenerateRequest]) -> tuple[GenerateRequest, Generation]:
+        """The body of a POST and its generation. What will be refused is refused before the body is waited for."""
+        key = idempotency_key(request)
         if key is None:
-            self.queue.check_admission(client_of(request))
+            self.queue.check_admission(request.state.client)
         document = await json_body(request)
-        options = _options(request)
-        try:
-            body = model.model_validate(document)
-        except ValidationError as error:
-            raise invalid(error) from None
-        body = body.model_copy(update=options.model_dump(exclude_unset=True))
-        prompt = await self._prompt(body)
-        client, fingerprint = client_of(request), body.fingerprint()
+        options = stream_options(request)
+        body = validated(model.model_validate, document).model_copy(update=options.model_dump(exclude_unset=True))
+        return body, await self._submitted(request, body, key)
+
+    async def _submitted(self, request: Request, body: GenerateRequest, key: str | None = None) -> Generation:
+        """A new generation, or the one that this `Idempotency-Key` stands for."""
+        build = partial(build_prompt, body, self.system_prompt, self.engine.defaults)
+        # Markup that is made to be slow takes seconds for 256 KiB.
+        prompt = build() if len(body.content) < 2**12 else await asyncio.to_thread(build)
+        client, fingerprint = request.state.client, body.fingerprint()
         # From here to `remember` nothing is awaited, or two requests with one key would make two generations.
         generation = self.queue.join(client, key, fingerprint) if key is not None else None
         if generation is None:
@@ -3243,12 +2999,7 @@ class Api:
             if key is not None:
                 self.queue.remember(client, key, fingerprint, generation)
         request.state.generation = generation
-        return body, generation
-
-    async def _prompt(self, body: GenerateRequest) -> Prompt:
-        build = functools.partial(build_prompt, body, self.system_prompt, self.engine.defaults)
-        # Markup that is made to be slow takes seconds for 256 KiB.
-        return build() if len(body.content) < 2**12 else await asyncio.to_thread(build)
+        return generation
 
     def _known(self, request: Request) -> Generation:
         if (generation := self.queue.get(request.path_params["id"])) is None:
@@ -3268,38 +3019,39 @@ class Api:
 
     # -- state
 
-    @operation("GET", "/health", answers={"200": [Health], "503": [Health]})
     async def health(self, request: Request) -> Response:
-        """Engine, model and queue; 503 when no badge could be written now."""
+        """Engine, model and queue (contract 3.5); 503 when no badge could be written now."""
         settings, queue = self.settings, self.queue
         available, error = await self._state()
-        health = Health(
-            status="unhealthy" if error else "healthy",
-            engine=settings.engine,
-            ollama_url=re.sub(r"//[^/]*@", "//", settings.ollama_url),
-            available_models=available,
-            target_model=settings.model,
-            model_available=self.engine.has_model(available),
-            model_path=str(settings.model_path) if settings.model_path else None,
-            system_prompt_loaded=bool(self.system_prompt),
-            system_prompt_preview=self.system_prompt[:200],
-            active_requests=len(queue.running),
-            max_concurrent_requests=settings.workers,
-            queued_requests=queue.waiting,
-            max_queue=settings.max_queue,
-            queue_status="full" if queue.full else "busy" if queue.waiting else "ready",
-            multiplexing_enabled=settings.enable_multiplexing,
-            version=__version__,
-            error=error.detail if error else None,
-        )
-        return as_json(health.model_dump(), 503 if error else 200)
+        health = {
+            "status": "unhealthy" if error else "healthy",
+            "engine": settings.engine,
+            "ollama_url": re.sub(r"//[^/]*@", "//", settings.ollama_url),
+            "available_models": available,
+            "target_model": settings.model,
+            "model_available": self.engine.has_model(available),
+            "model_path": str(settings.model_path) if settings.model_path else None,
+            "system_prompt_loaded": bool(self.system_prompt),
+            "system_prompt_preview": self.system_prompt[:200],
+            "active_requests": len(queue.running),
+            "max_concurrent_requests": settings.workers,
+            "queued_requests": queue.waiting,
+            "max_queue": settings.max_queue,
+            "queue_status": "full" if queue.full else "busy" if queue.waiting else "ready",
+            "multiplexing_enabled": settings.enable_multiplexing,
+            "version": __version__,
+            "error": error.detail if error else self.engine.remark or None,
+        }
+        return as_json(health, 503 if error else 200)
 
-    @operation("GET", "/livez", answers={"200": [Status]})
     async def livez(self, request: Request) -> Response:
-        """The process is up."""
         return as_json({"status": "alive"})
 
-    @operation("GET", "/metrics", answers={"200": [Samples]})
+    async def readyz(self, request: Request) -> Response:
+        if error := (await self._state())[1]:
+            raise error
+        return as_json({"status": "ready"})
+
     async def metrics(self, request: Request) -> Response:
         """For Prometheus, in the format that it asks for."""
         metrics = self.queue.metrics
@@ -3309,14 +3061,6 @@ class Api:
         except (TypeError, ValueError):  # a version that is no number
             encode, content_type = choose_encoder("")
         return Response(encode(metrics.registry), headers={"content-type": content_type})
-
-    @operation("GET", "/readyz", answers={"200": [Status]}, problems="503")
-    async def readyz(self, request: Request) -> Response:
-        """Engine and model are ready."""
-        _, error = await self._state()
-        if error:
-            raise error
-        return as_json({"status": "ready"})
 
     async def _state(self) -> tuple[list[str], ApiError | None]:
         """The engine's models, and why no badge could be written now. Probes at the same time share one question."""
@@ -3333,29 +3077,16 @@ class Api:
 
     # -- pages
 
-    @operation("GET", "/openapi.json", answers={"200": [Links]})
-    async def openapi(self, request: Request) -> Response:
-        """This document."""
-        return Response(openapi_document(), media_type="application/json")
-
-    @operation("GET", "/", answers={"200": [Links, Page]})
     async def index(self, request: Request) -> Response:
         """The demo page to a browser, the paths to others."""
         if "text/html" in request.headers.get("accept", ""):
             return await self.demo(request)
         names = ("generate", "generate/stream", "health", "readyz", "metrics", "demo", "docs", "openapi.json")
-        links = {name: f"/{name}" for name in names}
-        return as_json({"name": "dccapi", "version": __version__, "links": links})
+        return as_json({"name": "dccapi", "version": __version__, "links": {name: f"/{name}" for name in names}})
 
-    @operation("GET", "/demo", answers={"200": [Page]})
     async def demo(self, request: Request) -> Response:
-        """The demo page."""
-        try:
-            return page(DEMO.read_text("utf-8"), img="'self' data: blob:")
-        except FileNotFoundError:
-            raise NotFound("This installation has no demo page; /docs shows every route.") from None
+        return page(installed(DEMO), img="'self' data: blob:")
 
-    @operation("GET", "/docs", answers={"200": [Page]})
     async def docs(self, request: Request) -> Response:
         """Swagger UI, without any other host."""
         return page(DOCS_PAGE, script="'self'", style="'self' 'unsafe-inline'", img="'self' data:")
@@ -3365,6 +3096,31 @@ class Api:
         if file not in DOCS_FILES:
             raise NotFound
         return FileResponse(swagger_ui.static_path / file, headers={"cache-control": "max-age=86400"})
+
+    async def openapi(self, request: Request) -> Response:
+        return Response(installed(OPENAPI), media_type="application/json")
+
+
+def as_json(document: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(document), status, headers, "application/json")
+
+
+def accepted(generation: Generation) -> dict[str, Any]:
+    """What is said of a generation before it has a result."""
+    events = f"/api/v1/generations/{generation.id}/events"
+    return {"id": generation.id, "status": generation.state, "events": events}
+
+
+def queue_position(generation: Generation) -> dict[str, str]:
+    return {"x-queue-position": str(generation.queued_position)}
+
+
+def installed(file: Path) -> str:
+    """The text of a file that an installation may lack."""
+    try:
+        return file.read_text("utf-8")
+    except FileNotFoundError:
+        raise NotFound(f"This installation lacks {file.name}; the project's repository has it.") from None
 
 
 def page(html: str, **sources: str) -> Response:
@@ -3398,199 +3154,27 @@ async def json_body(request: Request) -> dict[str, Any]:
     except ValueError:
         raise (InvalidJson if is_json else UnsupportedMediaType) from None
     if not isinstance(document, dict):
-        raise InvalidRequest(errors=[_fault(["body"], "must be a JSON object")])
+        raise invalid_field(["body"], "must be a JSON object")
     return document
 
 
-def _fault(loc: list[str], message: str) -> dict[str, Any]:
-    return {"loc": loc, "msg": message, "type": "value_error"}
-
-
-def _options(request: Request) -> StreamOptions:
+def validated(validate: Callable[[Any], Model], document: Any) -> Model:
     try:
-        return StreamOptions.model_validate_strings(_given(request.query_params))
+        return validate(document)
     except ValidationError as error:
         raise invalid(error) from None
 
 
-def client_of(request: Request) -> str:
-    """Who is asking, for `MAX_PER_CLIENT`: the key's name, else the address."""
-    return cast(str, request.state.client)
+def stream_options(request: Request) -> StreamOptions:
+    """How the client wants its events, from the query."""
+    return validated(StreamOptions.model_validate_strings, _given(request.query_params))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# OpenAPI
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def examples() -> dict[type[BaseModel], dict[str, Any]]:
-    """By model and name, made by what makes the answers; the same with each start."""
-    urn = "urn:uuid:0b9d1f0a-63a4-4c1e-9c53-2f4f5d0c7a11"
-    id, request_id = "Y7oWQd0Bq1xK3nZ5uT8vRg", "3f0c6c0a5b8e4e0f9a1d2c3b4a5f6e7d"
-    course = {"content": "Knots for climbers: figure eight, clove hitch, prusik. Practical exam on the wall."}
-    badge = Badge(
-        badge_name="Knots for Climbers",
-        badge_description="Ties and checks the knots that climbers trust their lives to.",
-        criteria=Criteria(narrative="Tied the figure eight, the clove hitch and the prusik in an exam on the wall."),
-    )
-    answer = Answer(
-        response=badge,
-        achievement=build_achievement(badge).model_copy(update={"id": urn}),
-        model="phi4badges",
-        usage=TokenUsage(prompt_tokens=540, completion_tokens=96, total_tokens=636),
-        finish_reason="stop",
-        request_id=request_id,
-    )
-    issuer = {"id": "https://example.edu", "name": "Example University"}
-    awarded = {"badge": badge.model_dump(), "issuer": issuer, "valid_from": "2026-01-31T12:00:00Z"}
-    credential = build_credential(CredentialRequest.model_validate(awarded)) | {"id": urn}
-    credential["credentialSubject"]["achievement"]["id"] = urn
-    accepted = {"id": id, "status": "queued", "events": f"/api/v1/generations/{id}/events"}
-    waiting = {**accepted, "position": 3, "result": None, "error": None}
-    generation = Generation(Prompt("", "", {}, {}), "", request_id, id=id, log=['{"badge_name": "Kn', "ots", answer])
-    views = StreamOptions(partial=True)
-    events = (
-        b"retry: 1000\n\n" + EventEncoder(generation, views).queue(3, 12.5) + EventEncoder(generation, views).pending()
-    )
-    generation.log[-1] = EngineTimeout()
-    options = {"badge_style": "Technical", "badge_level": "Beginner", "institution": "Example University"}
-    return {
-        GenerateRequest: {"short": course, "with options": {**course, **options, "seed": 1}},
-        RegenerateRequest: {"a name": {**course, "badge": badge.model_dump(), "field": "badge_name"}},
-        CredentialRequest: {"a badge": awarded},
-        Answer: {"a badge": answer.model_dump()},
-        Accepted: {"waiting": accepted},
-        GenerationState: {
-            "waiting": waiting,
-            "done": {**waiting, "status": "succeeded", "position": 0, "result": answer.model_dump()},
-        },
-        OpenBadgeCredential: {"unsigned": credential},
-        Event: {
-            "a badge": events.decode(),
-            "an error": EventEncoder(generation, views, seen=2).pending().decode(),
-        },
-        Status: {"up": {"status": "alive"}, "ready": {"status": "ready"}},
-        Samples: {"a gauge": "# TYPE dccapi_queue_depth gauge\ndccapi_queue_depth 3.0\n"},
-        Links: {"some": {"name": "dccapi", "version": __version__, "links": {"generate": "/generate"}}},
-        Page: {"a page": "<!doctype html>…"},
-        Health: {
-            "busy": dict.fromkeys(Health.model_fields)
-            | {"status": "healthy", "engine": "ollama", "ollama_url": "http://localhost:11434"}
-            | {"target_model": "phi4badges", "available_models": ["phi4badges:latest"], "model_available": True}
-            | {"system_prompt_loaded": True, "system_prompt_preview": "You write Open Badges 3.0 metadata…"}
-            | {"active_requests": 4, "max_concurrent_requests": 4, "queued_requests": 3, "max_queue": 64}
-            | {"queue_status": "busy", "multiplexing_enabled": True, "version": __version__}
-        },
-    }
-
-
-def errors_by_status() -> dict[int, list[ApiError]]:
-    """One of each kind of error that a client can meet."""
-    found: dict[int, list[ApiError]] = {}
-    faults = [{"loc": ["content"], "msg": "Field required", "type": "missing"}]
-    for kind in ApiError.__subclasses__():
-        error = kind(errors=faults) if kind is InvalidRequest else kind()
-        found.setdefault(kind.status, []).append(error)
-    return found
-
-
-@functools.cache
-def openapi_document() -> bytes:
-    """OpenAPI 3.1, made from the models that validate and answer."""
-    answering = {model for one in OPERATIONS for models in one.answers.values() for model in models}
-    bodies = {one.body for one in OPERATIONS}
-    models: Any = [(model, "validation") for model in bodies]
-    models += [(model, "serialization") for model in answering | {Problem, *EVENTS}]
-    _, definitions = models_json_schema(models, ref_template="#/components/schemas/{model}")
-    schemas = definitions["$defs"]
-    schemas["TokenEvent"]["required"].remove("accumulated")
-    fields = schemas["GenerateRequest"]["properties"]
-    for name in ("GenerateRequest", "RegenerateRequest", "BadgeOptions"):
-        properties = schemas[name]["properties"]
-        properties |= {choice: {"enum": list(values)} for choice, values in CHOICES.items()}
-        given = {key: schema for key, schema in properties.items() if key not in ("content", "badge", "field")}
-        properties |= {key: {"anyOf": [schema, {"enum": [*NOT_GIVEN, None]}]} for key, schema in given.items()}
-        if "content" in properties:
-            # `course_input` stands for `content` where that is not given, and is ignored where it is.
-            absent = {"enum": [*NOT_GIVEN, None]}
-            instead = {"course_input": properties["content"], "content": absent}
-            schemas[name]["anyOf"] = [{"required": ["content"]}, {"properties": instead, "required": ["course_input"]}]
-            schemas[name]["required"].remove("content")
-    samples = examples()
-    shown = {**samples[GenerateRequest]["short"], "id": samples[Accepted]["waiting"]["id"], "Prefer": "respond-async"}
-    shown |= {"Idempotency-Key": "course-4711", "Last-Event-ID": f"{shown['id']}.2"}
-
-    def content(media_type: str, model: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
-        named = {name: {"value": value} for name, value in values.items()}
-        return {media_type: {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}, "examples": named}}
-
-    def parameter(name: str) -> dict[str, Any]:
-        example = {"example": shown[name]} if name in shown else {}
-        if name in fields:
-            return {"name": name, "in": "query", "required": name == "content", "schema": fields[name], **example}
-        if name == "id":
-            return {"name": name, "in": "path", "required": True, "schema": {"type": "string"}, **example}
-        pattern = {"pattern": "^[!-~]{1,255}$"} if name == "Idempotency-Key" else {}
-        # Swagger UI would send the parameter's `example` with every request, and get no badge.
-        schema = {"type": "string", **pattern, "examples": [shown[name]]}
-        return {"name": name, "in": "header", "required": False, "schema": schema}
-
-    problems = {}
-    for status, errors in errors_by_status().items():
-        fixed = {"timestamp": "2026-01-31T12:00:00.000+00:00"}
-        values = {error.code: problem(error, "3f0c6c0a5b8e4e0f9a1d2c3b4a5f6e7d") | fixed for error in errors}
-        problems[str(status)] = {
-            "description": HTTPStatus(status).phrase,
-            "content": content("application/problem+json", Problem, values),
-        }
-    paths: dict[str, dict[str, Any]] = {}
-    for one in OPERATIONS:
-        may_fail = ["414", *one.problems.split()]
-        may_fail += ["400", "408", "413", "415", "422"] if one.method == "POST" else []
-        may_fail += ["404"] if "{id}" in one.path else []
-        may_fail += ["401"] if one.path not in OPEN_PATHS else []
-        responses: dict[str, Any] = {code: {"$ref": f"#/components/responses/{code}"} for code in sorted(may_fail)}
-        for answer, answers in one.answers.items():
-            about = inspect.getdoc(answers[0]) if answers else None
-            responses[answer] = {"description": about or HTTPStatus(int(answer)).phrase}
-            for model in answers:
-                media_type = MEDIA_TYPES.get(model, "application/json")
-                responses[answer].setdefault("content", {}).update(content(media_type, model, samples[model]))
-        members: dict[str, Any] = {
-            "summary": one.summary,
-            "tags": [TAGS.get(next(iter(one.answers.get("200", [])), None), "Badges")],
-            "operationId": f"{one.handler}_{one.path.strip('/').replace('/', '_')}",
-            "parameters": [parameter(name) for name in (*re.findall(r"{(\w+)}", one.path), *one.parameters)],
-            "responses": responses,
-        }
-        if one.method == "POST":
-            body = content("application/json", one.body, samples[one.body])
-            members["requestBody"] = {"required": True, "content": body}
-        if one.path in OPEN_PATHS:
-            members["security"] = []
-        paths.setdefault(one.path, {})[one.method.lower()] = members
-
-    document = {
-        "openapi": "3.1.0",
-        "info": {
-            "title": "dccapi",
-            "version": __version__,
-            "license": {"name": "MIT", "identifier": "MIT"},
-            "description": "Open Badges 3.0 drafts from course descriptions. Every path stands at the root as well.",
-        },
-        "servers": [{"url": "/api/v1"}],
-        "paths": paths,
-        "components": {
-            "schemas": schemas,
-            "responses": problems,
-            "securitySchemes": {
-                "bearer": {"type": "http", "scheme": "bearer"},
-                "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
-            },
-        },
-        "security": [{}, {"bearer": []}, {"key": []}],
-    }
-    return orjson.dumps(document)
+def idempotency_key(request: Request) -> str | None:
+    key = request.headers.get("idempotency-key")
+    if key is not None and not re.fullmatch(r"[\x21-\x7e]{1,255}", key):
+        raise invalid_field(["header", "Idempotency-Key"], "must be 1 to 255 visible characters")
+    return key
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3759,8 +3343,8 @@ class Exchange:
             self._timer = self._loop.call_at(min(self._offered, now) + patience, self._check)
 
 
-class Problems:
-    """The one place that turns errors into application/problem+json; inside CORS, so that browsers can read them."""
+class Admission:
+    """Finds out who asks, by key or else by address, and refuses who may not (contract 3.4)."""
 
     def __init__(self, app: ASGIApp, settings: Settings, queue: GenerationQueue) -> None:
         self.app = app
@@ -3768,48 +3352,20 @@ class Problems:
         self.queue = queue
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        started = False
+        if scope["type"] == "http":
+            scope["state"]["client"] = self._client(scope)
+        await self.app(scope, receive, send)
 
-        async def watched_send(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
-        try:
-            self._admit(scope)
-            await self.app(scope, receive, watched_send)
-        except Exception as raised:
-            error = _as_api_error(raised)
-            if error is None:
-                log.exception("request %s failed", scope["state"]["request_id"])
-                error = ApiError()
-            if started:
-                raise
-            if "generation" not in scope["state"] and _short_path(scope) not in OPEN_PATHS:
-                self.queue.metrics.rejected(error)
-            headers = dict(error.headers)
-            if error.retry_after is not None:
-                headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
-            document = problem(error, scope["state"]["request_id"])
-            response = Response(orjson.dumps(document), error.status, headers, "application/problem+json")
-            await response(scope, receive, send)
-
-    def _admit(self, scope: Scope) -> None:
-        """Find out who asks; raise UriTooLong or Unauthorized."""
-        headers = Headers(scope=scope)
-        client = _address(scope, headers, self.settings)
+    def _client(self, scope: Scope) -> str:
+        """Who is asking, for MAX_PER_CLIENT. Raises UriTooLong or Unauthorized."""
         if len(scope["query_string"]) > MAX_QUERY:
             raise UriTooLong
-        path = _short_path(scope)
-        if self.settings.keys and path not in OPEN_PATHS and not path.startswith("/docs/"):
-            name = _key_name(headers, self.settings.keys)
-            if name is None and not self._is_capability(scope["method"], path):
-                raise Unauthorized(headers={"www-authenticate": 'Bearer realm="dccapi"'})
-            client = name or client
-        scope["state"]["client"] = client
+        headers, path = Headers(scope=scope), _short_path(scope)
+        name = _key_name(headers, self.settings.keys)
+        is_open = not self.settings.keys or path in OPEN_PATHS or path.startswith("/docs/")
+        if name is None and not is_open and not self._is_capability(scope["method"], path):
+            raise Unauthorized(headers={"www-authenticate": 'Bearer realm="dccapi"'})
+        return name or _address(scope, headers, self.settings)
 
     def _is_capability(self, method: str, path: str) -> bool:
         """Whether it is the unguessable URL of a generation's events: an EventSource cannot send a key."""
@@ -3817,18 +3373,28 @@ class Problems:
         return method == "GET" and events is not None and self.queue.get(events[1]) is not None
 
 
+async def as_problem(request: Request, raised: Exception) -> Response:
+    """Any exception as application/problem+json; the only place that does so."""
+    state, path = request.scope["state"], _short_path(request.scope)
+    if isinstance(raised, HTTPException):  # the router's
+        error = {404: NotFound, 405: MethodNotAllowed}.get(raised.status_code, ApiError)(headers=raised.headers or {})
+    elif isinstance(raised, ApiError):
+        error = raised
+    else:
+        log.error("request %s failed: %s", state["request_id"], described(raised))
+        error = ApiError()
+    if "generation" not in state and path not in OPEN_PATHS:
+        request.app.queue.metrics.rejected(error)
+    headers = dict(error.headers)
+    if error.retry_after is not None:
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
+    document = problem(error, state["request_id"])
+    return Response(orjson.dumps(document), error.status, headers, "application/problem+json")
+
+
 def _short_path(scope: Scope) -> str:
     """The path without the prefix under which each stands as well."""
     return cast(str, scope["path"]).removeprefix("/api/v1") or "/"
-
-
-def _as_api_error(raised: Exception) -> ApiError | None:
-    if isinstance(raised, ApiError):
-        return raised
-    if isinstance(raised, HTTPException):
-        headers = {name.lower(): value for name, value in (raised.headers or {}).items()}
-        return {404: NotFound, 405: MethodNotAllowed}.get(raised.status_code, ApiError)(headers=headers)
-    return None
 
 
 def _key_name(headers: Headers, keys: Mapping[str, bytes]) -> str | None:
@@ -4184,7 +3750,7 @@ vars(hypercorn.asyncio.run)["raise_shutdown"] = raise_shutdown_after_drain
 
 
 def create_app(settings: Settings, bound: list[str] | None = None) -> Guard:
-    """The ASGI application: Guard, CORS, Problems, routes, in this order. `bound` is named in the start's log line."""
+    """The ASGI application: Guard, CORS, errors, Admission, routes. `bound` is named in the start's log line."""
     engine = cast(Engine, ENGINES[settings.engine](settings))
     queue = GenerationQueue(settings, engine)
     api = Api(settings, queue, engine)
@@ -4212,7 +3778,8 @@ def create_app(settings: Settings, bound: list[str] | None = None) -> Guard:
             await queue.stop()
 
     app: ASGIApp = Router(api.routes(), lifespan=lifespan, redirect_slashes=False)
-    app = Problems(app, settings, queue)
+    app = Admission(app, settings, queue)
+    app = ExceptionMiddleware(app, {Exception: as_problem, HTTPException: as_problem})
     app = CORSMiddleware(
         app,
         allow_origins=_listed(settings.allowed_origins),

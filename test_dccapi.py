@@ -631,6 +631,18 @@ async def test_accumulated_and_partial_are_said_in_the_query_or_in_the_body(
         assert named(events, "partial")[-1]["badge"] == json.loads(badge_json())
 
 
+@pytest.mark.parametrize("path", ["/generate", "/generate-badge-suggestions"])
+@pytest.mark.parametrize(("said", "headers"), [({"stream": True}, []), ({}, [("accept", "text/event-stream")])])
+async def test_generate_answers_with_events_where_the_body_or_accept_says_so(
+    path: str, said: dict[str, bool], headers: list[tuple[str, str]]
+) -> None:
+    async with serving() as service, await service.connect() as connection:
+        events = await events_of(connection, await connection.request("POST", path, headers, COURSE | said))
+        assert len(named(events, "token")) == len(badge_pieces())
+        assert events[-1]["data"]["type"] == "final"
+        assert (await ask(service, COURSE | {"stream": False}, path)).headers["content-type"] == "application/json"
+
+
 BOTH_VIEWS = pytest.mark.parametrize("path", ["/generate", "/api/v1/generate/stream"])
 
 
@@ -875,10 +887,11 @@ OPEN = {"/", "/demo", "/docs", "/openapi.json", "/livez", "/readyz"}
 async def test_with_keys_on_only_the_pages_and_the_probes_answer_without_one(prefix: str) -> None:
     async with serving(api_keys="lms:s3cret") as service:
         generation = service.queue.submit(dccapi.build_prompt(dccapi.GenerateRequest(**COURSE), "", {}), "lms", "r1")
-        for operation in dccapi.OPERATIONS:
-            path = prefix + operation.path.replace("{id}", generation.id)
-            response = await ask(service, COURSE if operation.method == "POST" else None, path, operation.method)
-            if operation.path in OPEN or operation.handler == "generation_events":
+        document = (await ask(service, None, f"{prefix}/openapi.json", "GET")).json()
+        for route, method in [(route, method) for route, item in document["paths"].items() for method in item]:
+            path = prefix + route.replace("{id}", generation.id)
+            response = await ask(service, COURSE if method == "post" else None, path, method.upper())
+            if route in OPEN or route == "/generations/{id}/events":
                 assert response.status == 200, path
             else:
                 problem_in(response, 401, "unauthorized")

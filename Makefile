@@ -23,7 +23,7 @@ CHECK_SHA256 := import hashlib, sys; \
 COMPILE := pip compile --no-config --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-emit-find-links --no-header --no-annotate
 
-.PHONY: help install model certs demo run test quick bench lint lock clean
+.PHONY: help install model certs demo run test quick bench openapi lint lock clean
 
 help:
 	@echo "make install  .venv with all that running and testing need (PYTHON=… picks the Python)"
@@ -32,6 +32,7 @@ help:
 	@echo "make test     every test (ARGS=… goes to pytest)"
 	@echo "make quick    the tests without browser, containers, nginx, real model and load: under 90 seconds"
 	@echo "make bench    the speed beside that of peers, about 4 minutes (ARGS=\"--real --json bench.json\"; ARGS=--help)"
+	@echo "make openapi  examples/openapi.json anew, after a change of routes, requests or errors"
 	@echo "make lint     ruff and mypy"
 	@echo "make model    the small model into model/ (93 MB, once)"
 	@echo "make certs    a self-signed certificate for localhost into certs/, unless there is one"
@@ -95,6 +96,9 @@ quick: install
 
 bench: install
 	@$(VENV_PYTHON) tools/bench.py $(ARGS)
+
+openapi: install
+	@$(VENV_PYTHON) tools/openapi.py
 
 lint: install
 	@$(VENV_PYTHON) -m ruff check .

@@ -670,7 +670,7 @@ def too_long(prompt: Prompt, limit: int | None, tokens: int | None = None, answe
 PLACEHOLDERS = frozenset(
     "string text badge badgename badgetitle badgedescription name title description criteria narrative "  # noqa: SIM905
     "criterianarrative object value example placeholder todo tbd null none na".split()
-)
+) | {""}
 _THOUGHT = "think|thinking|thoughts?|reasoning"
 # What marks a model's thoughts in its text: the tags of DeepSeek-R1, Qwen3, Seed, Magistral, Kimi, Command A and
 # OpenThinker, and the channels of gpt-oss, whose marks some servers strip ("assistantfinal"). One more: `{"`, where a
@@ -682,9 +682,11 @@ _CLOSES += r"|<\|channel\|?>\s*final|assistantfinal|<channel\|>"
 THOUGHTS_END = re.compile(rf"(?i){_CLOSES}")
 MARK = re.compile(rf"(?i)(?P<closes>{_CLOSES})|(?P<opens>{_OPENS})|(?P<object>\{{\s*(?:\"|\Z))")
 LONGEST_MARK = 64
-MAX_OBJECTS = 64  # of one text that are looked at: each may be read to the end of the text
-NOT_PROSE = re.compile(r"[\W_]*(json)?[\W_]*", re.I)  # before an object: nothing, or the fence of a code block
-PLAIN = re.compile(r'[^"\\\x00-\x1f\x7f-\x9f\ud800-\udfff]*[^\s"\\\x00-\x1f\x7f-\x9f\ud800-\udfff] ?').fullmatch
+LONGEST_LAYOUT = 256  # characters between two texts of a badge that are kept as they were written
+MAX_READ = 2**19  # characters of the objects of one text that are read in search of a badge: they may lie in each other
+NOT_PROSE = re.compile(r"[\W_]*+(?:json)?+[\W_]*+", re.I)  # before an object: nothing, or the fence of a code block
+PLAIN = re.compile(r'[^"\\\x00-\x1f\x7f-\x9f\ud800-\udfff]*[^\s"\\\x00-\x1f\x7f-\x9f\ud800-\udfff]').fullmatch
+BULLET = re.compile(r"\A\s*(?:[-*•]\s+)?")
 STRING_RUN = re.compile(r'[^"\\]+')
 ESCAPE = re.compile(r'\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|["\\/bfnrt]|[^u])')
 ESCAPE_BEGUN = re.compile(r"\\(?:u[0-9a-fA-F]{0,3}|u[dD][89abAB][0-9a-fA-F]{2}(?:\\(?:u[0-9a-fA-F]{0,3})?)?)?\Z")
@@ -701,6 +703,10 @@ def _after(beginning: str, text: str) -> str:
     count = len("".join(beginning.split()))
     begins = re.match(rf"(?:\s*\S){{{count}}}", text)
     return text[begins.end() :] if begins and "".join(begins[0].split()) == "".join(beginning.split()) else ""
+
+
+def _says_nothing(text: str) -> bool:
+    return re.sub(r"[\W_]+", "", text).casefold() in PLACEHOLDERS
 
 
 class BadgeReader:
@@ -731,6 +737,8 @@ class BadgeReader:
         self._run = self._object()
 
     def feed(self, piece: str) -> str:
+        if self._at - self._mark > LONGEST_LAYOUT:  # not the structure of a badge
+            self._mark = self._at
         self._text = self._text[self._mark :] + piece
         self._at, self._mark = self._at - self._mark, 0
         try:
@@ -761,9 +769,8 @@ class BadgeReader:
         if not self.done:
             raise InvalidModelOutput
         texts = {name: "".join(pieces) for name, pieces in self.fields.items()}
-        for text in texts.values():
-            if re.sub(r"[\W_]+", "", text).casefold() in PLACEHOLDERS | {""}:
-                raise InvalidModelOutput
+        if any(map(_says_nothing, texts.values())):
+            raise InvalidModelOutput
         if re.search(r"[\n\t]", texts.get("badge_name", "")):
             raise InvalidModelOutput
         narrative = texts.pop("criteria", None)
@@ -781,6 +788,9 @@ class BadgeReader:
         yield from self._expect("{")
         while (yield from self._peek()) == "{" and not self.fields:
             self._at += 1  # some models open it twice
+        if self._kept:
+            self._out.append(orjson.dumps(self._kept).decode()[:-1])
+            self._mark = self._at
         while (yield from self._peek()) != "}":
             key = yield from self._string()
             yield from self._expect(":")
@@ -825,7 +835,7 @@ class BadgeReader:
         """A text, or a list of texts, of the badge."""
         if first not in '"[' or (first == "[" and name == "badge_name"):
             raise BrokenBadge
-        self._emit(self._before() + opening)
+        self._emit((", " if self.fields or self._kept else "{") + opening)
         self._out.append('"')
         self._closing, self._writing = closing, True
         self.fields[name] = self.said = []
@@ -835,20 +845,13 @@ class BadgeReader:
             self._at += 1
             item, between = ("- ", "\n") if name == "criteria" else ("", " ")
             while (yield from self._peek()) == '"':
-                self._render(between * bool(self.said) + item)
-                yield from self._string(render=True)
+                yield from self._string(render=True, item=between * bool(self.said) + item)
             yield from self._expect("]")
-        if name == "badge_description" and not self._names_institution():
+        if name == "badge_description" and not (_says_nothing("".join(self.said)) or self._names_institution()):
             self._render(f" ({self._institution})")
         self._closing, self._writing = closing[1:], False
         self._out.append('"')
         self._mark = self._at
-
-    def _before(self) -> str:
-        """What comes before the next field."""
-        if self.fields:
-            return ", "
-        return orjson.dumps(self._kept).decode()[:-1] + ", " if self._kept else "{"
 
     def _emit(self, structure: str) -> None:
         """What stands between the texts: as the model laid it out, if that is the same apart from white space."""
@@ -861,7 +864,7 @@ class BadgeReader:
         self._out.append(written)
 
     def _go_ahead(self) -> None:
-        """Render the structure as far as it has come, where only what is wanted can follow."""
+        """Render the structure as far as it has come, where nothing else can follow in a badge."""
         if self._writing or not (written := self._text[self._mark :]):
             return
         ahead = self._ahead + "".join(written.split())
@@ -869,8 +872,9 @@ class BadgeReader:
             wanted = ["}"]
         else:
             fields = ('"badge_name":', '"badge_description":', '"criteria":{"narrative":')
-            wanted = [self._before().strip() + field for field in fields if field.split('"')[1] not in self.fields]
-        if any(one.startswith(ahead) for one in wanted):
+            before = "," if self.fields or self._kept else "{"
+            wanted = [before + field for field in fields if field.split('"')[1] not in {**self.fields, **self._kept}]
+        if all(one.startswith(ahead) for one in wanted):
             self._out.append(written)
             self._mark, self._ahead = self._at, ahead
 
@@ -890,18 +894,18 @@ class BadgeReader:
             self.said.append(text)
             self._out.append(orjson.dumps(text)[1:-1].decode())
 
-    def _string(self, render: bool = False) -> Generator[None, None, str]:
-        """A string and its closing quote: rendered, trimmed, as it comes, or returned when it is whole."""
+    def _string(self, render: bool = False, item: str | None = None) -> Generator[None, None, str]:
+        """A string and its closing quote: rendered, trimmed, as it comes, or returned when it is whole.
+
+        An `item` of a list is rendered after that text, and without a bullet of the model's own.
+        """
         yield from self._expect('"')
         parts: list[str] = []
-        begun, said = False, ""
+        begun = False
         self._blank = ""
         while True:
             if self._at == len(self._text):
-                if said and self._blank == " ":  # between two words, as far as can be seen
-                    self._render(" ")
-                    self._blank = ""
-                self.plain, said = render and begun and not self._blank, ""
+                self.plain = begun and not self._blank
                 yield from self._more()
                 self.plain = False
             if self._text[self._at] == '"':
@@ -911,12 +915,14 @@ class BadgeReader:
             if not render:
                 parts.append(part)
                 continue
-            part = (self._blank + part) if begun else part.lstrip()
-            said = part.rstrip()
-            self._blank = part[len(said) :]
+            part = self._blank + part
+            if not begun:
+                part = part.lstrip() if item is None else BULLET.sub("", part)
+            said = "" if item is not None and not begun and part in "-*•" else part.rstrip()
+            self._blank = part[len(said) :][:MAX_BLANK_RUN]
             if said:
+                self._render(("" if begun else item or "") + said.replace("\r\n", "\n"))
                 begun = True
-                self._render(said.replace("\r\n", "\n"))
 
     def _characters(self) -> Generator[None, None, str]:
         """The next run of a string, or its next escape sequence, decoded; a backslash that escapes nothing stays."""
@@ -931,10 +937,8 @@ class BadgeReader:
         self._at = escape.end()
         try:
             return str(orjson.loads(f'"{escape[0]}"'))
-        except ValueError:
-            if escape[0].startswith("\\u"):
-                raise BrokenBadge from None  # half a surrogate pair
-            return escape[0]
+        except ValueError:  # half a surrogate pair, or a backslash that escapes nothing
+            return chr(int(escape[0][2:], 16)) if escape[0][1] == "u" else escape[0]
 
     def _tag_list(self) -> Iterator[None]:
         self._at += 1
@@ -951,6 +955,7 @@ class BadgeReader:
         depth = 0
         while True:
             mark = yield from self._peek()
+            self._mark = self._at
             if mark == '"':
                 yield from self._string()
             elif mark in "]}" and depth == 0:
@@ -999,7 +1004,6 @@ class Draft:
         self._reader: BadgeReader | None = None
         self._written: BadgeReader | None = None  # a badge that was rendered as it was written
         self._in_thoughts = self._after_thoughts = self._prose = self._told = False
-        self._tries = MAX_OBJECTS
 
     def feed(self, piece: str) -> str:
         """What this piece of the model's text adds to the JSON of the badge."""
@@ -1024,9 +1028,9 @@ class Draft:
 
     def _seek(self, piece: str) -> str:
         """Look for an object that may be rendered as it is written; the text from its beginning."""
-        text = self._outside + piece
-        while mark := (THOUGHTS_END if self._in_thoughts else MARK).search(text):
-            before, text = text[: mark.start()], text[mark.end() :]
+        text, at = self._outside + piece, 0
+        while mark := (THOUGHTS_END if self._in_thoughts else MARK).search(text, at):
+            before, at = text[at : mark.start()], mark.end()
             if self._in_thoughts or mark["closes"]:
                 if not self._in_thoughts:
                     self._written = None  # it was an idea
@@ -1035,12 +1039,11 @@ class Draft:
                 self._in_thoughts = True
             else:
                 self._prose = self._prose or not NOT_PROSE.fullmatch(before)
-                if not self._told and self._tries and (self._after_thoughts or not self._prose):
-                    self._tries -= 1
+                if not self._told and (self._after_thoughts or not self._prose):
                     self._reader, self._outside = self._new_reader(), ""
-                    return mark[0] + text
-        self._prose = self._prose or not NOT_PROSE.fullmatch(text[:-LONGEST_MARK])
-        self._outside = text[-LONGEST_MARK:]
+                    return text[mark.start() :]
+        self._prose = self._prose or not NOT_PROSE.fullmatch(text, at, len(text) - LONGEST_MARK)
+        self._outside = text[max(at, len(text) - LONGEST_MARK) :]
         return ""
 
     @property
@@ -1066,8 +1069,8 @@ class Draft:
     def _last_whole(self, text: str, cut: bool) -> tuple[Badge, str]:
         """The last whole badge after the thoughts, and its JSON. Raises InvalidModelOutput."""
         found: tuple[Badge, str] | None = None
-        at, tries = 0, MAX_OBJECTS
-        while (mark := MARK.search(text, at)) and tries:
+        at = read = 0
+        while mark := MARK.search(text, at):
             at = mark.end()
             if mark["opens"]:
                 end = THOUGHTS_END.search(text, at)
@@ -1075,14 +1078,17 @@ class Draft:
             if not mark["object"]:
                 found = None
                 continue
-            tries -= 1
-            reader = self._new_reader()
-            rendered = reader.feed(text[mark.start() :])
-            if not reader.done:
-                rendered += "" if found else reader.finish(cut)
+            reader, rendered, end = self._new_reader(), "", mark.start()
+            while end < len(text) and not (reader.done or reader.broken):
+                rendered += reader.feed(text[end : end + 4096])
+                end += 4096
+            if (read := read + end - mark.start()) > MAX_READ:
+                raise InvalidModelOutput
+            if not found:
+                rendered += reader.finish(cut)
             with contextlib.suppress(InvalidModelOutput):
                 found = reader.badge(), rendered
-                at = len(text) - len(reader.rest)
+                at = min(end, len(text)) - len(reader.rest)
         if found is None:
             raise InvalidModelOutput
         return found

@@ -657,12 +657,13 @@ def too_long(prompt: Prompt, limit: int | None, tokens: int | None = None, answe
     room = max(0, limit - min(answer or limit, limit // 4) - instructions)  # a quarter for the answer
     fits = min(words * 3 // 4, room * 3 // 4, words * room // max(1, tokens - instructions))
     shorten = shorten.replace("content", f"content to about {fits} words")
+    if not fits:
+        shorten = "Its operator has to give it a larger context: the instructions alone take most of this one."
     if answer and tokens <= limit:
-        detail = (
-            f"{has} and asks for up to {answer} more; the model's context holds {limit}. Lower max_tokens. {shorten}"
-        )
-    else:
-        detail = f"{has}; the model's context holds {limit}, its instructions and its answer included. {shorten}"
+        if limit - tokens >= limit // 4:
+            fits, shorten = words, f"Lower max_tokens to {limit - tokens}."
+        has += f" and asks for up to {answer} more"
+    detail = f"{has}; the model's context holds {limit}, its instructions and its answer included. {shorten}"
     return ContentTooLong(detail, context_tokens=limit, content_words_that_fit=fits, **members)
 
 
@@ -685,7 +686,7 @@ LONGEST_MARK = 64
 LONGEST_LAYOUT = 256  # characters between two texts of a badge that are kept as they were written
 MAX_READ = 2**19  # characters of the objects of one text that are read in search of a badge: they may lie in each other
 NOT_PROSE = re.compile(r"[\W_]*+(?:json)?+[\W_]*+", re.I)  # before an object: nothing, or the fence of a code block
-PLAIN = re.compile(r'[^"\\\x00-\x1f\x7f-\x9f\ud800-\udfff]*[^\s"\\\x00-\x1f\x7f-\x9f\ud800-\udfff]').fullmatch
+PLAIN = re.compile(r'[^"\\\x00-\x1f\x7f-\x9f\ud800-\udfff]*[^\s"\\\x00-\x1f\x7f-\x9f\ud800-\udfff] ?').fullmatch
 BULLET = re.compile(r"\A\s*(?:[-*•]\s+)?")
 STRING_RUN = re.compile(r'[^"\\]+')
 ESCAPE = re.compile(r'\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|["\\/bfnrt]|[^u])')
@@ -864,7 +865,7 @@ class BadgeReader:
         self._out.append(written)
 
     def _go_ahead(self) -> None:
-        """Render the structure as far as it has come, where nothing else can follow in a badge."""
+        """Render the structure as far as it has come, where a field of the badge can follow."""
         if self._writing or not (written := self._text[self._mark :]):
             return
         ahead = self._ahead + "".join(written.split())
@@ -874,7 +875,7 @@ class BadgeReader:
             fields = ('"badge_name":', '"badge_description":', '"criteria":{"narrative":')
             before = "," if self.fields or self._kept else "{"
             wanted = [before + field for field in fields if field.split('"')[1] not in {**self.fields, **self._kept}]
-        if all(one.startswith(ahead) for one in wanted):
+        if any(one.startswith(ahead) for one in wanted):
             self._out.append(written)
             self._mark, self._ahead = self._at, ahead
 
@@ -901,11 +902,14 @@ class BadgeReader:
         """
         yield from self._expect('"')
         parts: list[str] = []
-        begun = False
+        begun, said = False, ""
         self._blank = ""
         while True:
             if self._at == len(self._text):
-                self.plain = begun and not self._blank
+                if said and self._blank == " ":  # between two words, as far as can be seen
+                    self._render(" ")
+                    self._blank = ""
+                self.plain, said = begun and not self._blank, ""
                 yield from self._more()
                 self.plain = False
             if self._text[self._at] == '"':
@@ -1073,8 +1077,8 @@ class Draft:
         while mark := MARK.search(text, at):
             at = mark.end()
             if mark["opens"]:
-                end = THOUGHTS_END.search(text, at)
-                at = end.end() if end else len(text)
+                closing = THOUGHTS_END.search(text, at)
+                at = closing.end() if closing else len(text)
             if not mark["object"]:
                 found = None
                 continue
@@ -1543,7 +1547,7 @@ def conclude(generation: Generation, draft: Draft, usage: Usage, settings: Setti
         rest = draft.finish(cut=reached_limit)
     except InvalidModelOutput:
         if reached_limit and limit and usage.prompt_tokens + usage.completion_tokens >= limit - 1:
-            raise too_long(prompt, limit, usage.prompt_tokens, usage.completion_tokens) from None
+            raise too_long(prompt, limit, usage.prompt_tokens) from None
         if reached_limit:
             raise InvalidModelOutput(
                 "The language model reached max_tokens before the badge was complete. Try again with more max_tokens."
@@ -1930,7 +1934,7 @@ class GenerationQueue:
             if not piece:
                 continue
             call.first_token = call.first_token or call.last
-            if text := feed(piece):
+            if text := feed(piece[:MAX_OUTPUT_CHARS]):
                 generation.append(text)
             count += 1
             size += len(piece)
@@ -2190,16 +2194,17 @@ class Engine(Protocol):
 
 # How servers say that a prompt does not fit their context, and the figures that they give: what it holds, what the
 # prompt has, what was to be written. Sources: llama.cpp 17284 and its older wording; ollama llm/llama_server.go; vllm
-# 42474 and opencode PR 25230; sglang 4048; chat-ui 1149 (TGI); OpenAI, Mistral, LM Studio, llama-cpp-python.
+# 42474 and opencode PR 25230; sglang 4048; chat-ui 1149 (TGI);
+# lmstudio-bug-tracker 546, openclaude 353; OpenAI, Mistral, llama-cpp-python.
 TOO_LONG = re.compile(
-    r"(?i)context[ _](?:length|size|window)|maximum (?:model|context|input) length|max_new_tokens|prompt is too long"
-    r"|`inputs` must have less than|exceed_context_size|context the overflows"
+    r"(?i)context[ _](?:length|size|window)|maximum (?:model|context|input|allowed) length|max_new_tokens"
+    r"|prompt is too long|`inputs` must have less than|exceed_context_size|context the overflows|\bn_keep\b"
 )
 FIGURES = {
     "limit": r"n_ctx\D{1,4}(\d+)|context (?:length|size|window)\D{0,40}?(\d+)|model length of (\d+)|(\d+) maximum"
-    r"|<= (\d+)|less than (\d+)",
-    "tokens": r"n_prompt_tokens\D{1,4}(\d+)|(\d+) (?:tokens )?(?:in|from) the (?:input )?messages|first (\d+) tokens"
-    r"|(\d+) (?:`inputs`|input) tokens|(?:request|input|tokens|length) \((\d+)|\(length (\d+)"
+    r"|<= (\d+)|less than (\d+)|allowed length \((\d+)",
+    "tokens": r"(?:n_prompt_tokens|n_keep)\D{1,4}(\d+)|(\d+) (?:tokens )?(?:in|from) the (?:input )?messages"
+    r"|first (\d+) tokens|(\d+) (?:`inputs`|input) tokens|(?:request|input|tokens|length) \((\d+)|\(length (\d+)"
     r"|(?:resulted in|contains|Given:|too long:) (\d+)",
     "answer": r"(\d+) (?:tokens )?(?:in|for) the completion|(\d+) (?:`max_new_tokens`|output tokens)"
     r"|is too large: (\d+)",
@@ -2227,11 +2232,11 @@ FILTERED = (
 # client is told, with those words in the place of {}. Sources: ollama server/sched.go and llm/llama_server.go; continue
 # 11444, 12795; TranslateBooksWithLLMs PR 280; Azure OpenAI's content filter; llama-server's 503.
 REFUSALS = {
-    r"requires more system memory \([\w. ]+\) than is available \([\w. ]+\)|out of memory": (
+    r"requires more system memory \([\d.]+ \w{1,3}\) than is available \([\d.]+ \w{1,3}\)|out[ -]of[ -]memory": (
         "The language model does not fit into its server's memory ({}). Its operator has to give it more, or choose a "
         "smaller model."
     ),
-    r"timed out waiting for [\w-]+(?: runner)? to start|unable to load model|error loading model": (
+    r"timed out waiting for llama[\w-]{0,9}(?: runner)? to start|unable to load model|error loading model": (
         "The language model's server cannot load the model ({}). Its operator finds the reason in that server's log."
     ),
     r"does not support (?:generate|chat|completions?)\b": (
@@ -2262,8 +2267,12 @@ class Refused(EngineError):
     """The server refuses parts of the request."""
 
     def __init__(self, parts: Sequence[str]) -> None:
-        super().__init__()
-        self.parts = parts  # to leave out or rename, the first of those that were sent
+        super().__init__(
+            f"The language model's server does not take the request ({', '.join(parts)}). Its operator finds the "
+            "reason in that server's log."
+        )
+        self.code = EngineError.code
+        self.parts = parts  # of OPTIONAL_PARTS, to leave out or rename: the first of those that were sent
 
 
 class HttpEngine:
@@ -2330,9 +2339,9 @@ class HttpEngine:
 
         Where the server refuses a part of the request it is asked without, and that is remembered when it helped.
         """
-        was_known = self._known
+        was_known = self._known and not self._advice
         if not was_known:
-            with contextlib.suppress(ApiError):
+            with contextlib.suppress(ApiError, AttributeError, TypeError):  # it is silent, or says nonsense
                 await self.introduce()
                 self._known = True
         without = self._without
@@ -2348,13 +2357,13 @@ class HttpEngine:
                     parts = error.parts if isinstance(error, Refused) else ()
                     part = next((part for part in parts if part in self.parts and part not in without), None)
                     if part is None:
-                        raise EngineError if isinstance(error, Refused) else error
+                        raise error
                     without |= {part}
             if not without <= self._without:
                 self._without |= without
                 log.warning("the engine is asked without %s from now on", " and ".join(sorted(without)))
-            yield response.content
             self._fault = ""
+            yield response.content
         except (aiohttp.ClientError, LineTooLong, OSError) as error:
             log.warning("the engine dropped a connection: %s", type(error).__name__)
             raise EngineError from error
@@ -2377,13 +2386,14 @@ class HttpEngine:
             except (aiohttp.ServerTimeoutError, TimeoutError) as error:
                 raise EngineTimeout(
                     "The language model's server took longer than CONNECT_TIMEOUT allows to accept a connection. "
-                    "Try again later."
+                    "Try again later.",
+                    retry_after=EngineUnreachable.retry_after,
                 ) from error
             except aiohttp.ClientResponseError as error:  # bytes had come
                 raise EngineError from error
             except (aiohttp.ClientError, OSError) as error:
-                self._known = False  # another one may be started in its place
                 if not reused:
+                    self._known = False  # another one may be started in its place
                     raise EngineUnreachable from error
         raise EngineUnreachable
 
@@ -2413,11 +2423,14 @@ class HttpEngine:
                 return EngineError(self._fault)
         if status == 503 and "loading model" in message.lower():  # llama-server
             return EngineUnreachable("The language model is being loaded. Try again in a moment.")
+        if status in (401, 403):
+            self._fault = "The language model's server does not take the service's key. Its operator has to correct it."
+            return EngineError(self._fault)
         if status == 404:
             self._known = False
             return ModelMissing()
         if status in (429, 503):
-            return QueueFull(retry_after=float(retry_after) if retry_after and retry_after.isdigit() else None)
+            return QueueFull(retry_after=float(retry_after) if retry_after and retry_after.isdecimal() else None)
         if status in (400, 422) or (status == 500 and re.search(r"'body', |\bin format\b|\binvalid format\b", message)):
             named = {part: re.search(f"(?i){words}", message) for part, words in OPTIONAL_PARTS.items()}
             found = sorted(((match.start(), part) for part, match in named.items() if match), key=lambda one: one[0])
@@ -2538,15 +2551,19 @@ class OllamaEngine(HttpEngine):
         if status != 200 or not isinstance(model, dict):
             return
         details, info = model.get("details") or {}, model.get("model_info") or {}
+        cannot_stop = "gptoss" in str(details.get("family")).replace("-", "")  # ollama docs/thinking
+        self._think = None
         if "thinking" in (model.get("capabilities") or []):
-            # gpt-oss cannot stop thinking (ollama docs/thinking).
-            self._think = "low" if "gptoss" in str(details.get("family")).replace("-", "") else False
+            self._think = "low" if cannot_stop else False
         own = next((value for key, value in info.items() if key.endswith(".context_length")), None)
         self.context = min(self.settings.num_ctx, own) if isinstance(own, int) else self.settings.num_ctx
-        template = str(model.get("template") or "")
-        if template and not re.search(r"\.(System|Messages)\b", template):
-            self._advice = "The model's template has no place for the system prompt: give its Modelfile a TEMPLATE."
-            log.warning(self._advice)
+        # Ollama's own template, or since 0.30 the model's, in Jinja; a renderer stands for either.
+        template, told = str(model.get("template") or ""), self._advice
+        has_place = not template or model.get("renderer") or re.search(r"(?i)\b(system|messages)\b", template)
+        advice = "The model's template has no place for the system prompt: give its Modelfile a TEMPLATE."
+        self._advice = "" if has_place else advice
+        if self._advice != told:
+            log.warning(self._advice or "The model's template has a place for the system prompt now.")
 
     def body(self, prompt: Prompt, without: frozenset[str]) -> dict[str, Any]:
         settings = self.settings
@@ -2630,6 +2647,7 @@ class OpenAIEngine(HttpEngine):
         return {"authorization": f"Bearer {key}"} if key else {}
 
     async def introduce(self) -> None:
+        self.context = None
         await self.models()
 
     def body(self, prompt: Prompt, without: frozenset[str]) -> dict[str, Any]:
@@ -2680,7 +2698,7 @@ class OpenAIEngine(HttpEngine):
                     await _let_end(answer)
                     break
                 document = _json_line(data)
-                if document.get("error"):
+                if document.get("error") or document.get("object") == "error":  # vLLM before 0.10
                     raise self.refusal(500, data, prompt)
                 counts = document.get("usage") or counts
                 for choice in document.get("choices") or []:
@@ -2697,7 +2715,7 @@ class OpenAIEngine(HttpEngine):
         if reason is None:
             return
         finished = finish_reason(reason)
-        if not written and reasoning.lstrip().startswith("{"):
+        if not written and re.fullmatch(r"\s*\{.*\}\s*", reasoning, re.S):
             yield reasoning  # the badge's JSON went to the wrong place (maclocal-api 44)
         counts = counts or {}
         # llama-cpp-python counts only what it does not stream.
@@ -2742,7 +2760,7 @@ class EmbeddedEngine(OpenAIEngine):
         super().__init__(settings)
         self._key = secrets.token_urlsafe(16)  # other users of this machine can reach the child's port
         self._ready, self._ended = asyncio.Event(), asyncio.Event()
-        self._fault = ""  # why the last child did not start
+        self._not_started = ""  # why the last child did not start
         self._supervisor: asyncio.Task[None] | None = None
 
     def headers(self) -> dict[str, str]:
@@ -2768,8 +2786,8 @@ class EmbeddedEngine(OpenAIEngine):
 
     async def url(self) -> str:
         """The child's address, once it listens: a restart takes seconds, for which a generation has its deadlines."""
-        if self._fault:
-            raise EngineUnreachable(f"The embedded language model cannot be started: {self._fault}")
+        if self._not_started:
+            raise EngineUnreachable(f"The embedded language model cannot be started: {self._not_started}")
         await self._ready.wait()
         return self.base_url
 
@@ -2806,8 +2824,8 @@ class EmbeddedEngine(OpenAIEngine):
             try:
                 process.stdin.write(self._key.encode() + b"\n")  # not in its arguments, which anyone can read
                 address = (await process.stdout.readline()).decode(errors="replace").strip()
-                self._fault = "" if address.startswith("http") else address
-                if address and not self._fault:
+                self._not_started = "" if address.startswith("http") else address
+                if address and not self._not_started:
                     self.base_url = f"{address}/v1"
                     self._ready.set()
                     log.info("embedded engine ready after %.1f s", time.monotonic() - started)
@@ -2820,7 +2838,10 @@ class EmbeddedEngine(OpenAIEngine):
                 await process.wait()
             delay = 0.5 if time.monotonic() - started > 30 else min(delay * 2, 30)
             log.error(
-                "the embedded engine ended with %s %s; next start in %.1f s", process.returncode, self._fault, delay
+                "the embedded engine ended with %s %s; next start in %.1f s",
+                process.returncode,
+                self._not_started,
+                delay,
             )
             await asyncio.sleep(delay)
 

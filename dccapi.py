@@ -792,7 +792,12 @@ class BadgeReader:
         if self._kept:
             self._out.append(orjson.dumps(self._kept).decode()[:-1])
             self._mark = self._at
-        while (yield from self._peek()) != "}":
+        depth = 0
+        while (mark := (yield from self._peek())) != "}" or depth:
+            if mark == "}":
+                self._at, depth = self._at + 1, depth - 1
+                self._mark = self._at
+                continue
             key = yield from self._string()
             yield from self._expect(":")
             first = yield from self._peek()
@@ -805,7 +810,7 @@ class BadgeReader:
             elif key in TAG_KEYS and first == "[":
                 yield from self._tag_list()
             elif first == "{" and not self.fields:
-                raise BrokenBadge  # the badge may be in there, and is found on its own
+                self._at, depth = self._at + 1, depth + 1  # the badge may be in there
             else:
                 yield from self._skip()
         self._at += 1

@@ -2206,8 +2206,8 @@ TOO_LONG = re.compile(
     r"|prompt is too long|`inputs` must have less than|exceed_context_size|context the overflows|\bn_keep\b"
 )
 FIGURES = {
-    "limit": r"n_ctx\D{1,4}(\d+)|context (?:length|size|window)\D{0,40}?(\d+)|model length of (\d+)|(\d+) maximum"
-    r"|<= (\d+)|less than (\d+)|allowed length \((\d+)",
+    "limit": r"n_ctx\D{1,4}(\d+)|context (?:length|size|window)(?: is| of)?(?: only)? \(?(\d+)"
+    r"|model length of (\d+)|(\d+) maximum|<= (\d+)|less than (\d+)|allowed length \((\d+)",
     "tokens": r"(?:n_prompt_tokens|n_keep)\D{1,4}(\d+)|(\d+) (?:tokens )?(?:in|from) the (?:input )?messages"
     r"|first (\d+) tokens|(\d+) (?:`inputs`|input) tokens|(?:request|input|tokens|length) \((\d+)|\(length (\d+)"
     r"|(?:resulted in|contains|Given:|too long:) (\d+)",
@@ -2424,8 +2424,10 @@ class HttpEngine:
                 return too_long(prompt, self.context)
         for pattern, told in REFUSALS.items():
             if said := re.search(f"(?i){pattern}", message):
-                self._fault = told.format(" ".join(said[0].split()))
-                return EngineError(self._fault)
+                sentence = told.format(" ".join(said[0].split()))
+                if told != FILTERED:  # which is about one course
+                    self._fault = sentence
+                return EngineError(sentence)
         if status == 503 and "loading model" in message.lower():  # llama-server
             return EngineUnreachable("The language model is being loaded. Try again in a moment.")
         if status in (401, 403):

@@ -629,12 +629,13 @@ def too_long(prompt: Prompt, limit: int | None, tokens: int | None = None, answe
     room = max(0, limit - min(answer or limit, limit // 4) - instructions)  # a quarter for the answer
     fits = min(words * 3 // 4, room * 3 // 4, words * room // max(1, tokens - instructions))
     shorten = shorten.replace("content", f"content to about {fits} words")
+    if not fits:
+        shorten = "Its operator has to give it a larger context: the instructions alone take most of this one."
     if answer and tokens <= limit:
-        detail = (
-            f"{has} and asks for up to {answer} more; the model's context holds {limit}. Lower max_tokens. {shorten}"
-        )
-    else:
-        detail = f"{has}; the model's context holds {limit}, its instructions and its answer included. {shorten}"
+        if limit - tokens >= limit // 4:
+            fits, shorten = words, f"Lower max_tokens to {limit - tokens}."
+        has += f" and asks for up to {answer} more"
+    detail = f"{has}; the model's context holds {limit}, its instructions and its answer included. {shorten}"
     return ContentTooLong(detail, context_tokens=limit, content_words_that_fit=fits, **members)
 
 
@@ -642,7 +643,7 @@ def too_long(prompt: Prompt, limit: int | None, tokens: int | None = None, answe
 PLACEHOLDERS = frozenset(
     "string text badge badgename badgetitle badgedescription name title description criteria narrative "  # noqa: SIM905
     "criterianarrative object value example placeholder todo tbd null none na".split()
-)
+) | {""}
 _THOUGHT = "think|thinking|thoughts?|reasoning"
 # What marks a model's thoughts in its text: the tags of DeepSeek-R1, Qwen3, Seed, Magistral, Kimi, Command A and
 # OpenThinker, and the channels of gpt-oss, whose marks some servers strip ("assistantfinal"). One more: `{"`, where a
@@ -654,9 +655,11 @@ _CLOSES += r"|<\|channel\|?>\s*final|assistantfinal|<channel\|>"
 THOUGHTS_END = re.compile(rf"(?i){_CLOSES}")
 MARK = re.compile(rf"(?i)(?P<closes>{_CLOSES})|(?P<opens>{_OPENS})|(?P<object>\{{\s*(?:\"|\Z))")
 LONGEST_MARK = 64
-MAX_OBJECTS = 64  # of one text that are looked at: each may be read to the end of the text
-NOT_PROSE = re.compile(r"[\W_]*(json)?[\W_]*", re.I)  # before an object: nothing, or the fence of a code block
+LONGEST_LAYOUT = 256  # characters between two texts of a badge that are kept as they were written
+MAX_READ = 2**19  # characters of the objects of one text that are read in search of a badge: they may lie in each other
+NOT_PROSE = re.compile(r"[\W_]*+(?:json)?+[\W_]*+", re.I)  # before an object: nothing, or the fence of a code block
 PLAIN = re.compile(r'[^"\\\x00-\x1f\x7f-\x9f\ud800-\udfff]*[^\s"\\\x00-\x1f\x7f-\x9f\ud800-\udfff] ?').fullmatch
+BULLET = re.compile(r"\A\s*(?:[-*•]\s+)?")
 STRING_RUN = re.compile(r'[^"\\]+')
 ESCAPE = re.compile(r'\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|["\\/bfnrt]|[^u])')
 ESCAPE_BEGUN = re.compile(r"\\(?:u[0-9a-fA-F]{0,3}|u[dD][89abAB][0-9a-fA-F]{2}(?:\\(?:u[0-9a-fA-F]{0,3})?)?)?\Z")
@@ -673,6 +676,10 @@ def _after(beginning: str, text: str) -> str:
     count = len("".join(beginning.split()))
     begins = re.match(rf"(?:\s*\S){{{count}}}", text)
     return text[begins.end() :] if begins and "".join(begins[0].split()) == "".join(beginning.split()) else ""
+
+
+def _says_nothing(text: str) -> bool:
+    return re.sub(r"[\W_]+", "", text).casefold() in PLACEHOLDERS
 
 
 class BadgeReader:
@@ -703,6 +710,8 @@ class BadgeReader:
         self._run = self._object()
 
     def feed(self, piece: str) -> str:
+        if self._at - self._mark > LONGEST_LAYOUT:  # not the structure of a badge
+            self._mark = self._at
         self._text = self._text[self._mark :] + piece
         self._at, self._mark = self._at - self._mark, 0
         try:
@@ -733,9 +742,8 @@ class BadgeReader:
         if not self.done:
             raise InvalidModelOutput
         texts = {name: "".join(pieces) for name, pieces in self.fields.items()}
-        for text in texts.values():
-            if re.sub(r"[\W_]+", "", text).casefold() in PLACEHOLDERS | {""}:
-                raise InvalidModelOutput
+        if any(map(_says_nothing, texts.values())):
+            raise InvalidModelOutput
         if re.search(r"[\n\t]", texts.get("badge_name", "")):
             raise InvalidModelOutput
         narrative = texts.pop("criteria", None)
@@ -753,7 +761,15 @@ class BadgeReader:
         yield from self._expect("{")
         while (yield from self._peek()) == "{" and not self.fields:
             self._at += 1  # some models open it twice
-        while (yield from self._peek()) != "}":
+        if self._kept:
+            self._out.append(orjson.dumps(self._kept).decode()[:-1])
+            self._mark = self._at
+        depth = 0
+        while (mark := (yield from self._peek())) != "}" or depth:
+            if mark == "}":
+                self._at, depth = self._at + 1, depth - 1
+                self._mark = self._at
+                continue
             key = yield from self._string()
             yield from self._expect(":")
             first = yield from self._peek()
@@ -766,7 +782,7 @@ class BadgeReader:
             elif key in TAG_KEYS and first == "[":
                 yield from self._tag_list()
             elif first == "{" and not self.fields:
-                raise BrokenBadge  # the badge may be in there, and is found on its own
+                self._at, depth = self._at + 1, depth + 1  # the badge may be in there
             else:
                 yield from self._skip()
         self._at += 1
@@ -797,7 +813,7 @@ class BadgeReader:
         """A text, or a list of texts, of the badge."""
         if first not in '"[' or (first == "[" and name == "badge_name"):
             raise BrokenBadge
-        self._emit(self._before() + opening)
+        self._emit((", " if self.fields or self._kept else "{") + opening)
         self._out.append('"')
         self._closing, self._writing = closing, True
         self.fields[name] = self.said = []
@@ -807,20 +823,13 @@ class BadgeReader:
             self._at += 1
             item, between = ("- ", "\n") if name == "criteria" else ("", " ")
             while (yield from self._peek()) == '"':
-                self._render(between * bool(self.said) + item)
-                yield from self._string(render=True)
+                yield from self._string(render=True, item=between * bool(self.said) + item)
             yield from self._expect("]")
-        if name == "badge_description" and not self._names_institution():
+        if name == "badge_description" and not (_says_nothing("".join(self.said)) or self._names_institution()):
             self._render(f" ({self._institution})")
         self._closing, self._writing = closing[1:], False
         self._out.append('"')
         self._mark = self._at
-
-    def _before(self) -> str:
-        """What comes before the next field."""
-        if self.fields:
-            return ", "
-        return orjson.dumps(self._kept).decode()[:-1] + ", " if self._kept else "{"
 
     def _emit(self, structure: str) -> None:
         """What stands between the texts: as the model laid it out, if that is the same apart from white space."""
@@ -833,7 +842,7 @@ class BadgeReader:
         self._out.append(written)
 
     def _go_ahead(self) -> None:
-        """Render the structure as far as it has come, where only what is wanted can follow."""
+        """Render the structure as far as it has come, where a field of the badge can follow."""
         if self._writing or not (written := self._text[self._mark :]):
             return
         ahead = self._ahead + "".join(written.split())
@@ -841,7 +850,8 @@ class BadgeReader:
             wanted = ["}"]
         else:
             fields = ('"badge_name":', '"badge_description":', '"criteria":{"narrative":')
-            wanted = [self._before().strip() + field for field in fields if field.split('"')[1] not in self.fields]
+            before = "," if self.fields or self._kept else "{"
+            wanted = [before + field for field in fields if field.split('"')[1] not in {**self.fields, **self._kept}]
         if any(one.startswith(ahead) for one in wanted):
             self._out.append(written)
             self._mark, self._ahead = self._at, ahead
@@ -862,8 +872,11 @@ class BadgeReader:
             self.said.append(text)
             self._out.append(orjson.dumps(text)[1:-1].decode())
 
-    def _string(self, render: bool = False) -> Generator[None, None, str]:
-        """A string and its closing quote: rendered, trimmed, as it comes, or returned when it is whole."""
+    def _string(self, render: bool = False, item: str | None = None) -> Generator[None, None, str]:
+        """A string and its closing quote: rendered, trimmed, as it comes, or returned when it is whole.
+
+        An `item` of a list is rendered after that text, and without a bullet of the model's own.
+        """
         yield from self._expect('"')
         parts: list[str] = []
         begun, said = False, ""
@@ -873,7 +886,7 @@ class BadgeReader:
                 if said and self._blank == " ":  # between two words, as far as can be seen
                     self._render(" ")
                     self._blank = ""
-                self.plain, said = render and begun and not self._blank, ""
+                self.plain, said = begun and not self._blank, ""
                 yield from self._more()
                 self.plain = False
             if self._text[self._at] == '"':
@@ -883,12 +896,14 @@ class BadgeReader:
             if not render:
                 parts.append(part)
                 continue
-            part = (self._blank + part) if begun else part.lstrip()
-            said = part.rstrip()
-            self._blank = part[len(said) :]
+            part = self._blank + part
+            if not begun:
+                part = part.lstrip() if item is None else BULLET.sub("", part)
+            said = "" if item is not None and not begun and part in "-*•" else part.rstrip()
+            self._blank = part[len(said) :][:MAX_BLANK_RUN]
             if said:
+                self._render(("" if begun else item or "") + said.replace("\r\n", "\n"))
                 begun = True
-                self._render(said.replace("\r\n", "\n"))
 
     def _characters(self) -> Generator[None, None, str]:
         """The next run of a string, or its next escape sequence, decoded; a backslash that escapes nothing stays."""
@@ -903,10 +918,8 @@ class BadgeReader:
         self._at = escape.end()
         try:
             return str(orjson.loads(f'"{escape[0]}"'))
-        except ValueError:
-            if escape[0].startswith("\\u"):
-                raise BrokenBadge from None  # half a surrogate pair
-            return escape[0]
+        except ValueError:  # half a surrogate pair, or a backslash that escapes nothing
+            return chr(int(escape[0][2:], 16)) if escape[0][1] == "u" else escape[0]
 
     def _tag_list(self) -> Iterator[None]:
         self._at += 1
@@ -923,6 +936,7 @@ class BadgeReader:
         depth = 0
         while True:
             mark = yield from self._peek()
+            self._mark = self._at
             if mark == '"':
                 yield from self._string()
             elif mark in "]}" and depth == 0:
@@ -971,7 +985,6 @@ class Draft:
         self._reader: BadgeReader | None = None
         self._written: BadgeReader | None = None  # a badge that was rendered as it was written
         self._in_thoughts = self._after_thoughts = self._prose = self._told = False
-        self._tries = MAX_OBJECTS
 
     def feed(self, piece: str) -> str:
         """What this piece of the model's text adds to the JSON of the badge."""
@@ -996,9 +1009,9 @@ class Draft:
 
     def _seek(self, piece: str) -> str:
         """Look for an object that may be rendered as it is written; the text from its beginning."""
-        text = self._outside + piece
-        while mark := (THOUGHTS_END if self._in_thoughts else MARK).search(text):
-            before, text = text[: mark.start()], text[mark.end() :]
+        text, at = self._outside + piece, 0
+        while mark := (THOUGHTS_END if self._in_thoughts else MARK).search(text, at):
+            before, at = text[at : mark.start()], mark.end()
             if self._in_thoughts or mark["closes"]:
                 if not self._in_thoughts:
                     self._written = None  # it was an idea
@@ -1007,12 +1020,11 @@ class Draft:
                 self._in_thoughts = True
             else:
                 self._prose = self._prose or not NOT_PROSE.fullmatch(before)
-                if not self._told and self._tries and (self._after_thoughts or not self._prose):
-                    self._tries -= 1
+                if not self._told and (self._after_thoughts or not self._prose):
                     self._reader, self._outside = self._new_reader(), ""
-                    return mark[0] + text
-        self._prose = self._prose or not NOT_PROSE.fullmatch(text[:-LONGEST_MARK])
-        self._outside = text[-LONGEST_MARK:]
+                    return text[mark.start() :]
+        self._prose = self._prose or not NOT_PROSE.fullmatch(text, at, len(text) - LONGEST_MARK)
+        self._outside = text[max(at, len(text) - LONGEST_MARK) :]
         return ""
 
     @property
@@ -1038,23 +1050,26 @@ class Draft:
     def _last_whole(self, text: str, cut: bool) -> tuple[Badge, str]:
         """The last whole badge after the thoughts, and its JSON. Raises InvalidModelOutput."""
         found: tuple[Badge, str] | None = None
-        at, tries = 0, MAX_OBJECTS
-        while (mark := MARK.search(text, at)) and tries:
+        at = read = 0
+        while mark := MARK.search(text, at):
             at = mark.end()
             if mark["opens"]:
-                end = THOUGHTS_END.search(text, at)
-                at = end.end() if end else len(text)
+                closing = THOUGHTS_END.search(text, at)
+                at = closing.end() if closing else len(text)
             if not mark["object"]:
                 found = None
                 continue
-            tries -= 1
-            reader = self._new_reader()
-            rendered = reader.feed(text[mark.start() :])
-            if not reader.done:
-                rendered += "" if found else reader.finish(cut)
+            reader, rendered, end = self._new_reader(), "", mark.start()
+            while end < len(text) and not (reader.done or reader.broken):
+                rendered += reader.feed(text[end : end + 4096])
+                end += 4096
+            if (read := read + end - mark.start()) > MAX_READ:
+                raise InvalidModelOutput
+            if not found:
+                rendered += reader.finish(cut)
             with contextlib.suppress(InvalidModelOutput):
                 found = reader.badge(), rendered
-                at = len(text) - len(reader.rest)
+                at = min(end, len(text)) - len(reader.rest)
         if found is None:
             raise InvalidModelOutput
         return found
@@ -1509,7 +1524,7 @@ def conclude(generation: Generation, draft: Draft, usage: Usage, settings: Setti
         rest = draft.finish(cut=reached_limit)
     except InvalidModelOutput:
         if reached_limit and limit and usage.prompt_tokens + usage.completion_tokens >= limit - 1:
-            raise too_long(prompt, limit, usage.prompt_tokens, usage.completion_tokens) from None
+            raise too_long(prompt, limit, usage.prompt_tokens) from None
         if reached_limit:
             raise InvalidModelOutput(
                 "The language model reached max_tokens before the badge was complete. Try again with more max_tokens."
@@ -1894,7 +1909,7 @@ class GenerationQueue:
             if not piece:
                 continue
             call.first_token = call.first_token or call.last
-            if text := feed(piece):
+            if text := feed(piece[:MAX_OUTPUT_CHARS]):
                 generation.append(text)
             count += 1
             size += len(piece)
@@ -2150,16 +2165,17 @@ class Engine(Protocol):
 
 # How servers say that a prompt does not fit their context, and the figures that they give: what it holds, what the
 # prompt has, what was to be written. Sources: llama.cpp 17284 and its older wording; ollama llm/llama_server.go; vllm
-# 42474 and opencode PR 25230; sglang 4048; chat-ui 1149 (TGI); OpenAI, Mistral, LM Studio, llama-cpp-python.
+# 42474 and opencode PR 25230; sglang 4048; chat-ui 1149 (TGI);
+# lmstudio-bug-tracker 546, openclaude 353; OpenAI, Mistral, llama-cpp-python.
 TOO_LONG = re.compile(
-    r"(?i)context[ _](?:length|size|window)|maximum (?:model|context|input) length|max_new_tokens|prompt is too long"
-    r"|`inputs` must have less than|exceed_context_size|context the overflows"
+    r"(?i)context[ _](?:length|size|window)|maximum (?:model|context|input|allowed) length|max_new_tokens"
+    r"|prompt is too long|`inputs` must have less than|exceed_context_size|context the overflows|\bn_keep\b"
 )
 FIGURES = {
-    "limit": r"n_ctx\D{1,4}(\d+)|context (?:length|size|window)\D{0,40}?(\d+)|model length of (\d+)|(\d+) maximum"
-    r"|<= (\d+)|less than (\d+)",
-    "tokens": r"n_prompt_tokens\D{1,4}(\d+)|(\d+) (?:tokens )?(?:in|from) the (?:input )?messages|first (\d+) tokens"
-    r"|(\d+) (?:`inputs`|input) tokens|(?:request|input|tokens|length) \((\d+)|\(length (\d+)"
+    "limit": r"n_ctx\D{1,4}(\d+)|context (?:length|size|window)(?: is| of)?(?: only)? \(?(\d+)"
+    r"|model length of (\d+)|(\d+) maximum|<= (\d+)|less than (\d+)|allowed length \((\d+)",
+    "tokens": r"(?:n_prompt_tokens|n_keep)\D{1,4}(\d+)|(\d+) (?:tokens )?(?:in|from) the (?:input )?messages"
+    r"|first (\d+) tokens|(\d+) (?:`inputs`|input) tokens|(?:request|input|tokens|length) \((\d+)|\(length (\d+)"
     r"|(?:resulted in|contains|Given:|too long:) (\d+)",
     "answer": r"(\d+) (?:tokens )?(?:in|for) the completion|(\d+) (?:`max_new_tokens`|output tokens)"
     r"|is too large: (\d+)",
@@ -2187,11 +2203,11 @@ FILTERED = (
 # client is told, with those words in the place of {}. Sources: ollama server/sched.go and llm/llama_server.go; continue
 # 11444, 12795; TranslateBooksWithLLMs PR 280; Azure OpenAI's content filter; llama-server's 503.
 REFUSALS = {
-    r"requires more system memory \([\w. ]+\) than is available \([\w. ]+\)|out of memory": (
+    r"requires more system memory \([\d.]+ \w{1,3}\) than is available \([\d.]+ \w{1,3}\)|out[ -]of[ -]memory": (
         "The language model does not fit into its server's memory ({}). Its operator has to give it more, or choose a "
         "smaller model."
     ),
-    r"timed out waiting for [\w-]+(?: runner)? to start|unable to load model|error loading model": (
+    r"timed out waiting for llama[\w-]{0,9}(?: runner)? to start|unable to load model|error loading model": (
         "The language model's server cannot load the model ({}). Its operator finds the reason in that server's log."
     ),
     r"does not support (?:generate|chat|completions?)\b": (
@@ -2222,8 +2238,12 @@ class Refused(EngineError):
     """The server refuses parts of the request."""
 
     def __init__(self, parts: Sequence[str]) -> None:
-        super().__init__()
-        self.parts = parts  # to leave out or rename, the first of those that were sent
+        super().__init__(
+            f"The language model's server does not take the request ({', '.join(parts)}). Its operator finds the "
+            "reason in that server's log."
+        )
+        self.code = EngineError.code
+        self.parts = parts  # of OPTIONAL_PARTS, to leave out or rename: the first of those that were sent
 
 
 class HttpEngine:
@@ -2290,9 +2310,9 @@ class HttpEngine:
 
         Where the server refuses a part of the request it is asked without, and that is remembered when it helped.
         """
-        was_known = self._known
+        was_known = self._known and not self._advice
         if not was_known:
-            with contextlib.suppress(ApiError):
+            with contextlib.suppress(ApiError, AttributeError, TypeError):  # it is silent, or says nonsense
                 await self.introduce()
                 self._known = True
         without = self._without
@@ -2308,13 +2328,13 @@ class HttpEngine:
                     parts = error.parts if isinstance(error, Refused) else ()
                     part = next((part for part in parts if part in self.parts and part not in without), None)
                     if part is None:
-                        raise EngineError if isinstance(error, Refused) else error
+                        raise error
                     without |= {part}
             if not without <= self._without:
                 self._without |= without
                 log.warning("the engine is asked without %s from now on", " and ".join(sorted(without)))
-            yield response.content
             self._fault = ""
+            yield response.content
         except (aiohttp.ClientError, LineTooLong, OSError) as error:
             log.warning("the engine dropped a connection: %s", type(error).__name__)
             raise EngineError from error
@@ -2337,13 +2357,14 @@ class HttpEngine:
             except (aiohttp.ServerTimeoutError, TimeoutError) as error:
                 raise EngineTimeout(
                     "The language model's server took longer than CONNECT_TIMEOUT allows to accept a connection. "
-                    "Try again later."
+                    "Try again later.",
+                    retry_after=EngineUnreachable.retry_after,
                 ) from error
             except aiohttp.ClientResponseError as error:  # bytes had come
                 raise EngineError from error
             except (aiohttp.ClientError, OSError) as error:
-                self._known = False  # another one may be started in its place
                 if not reused:
+                    self._known = False  # another one may be started in its place
                     raise EngineUnreachable from error
         raise EngineUnreachable
 
@@ -2369,15 +2390,20 @@ class HttpEngine:
                 return too_long(prompt, self.context)
         for pattern, told in REFUSALS.items():
             if said := re.search(f"(?i){pattern}", message):
-                self._fault = told.format(" ".join(said[0].split()))
-                return EngineError(self._fault)
+                sentence = told.format(" ".join(said[0].split()))
+                if told != FILTERED:  # which is about one course
+                    self._fault = sentence
+                return EngineError(sentence)
         if status == 503 and "loading model" in message.lower():  # llama-server
             return EngineUnreachable("The language model is being loaded. Try again in a moment.")
+        if status in (401, 403):
+            self._fault = "The language model's server does not take the service's key. Its operator has to correct it."
+            return EngineError(self._fault)
         if status == 404:
             self._known = False
             return ModelMissing()
         if status in (429, 503):
-            return QueueFull(retry_after=float(retry_after) if retry_after and retry_after.isdigit() else None)
+            return QueueFull(retry_after=float(retry_after) if retry_after and retry_after.isdecimal() else None)
         if status in (400, 422) or (status == 500 and re.search(r"'body', |\bin format\b|\binvalid format\b", message)):
             named = {part: re.search(f"(?i){words}", message) for part, words in OPTIONAL_PARTS.items()}
             found = sorted(((match.start(), part) for part, match in named.items() if match), key=lambda one: one[0])
@@ -2498,15 +2524,19 @@ class OllamaEngine(HttpEngine):
         if status != 200 or not isinstance(model, dict):
             return
         details, info = model.get("details") or {}, model.get("model_info") or {}
+        cannot_stop = "gptoss" in str(details.get("family")).replace("-", "")  # ollama docs/thinking
+        self._think = None
         if "thinking" in (model.get("capabilities") or []):
-            # gpt-oss cannot stop thinking (ollama docs/thinking).
-            self._think = "low" if "gptoss" in str(details.get("family")).replace("-", "") else False
+            self._think = "low" if cannot_stop else False
         own = next((value for key, value in info.items() if key.endswith(".context_length")), None)
         self.context = min(self.settings.num_ctx, own) if isinstance(own, int) else self.settings.num_ctx
-        template = str(model.get("template") or "")
-        if template and not re.search(r"\.(System|Messages)\b", template):
-            self._advice = "The model's template has no place for the system prompt: give its Modelfile a TEMPLATE."
-            log.warning(self._advice)
+        # Ollama's own template, or since 0.30 the model's, in Jinja; a renderer stands for either.
+        template, told = str(model.get("template") or ""), self._advice
+        has_place = not template or model.get("renderer") or re.search(r"(?i)\b(system|messages)\b", template)
+        advice = "The model's template has no place for the system prompt: give its Modelfile a TEMPLATE."
+        self._advice = "" if has_place else advice
+        if self._advice != told:
+            log.warning(self._advice or "The model's template has a place for the system prompt now.")
 
     def body(self, prompt: Prompt, without: frozenset[str]) -> dict[str, Any]:
         settings = self.settings
@@ -2590,6 +2620,7 @@ class OpenAIEngine(HttpEngine):
         return {"authorization": f"Bearer {key}"} if key else {}
 
     async def introduce(self) -> None:
+        self.context = None
         await self.models()
 
     def body(self, prompt: Prompt, without: frozenset[str]) -> dict[str, Any]:
@@ -2640,7 +2671,7 @@ class OpenAIEngine(HttpEngine):
                     await _let_end(answer)
                     break
                 document = _json_line(data)
-                if document.get("error"):
+                if document.get("error") or document.get("object") == "error":  # vLLM before 0.10
                     raise self.refusal(500, data, prompt)
                 counts = document.get("usage") or counts
                 for choice in document.get("choices") or []:
@@ -2657,7 +2688,7 @@ class OpenAIEngine(HttpEngine):
         if reason is None:
             return
         finished = finish_reason(reason)
-        if not written and reasoning.lstrip().startswith("{"):
+        if not written and re.fullmatch(r"\s*\{.*\}\s*", reasoning, re.S):
             yield reasoning  # the badge's JSON went to the wrong place (maclocal-api 44)
         counts = counts or {}
         # llama-cpp-python counts only what it does not stream.
@@ -2702,7 +2733,7 @@ class EmbeddedEngine(OpenAIEngine):
         super().__init__(settings)
         self._key = secrets.token_urlsafe(16)  # other users of this machine can reach the child's port
         self._ready, self._ended = asyncio.Event(), asyncio.Event()
-        self._fault = ""  # why the last child did not start
+        self._not_started = ""  # why the last child did not start
         self._supervisor: asyncio.Task[None] | None = None
 
     def headers(self) -> dict[str, str]:
@@ -2728,8 +2759,8 @@ class EmbeddedEngine(OpenAIEngine):
 
     async def url(self) -> str:
         """The child's address, once it listens: a restart takes seconds, for which a generation has its deadlines."""
-        if self._fault:
-            raise EngineUnreachable(f"The embedded language model cannot be started: {self._fault}")
+        if self._not_started:
+            raise EngineUnreachable(f"The embedded language model cannot be started: {self._not_started}")
         await self._ready.wait()
         return self.base_url
 
@@ -2766,8 +2797,8 @@ class EmbeddedEngine(OpenAIEngine):
             try:
                 process.stdin.write(self._key.encode() + b"\n")  # not in its arguments, which anyone can read
                 address = (await process.stdout.readline()).decode(errors="replace").strip()
-                self._fault = "" if address.startswith("http") else address
-                if address and not self._fault:
+                self._not_started = "" if address.startswith("http") else address
+                if address and not self._not_started:
                     self.base_url = f"{address}/v1"
                     self._ready.set()
                     log.info("embedded engine ready after %.1f s", time.monotonic() - started)
@@ -2780,7 +2811,10 @@ class EmbeddedEngine(OpenAIEngine):
                 await process.wait()
             delay = 0.5 if time.monotonic() - started > 30 else min(delay * 2, 30)
             log.error(
-                "the embedded engine ended with %s %s; next start in %.1f s", process.returncode, self._fault, delay
+                "the embedded engine ended with %s %s; next start in %.1f s",
+                process.returncode,
+                self._not_started,
+                delay,
             )
             await asyncio.sleep(delay)
 

@@ -1550,7 +1550,7 @@ class Call:
 
     A CPU reads prompts one after another or in turns, and writes next to nothing meanwhile. So the time that the
     engine may spend on other prompts of ours does not count: each prompt that is read beside this one adds
-    FIRST_TOKEN_TIMEOUT, and a gap between tokens counts from when the engine has no other prompt to read.
+    FIRST_TOKEN_TIMEOUT, and while this one is written no time counts in which another is read.
     """
 
     generation: Generation
@@ -1560,6 +1560,7 @@ class Call:
     last: float = 0.0  # the last sign of life
     first_token: float = 0.0
     beside: int = 0  # prompts of ours that the engine had to read at the same time
+    reading_before: float = 0.0  # seconds that the engine had read prompts when this one was begun
 
     def lives(self, now: float) -> None:
         self.last = now
@@ -1567,16 +1568,20 @@ class Call:
             self.begun_at = now
             self.begun.set_result(None)
 
-    def deadline(self, settings: Settings, others_read_until: float) -> tuple[float, str]:
-        """The time of the next deadline, and the setting that it comes from."""
-        beside = min(self.beside, settings.workers - 1)
-        end = self.started + settings.generation_timeout, "GENERATION_TIMEOUT"
+    def deadline(self, settings: Settings, read_until: float, reading: float) -> tuple[float, str]:
+        """The time of the next deadline, and the setting that it comes from.
+
+        `read_until` is when the engine had last read another prompt, and `reading` for how many seconds it ever did.
+        """
+        beside, first = min(self.beside, settings.workers - 1), settings.first_token_timeout
+        end = self.started + settings.generation_timeout
         if not self.begun_at:
-            wait = settings.first_token_timeout
-            return min((self.started + wait * (1 + beside), "FIRST_TOKEN_TIMEOUT"), (end[0] + wait * beside, end[1]))
+            wait = first * (1 + beside)
+            return min((self.started + wait, "FIRST_TOKEN_TIMEOUT"), (end + first * beside, "GENERATION_TIMEOUT"))
         excused = (self.begun_at - self.started) * beside / (1 + beside)
-        silence = max(self.last, others_read_until) + settings.token_timeout
-        return min((silence, "TOKEN_TIMEOUT"), (end[0] + excused, end[1]))
+        excused += min(reading - self.reading_before, first * settings.workers)  # or a stuck engine is never given up
+        silence = max(self.last, read_until) + settings.token_timeout
+        return min((silence, "TOKEN_TIMEOUT"), (end + excused, "GENERATION_TIMEOUT"))
 
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 300, 600)
@@ -1663,6 +1668,7 @@ class GenerationQueue:
         self._service_time = 0.0
         self._reading: set[Call] = set()  # calls whose prompt the engine has yet to read
         self._read_until = 0.0  # when it had last read one
+        self._read_seconds = 0.0  # for how long it ever read; less the time of its beginning while it reads
         self._telling: asyncio.TimerHandle | None = None
         self.metrics = Metrics(
             settings,
@@ -1850,12 +1856,13 @@ class GenerationQueue:
         for other in self._reading:
             other.beside += 1
         call.beside = len(self._reading)
+        self._read_seconds -= 0 if self._reading else call.started
         self._reading.add(call)
         try:
             while not task.done():
                 now = self._loop.time()
-                others_read_until = now if self._reading - {call} else self._read_until
-                due, name = call.deadline(self.settings, others_read_until)
+                reading = self._read_seconds + (now if self._reading else 0)
+                due, name = call.deadline(self.settings, now if self._reading - {call} else self._read_until, reading)
                 if due <= now:
                     self.end(call.generation, self._late(name))
                     due = math.inf
@@ -1871,7 +1878,9 @@ class GenerationQueue:
     def _has_read(self, call: Call) -> None:
         if call in self._reading:
             self._reading.discard(call)
-            self._read_until = self._loop.time()
+            self._read_until = now = self._loop.time()
+            call.reading_before = self._read_seconds + now
+            self._read_seconds += 0 if self._reading else now
 
     def _late(self, name: str) -> EngineTimeout:
         hint = {
@@ -2194,7 +2203,7 @@ OPTIONAL_PARTS = {
     "chat_template_kwargs": r"chat_template_kwargs|enable_thinking",
     "think": r"\bthink(?:ing)?\b",
     "system": r"system (?:message|role|prompt|instruction)|role\W+system|'system'",
-    "format": r"\bformat\b",
+    "format": r"\bformat\b|json_schema",
 }
 FILTERED = (
     "The language model's own content filter stopped it. Change the content, or ask its operator about the filter."

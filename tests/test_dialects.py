@@ -6,19 +6,12 @@ that it is about.
 
 from __future__ import annotations
 
-import asyncio
-import itertools
 import json
 import re
-import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
 
-import dccapi
 from service import (
     COURSE,
     ENGINES,
@@ -30,14 +23,11 @@ from service import (
     fails,
     logging_into,
     problem_in,
-    pure,
     serving,
-    speaking,
-    texts_of,
     watch,
     writes,
 )
-from testkit import Script, ScriptedEngine, ScriptedOllama, ScriptedOpenAI, badge_json, badge_pieces, eventually, split
+from testkit import Script, ScriptedEngine, ScriptedOllama, ScriptedOpenAI, badge_json, badge_pieces, split
 
 BADGE = json.loads(badge_json())
 IDEA = json.dumps(

@@ -140,8 +140,13 @@ BEFORE = st.sampled_from(
      '{"badge_name": "string", "badge_description": "string", "criteria": {"narrative": "string"}}', '{"badge": ', "{"]
 ) | st.text(st.characters(exclude_characters="{"), max_size=40)  # fmt: skip
 FENCES = st.sampled_from(
-    [("", ""), ("```json\n", "\n```"), ("```\n", "```"), ("~~~", "~~~"), ('{"badge": ', "}"), ("<think>", "")]
+    [("", ""), ("```json\n", "\n```"), ("```\n", "```"), ("~~~", "~~~"), ('{"badge": ', "}"), ("<think>So</think>", "")]
 )
+
+
+def partial_of(text: str) -> dict[str, Any]:
+    """The badge of a `partial` event after so much of a model's text."""
+    return dccapi.partial_badge(dccapi.Draft().feed(text))
 
 
 @pure
@@ -180,7 +185,7 @@ def test_a_badge_that_is_cut_off_has_only_what_was_written(
         assert found["badge_description"] == badge["badge_description"]
         assert badge["criteria"]["narrative"].startswith(found["criteria"]["narrative"])
         assert cut or found == badge
-    partial = dccapi.partial_badge(text)
+    partial = partial_of(text)
     for fields, originals in ((partial, badge), (partial.get("criteria", {}), badge["criteria"])):
         for name in fields.keys() - {"criteria"}:
             assert originals[name].startswith(fields[name])
@@ -188,15 +193,13 @@ def test_a_badge_that_is_cut_off_has_only_what_was_written(
 
 def test_a_partial_badge_grows_with_every_character_to_the_whole() -> None:
     text = json.dumps(json.loads(badge_json(name='Knots é 🧗 "1" \\ \n')), indent=1)
-    seen = [
-        "".join(re.findall(r"[^{}\s]", json.dumps(dccapi.partial_badge(text[:end])))) for end in range(len(text) + 1)
-    ]
+    seen = ["".join(re.findall(r"[^{}\s]", json.dumps(partial_of(text[:end])))) for end in range(len(text) + 1)]
     assert [len(one) for one in seen] == sorted(len(one) for one in seen)
     assert (
         len(set(seen)) > len(json.loads(text)["criteria"]["narrative"]) / 2
     )  # within its strings, not from field to field
     whole = json.loads(text)
-    assert dccapi.partial_badge(text) == whole | {"badge_name": whole["badge_name"].strip()}
+    assert partial_of(text) == whole | {"badge_name": whole["badge_name"].strip()}
 
 
 PARTS = [
@@ -227,7 +230,7 @@ def test_no_text_whatever_does_more_than_not_be_a_badge(text: str, cut: bool) ->
     text='{"badge_name": 123456789012345678901234567890, "badge_description": ["x"], "criteria": {"narrative": null}}'
 )
 def test_a_partial_badge_of_any_text_holds_strings_alone(text: str) -> None:
-    partial = dccapi.partial_badge(text)
+    partial = partial_of(text)
     assert partial.keys() <= {"badge_name", "badge_description", "criteria"}
     for fields in (partial, partial.get("criteria", {})):
         assert all(isinstance(value, str) for name, value in fields.items() if name != "criteria")
@@ -238,11 +241,15 @@ def test_partial_badges_only_grow() -> None:
     badge = {"badge_name": "  Knots  ", "badge_description": "Ties\r\nknots \r\n", "criteria": {"narrative": " Do it "}}
     text = json.dumps(badge)
     before: dict[str, str] = {}
-    for length in range(len(text) + 1):
-        if not (now := texts_of(dccapi.partial_badge(text[:length]))):
-            continue  # within an escape; EventEncoder sends nothing then
+    draft, rendered = dccapi.Draft(), ""
+    for character in text:
+        rendered += draft.feed(character)
+        now = texts_of(dccapi.partial_badge(rendered))
         assert all(now[name].startswith(words) for name, words in before.items())
         before = now
+    assert draft.finish(cut=False) == ""
+    assert draft.badge is not None
+    assert texts_of(draft.badge.model_dump()) == before
     assert before == {"badge_name": "Knots", "badge_description": "Ties\nknots", "criteria": "Do it"}
 
 
@@ -257,7 +264,7 @@ def with_each_field(text: Any) -> list[str]:
     "text",
     [
         "string", "String", '"string"', "<badge_name>", "badge_description", "Criteria", "narrative", "...", "", " \n",
-        "-", "N/A", "object", None, 5, True, [], ["Knots"], {"type": "string"}, "Kn\x00ots", "Kn\x1bots", "Kn\x07ots",
+        "-", "N/A", "object", None, 5, True, [], [5], {"type": "string"}, "Kn\x00ots", "Kn\x1bots", "Kn\x07ots",
         "Kn\x7fots", "Kn\x85ots", "Kn\ud800ots", "\udfff Knots",
     ],
 )  # fmt: skip

@@ -40,6 +40,8 @@ class OneCallEngine:
 
     def __init__(self) -> None:
         self.defaults: dict[str, Any] = {}
+        self.context = None
+        self.remark = ""
         self.calls: list[asyncio.Queue[Any]] = []
 
     async def start(self) -> None: ...

@@ -6,12 +6,17 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import signal
 import socket
+import ssl
+import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from jsonschema import Draft202012Validator
 
@@ -36,6 +41,7 @@ from service import (
     token,
 )
 from testkit import H2Client, Script, ScriptedOllama, Server, badge_json, badge_pieces, eventually, free_port
+from tools import openapi
 
 # --- Start and stop ---
 
@@ -47,6 +53,42 @@ async def test_the_process_ends_with_a_message_for_an_unknown_key_of_its_file(co
     async with Server(COMMANDS[command](free_port(), config), {}, None, HERE) as server:
         assert (await server.wait() > 0) == (command == "python")  # as above
     assert "keep_alive_timout" in server.tail()
+
+
+def test_another_hypercorn_than_the_tested_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dccapi, "version", lambda package: "0.19.0")
+    with pytest.raises(SystemExit, match=r"needs Hypercorn 0\.18\.0.* not 0\.19\.0"):
+        dccapi.mend_hypercorn()
+
+
+@pytest.mark.parametrize(("target", "tests_too"), [("run", False), ("demo", False), ("test", True)])
+def test_only_the_tests_install_test_tools(target: str, tests_too: bool, tmp_path: Path) -> None:
+    for name in ("Makefile", "requirements.lock", "requirements-dev.lock"):
+        shutil.copy(HERE / name, tmp_path)
+    would_do = subprocess.check_output(["make", "--dry-run", target], cwd=tmp_path, text=True)
+    assert "-r requirements.lock" in would_do
+    assert ("-r requirements-dev.lock" in would_do) == tests_too
+
+
+def test_a_certificate_is_made_once_and_never_over_a_persons_own(tmp_path: Path) -> None:
+    def make() -> subprocess.CompletedProcess[str]:
+        command = [HERE / "tools" / "certs.sh", sys.executable, tmp_path / "certs"]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    certificate, key = tmp_path / "certs" / "cert.pem", tmp_path / "certs" / "key.pem"
+    assert make().returncode == 0
+    assert sorted((tmp_path / "certs").iterdir()) == [certificate, key]
+    ssl.create_default_context().load_cert_chain(certificate, key)
+    assert key.stat().st_mode & 0o777 == 0o600
+    made = certificate.read_bytes(), key.read_bytes()
+    assert make().returncode == 0
+    assert (certificate.read_bytes(), key.read_bytes()) == made
+    key.unlink()
+    refused = make()
+    assert refused.returncode == 1
+    assert "holds only one of cert.pem and key.pem" in refused.stderr
+    assert list((tmp_path / "certs").iterdir()) == [certificate]
+    assert certificate.read_bytes() == made[0]
 
 
 async def test_a_port_that_is_taken_is_named_in_one_sentence() -> None:
@@ -148,6 +190,34 @@ async def test_a_connection_whose_last_stream_was_reset_cannot_hold_a_stop_up(py
             await connection.abort()
 
 
+async def test_a_python_that_drops_docstrings_keeps_the_sentences_of_the_errors() -> None:
+    port = free_port()
+    command = ["-OO", "dccapi.py", "--bind", f"127.0.0.1:{port}", "--certs", "absent"]
+    env = {"OLLAMA_URL": "http://127.0.0.1:9"}
+    async with (
+        Server(command, env, f"http://127.0.0.1:{port}/livez", HERE),
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http,
+    ):
+        for answer, error in (
+            (await http.get("/nothing"), dccapi.NotFound),
+            (await http.get("/generate"), dccapi.MethodNotAllowed),
+            (await http.post("/generate", content=b"{"), dccapi.InvalidJson),
+            (await http.post("/generate", json={}), dccapi.InvalidRequest),
+            (await http.post("/generate", json=COURSE), dccapi.EngineUnreachable),
+        ):
+            assert (answer.status_code, answer.json()["detail"]) == (error.status, error.text)
+
+
+def test_the_version_is_the_same_wherever_it_stands() -> None:
+    project = tomllib.loads((HERE / "pyproject.toml").read_text("utf-8"))
+    assert project["project"]["dynamic"] == ["version"]
+    assert "build-system" not in project  # no package, so nothing else has a version
+    label = f'org.opencontainers.image.version="{dccapi.__version__}"'
+    assert label in (HERE / "Containerfile").read_text("utf-8")
+    released = re.findall(r"(?m)^## \[(\d.*?)\] - \d{4}-\d\d-\d\d$", (HERE / "CHANGELOG.md").read_text("utf-8"))
+    assert released[0] == dccapi.__version__
+
+
 # --- Headers and pages ---
 
 
@@ -163,17 +233,28 @@ async def test_responses_carry_security_headers() -> None:
 # --- OpenAPI ---
 
 
+def test_the_committed_openapi_document_is_what_the_tool_makes() -> None:
+    assert dccapi.OPENAPI.read_text("utf-8") == openapi.text(), "`make openapi` writes it anew"
+
+
+async def test_without_the_document_the_service_says_what_it_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dccapi, "OPENAPI", tmp_path / "openapi.json")
+    async with serving() as service:
+        problem = problem_in(await ask(service, None, "/openapi.json", "GET"), 404, "not_found")
+        assert "openapi.json" in problem["detail"]
+
+
 async def test_openapi_has_an_example_for_every_body_answer_and_error() -> None:
-    document = json.loads(dccapi.openapi_document())
+    document = openapi.document()
     validators = {
         name: Draft202012Validator({"$ref": f"#/components/schemas/{name}", "components": document["components"]})
         for name in document["components"]["schemas"]
     }
-    dccapi.openapi_document.cache_clear()
-    assert json.loads(dccapi.openapi_document()) == document, "the same with each start"
     problems = [one["content"]["application/problem+json"] for one in document["components"]["responses"].values()]
     codes = {sample["value"]["error_code"] for problem in problems for sample in problem["examples"].values()}
-    assert codes == {error.code for errors in dccapi.errors_by_status().values() for error in errors}
+    assert codes == {kind.code for kind in dccapi.ApiError.__subclasses__()}
     for item in document["paths"].values():
         for operation in item.values():
             for one in [*operation["responses"].values(), operation.get("requestBody", {})]:
@@ -187,7 +268,7 @@ async def test_openapi_has_an_example_for_every_body_answer_and_error() -> None:
 
 
 async def test_openapi_describes_the_events_that_are_sent() -> None:
-    document = json.loads(dccapi.openapi_document())
+    document = openapi.document()
     schema = document["components"]["schemas"]["Event"]["properties"]["data"]["contentSchema"]
     validator = Draft202012Validator({**schema, "components": document["components"]})
     async with serving(max_concurrent_requests=1) as service, await service.connect() as connection:

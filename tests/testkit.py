@@ -105,7 +105,8 @@ class Script:
     honour_num_predict: bool = False  # stop with "length" where the request's limit says so
     # faults
     status: int = 200
-    error: str | dict[str, Any] = ""  # goes with a status other than 200
+    error: str | dict[str, Any] | bytes = ""  # goes with a status other than 200; bytes are sent as they are, as text
+    retry_after: str | None = None  # a header that goes with it
     end_without_done: bool = False  # a clean end of the body, but no closing record
     error_line: str | None = None  # an error record under status 200 instead of the closing one
     drop_after: int | None = None  # reset in the middle of a chunk; 0: before the status line
@@ -193,6 +194,7 @@ class ScriptedEngine(ABC):
     def __init__(self, models: Iterable[str] = ("phi4badges:latest",), port: int = 0) -> None:
         self.script: Callable[[dict[str, Any], int], Script] = lambda body, index: Script()
         self.models = list(models)
+        self.shown: dict[str, Any] | None = None  # what Ollama's /api/show says; a server without it otherwise
         self.port = port
         self.calls: list[Call] = []  # generations only
         self.requests: list[str] = []  # everything: "GET /api/tags"
@@ -269,6 +271,8 @@ class ScriptedEngine(ABC):
             body = orjson.loads(text)
         refusal = self.refusal(headers, path, body)
         info = self.info(path)
+        if path == "/api/show" and self.shown is not None:
+            info, method = self.shown, "GET"
         if path != self.generate_path and info is None:
             writer.write(http_answer(404, "text/plain", b"404 page not found"))
         elif method != (allowed := "GET" if info is not None else "POST"):
@@ -324,8 +328,11 @@ class ScriptedEngine(ABC):
             await script.gate.wait()
         await asyncio.sleep(script.first_delay)
         if script.status != 200:
-            body = go_json(self.error_body(script.error))
-            head = http_head(script.status, "application/json", "Transfer-Encoding: chunked")
+            plain = isinstance(script.error, bytes)
+            body = script.error if isinstance(script.error, bytes) else go_json(self.error_body(script.error))
+            more = [] if script.retry_after is None else [f"Retry-After: {script.retry_after}"]
+            kind = "text/plain" if plain else "application/json"
+            head = http_head(script.status, kind, "Transfer-Encoding: chunked", *more)
             writer.write(head + http_chunks(body) + self.end_of_body)
             return
         if call.body.get("stream", self.streams_by_default) is False:

@@ -1,0 +1,484 @@
+"""What engines send: every dialect, fault and pace that is known, over real connections; and any text, without one.
+
+The rows are those of the tables "Engines' dialects" and "A real Ollama" of issue 11, each with the words of the server
+that it is about.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+
+from service import (
+    COURSE,
+    ENGINES,
+    HERE,
+    MARKER,
+    Service,
+    ask,
+    error_in,
+    fails,
+    logging_into,
+    problem_in,
+    serving,
+    watch,
+    writes,
+)
+from testkit import Script, ScriptedEngine, ScriptedOllama, ScriptedOpenAI, badge_json, badge_pieces, split
+
+BADGE = json.loads(badge_json())
+IDEA = json.dumps(
+    {"badge_name": "First Idea", "badge_description": "None yet.", "criteria": {"narrative": "None yet."}}
+)
+
+
+def ndjson(*records: str | dict[str, Any], **last: Any) -> list[bytes]:
+    """An answer of Ollama's, a line for each piece of text and each record; `last` is about its closing record."""
+    said = [{"response": record} if isinstance(record, str) else record for record in records]
+    end = {"response": "", "done": True, "done_reason": "stop", "prompt_eval_count": 467, "eval_count": 50, **last}
+    return [json.dumps({"model": "phi4badges", "done": False, **record}).encode() + b"\n" for record in [*said, end]]
+
+
+def sse(*deltas: str | dict[str, Any], finish: str | None = "stop") -> list[bytes]:
+    """An answer of an OpenAI server."""
+    said = [{"delta": {"content": delta} if isinstance(delta, str) else delta, "index": 0} for delta in deltas]
+    choices = [*said, {"delta": {}, "index": 0, "finish_reason": finish}]
+    lines = [b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n" for choice in choices]
+    return [*lines, b"data: [DONE]\n\n"]
+
+
+async def badge_of(service: Service, body: Any = COURSE) -> dict[str, Any]:
+    """The answer, once it is the same as JSON, as the tokens put together and as the final event."""
+    answer = await writes(service, body)
+    *tokens, final = await watch(service, body)
+    assert final["type"] == "final", final
+    told = "".join(token["content"] for token in tokens)
+    assert json.loads(told) == answer["response"] == final["content"]
+    assert tokens[-1]["accumulated"] == told
+    return answer
+
+
+async def health_of(service: Service) -> tuple[int, dict[str, Any]]:
+    response = await ask(service, None, "/health", "GET")
+    return response.status, response.json()
+
+
+# --- Thoughts ---
+
+THOUGHTS = {  # what stands before the badge, with a first idea for {}
+    "<think>": "<think>\nMaybe {}?\n</think>\n\n",
+    "<thinking>": "<thinking>Maybe {}?</thinking>",
+    "<thought>": "<thought>Maybe {}?</thought>",
+    "<reasoning>": "<reasoning>Maybe {}?</reasoning>\n```json\n",
+    "<seed:think>": "<seed:think>Maybe {}?</seed:think>",
+    "[THINK]": "[THINK]Maybe {}?[/THINK]",
+    "◁think▷": "◁think▷Maybe {}?◁/think▷",
+    "begin_of_thought": "<|begin_of_thought|>Maybe {}?<|end_of_thought|>",
+    "START_THINKING": "<|START_THINKING|>Maybe {}?<|END_THINKING|><|START_RESPONSE|>",
+    "gpt-oss": "<|channel|>analysis<|message|>Maybe {}?<|end|><|start|>assistant<|channel|>final<|message|>",
+    "gpt-oss, constrained": "<|channel|>analysis<|message|>{}<|end|><|start|>assistant<|channel|>final "
+    "<|constrain|>json<|message|>",
+    "gpt-oss, marks stripped": "analysisMaybe {}?assistantfinal",
+    "Gemma's channel": "<|channel>thought\nMaybe {}?<channel|>",
+    "only a closing tag": "Okay, a badge. Maybe {}? Yes.\n</think>\n\n",
+    "only a closing tag, an idea in a fence": "Okay:\n```json\n{}\n```\nOr shorter.</think>\n",
+    "two blocks": "<think>Maybe {0}?</think>\n<think>Or {0}?</think>\n",
+    "prose before and between": "Sure.\n<think>A <think> in it. {}</think>\nHere it is:\n",
+}
+THINK_WORDS = {
+    "badge_name": "The <think> Tag",
+    "badge_description": 'Says "</think>", [/THINK] and assistantfinal {"aloud"}.',
+    "criteria": {"narrative": "- <|channel|>final: ◁/think▷\n- <thinking> in {braces} and \\backslashes\\"},
+}
+
+
+@ENGINES
+@pytest.mark.parametrize("thoughts", THOUGHTS)
+async def test_thoughts_are_dropped_however_they_are_marked(engine: type[ScriptedEngine], thoughts: str) -> None:
+    text = THOUGHTS[thoughts].format(IDEA) + badge_json() + "\n```"
+    async with serving(engine(), Script(pieces=split(text))) as service:
+        assert (await badge_of(service))["response"] == BADGE
+
+
+@ENGINES
+async def test_words_of_thinking_in_the_badges_own_texts_stay(engine: type[ScriptedEngine]) -> None:
+    text = f"<think>{IDEA}</think>" + json.dumps(THINK_WORDS, ensure_ascii=False)
+    async with serving(engine(), Script(pieces=split(text))) as service:
+        assert (await badge_of(service))["response"] == THINK_WORDS
+
+
+@pytest.mark.parametrize(
+    "text", [f"<think>Maybe {IDEA}? Or", f"Maybe {IDEA}?\n</think>\n", f"<think>{IDEA}</think> Done"]
+)
+@pytest.mark.parametrize("reason", ["stop", "length"])
+async def test_a_first_idea_is_no_badge_where_none_follows(text: str, reason: str) -> None:
+    async with serving(script=Script(pieces=split(text), done_reason=reason)) as service:
+        problem_in(await ask(service), 502, "invalid_model_output")
+        events = await watch(service)
+        error_in(events, "invalid_model_output")
+        assert "".join(event.get("content", "") for event in events[:-1]) == ""
+
+
+THINKS = {"capabilities": ["completion", "thinking"], "template": "{{ .System }}{{ .Prompt }}"}
+
+
+@pytest.mark.parametrize(
+    ("shown", "think"),
+    [
+        ({**THINKS, "details": {"family": "qwen3"}}, False),
+        ({**THINKS, "details": {"family": "gptoss"}}, "low"),
+        ({**THINKS, "details": {"family": "gpt-oss"}}, "low"),
+        ({**THINKS, "capabilities": ["completion"]}, None),
+        ({"capabilities": "?", "details": "?", "model_info": "?"}, None),
+        (None, None),  # it knows no /api/show
+    ],
+    ids=["can be told not to", "gptoss", "gpt-oss", "does not", "nonsense", "not told"],
+)
+async def test_ollama_is_told_not_to_think_where_the_model_can(shown: Any, think: Any) -> None:
+    async with serving() as service:
+        service.engine.shown = shown
+        await writes(service)
+        await writes(service)
+        assert [call.body.get("think") for call in service.engine.calls] == [think, think]
+        if shown and "template" in shown:
+            assert service.engine.requests.count("POST /api/show") == 1  # asked once
+
+
+FIVE = split(badge_json(), 5)
+THINKING = {  # a thought in a field of its own, and the badge after it
+    "Ollama": (ScriptedOllama, ndjson(*[{"response": "", "thinking": IDEA}] * 10, *FIVE)),
+    "reasoning_content": (ScriptedOpenAI, sse(*[{"content": None, "reasoning_content": IDEA}] * 10, *FIVE)),
+    "reasoning": (ScriptedOpenAI, sse(*[{"content": "", "reasoning": IDEA}] * 10, *FIVE)),
+    "parts": (
+        ScriptedOpenAI,
+        sse(
+            *[{"content": [{"type": "thinking", "thinking": [{"type": "text", "text": IDEA}]}]}] * 10,
+            *[{"content": [{"type": "text", "text": piece}]} for piece in FIVE],
+        ),
+    ),
+    "parts, then strings": (
+        ScriptedOpenAI,
+        sse({"content": [{"type": "thinking", "thinking": IDEA}]}, *FIVE),
+    ),
+}
+
+
+@pytest.mark.parametrize("dialect", THINKING)
+async def test_a_thought_is_a_sign_of_life_and_never_a_token(dialect: str) -> None:
+    engine, chunks = THINKING[dialect]
+    script = Script(raw_chunks=chunks, delay=0.05)
+    async with serving(engine(), script, first_token_timeout=0.4, token_timeout=0.4) as service:
+        assert (await badge_of(service))["response"] == BADGE
+
+
+async def test_silence_after_a_thought_is_token_timeouts() -> None:
+    script = Script(raw_chunks=ndjson({"thinking": "So"}, {"thinking": "…"}), stall_after=2)
+    async with serving(script=script, first_token_timeout=30, token_timeout=0.2) as service:
+        assert "TOKEN_TIMEOUT" in problem_in(await ask(service), 504, "engine_timeout")["detail"]
+
+
+async def test_a_badge_in_place_of_thoughts_is_read_when_nothing_else_came() -> None:
+    thought = [{"content": "", "reasoning_content": piece} for piece in badge_pieces()]
+    async with serving(ScriptedOpenAI(), Script(raw_chunks=sse(*thought))) as service:
+        assert (await badge_of(service))["response"] == BADGE
+    ideas = [{"reasoning_content": IDEA + " no, rather"}]
+    async with serving(ScriptedOpenAI(), Script(raw_chunks=sse(*ideas, finish="length"))) as service:
+        problem_in(await ask(service), 502, "invalid_model_output")
+
+
+# --- What else is in an answer ---
+
+CASES = HERE.parent / "shared" / "cases" / "engines.jsonl"
+KNOTS = json.dumps({"badge_name": "Knots", "badge_description": "Ties knots.", "criteria": {"narrative": "Tied six."}})
+OWN_CASES: list[dict[str, Any]] = [
+    {
+        "name": "count of the uncached part only",
+        "engine": "ollama",
+        "lines": [line.decode().rstrip("\n") for line in ndjson(KNOTS, prompt_eval_count=9)],
+        "want": {"status": 200, "badge_name": "Knots"},
+    },
+    {
+        "name": "empty data lines, comments, event names",
+        "engine": "openai",
+        "lines": [
+            "data:",
+            "",
+            "data: ",
+            "",
+            ": ping",
+            "",
+            "event: message",
+            *b"".join(sse(KNOTS)).decode().split("\n"),
+        ],
+        "want": {"status": 200, "badge_name": "Knots"},
+    },
+    {
+        "name": "a text in parts",
+        "engine": "openai",
+        "lines": b"".join(sse({"content": [{"type": "text", "text": KNOTS}]})).decode().split("\n"),
+        "want": {"status": 200, "badge_name": "Knots", "tokens_lack": "type"},
+    },
+    {
+        "name": "the engine's filter",
+        "engine": "openai",
+        "lines": b"".join(sse(KNOTS[:40], finish="content_filter")).decode().split("\n"),
+        "want": {"status": 502, "detail_has": "filter"},
+    },
+    {
+        "name": "a tag that is half a character",
+        "engine": "ollama",
+        "lines": [line.decode().rstrip() for line in ndjson(KNOTS[:-1] + ', "tags": ["kn\\ud800ots", "\\ud800"]}')],
+        "want": {"status": 200, "badge_name": "Knots", "tags": ["knots"]},
+    },
+]
+SHARED_CASES = [json.loads(line) for line in CASES.read_text("utf-8").splitlines()] if CASES.exists() else []
+
+
+@pytest.mark.parametrize("case", OWN_CASES, ids=lambda case: case["name"])
+async def test_an_answer_of_this_kind_is_read(case: dict[str, Any]) -> None:
+    await _tried(case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    SHARED_CASES or [pytest.param({}, marks=pytest.mark.skip("needs ../shared/cases/engines.jsonl"))],
+    ids=lambda case: case.get("name", "none"),
+)
+async def test_a_shared_case_is_read(case: dict[str, Any]) -> None:
+    await _tried(case)
+
+
+async def _tried(case: dict[str, Any]) -> None:
+    engine = {"ollama": ScriptedOllama, "openai": ScriptedOpenAI}[case["engine"]]()
+    chunks = [line.replace("{n}", "467").encode() + b"\n" for line in case["lines"]]
+    want = case["want"]
+    async with serving(engine, Script(raw_chunks=chunks)) as service:
+        if want["status"] != 200:
+            problem = (await ask(service)).json()
+            assert (problem["status"], want.get("detail_has", "") in problem["detail"]) == (want["status"], True)
+            return
+        answer = await badge_of(service)
+    assert answer["response"]["badge_name"] == want["badge_name"]
+    assert want.get("tokens_lack", "\0") not in json.dumps(answer["response"])
+    assert answer["achievement"].get("tag", []) == want.get("tags", [])
+
+
+FINISHED = {
+    **dict.fromkeys(("stop", "eos", "eos_token", "end_turn", "stop_sequence", "STOP"), "stop"),
+    **dict.fromkeys(("length", "max_tokens", "model_length"), "length"),
+    **dict.fromkeys(("content_filter", "SAFETY"), "content filter"),
+    **dict.fromkeys(("error", "abort", "cancelled", "insufficient_system_resource", "never heard of"), "failed"),
+}
+
+
+async def test_every_reason_for_the_end_is_known_or_a_failure() -> None:
+    async with serving(ScriptedOpenAI()) as service:
+        for said, meant in FINISHED.items():
+            service.engine.script = lambda body, index, said=said: Script(done_reason=said)  # type: ignore[misc]
+            response = await ask(service)
+            if meant in ("stop", "length"):
+                assert (response.status, response.json().get("finish_reason")) == (200, meant), said
+            else:
+                assert meant in problem_in(response, 502, "engine_error")["detail"], said
+
+
+# --- Refusals ---
+
+VLLM = {"object": "error", "type": "BadRequestError", "param": None, "code": 400}
+TOO_LONG: dict[str, tuple[type[ScriptedEngine], int, Any, int | None, int | None]] = {
+    # status and error of the server, what its context holds and what the prompt has
+    "vLLM before 0.10": (ScriptedOpenAI, 400, json.dumps({**VLLM, "message": "This model's maximum context length is "
+        "2048 tokens. However, you requested 3548 tokens (2524 in the messages, 1024 in the completion). Please reduce "
+        "the length of the messages or completion."}).encode(), 2048, 2524),
+    "vLLM": (ScriptedOpenAI, 400, {**VLLM, "message": "You passed 7001 input tokens and requested 1024 output tokens. "
+        "However, the model's context length is only 6144 tokens, resulting in a maximum input length of 5120 tokens. "
+        "Please reduce the length of the input prompt. (parameter=input_tokens, value=7001)"}, 6144, 7001),
+    "vLLM, max_tokens": (ScriptedOpenAI, 400, {**VLLM, "param": "max_tokens", "message": "'max_tokens' or "
+        "'max_completion_tokens' is too large: 1700. This model's maximum context length is 2048 tokens and your "
+        "request has 449 input tokens (1700 > 2048 - 449)."}, 2048, 449),
+    "sglang": (ScriptedOpenAI, 400, {**VLLM, "message": "Requested token count exceeds the model's maximum context "
+        "length of 4096 tokens. You requested a total of 5000 tokens: 4488 tokens from the input messages and 512 "
+        "tokens for the completion. Please reduce the number of tokens in the input messages or the completion to fit "
+        "within the limit."}, 4096, 4488),
+    "sglang, input alone": (ScriptedOpenAI, 400, json.dumps({**VLLM, "message": "The input (61709 tokens) is longer "
+        "than the model's context length (40960 tokens)."}).encode(), 40960, 61709),
+    "sglang, allowed length": (ScriptedOpenAI, 400, {**VLLM, "message": "Input length (160062 tokens) exceeds the "
+        "maximum allowed length (59862 tokens). Use a shorter input or enable --allow-auto-truncate."}, 59862, 160062),
+    "TGI": (ScriptedOpenAI, 422, b'{"error":"Input validation error: `inputs` tokens + `max_new_tokens` must be <= '
+        b'8192. Given: 6204 `inputs` tokens and 2047 `max_new_tokens`","error_type":"validation"}', 8192, 6204),
+    "TGI, in plain text": (ScriptedOpenAI, 422, b"Input validation error: `inputs` must have less than 1024 tokens. "
+        b"Given: 1500", 1024, 1500),
+    "llama.cpp": (ScriptedOpenAI, 400, {"code": 400, "message": "request (7345 tokens) exceeds the available context "
+        "size (6000 tokens), try increasing it", "type": "exceed_context_size_error", "n_prompt_tokens": 7345,
+        "n_ctx": 6000}, 6000, 7345),
+    "llama.cpp before 6500": (ScriptedOpenAI, 400, {"code": 400, "message": "the request exceeds the available context "
+        "size. try increasing the context size or enable context shift", "type": "invalid_request_error"}, None, None),
+    "llama-cpp-python": (ScriptedOpenAI, 500, {"message": "Requested tokens (2570) exceed context window of 2048"},
+        2048, 2570),
+    "LM Studio": (ScriptedOpenAI, 400, b'{"error":"Trying to keep the first 14538 tokens when context the overflows. '
+        b"However, the model is loaded with context length of only 2048 tokens, which is not enough. Try to load the "
+        b'model with a larger context length, or provide a shorter input"}', 2048, 14538),
+    "LM Studio 0.4": (ScriptedOpenAI, 400, b'{"error":"The number of tokens to keep from the initial prompt is greater '
+        b"than the context length (n_keep: 13055>= n_ctx: 4096). Try to load the model with a larger context length, "
+        b'or provide a shorter input."}', 4096, 13055),
+    "LM Studio 0.4, short": (ScriptedOpenAI, 400, b'{"error":"Cannot truncate prompt with n_keep (15028) >= n_ctx '
+        b'(7424)"}', 7424, 15028),
+    "Mistral": (ScriptedOpenAI, 400, {"object": "error", "message": "Prompt contains 40000 tokens and 0 draft tokens, "
+        "too large for model with 32768 maximum context length", "type": "invalid_request_error"}, 32768, 40000),
+    "OpenAI": (ScriptedOpenAI, 400, {"message": "This model's maximum context length is 128,000 tokens. However, your "
+        "messages resulted in 204,308 tokens. Please reduce the length of the messages.", "param": "messages",
+        "code": "context_length_exceeded"}, 128000, 204308),
+    "Ollama 0.24": (ScriptedOllama, 400, "the input length exceeds the context length", 6144, None),
+    "Ollama 0.30": (ScriptedOllama, 400, json.dumps({"error": {"code": 400, "message": "request (7515 tokens) exceeds "
+        "the available context size (6144 tokens), try increasing it", "type": "exceed_context_size_error",
+        "n_prompt_tokens": 7515, "n_ctx": 6144}}), 6144, 7515),
+    "Ollama 0.32": (ScriptedOllama, 400, "the prompt is longer than the context length currently available to the "
+        "model; shorten the prompt, adjust the context length in settings, or use a model with a longer context "
+        "length", 6144, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("server", TOO_LONG)
+async def test_a_prompt_that_is_too_long_is_told_with_the_servers_own_figures(server: str) -> None:
+    engine, status, error, limit, tokens = TOO_LONG[server]
+    async with serving(engine(), Script(status=status, error=error)) as service:
+        for told in await fails(service, 413, "content_too_long"):
+            sentence = told.get("detail") or told["error"]
+            assert told.get("context_tokens") == limit, sentence
+            assert told["prompt_tokens"] == tokens or (tokens is None and told["prompt_tokens"] > (limit or 0)), (
+                sentence
+            )
+            assert {str(figure) for figure in (limit, tokens) if figure} <= set(re.findall(r"\d+", sentence))
+            if limit:  # a part of what was sent, or all of it where another setting is to be lowered
+                assert told["content_words_that_fit"] <= told["content_words"]
+                assert "Lower max_tokens" in sentence or told["content_words_that_fit"] < told["content_words"]
+
+
+async def test_a_short_course_with_too_many_max_tokens_is_not_told_to_be_shorter() -> None:
+    engine, status, error, _, _ = TOO_LONG["vLLM, max_tokens"]
+    async with serving(engine(), Script(status=status, error=error)) as service:
+        detail = problem_in(await ask(service), 413, "content_too_long")["detail"]
+    assert "Lower max_tokens to 1599." in detail
+    assert "horten" not in detail
+
+
+REFUSED_PARTS: dict[str, tuple[int, Any]] = {  # status and error of a server that does not take the part
+    "stream_options": (400, {"message": "Unrecognized request argument supplied: stream_options"}),
+    "max_tokens": (400, {"message": "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
+        "'max_completion_tokens' instead.", "param": "max_tokens", "code": "unsupported_parameter"}),
+    "seed": (422, b"Failed to deserialize the JSON body into the target type: seed: invalid value: integer `3`"),
+    "temperature": (400, {"message": "Unsupported value: 'temperature' does not support 0.2 with this model. Only the "
+        "default (1) value is supported."}),
+    "top_p": (400, {"message": "top_p is not supported"}),
+    "sampling": (400, {"message": "Unrecognized request arguments supplied: repeat_penalty, repetition_penalty"}),
+    "json_schema": (400, {"message": "Invalid parameter: 'response_format' of type 'json_schema' is not supported"}),
+    "chat_template_kwargs": (422, {"detail": [{"loc": ["body", "chat_template_kwargs"], "msg": "Extra inputs are not "
+        "permitted", "input": {"enable_thinking": False, "seed": 3}}]}),
+    "system": (400, {**VLLM, "message": "System role not supported"}),
+    "think": (400, '"phi4badges" does not support thinking'),
+    "format": (500, 'invalid format: "{}"; expected "json" or a valid JSON Schema object'),
+}  # fmt: skip
+NAMES = {"sampling": "top_k", "json_schema": "response_format"}  # of the members of the body, where it is another
+
+
+def _has(body: dict[str, Any], part: str) -> bool:
+    if part == "system":
+        return any(message["role"] == "system" for message in body["messages"])
+    if part == "json_schema":
+        return body.get("response_format", {}).get("type") == "json_schema"
+    return NAMES.get(part, part) in body
+
+
+@pytest.mark.parametrize("part", REFUSED_PARTS)
+async def test_a_part_that_a_server_does_not_take_is_left_out_from_then_on(part: str) -> None:
+    status, error = REFUSED_PARTS[part]
+    lines: list[str] = []
+    engine: ScriptedEngine = ScriptedOllama() if part in ("think", "format") else ScriptedOpenAI()
+    engine.shown = THINKS
+    with logging_into(lines):
+        async with serving(engine, lambda b, i: Script(status=status, error=error) if _has(b, part) else Script()) as s:
+            body = COURSE | {"seed": 3, "custom_instructions": MARKER}
+            assert (await badge_of(s, body))["response"] == BADGE
+    calls = [call.body for call in engine.calls]
+    assert [_has(call, part) for call in calls] == [True, False, False]
+    assert set(calls[0]) - set(calls[1]) <= {NAMES.get(part, part), "repeat_penalty", "repetition_penalty"}
+    if part == "max_tokens":
+        assert calls[1]["max_completion_tokens"] == 1024
+    if part == "system":
+        assert "badge" in calls[1]["messages"][0]["content"].partition("<course>")[0]
+    assert any(f"without {part} from now on" in line for line in lines)
+
+
+async def test_a_server_that_takes_nothing_optional_is_asked_without_any_of_it() -> None:
+    optional = ("chat_template_kwargs", "stream_options", "max_tokens", "seed", "temperature", "top_p", "sampling")
+    parts = ("system", *optional, "json_schema")
+
+    def strict(body: dict[str, Any], index: int) -> Script:
+        part = next((part for part in parts if _has(body, part)), None)
+        if part is None and "response_format" in body:
+            return Script(status=400, error={"message": "response_format: json_object is not supported"})
+        return Script(status=REFUSED_PARTS[part][0], error=REFUSED_PARTS[part][1]) if part else Script()
+
+    async with serving(ScriptedOpenAI(), strict) as service:
+        await badge_of(service, COURSE | {"seed": 3})
+        assert service.engine.calls[-1].body.keys() == {"model", "messages", "stream", "max_completion_tokens"}
+        assert len(service.engine.calls) == len(parts) + 1 + 2
+
+
+async def test_what_did_not_help_is_asked_for_again() -> None:
+    refusal = Script(status=400, error=b"seed, temperature, top_p: no. Or it is something else.")
+    async with serving(ScriptedOpenAI(), lambda body, index: refusal if index < 4 else Script()) as service:
+        problem_in(await ask(service, COURSE | {"seed": 3}), 502, "engine_error")
+        assert len(service.engine.calls) == 4
+        await writes(service, COURSE | {"seed": 3})
+        assert {"seed", "temperature", "top_p"} <= service.engine.calls[-1].body.keys()
+
+
+AZURE = {"message": "The response was filtered due to the prompt triggering Azure OpenAI's content management policy. "
+    "Please modify your prompt and retry.", "param": "prompt", "code": "content_filter", "status": 400}  # fmt: skip
+TOLD: dict[str, tuple[type[ScriptedEngine], int, Any, str]] = {  # status and error, and what of it is told
+    "memory": (ScriptedOllama, 500, "model requires more system memory (5.6 GiB) than is available (3.9 GiB)",
+        "requires more system memory (5.6 GiB) than is available (3.9 GiB)"),
+    "memory of a GPU": (ScriptedOllama, 500, f"llama-server process has terminated: cudaMalloc failed: out of memory "
+        f"{MARKER}", "(out of memory)"),
+    "load time-out": (ScriptedOllama, 500, "timed out waiting for llama runner to start - progress 0.00 - ",
+        "timed out waiting for llama runner to start"),
+    "load time-out since 0.30": (ScriptedOllama, 500, f"timed out waiting for llama-server to start - {MARKER}",
+        "timed out waiting for llama-server to start"),
+    "an embedding model": (ScriptedOllama, 400, '"all-minilm" does not support generate', "does not support generate"),
+    "a key": (ScriptedOpenAI, 401, {"message": f"Incorrect API key provided: {MARKER}"}, "key"),
+    "Azure's filter": (ScriptedOpenAI, 400, AZURE, "content filter"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reason", TOLD)
+async def test_the_engines_reason_is_told_in_answer_log_and_health_until_it_works(reason: str) -> None:
+    engine, status, error, told = TOLD[reason]
+    lines: list[str] = []
+    with logging_into(lines):
+        async with serving(engine(), Script(status=status, error=error)) as service:
+            for view in await fails(service, 502, "engine_error"):
+                assert told in (view.get("detail") or view["error"])
+            health = (await health_of(service))[1]
+            assert ("filter" in reason) == (health["error"] is None)  # a filter is about one course
+            assert told in (health["error"] or told)
+            service.engine.script = lambda body, index: Script()
+            await badge_of(service)
+            assert await health_of(service) == (200, {**health, "error": None})
+    assert [line for line in lines if told in line and '"WARNING"' in line]
+    assert not [line for line in lines if MARKER in line]
+
+
+@ENGINES
+@pytest.mark.parametrize(
+    ("said", "waits"), [("37", "37"), (None, "5"), ("Wed, 21 Oct 2026 07:28:00 GMT", "5"), ("²", "5")]
+)
+async def test_a_busy_engine_is_a_503_with_its_retry_after(engine: type[ScriptedEngine], said: Any, waits: str) -> None:
+    script = Script(status=429, error="you (x) have reached your hourly usage limit", retry_after=said)
+    async with serving(engine(), script) as service:
+        response = await ask(service)
+        problem_in(response, 503, "queue_full")
+        assert response.headers["retry-after"] == waits

@@ -59,7 +59,6 @@ import h11
 import hypercorn.asyncio
 import hypercorn.asyncio.run
 import hypercorn.protocol
-import hypercorn.protocol.events
 import orjson
 import pydantic_core
 from aiohttp.http_exceptions import LineTooLong
@@ -69,6 +68,8 @@ from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.config import Config, Sockets
 from hypercorn.events import Closed, RawData, Updated
 from hypercorn.events import Event as ConnectionEvent
+from hypercorn.protocol.events import Body, EndBody, StreamClosed
+from hypercorn.protocol.events import Event as StreamEvent
 from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.protocol.h11 import H11Protocol
 from markdown_it import MarkdownIt
@@ -3287,16 +3288,16 @@ class GuardedH2Protocol(H2Protocol):
         self._counted_at = now
         return self._allowance < 0
 
-    async def stream_send(self, event: hypercorn.protocol.events.Event) -> None:
+    async def stream_send(self, event: StreamEvent) -> None:
         try:
-            if isinstance(event, hypercorn.protocol.events.Body):
+            if isinstance(event, Body):
                 await self._send_body(event.stream_id, event.data)
-            elif isinstance(event, hypercorn.protocol.events.EndBody):
+            elif isinstance(event, EndBody):
                 self.stream_buffers.pop(event.stream_id, None)
                 self.connection.end_stream(event.stream_id)
                 await self._flush()
             else:
-                if isinstance(event, hypercorn.protocol.events.StreamClosed) and event.stream_id in self.stream_buffers:
+                if isinstance(event, StreamClosed) and event.stream_id in self.stream_buffers:
                     await self._reset(event.stream_id, h2.errors.ErrorCodes.CANCEL)  # the application gave it up
                 await super().stream_send(event)
         except h2.exceptions.ProtocolError:
@@ -3308,7 +3309,7 @@ class GuardedH2Protocol(H2Protocol):
 
     async def _send_body(self, stream_id: int, data: bytes) -> None:
         """Return when all has left. Raises TimeoutError if the client opens no window for TOKEN_TIMEOUT."""
-        is_token = len(data) < self.connection.max_outbound_frame_size
+        is_small = len(data) < self.connection.max_outbound_frame_size
         while data and stream_id in self.streams:
             window = self.connection.local_flow_control_window(stream_id)
             if window > 0:
@@ -3321,8 +3322,8 @@ class GuardedH2Protocol(H2Protocol):
                 while stream_id in self.streams and self.connection.local_flow_control_window(stream_id) <= 0:
                     await self.has_data.clear()
                     await self.has_data.wait()
-        if is_token:
-            await asyncio.sleep(0)  # one write for the tokens that other streams send in this round of the event loop
+        if is_small:
+            await asyncio.sleep(0)  # tokens that other streams send in this round of the event loop leave in one write
         await self._flush()
 
     async def _reset(self, stream_id: int, code: h2.errors.ErrorCodes) -> None:
@@ -3365,7 +3366,7 @@ class GuardedH11Protocol(H11Protocol):
 
 
 class PromptTCPServer(TCPServer):
-    """Hypercorn's connection, which is forgotten as soon as its client has left."""
+    """Hypercorn's connection, which is forgotten as soon as its client has left, and not after keep_alive_timeout."""
 
     connections: ClassVar[set[PromptTCPServer]] = set()
 
@@ -3373,6 +3374,8 @@ class PromptTCPServer(TCPServer):
         self.connections.add(self)
         try:
             await super().run()
+        except* OSError:
+            pass  # closing TLS raises it when the client takes no part
         except* Exception as errors:
             log.warning("a connection was ended by %s", type(errors.exceptions[0]).__name__)
             log.debug(described(errors.exceptions[0]))
@@ -3398,10 +3401,6 @@ class PromptTCPServer(TCPServer):
         except OSError:
             await self.protocol.handle(Closed())
 
-    async def _close(self) -> None:
-        with contextlib.suppress(OSError):
-            await super()._close()
-
 
 async def serve_until_drained(
     app: Any,
@@ -3426,8 +3425,8 @@ async def serve_until_drained(
     cast(Any, config).stream_timeout = guard.settings.token_timeout
     sockets = sockets or config.create_sockets()
     for listening in sockets.secure_sockets + sockets.insecure_sockets:
-        with contextlib.suppress(OSError, AttributeError):  # Linux alone has it, for TCP alone
-            # Its connections inherit it: a client that takes nothing for so long is taken for gone.
+        with contextlib.suppress(OSError, AttributeError, OverflowError):  # Linux alone has it, for TCP alone
+            # Connections inherit it: the kernel ends one whose client takes nothing of what waits for it.
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(guard.settings.token_timeout * 1000))
     loop = asyncio.get_running_loop()
     stopping = asyncio.Event()
@@ -3455,7 +3454,7 @@ def mend_hypercorn() -> None:
     if (found := version("hypercorn")) != "0.18.0":
         raise SystemExit(f"dccapi: needs Hypercorn 0.18.0, whose faults it mends, not {found}: `make install`")
     for place, name, ours in (
-        (Config, "stream_timeout", 30.0),
+        (Config, "stream_timeout", 30.0),  # a setting of our own: TOKEN_TIMEOUT for the streams of a connection
         (hypercorn.protocol, "H2Protocol", GuardedH2Protocol),
         (hypercorn.protocol, "H11Protocol", GuardedH11Protocol),
         (hypercorn.asyncio.run, "TCPServer", PromptTCPServer),

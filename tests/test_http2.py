@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import socket
+import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import h2.errors
 import hypercorn.asyncio
+import hypercorn.logging
 import orjson
 import pytest
 from h2.connection import H2Connection
@@ -423,6 +425,23 @@ async def test_a_connection_whose_last_stream_was_reset_is_idle_again() -> None:
         await eventually(lambda: timer._handle, what="the timer of keep_alive_timeout")
 
 
+async def test_a_tls_client_that_takes_no_part_in_closing_leaves_a_clean_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    close = dccapi.TCPServer._close
+
+    async def timed_out(self: dccapi.TCPServer) -> None:
+        await close(self)
+        raise TimeoutError("SSL shutdown timed out")  # as asyncio does after 30 s
+
+    monkeypatch.setattr(dccapi.TCPServer, "_close", timed_out)
+    lines: list[str] = []
+    with logging_into(lines):
+        async with serving() as service:
+            async with await service.connect() as connection:
+                assert (await connection.response(await connection.request("GET", "/livez"))).status == 200
+            await eventually(lambda: connections() == 0, what="the end of the connection")
+    assert not [line for line in lines if '"WARNING"' in line or "exception" in line]
+
+
 async def test_a_connection_that_broke_the_protocol_is_forgotten() -> None:
     async with serving() as service:
         connection = await service.connect()
@@ -524,14 +543,21 @@ async def test_a_stream_that_is_reset_while_it_waits_to_write_takes_none_of_its_
 
 
 async def test_a_connection_that_takes_nothing_is_closed_with_all_its_streams(
-    caplog: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    faults = []
+
+    async def record(*arguments: Any, **options: Any) -> None:
+        faults.append(sys.exc_info())
+
+    monkeypatch.setattr(hypercorn.logging.Logger, "exception", record)
     async with serving(token_timeout=0.4) as service:
         idle = len(asyncio.all_tasks())
         async with wide_open(service, "/openapi.json", 120):
             await eventually(lambda: len(asyncio.all_tasks()) > idle + 5, what="the requests")
             await eventually(lambda: not dccapi.PromptTCPServer.connections, what="its end")
             await eventually(lambda: len(asyncio.all_tasks()) <= idle, what="the end of its streams")
+    assert not faults
     assert not [record for record in caplog.records if record.name == "asyncio"]
 
 

@@ -58,6 +58,7 @@ import hashlib
 import hmac
 import inspect
 import ipaddress
+import itertools
 import logging
 import math
 import os
@@ -75,6 +76,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
+from html import unescape
 from http import HTTPStatus
 from json import JSONDecoder
 from pathlib import Path
@@ -93,6 +95,8 @@ import hypercorn.protocol.h2
 import hyperframe.exceptions
 import orjson
 import pydantic_core
+from ftfy import fix_encoding
+from ftfy.badness import badness
 from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.config import Config
 from hypercorn.events import Closed, RawData, Updated
@@ -100,7 +104,6 @@ from hypercorn.events import Event as ConnectionEvent
 from hypercorn.protocol.h2 import BufferCompleteError, H2Protocol, StreamBuffer
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.utils import ShutdownError
-from markdown_it import MarkdownIt
 from openapi_ui_bundles import swagger_ui
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.exposition import choose_encoder
@@ -510,10 +513,7 @@ class BadgeOptions(BaseModel):
 class GenerateRequest(StreamOptions, BadgeOptions):
     """A course and how its badge is to be written (contract 3.1). Unknown fields are ignored."""
 
-    content: str = Field(
-        pattern=r"[^\s\x1c-\x1f\x85\ufeff]",
-        description="The course description; `course_input` is another name for it.",
-    )
+    content: str = Field(pattern=VISIBLE, description="The course description; `course_input` is another name for it.")
     temperature: Annotated[float | None, Field(ge=0, le=2, allow_inf_nan=False)] = 0.2
     max_tokens: Annotated[Annotated[int, Field(ge=1, le=4096)] | None, Whole] = 1024
     top_p: Annotated[float | None, Field(ge=0, le=1, allow_inf_nan=False)] = 0.8
@@ -610,35 +610,230 @@ def _kept(request: GenerateRequest | None) -> dict[str, Any]:
     return {name: text for name, text in request.badge.model_dump().items() if name != request.field}
 
 
-# Tags in prose (`vector<int>`, "the <script> tag") and list numbers ("1914. The war begins") are text of the course.
-MARKDOWN = MarkdownIt("commonmark", {"html": False}).enable("table").disable("list")
+# Only the names of HTML make a tag: `vector<int>` and `<Introduction to Python>` are text of the course.
 BLOCK = "p|div|section|article|header|footer|main|nav|h[1-6]|ul|ol|li|dl|dt|dd|table|tr|pre|blockquote|details|summary"
-HTML = re.compile(rf"(?i)\s*<(!doctype|html|head|body|br|hr|img|{BLOCK})\b|[^<]*(<[^<]*)*</({BLOCK}|html|body)>")
+NAME = (
+    rf"(?:{BLOCK}|html|head|body|title|meta|link|style|script|noscript|template|iframe|object|embed|svg|img|picture|source"
+    r"|figure|figcaption|video|audio|t(?:head|body|foot|h|d)|col|colgroup|caption|form|fieldset|legend|label|input|button"
+    r"|select|option|textarea|address|aside|[bh]r|wbr|abbr|big|center|cite|code|del|dfn|em|font|ins|kbd|mark|rp|rt|ruby"
+    r"|samp|small|span|strike|strong|su[bp]|time|tt|var|math|semantics|annotation(?:-xml)?|\w+:\w+|[abiqsu](?!\s[^<>=]*>)"
+    r"|m(?:[inos]|text|row|frac|sqrt|root|su[bp]|subsup|under|over|underover|style|space|padded|fenced|table|t[rd]))"
+)
+COMMENT = r"<!--(?:[^<]|<(?!!--))*?-->"
+# HTML is what begins with a tag, or has tags that touch the text they mark. Prose about HTML sets its tags apart.
+IS_HTML = rf"\s*(?:{COMMENT}\s*)*(?:\Z|<[!?]|<(?i:{NAME})(?:\s[^<>]*=[^<>]*>|\s*/?>(?![.,;:)/-]|\s+[a-z])))"
+HAS_HTML = (
+    rf"(?im)[^\s\"'`(</>](?:[ \t]*\n\s*)?</{NAME}\s*>|[^\s\"'`(</>]<[bh]r\s*/?>|^[ \t]*<br\s*/?>\w"
+    rf"|<br\s*/?>[ \t]*(?:\n|<br)|[.!?] <br\s*/?>|(?:^[ \t]*<{NAME}|<img)\s[^<>]*=[^<>]*>"
+)
+TELLS_OF_HTML = rf"(?i:(?<![\w./\"'=<-])x?html)|\w,? <(?i:{NAME})>(?:[,.;)]| [a-z])"
+# None that a C program takes the address of: `&sum;`, `&int;`.
+ENTITY = (
+    r"&(?:amp|lt|gt|quot|nbsp|[lr][sd]quo|[mn]dash|[A-Za-z](?:uml|acute|grave|circ|tilde|cedil)|#x?[\da-fA-F]{2,6});"
+)
 BLOCKS = "br,hr,option,caption,figcaption,h1,h2,h3,h4,h5,h6," + BLOCK.replace("|h[1-6]", "").replace("|", ",")
+NO_TEXT = "head,script,style,noscript,template,svg,iframe,annotation,annotation-xml,.katex-mathml + .katex-html"
+FORMULAS = {
+    "sup": "^{0}\ufdd0", "sub": "_{0}\ufdd0", "msup": "{0}^{1}", "msub": "{0}_{1}", "msubsup": "{0}_{1}^{2}",
+    "mfrac": " {0}/{1} ", "msqrt": "√{0}", "mroot": "{0}^(1/{1})", "munder": "{0}_{1}", "munderover": "{0}_{1}^{2}",
+}  # fmt: skip
+
 # A block of `key: value` lines with small letters; others between rulers are courses.
-FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\n(?=[a-z])((?:[a-z][\w-]*:.*\n|[ \t#-].*\n)*?)---[ \t]*\n")
+FRONT_MATTER = re.compile(r"\A---[ \t]*\n(?=[a-z])((?:[a-z][\w-]*:.*\n|[ \t#-].*\n)*?)---[ \t]*\n")
 TOLD_IN_FRONT = re.compile(r"(?m)^(?:title|name|subtitle|description|summary|abstract|keywords|topics):[ \t]*(.+)")
-NO_TEXT = "head,script,style,noscript,template,svg,img,iframe"
+CODE = re.compile(
+    r"(?m)^[ \t]*+(?P<fence>`{3,6}|~{3,6})(?![`~])[ \t]*+[\w+#.{}-]*+[ \t]*\n(?P<lines>(?:(?![ \t]*+(?P=fence)).*\n)*+)"
+    r"[ \t]*+(?P=fence)[ \t]*+$|(?<!`)(?P<ticks>``?)(?P<inline>[^`\s](?:[^`\n]*[^`\s])?)(?P=ticks)(?![`\w])"
+)
+# Beside a mark stands no letter, unless its script sets no spaces between words: `2*3*4`, `a[i](x.y)`.
+BEFORE, AFTER = r"(?<![^\s(\[>|~¿¡«\u0e00-\U0010ffff])", r"(?![^\s.,;:!?)\]|*_~'»\u0e00-\U0010ffff-])"
+ADDRESS = (
+    r"""\(\s*<?(?=[^\s()]*[a-zA-Z#])[^\s()<>]*[/.#:@](?:[^\s()<>]|\([^\s()]*\))*+>?(?:\s+(?:"[^"]*"|'[^']*'))?\s*\)"""
+)
+IMAGE = rf"!\[(?P<alt>[^][]*)\]{ADDRESS}"
+REFERENCE = r"(?<![^\W\u0e00-\uffff])\[(?P<text>[^][\n]+)\]\[(?P<label>[^][\n]*)\]"
+DEFINITION = r"(?m)^ {0,3}\[([^][\n]+)\]:[ \t]+<?(?:https?://|mailto:|[./#])\S*(?:[ \t]+[\"'(].*)?\n?"
+TABLE = (
+    r"(?m)^(?P<head>(?=[^|\n]*+\|).*\n)[ \t]*+\|?+(?:[ \t]*+:?-++:?[ \t]*+\|)++(?:[ \t]*+:?-++:?)?[ \t]*+(?:\n|\Z)"
+    r"(?P<rows>(?:(?=[^|\n]*+\|).*(?:\n|\Z))*+)"
+)
+EMPHASIS = (
+    rf"{BEFORE}(?P<mark>\*\*|__(?!\w+__)|\*(?!.\*)|_(?!._))(?=[\w*\"'(\[$\ufdd1])(?!(?:(?!(?P=mark))[^(\n])*\))"
+    rf"(?P<text>(?:(?!(?P=mark))[^\n]|\n(?![\s*#>-]))++(?<=\S))(?P=mark){AFTER}"
+)
+MARKS = (
+    rf"(?<![^\W\u0e00-\uffff])\[(?P<text>[^][]*+(?:\[[^][]*+\][^][]*+)*+)\]{ADDRESS}",
+    rf"(?m)^[ \t]*{COMMENT}[ \t]*\n?(?P<text>)",
+    r"(?m)^(?:> ?)*+#{1,6}[ \t]++(?!of\b)(?P<text>\S)",
+    r"(?m)^(?:={3,}|-{3,}|:{3,}[ \t]*+\w*+)[ \t]*+(?:\n|\Z)(?P<text>)",
+    EMPHASIS,
+    EMPHASIS,  # one kind within another
+)
+
+# Dirt that tools leave, and what belongs there. Joiners mean something in Indic and Arabic scripts and in emoji.
+DIRT: tuple[tuple[str, str, Any], ...] = (
+    ("soft_hyphens", r"\xad[ \t]*\n[ \t]*(?=\w)|\xad|(?<=[^\W\d_])\xac\n[ \t]*(?=[^\W\d_])", ""),
+    ("zero_width", r"[\u2060-\u2064\ufeff\u180e]|(?<![\u0e00-\u17ff])\u200b", ""),
+    (
+        "zero_width",
+        r"(?<![\u0590-\u1fff\u2190-\ufdff\ufe00-\ufe0f\ufe70-\ufefc\U00010000-\U0010ffff])[\u200c\u200d]",
+        "",
+    ),
+    ("ligatures", "[\ufb00-\ufb06]", lambda found: unicodedata.normalize("NFKC", found[0])),
+    (
+        "bullets",
+        "(?m)^([ \t]*)[\uf02d\uf06c-\uf077\uf09e-\uf0a8\uf0b2\uf0b7\uf0d8\uf0e8\uf0f0\uf0fc-\uf0fe][ \t\xa0]*",
+        r"\1- ",
+    ),
+    ("bullets", "[\uf0a7\uf0b7]", "•"),
+)
+BROKEN = re.compile(r"(?<![\w-])([^\W\d_]+[^\W\d_])[-\u2010]\n\s*([^\W\d_]{3,})(?!\w)")
+HYPHENATED = re.compile(
+    r"(?:self|well|non|ex|all|cross|half|high|low|long|short|full|hands|one|two|three|four|five|six)-|\w+-(?:based|led|free"
+    r"|cent(?:er|re)d|driven|oriented|related|specific|level|long|term|time|wide|making|solving|taking|friendly|minded)$"
+)
+PAGE = re.compile(
+    r"(?i)[\s|·–—-]*+(?:(?P<title>.*?)(?<!\w)(?P<word>page|pg?\.|seite|página|pagina|pág\.|sivu|sida|side|strona|str\.|стр\.|第)"
+    r"\s*)?(?P<number>\d{1,4})\s*(?:(?:/|of|von|de|di|sur|av|z|из)\s*(?P<last>\d{1,4}))?[\s|·–—页頁-]*"
+)
 
 
-def plain_text(content: str) -> str:
+@dataclass(frozen=True)
+class CourseText:
+    """What a course says, and how often each kind of dirt was taken from it."""
+
+    text: str
+    repairs: dict[str, int]
+
+
+def plain_text(content: str) -> CourseText:
     """What a course says, without the markup of HTML, Word's HTML or Markdown, which costs tokens. No text is lost."""
-    content = content.replace("\r\n", "\n")
-    if front := FRONT_MATTER.match(content):
-        content = "\n".join([*TOLD_IN_FRONT.findall(front[1]), "", content[front.end() :]])
-    html = content if HTML.match(content) else MARKDOWN.render(content)
-    tree = LexborHTMLParser(html)
-    for node in tree.css(NO_TEXT):
+    text = re.sub(r"\r\n?", "\n", content).replace("\ufdd1", "").lstrip("\ufeff")
+    if front := FRONT_MATTER.match(text):
+        text = "\n".join([*TOLD_IN_FRONT.findall(front[1]), "", text[front.end() :]])
+    code, numbers = [*CODE.finditer(text)], itertools.count()
+    text = _without_html(CODE.sub(lambda _: f"\ufdd1{next(numbers)}\ufdd1", text))
+    plain = _without_markdown(text)
+    if plain != text or any(found["fence"] for found in code):
+        said = [found["inline"] or found["lines"].strip("\n") for found in code]
+    else:
+        said = [found[0] for found in code]
+    text = re.sub("\ufdd1(\\d+)\ufdd1", lambda found: said[int(found[1])], plain)
+    repairs = {"mojibake": badness(text)}
+    if repairs["mojibake"]:
+        text = re.sub(r".+", lambda line: fix_encoding(line[0]), text)
+        repairs["mojibake"] -= badness(text)
+    for kind, dirt, clean in DIRT:
+        text, count = re.subn(dirt, clean, text)
+        repairs[kind] = repairs.get(kind, 0) + count
+    text, repairs["page_marks"] = _without_page_marks(text)
+    text, repairs["hyphenation"] = _with_whole_words(text)
+    return CourseText(text.strip(), {kind: count for kind, count in repairs.items() if count})
+
+
+def _is_html(text: str) -> bool:
+    return bool(re.match(IS_HTML, text) or (re.search(HAS_HTML, text) and not re.search(TELLS_OF_HTML, text)))
+
+
+def _without_html(text: str) -> str:
+    for _ in range(2 if "&" in text else 0):  # it may have been escaped, even twice
+        bare = re.sub(ENTITY, lambda found: unescape(found[0]), text)
+        escaped = "<" not in text and not re.search(rf"&(?!{ENTITY[1:]})|(?i:html)", text)
+        if not _is_html(text) and (escaped or _is_html(bare)):
+            text = bare
+    if "<" not in text or not _is_html(text):
+        return text
+    tree = LexborHTMLParser(re.sub(rf"(?i)<(?!/?{NAME}(?:\s[^<>]*)?/?>|!|\?)", "&lt;", text))
+    for node in reversed(tree.css(NO_TEXT)):
         node.decompose()
+    for node in tree.css("img"):
+        node.replace_with(_formula(node.attributes.get("alt") or ""))
+    room = 2**24  # a deep nest would take the square of its size
+    for node in reversed(tree.css(",".join(FORMULAS))):  # inner ones first
+        if (room := room - len(node.html or "")) < 0:
+            break
+        shape = FORMULAS[node.tag or ""]
+        parts = [_operand(part.text()) for part in (node.iter() if "{1}" in shape else [node])]
+        if len(parts) == shape.count("{") and all(parts) and not re.match(r"\(.*[*\[®™]|(st|nd|rd|th|TM)$", parts[0]):
+            node.replace_with(shape.format(*parts))
     for node in tree.css(BLOCKS):
         node.insert_before("\n")
         node.insert_after("\n")
     for cell in tree.css("td,th"):
         cell.insert_after(" | ")
-    text = tree.body.text() if tree.body else ""
-    text = re.sub(r"[ \t\r\xa0]+", " ", text)
-    text = re.sub(r"(?m)^ +| +$|^([=-]{3,}|:{3,} ?\w*) ?$", "", text)
-    return re.sub(r"\n{3,}", "\n\n", text).strip() or content.strip()
+    text = re.sub(r"(?<=\d)\ufdd0(?=\d)", " ", tree.body.text() if tree.body else "").replace("\ufdd0", "")
+    text = re.sub(r"(?m)^ +| +$", "", re.sub(r"[ \t\xa0]+", " ", text))
+    return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def _operand(text: str) -> str:
+    text = " ".join(text.split())
+    return text if re.fullmatch(r"[+−-]?\w*(?:[.,]\w+)?|\(.*\)", text) else f"({text})"
+
+
+def _formula(alt: str) -> str:
+    """What an image says that stands for a formula."""
+    tex = re.sub(r"^\s*(?:La)?TeX:\s*", "", alt)
+    return tex if tex != alt or re.search(r"\$.+\$|\\[a-zA-Z(\[]|\w\^", alt) else ""
+
+
+def _without_markdown(text: str) -> str:
+    plain = re.sub(IMAGE, lambda image: _formula(image["alt"]), text)
+    plain = re.sub(TABLE, lambda table: re.sub(r"(?m)^[ \t]*\|[ \t]*", "", table["head"] + table["rows"]), plain)
+    used = {(label or said).casefold() for said, label in re.findall(REFERENCE, plain)}
+    used &= {label.casefold() for label in re.findall(DEFINITION, plain)}
+    plain = re.sub(REFERENCE, lambda m: m["text"] if (m["label"] or m["text"]).casefold() in used else m[0], plain)
+    plain = re.sub(DEFINITION, lambda m: "" if m[1].casefold() in used else m[0], plain)
+    for mark in MARKS:
+        plain = re.sub(mark, r"\g<text>", plain)
+    if plain == text or not re.search(VISIBLE, plain):
+        return text
+    return re.sub(r"\n{3,}", "\n\n", plain)
+
+
+def _without_page_marks(text: str) -> tuple[str, int]:
+    """Without page numbers that count up, and without lines that stand again where pages begin and end.
+
+    The first of equal lines stays, so no fact is lost.
+    """
+    lines = text.replace("\f", "\n\f\n").split("\n")
+    rows = [number for number, line in enumerate(lines) if line == "\f" or line.strip()]
+    pages = {at: "" for at, number in enumerate(rows) if lines[number] == "\f"}
+    borders = {*pages, -1, len(rows)} if pages else set()
+    seen: dict[tuple[str, int], int] = {}
+    for at, number in enumerate(rows):
+        page = PAGE.fullmatch(lines[number].strip()) if len(lines[number]) <= 120 else None
+        if page and (page["word"] or page["last"] or borders & {at - 1, at + 1}):
+            title, place = page["title"] or "", int(page["number"])
+            if at - (before := seen.get((title, place - 1), at)) >= 3:
+                pages |= {before: title, at: title}
+            seen[title, place] = at
+    beside: dict[str, list[int]] = {}
+    for at in {near for border in {*pages, -1, len(rows)} for near in range(border - 2, border + 3)} - pages.keys():
+        if pages and 0 <= at < len(rows) and ":" not in lines[rows[at]]:
+            beside.setdefault(lines[rows[at]].strip(), []).append(at)
+    often = {line: places for line, places in beside.items() if len(places) >= max(3, len(pages) / 3)}
+    pages |= {at: line for line, places in often.items() for at in places}
+    first = {line: at for at, line in sorted(pages.items(), reverse=True) if line}
+    gone = {rows[at] for at, line in pages.items() if first.get(line) != at}
+    return "\n".join(line for number, line in enumerate(lines) if number not in gone), len(gone)
+
+
+def _with_whole_words(text: str) -> tuple[str, int]:
+    """Without the hyphens of line ends, where the text or the parts tell that the word is written without one."""
+    words = set(re.findall(r"\w+(?:-\w+)*", BROKEN.sub(" ", text).casefold())) if BROKEN.search(text) else set()
+
+    def whole(found: re.Match[str]) -> str:
+        first, second = found[1].casefold(), found[2].casefold()
+        if first + second in words:
+            return found[1] + found[2]
+        if f"{first}-{second}" in words or HYPHENATED.match(f"{first}-{second}"):
+            return f"{found[1]}-{found[2]}"
+        unclear = first == second or {first, second} <= words or second in ("and", "und", "oder", "och")
+        return found[0] if unclear or not (found[1][-1] + found[2][0]).islower() else found[1] + found[2]
+
+    plain = BROKEN.sub(whole, text)
+    return plain, text.count("\n") - plain.count("\n")
 
 
 def build_prompt(request: GenerateRequest, system: str, defaults: Mapping[str, Any]) -> Prompt:
@@ -646,7 +841,9 @@ def build_prompt(request: GenerateRequest, system: str, defaults: Mapping[str, A
 
     Delimiters in the content lose their bracket, so that it cannot end itself and turn into instructions.
     """
-    content = plain_text(request.content)
+    content = plain_text(request.content).text
+    if not re.search(VISIBLE, content):
+        raise InvalidRequest(errors=[_fault(["content"], "must hold text that can be seen, not only markup")])
     content = re.sub(r"(?i)<(?=\s*+/?\s*+course\s*+>)", "\u2039", content)  # possessive: a linear pass
     options = [f"{label}: {value}" for name, label in OPTION_LABELS.items() if (value := request.option(name))]
     schema, closing = BADGE_SCHEMA, CLOSING
@@ -2789,7 +2986,7 @@ async def json_body(request: Request) -> dict[str, Any]:
     if not is_json and media_type != "text/plain":
         raise UnsupportedMediaType
     try:
-        document = orjson.loads(await request.body())
+        document = orjson.loads((await request.body()).removeprefix(b"\xef\xbb\xbf"))  # a byte-order mark
     except ValueError:
         raise (InvalidJson if is_json else UnsupportedMediaType) from None
     if not isinstance(document, dict):

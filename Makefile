@@ -20,14 +20,16 @@ CHECK_SHA256 := import hashlib, sys; \
 COMPILE := pip compile --no-config --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-emit-find-links --no-header --no-annotate
 
-.PHONY: help install model certs demo run test bench lint lock clean
+.PHONY: help install model certs demo run test quick bench openapi lint lock clean
 
 help:
 	@echo "make install  .venv with all that running and testing need (PYTHON=… picks the Python)"
 	@echo "make demo     engine, API and a self-signed certificate with the small bundled model; Ctrl-C ends it"
 	@echo "make run      the API against the configured engine (Ollama unless ENGINE says otherwise)"
 	@echo "make test     every test (ARGS=… goes to pytest)"
+	@echo "make quick    the tests without browser, containers, nginx, real model and load: under 90 seconds"
 	@echo "make bench    the speed beside that of peers, about 4 minutes (ARGS=\"--real --json bench.json\"; ARGS=--help)"
+	@echo "make openapi  examples/openapi.json anew, after a change of routes, requests or errors"
 	@echo "make lint     ruff and mypy"
 	@echo "make model    the small model into model/ (93 MB, once)"
 	@echo "make certs    a self-signed certificate for localhost into certs/, unless there is one"
@@ -84,8 +86,14 @@ run: install
 test: install model
 	@$(VENV_PYTHON) -m pytest $(ARGS)
 
+quick: install
+	@$(VENV_PYTHON) -m pytest -m "not slow" $(ARGS)
+
 bench: install
-	@$(VENV_PYTHON) bench_dccapi.py $(ARGS)
+	@$(VENV_PYTHON) tools/bench.py $(ARGS)
+
+openapi: install
+	@$(VENV_PYTHON) tools/openapi.py
 
 lint: install
 	@$(VENV_PYTHON) -m ruff check .
@@ -102,4 +110,4 @@ lock:
 
 clean:
 	@echo "Removing .venv and caches"
-	@rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis __pycache__ build dist *.egg-info model/.fetch.*
+	@rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis .schemathesis __pycache__ tests/__pycache__ tools/__pycache__ build dist *.egg-info model/.fetch.*

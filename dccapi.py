@@ -56,7 +56,6 @@ import contextlib
 import functools
 import hashlib
 import hmac
-import inspect
 import ipaddress
 import itertools
 import logging
@@ -69,16 +68,14 @@ import sys
 import threading
 import time
 import tomllib
-import unicodedata
+import traceback
 import uuid
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from html import unescape
-from http import HTTPStatus
-from json import JSONDecoder
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, cast
 from urllib.parse import urlsplit
@@ -95,6 +92,7 @@ import hypercorn.protocol.h2
 import hyperframe.exceptions
 import orjson
 import pydantic_core
+from aiohttp.http_exceptions import LineTooLong
 from ftfy import fix_encoding
 from ftfy.badness import badness
 from hypercorn.asyncio.tcp_server import TCPServer
@@ -114,7 +112,6 @@ from pydantic import (
     ConfigDict,
     Field,
     PrivateAttr,
-    RootModel,
     ValidationError,
     ValidationInfo,
     WithJsonSchema,
@@ -122,18 +119,18 @@ from pydantic import (
     model_validator,
 )
 from pydantic.alias_generators import to_camel
-from pydantic.json_schema import models_json_schema
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from selectolax.lexbor import LexborHTMLParser
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 HERE = Path(__file__).resolve().parent
 log = logging.getLogger("dccapi")
@@ -302,12 +299,12 @@ def load_settings() -> Settings:
 
 
 class ApiError(Exception):
-    """Something went wrong here. Try again; if it stays, report the request_id."""
+    """What a client is told (contract 3.4): a status, an `error_code` and a sentence that says what to do."""
 
-    # A subclass's docstring is the sentence that a client reads: what is wrong and what to do.
     status = 500
     code = "internal_error"
     retry_after: float | None = None
+    text = "Something went wrong here. Try again; if it stays, report the request_id."
 
     def __init_subclass__(cls, status: int = 0, retry_after: float | None = None) -> None:
         cls.status = status or cls.status
@@ -317,91 +314,55 @@ class ApiError(Exception):
     def __init__(
         self, detail: str = "", *, retry_after: float | None = None, headers: Mapping[str, str] = {}, **members: Any
     ) -> None:
-        self.detail = detail or str(self.__doc__)
+        self.detail = detail or self.text
         super().__init__(self.detail)
         self.retry_after = self.retry_after if retry_after is None else retry_after
         self.headers = dict(headers)
         self.members = members  # extension members of the problem (RFC 9457 3.2)
 
 
+# fmt: off
 class InvalidJson(ApiError, status=400):
-    """The body is not JSON. Send a JSON object in UTF-8."""
-
-
+    text = "The body is not JSON. Send a JSON object in UTF-8."
 class Unauthorized(ApiError, status=401):
-    """A key is needed. Send one of the service's as `Authorization: Bearer KEY` or `X-API-Key: KEY`."""
-
-
+    text = "A key is needed. Send one of the service's as `Authorization: Bearer KEY` or `X-API-Key: KEY`."
 class NotFound(ApiError, status=404):
-    """There is nothing at this path; /openapi.json lists what there is."""
-
-
+    text = "There is nothing at this path; /openapi.json lists what there is."
 class MethodNotAllowed(ApiError, status=405):
-    """This path has other methods: use one of the Allow header."""
-
-
+    text = "This path has other methods: use one of the Allow header."
 class BodyTimeout(ApiError, status=408):
-    """The body did not arrive in time. Send the request again, its whole body at once."""
-
-
+    text = "The body did not arrive in time. Send the request again, its whole body at once."
 class IdempotencyConflict(ApiError, status=409):
-    """This Idempotency-Key was used with another body. Use a new key for a new request."""
-
-
+    text = "This Idempotency-Key was used with another body. Use a new key for a new request."
 class BodyTooLarge(ApiError, status=413):
-    """The body is too large. Send less."""
-
-
+    text = "The body is too large. Send less."
 class ContentTooLong(ApiError, status=413):
-    """The content does not fit the model's context. Shorten it, or write a badge for each part of the course."""
-
-
+    text = "The content does not fit the model's context. Shorten it, or write a badge for each part of the course."
 class UriTooLong(ApiError, status=414):
-    """The query is too long. POST long content to /generate/stream."""
-
-
+    text = "The query is too long. POST long content to /generate/stream."
 class UnsupportedMediaType(ApiError, status=415):
-    """Send the body as application/json."""
-
-
+    text = "Send the body as application/json."
 class InvalidRequest(ApiError, status=422):
-    """The request is not valid. Correct the fields listed in `errors`."""
-
-
+    text = "The request is not valid. Correct the fields listed in `errors`."
 class TooManyRequests(ApiError, status=429):
-    """You have too many generations in flight. Wait for one to finish, or cancel one."""
-
-
+    text = "You have too many generations in flight. Wait for one to finish, or cancel one."
 class EngineError(ApiError, status=502):
-    """The language model failed while writing. Try again."""
-
-
+    text = "The language model failed while writing. Try again."
 class InvalidModelOutput(ApiError, status=502):
-    """What the language model wrote is not a badge. Try again, with another seed or more content."""
-
-
+    text = "What the language model wrote is not a badge. Try again, with another seed or more content."
 class QueueFull(ApiError, status=503, retry_after=5):
-    """Too many badges are waiting to be written. Try again after the time in Retry-After."""
-
-
+    text = "Too many badges are waiting to be written. Try again after the time in Retry-After."
 class EngineUnreachable(ApiError, status=503, retry_after=5):
-    """The language model's server does not answer. Try again later; /health says more."""
-
-
+    text = "The language model's server does not answer. Try again later; /health says more."
 class ModelMissing(ApiError, status=503, retry_after=30):
-    """The language model's server runs but does not have the model. Create it; /health names it."""
-
-
+    text = "The language model's server runs but does not have the model. Create it; /health names it."
 class ShuttingDown(ApiError, status=503, retry_after=5):
-    """The service is being stopped or restarted. Try again in a moment."""
-
-
+    text = "The service is being stopped or restarted. Try again in a moment."
 class Cancelled(ApiError, status=503, retry_after=1):
-    """The generation was cancelled before it was finished. Start a new one."""
-
-
+    text = "The generation was cancelled before it was finished. Start a new one."
 class EngineTimeout(ApiError, status=504):
-    """The language model took too long. Try again later."""
+    text = "The language model took too long. Try again later."
+# fmt: on
 
 
 def problem(error: ApiError, request_id: str) -> dict[str, Any]:
@@ -422,6 +383,10 @@ def invalid(error: ValidationError) -> InvalidRequest:
     """Every fault of a request, without the values."""
     faults = error.errors(include_url=False, include_input=False, include_context=False)
     return InvalidRequest(errors=[{"loc": list(f["loc"]), "msg": f["msg"], "type": f["type"]} for f in faults])
+
+
+def invalid_field(loc: list[str], message: str) -> InvalidRequest:
+    return InvalidRequest(errors=[{"loc": loc, "msg": message, "type": "value_error"}])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -471,6 +436,7 @@ class Badge(BaseModel):
 class StreamOptions(BaseModel):
     """How a client wants its events."""
 
+    stream: bool = Field(False, description="Answer with events, as `Accept: text/event-stream` does.")
     accumulated: bool = Field(True, description="Repeat the whole text so far in each token event.")
     partial: bool = Field(False, description="Add `partial` events with the badge as far as it is written.")
 
@@ -534,7 +500,7 @@ class GenerateRequest(StreamOptions, BadgeOptions):
 
     def fingerprint(self) -> bytes:
         """What an `Idempotency-Key` stands for: the fields, not how they are delivered."""
-        fields = self.model_dump(exclude={"accumulated", "partial"})
+        fields = self.model_dump(exclude=set(StreamOptions.model_fields))
         return hashlib.sha256(orjson.dumps(fields, option=orjson.OPT_SORT_KEYS)).digest()
 
 
@@ -594,6 +560,13 @@ class Prompt:
         return _kept(self.request)
 
     @property
+    def institution(self) -> str:
+        """The institution that the badge has to mention, or ""."""
+        name = (self.request.option("institution") if self.request else None) or ""
+        name = " ".join(_tidied(name).split())
+        return name if re.search(VISIBLE, name) and "badge_description" not in self.kept else ""
+
+    @property
     def words(self) -> int:
         """No tokenizer makes fewer tokens than words."""
         return len(self.system.split()) + len(self.user.split())
@@ -621,16 +594,16 @@ NAME = (
 )
 COMMENT = r"<!--(?:[^<]|<(?!!--))*?-->"
 # HTML is what begins with a tag, or has tags that touch the text they mark. Prose about HTML sets its tags apart.
-IS_HTML = rf"\s*(?:{COMMENT}\s*)*(?:\Z|<[!?]|<(?i:{NAME})(?:\s[^<>]*=[^<>]*>|\s*/?>(?![.,;:)/-]|\s+[a-z])))"
+IS_HTML = (
+    rf"\s*(?:{COMMENT}\s*)*(?:\Z|<(?i:!doctype|\?xml)|<(?i:{NAME})(?:\s[^<>]*=[^<>]*>|\s*/?>(?![.,;:)/-]|\s+[a-z])))"
+)
 HAS_HTML = (
     rf"(?im)[^\s\"'`(</>](?:[ \t]*\n\s*)?</{NAME}\s*>|[^\s\"'`(</>]<[bh]r\s*/?>|^[ \t]*<br\s*/?>\w"
     rf"|<br\s*/?>[ \t]*(?:\n|<br)|[.!?] <br\s*/?>|(?:^[ \t]*<{NAME}|<img)\s[^<>]*=[^<>]*>"
 )
 TELLS_OF_HTML = rf"(?i:(?<![\w./\"'=<-])x?html)|\w,? <(?i:{NAME})>(?:[,.;)]| [a-z])"
 # None that a C program takes the address of: `&sum;`, `&int;`.
-ENTITY = (
-    r"&(?:amp|lt|gt|quot|nbsp|[lr][sd]quo|[mn]dash|[A-Za-z](?:uml|acute|grave|circ|tilde|cedil)|#x?[\da-fA-F]{2,6});"
-)
+ENTITY = r"&(?:amp|lt|gt|quot|nbsp|[lr][sd]quo|[mn]dash|[A-Za-z](?:uml|acute|grave|circ|tilde|cedil)|#x?\w{2,5});"
 BLOCKS = "br,hr,option,caption,figcaption,h1,h2,h3,h4,h5,h6," + BLOCK.replace("|h[1-6]", "").replace("|", ",")
 NO_TEXT = "head,script,style,noscript,template,svg,iframe,annotation,annotation-xml,.katex-mathml + .katex-html"
 FORMULAS = {
@@ -647,9 +620,7 @@ CODE = re.compile(
 )
 # Beside a mark stands no letter, unless its script sets no spaces between words: `2*3*4`, `a[i](x.y)`.
 BEFORE, AFTER = r"(?<![^\s(\[>|~¿¡«\u0e00-\U0010ffff])", r"(?![^\s.,;:!?)\]|*_~'»\u0e00-\U0010ffff-])"
-ADDRESS = (
-    r"""\(\s*<?(?=[^\s()]*[a-zA-Z#])[^\s()<>]*[/.#:@](?:[^\s()<>]|\([^\s()]*\))*+>?(?:\s+(?:"[^"]*"|'[^']*'))?\s*\)"""
-)
+ADDRESS = r"""\(\s*<?(?=[^\s()]*[a-zA-Z#])[^\s()<>]*[/.#:@](?:[^\s()<>]|\([^\s()]*\))*+>?(?:\s+["'][^()]*)?\s*\)"""
 IMAGE = rf"!\[(?P<alt>[^][]*)\]{ADDRESS}"
 REFERENCE = r"(?<![^\W\u0e00-\uffff])\[(?P<text>[^][\n]+)\]\[(?P<label>[^][\n]*)\]"
 DEFINITION = r"(?m)^ {0,3}\[([^][\n]+)\]:[ \t]+<?(?:https?://|mailto:|[./#])\S*(?:[ \t]+[\"'(].*)?\n?"
@@ -671,23 +642,17 @@ MARKS = (
 )
 
 # Dirt that tools leave, and what belongs there. Joiners mean something in Indic and Arabic scripts and in emoji.
+JOINED = r"\u0590-\u1fff\u2190-\ufdff\ufe00-\ufe0f\ufe70-\ufefc\U00010000-\U0010ffff"
+BULLET = r"\uf02d\uf06c-\uf077\uf09e-\uf0a8\uf0b2\uf0b7\uf0d8\uf0e8\uf0f0\uf0fc-\uf0fe"
+LIGATURES = ("ff", "fi", "fl", "ffi", "ffl", "st", "st")
 DIRT: tuple[tuple[str, str, Any], ...] = (
     ("soft_hyphens", r"\xad[ \t]*\n[ \t]*(?=\w)|\xad|(?<=[^\W\d_])\xac\n[ \t]*(?=[^\W\d_])", ""),
-    ("zero_width", r"[\u2060-\u2064\ufeff\u180e]|(?<![\u0e00-\u17ff])\u200b", ""),
-    (
-        "zero_width",
-        r"(?<![\u0590-\u1fff\u2190-\ufdff\ufe00-\ufe0f\ufe70-\ufefc\U00010000-\U0010ffff])[\u200c\u200d]",
-        "",
-    ),
-    ("ligatures", "[\ufb00-\ufb06]", lambda found: unicodedata.normalize("NFKC", found[0])),
-    (
-        "bullets",
-        "(?m)^([ \t]*)[\uf02d\uf06c-\uf077\uf09e-\uf0a8\uf0b2\uf0b7\uf0d8\uf0e8\uf0f0\uf0fc-\uf0fe][ \t\xa0]*",
-        r"\1- ",
-    ),
-    ("bullets", "[\uf0a7\uf0b7]", "•"),
+    ("zero_width", rf"[\u2060-\u2064\ufeff\u180e]|(?<![\u0e00-\u17ff])\u200b|(?<![{JOINED}])[\u200c\u200d]", ""),
+    ("ligatures", r"[\ufb00-\ufb06]", lambda found: LIGATURES[ord(found[0]) - 0xFB00]),
+    ("bullets", rf"(?m)^([ \t]*)[{BULLET}][ \t\xa0]*", r"\1- "),
+    ("bullets", r"[\uf0a7\uf0b7]", "•"),
 )
-BROKEN = re.compile(r"(?<![\w-])([^\W\d_]+[^\W\d_])[-\u2010]\n\s*([^\W\d_]{3,})(?!\w)")
+BROKEN = re.compile(r"(?<![\w-])([^\W\d_]+[^\W\d_])[-\u2010]\n\s*(?!(?:\1|and|und|oder|och)\b)([^\W\d_]{3,})(?!\w)")
 HYPHENATED = re.compile(
     r"(?:self|well|non|ex|all|cross|half|high|low|long|short|full|hands|one|two|three|four|five|six)-|\w+-(?:based|led|free"
     r"|cent(?:er|re)d|driven|oriented|related|specific|level|long|term|time|wide|making|solving|taking|friendly|minded)$"
@@ -743,7 +708,7 @@ def _without_html(text: str) -> str:
             text = bare
     if "<" not in text or not _is_html(text):
         return text
-    tree = LexborHTMLParser(re.sub(rf"(?i)<(?!/?{NAME}(?:\s[^<>]*)?/?>|!|\?)", "&lt;", text))
+    tree = LexborHTMLParser(re.sub(rf"(?i)<(?!/?{NAME}(?:\s[^<>]*)?/?>|!doctype|!--|!\[|\?xml)", "&lt;", text))
     for node in reversed(tree.css(NO_TEXT)):
         node.decompose()
     for node in tree.css("img"):
@@ -825,12 +790,12 @@ def _with_whole_words(text: str) -> tuple[str, int]:
 
     def whole(found: re.Match[str]) -> str:
         first, second = found[1].casefold(), found[2].casefold()
-        if first + second in words:
-            return found[1] + found[2]
-        if f"{first}-{second}" in words or HYPHENATED.match(f"{first}-{second}"):
-            return f"{found[1]}-{found[2]}"
-        unclear = first == second or {first, second} <= words or second in ("and", "und", "oder", "och")
-        return found[0] if unclear or not (found[1][-1] + found[2][0]).islower() else found[1] + found[2]
+        if first + second not in words:
+            if f"{first}-{second}" in words or HYPHENATED.match(f"{first}-{second}"):
+                return f"{found[1]}-{found[2]}"
+            if {first, second} <= words or not (found[1][-1] + found[2][0]).islower():
+                return found[0]
+        return found[1] + found[2]
 
     plain = BROKEN.sub(whole, text)
     return plain, text.count("\n") - plain.count("\n")
@@ -843,7 +808,7 @@ def build_prompt(request: GenerateRequest, system: str, defaults: Mapping[str, A
     """
     content = plain_text(request.content).text
     if not re.search(VISIBLE, content):
-        raise InvalidRequest(errors=[_fault(["content"], "must hold text that can be seen, not only markup")])
+        raise invalid_field(["content"], "must hold text that can be seen, not only markup")
     content = re.sub(r"(?i)<(?=\s*+/?\s*+course\s*+>)", "\u2039", content)  # possessive: a linear pass
     options = [f"{label}: {value}" for name, label in OPTION_LABELS.items() if (value := request.option(name))]
     schema, closing = BADGE_SCHEMA, CLOSING
@@ -862,23 +827,32 @@ def build_prompt(request: GenerateRequest, system: str, defaults: Mapping[str, A
     return Prompt(system, user, schema, request.sampling(defaults), request)
 
 
-def too_long(num_ctx: int, prompt: Prompt, tokens: int | None = None, limit: int | None = None) -> ContentTooLong:
-    """The 413 with its figures; tokens and limit are the engine's own when it gave any."""
-    limit = limit or num_ctx
+def too_long(prompt: Prompt, limit: int | None, tokens: int | None = None, answer: int | None = None) -> ContentTooLong:
+    """The 413 with its figures, which agree with each other.
+
+    `limit` is what the context holds, `tokens` what the prompt has and `answer` what was to be written: the engine's
+    own figures where it gave any. Without them the prompt's tokens are estimated, as more than the context holds.
+    """
     instructions = len(prompt.system.encode()) // 4
-    estimate = tokens or max(prompt.words * 4 // 3, len(prompt.user.encode()) // 4)
     about = "" if tokens else "about "
+    if not tokens:
+        tokens = max(prompt.words * 4 // 3, len(prompt.user.encode()) // 4 + instructions, (limit or 0) + 1)
     words = max(prompt.content_words, len(prompt.user) // 12)  # not every script has spaces between them
-    room = max(0, limit - limit // 4 - instructions)  # a quarter for the answer
-    fits = min(room * 3 // 4, words * room // max(1, estimate - instructions))
-    return ContentTooLong(
-        f"The request has {about}{estimate} tokens; the model's context holds {limit}, its instructions and its answer "
-        f"included. Shorten the content to about {fits} words, or write a badge for each part of the course.",
-        prompt_tokens=estimate,
-        context_tokens=limit,
-        content_words=words,
-        content_words_that_fit=fits,
-    )
+    members: dict[str, Any] = {"prompt_tokens": tokens, "content_words": words}
+    has = f"The request has {about}{tokens} tokens"
+    shorten = "Shorten the content, or write a badge for each part of the course."
+    if not limit:
+        return ContentTooLong(f"{has}, more than the model's context holds. {shorten}", **members)
+    room = max(0, limit - min(answer or limit, limit // 4) - instructions)  # a quarter for the answer
+    fits = min(words * 3 // 4, room * 3 // 4, words * room // max(1, tokens - instructions))
+    shorten = shorten.replace("content", f"content to about {fits} words")
+    if answer and tokens <= limit:
+        detail = (
+            f"{has} and asks for up to {answer} more; the model's context holds {limit}. Lower max_tokens. {shorten}"
+        )
+    else:
+        detail = f"{has}; the model's context holds {limit}, its instructions and its answer included. {shorten}"
+    return ContentTooLong(detail, context_tokens=limit, content_words_that_fit=fits, **members)
 
 
 # The words of the schema, with nothing but letters and digits left of them. One string reads better than a list.
@@ -886,79 +860,438 @@ PLACEHOLDERS = frozenset(
     "string text badge badgename badgetitle badgedescription name title description criteria narrative "  # noqa: SIM905
     "criterianarrative object value example placeholder todo tbd null none na".split()
 )
+_THOUGHT = "think|thinking|thoughts?|reasoning"
+# What marks a model's thoughts in its text: the tags of DeepSeek-R1, Qwen3, Seed, Magistral, Kimi, Command A and
+# OpenThinker, and the channels of gpt-oss, whose marks some servers strip ("assistantfinal"). One more: `{"`, where a
+# JSON object begins.
+_OPENS = rf"<(?:seed:)?(?:{_THOUGHT})>|\[THINK\]|◁think▷|<\|(?:begin_of_thought|start_thinking)\|>"
+_CLOSES = rf"</(?:seed:)?(?:{_THOUGHT})>|\[/THINK\]|◁/think▷|<\|end_(?:of_thought|thinking)\|>"
+_OPENS += r"|<\|channel\|?>\s*(?:analysis|commentary|thought)"
+_CLOSES += r"|<\|channel\|?>\s*final|assistantfinal|<channel\|>"
+THOUGHTS_END = re.compile(rf"(?i){_CLOSES}")
+MARK = re.compile(rf"(?i)(?P<closes>{_CLOSES})|(?P<opens>{_OPENS})|(?P<object>\{{\s*(?:\"|\Z))")
+LONGEST_MARK = 64
+MAX_OBJECTS = 64  # of one text that are looked at: each may be read to the end of the text
+NOT_PROSE = re.compile(r"[\W_]*(json)?[\W_]*", re.I)  # before an object: nothing, or the fence of a code block
+PLAIN = re.compile(r'[^"\\\x00-\x1f\x7f-\x9f\ud800-\udfff]*[^\s"\\\x00-\x1f\x7f-\x9f\ud800-\udfff] ?').fullmatch
+STRING_RUN = re.compile(r'[^"\\]+')
+ESCAPE = re.compile(r'\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|["\\/bfnrt]|[^u])')
+ESCAPE_BEGUN = re.compile(r"\\(?:u[0-9a-fA-F]{0,3}|u[dD][89abAB][0-9a-fA-F]{2}(?:\\(?:u[0-9a-fA-F]{0,3})?)?)?\Z")
+NOT_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+TAG_KEYS = ("tags", "tag", "skills")
+
+
+class BrokenBadge(Exception):
+    """What is read is not the JSON of a badge."""
+
+
+def _after(beginning: str, text: str) -> str:
+    """What follows the beginning of a text that is the same apart from white space; "" where it begins otherwise."""
+    count = len("".join(beginning.split()))
+    begins = re.match(rf"(?:\s*\S){{{count}}}", text)
+    return text[begins.end() :] if begins and "".join(begins[0].split()) == "".join(beginning.split()) else ""
+
+
+class BadgeReader:
+    """Reads one JSON object of a model and renders the badge in it, piece by piece. Sans I/O.
+
+    What `feed` and `finish` return is, put together, the JSON of the badge in the shape of the answer: only its
+    fields, in the order and layout in which they were written, after those that are `kept`; texts are trimmed, and a
+    text given as a list of sentences or items becomes a paragraph or a Markdown list. An institution that neither the
+    name nor the description mentions is appended to the description: small models forget it.
+    """
+
+    def __init__(self, kept: Mapping[str, Any] = {}, institution: str = "") -> None:
+        self.fields: dict[str, list[str]] = {}  # text in pieces
+        self.tags: list[str] = []
+        self.rest = ""  # what followed the object
+        self.done = self.broken = False
+        self._kept, self._institution = kept, institution
+        self._text, self._at = "", 0  # what was fed, and how far it is read
+        self._mark = 0  # how far it is rendered
+        self._ahead = ""  # what was rendered of the structure before the next text, without its white space
+        self._ended = False
+        self._out: list[str] = []
+        self.said: list[str] = []  # of the text that is being read
+        self._blank = ""  # white space after it, which counts once more text follows
+        self._writing = False  # whether a text is being rendered
+        self._closing = ""  # what would close the field that is being rendered
+        self.plain = False  # whether the next piece may be taken as it is
+        self._run = self._object()
+
+    def feed(self, piece: str) -> str:
+        self._text = self._text[self._mark :] + piece
+        self._at, self._mark = self._at - self._mark, 0
+        try:
+            next(self._run)
+            self._go_ahead()
+        except StopIteration:
+            self.done, self.rest = True, self._text[self._at :]
+        except BrokenBadge:
+            self.broken, self.rest = True, self._text[self._at :]
+        rendered = "".join(self._out)
+        self._out.clear()
+        return rendered
+
+    def finish(self, cut: bool) -> str:
+        """Close what the model left open. A text that is not closed is one only where a token limit `cut` it."""
+        if self.done or self.broken:
+            return ""
+        self._ended = True
+        rendered = self.feed("")
+        if (self._writing and not cut) or not self.fields:
+            self.broken = True
+            return ""
+        self.broken, self.done = False, True
+        return rendered + self._closing + "}"
+
+    def badge(self) -> Badge:
+        """Raises InvalidModelOutput for an object that is no badge, with placeholders for example."""
+        if not self.done:
+            raise InvalidModelOutput
+        texts = {name: "".join(pieces) for name, pieces in self.fields.items()}
+        for text in texts.values():
+            if re.sub(r"[\W_]+", "", text).casefold() in PLACEHOLDERS | {""}:
+                raise InvalidModelOutput
+        if re.search(r"[\n\t]", texts.get("badge_name", "")):
+            raise InvalidModelOutput
+        narrative = texts.pop("criteria", None)
+        criteria = {} if narrative is None else {"criteria": {"narrative": narrative}}
+        try:
+            badge = Badge.model_validate({**self._kept, **texts, **criteria})
+        except ValidationError:  # a field is missing, or the name is too long
+            raise InvalidModelOutput from None
+        badge._tags = tuple(self.tags)
+        return badge
+
+    # -- the object, as a generator that yields wherever it needs more text
+
+    def _object(self) -> Iterator[None]:
+        yield from self._expect("{")
+        while (yield from self._peek()) == "{" and not self.fields:
+            self._at += 1  # some models open it twice
+        while (yield from self._peek()) != "}":
+            key = yield from self._string()
+            yield from self._expect(":")
+            first = yield from self._peek()
+            if key in self.fields or key in self._kept:
+                yield from self._skip()
+            elif key in ("badge_name", "badge_description"):
+                yield from self._rendered(key, first, f'"{key}": ', '"')
+            elif key == "criteria":
+                yield from self._criteria(first)
+            elif key in TAG_KEYS and first == "[":
+                yield from self._tag_list()
+            elif first == "{" and not self.fields:
+                raise BrokenBadge  # the badge may be in there, and is found on its own
+            else:
+                yield from self._skip()
+        self._at += 1
+        if self.fields:
+            self._emit("}")
+
+    def _criteria(self, first: str) -> Iterator[None]:
+        if first != "{":
+            yield from self._rendered("criteria", first, '"criteria": {"narrative": ', '"}')
+            self._out.append(self._closing)
+            self._closing = ""
+            return
+        self._at += 1
+        while (yield from self._peek()) != "}":
+            key = yield from self._string()
+            yield from self._expect(":")
+            first = yield from self._peek()
+            if key == "narrative" and "criteria" not in self.fields:
+                yield from self._rendered("criteria", first, '"criteria": {"narrative": ', '"}')
+            else:
+                yield from self._skip()
+        self._at += 1
+        if "criteria" in self.fields:
+            self._emit("}")
+        self._closing = ""
+
+    def _rendered(self, name: str, first: str, opening: str, closing: str) -> Iterator[None]:
+        """A text, or a list of texts, of the badge."""
+        if first not in '"[' or (first == "[" and name == "badge_name"):
+            raise BrokenBadge
+        self._emit(self._before() + opening)
+        self._out.append('"')
+        self._closing, self._writing = closing, True
+        self.fields[name] = self.said = []
+        if first == '"':
+            yield from self._string(render=True)
+        else:
+            self._at += 1
+            item, between = ("- ", "\n") if name == "criteria" else ("", " ")
+            while (yield from self._peek()) == '"':
+                self._render(between * bool(self.said) + item)
+                yield from self._string(render=True)
+            yield from self._expect("]")
+        if name == "badge_description" and not self._names_institution():
+            self._render(f" ({self._institution})")
+        self._closing, self._writing = closing[1:], False
+        self._out.append('"')
+        self._mark = self._at
+
+    def _before(self) -> str:
+        """What comes before the next field."""
+        if self.fields:
+            return ", "
+        return orjson.dumps(self._kept).decode()[:-1] + ", " if self._kept else "{"
+
+    def _emit(self, structure: str) -> None:
+        """What stands between the texts: as the model laid it out, if that is the same apart from white space."""
+        written, self._mark = self._text[self._mark : self._at], self._at
+        ahead, self._ahead, wanted = self._ahead, "", "".join(structure.split())
+        if ahead + "".join(written.split()) != wanted:
+            if not wanted.startswith(ahead):
+                raise BrokenBadge
+            written = _after(ahead, structure)
+        self._out.append(written)
+
+    def _go_ahead(self) -> None:
+        """Render the structure as far as it has come, where only what is wanted can follow."""
+        if self._writing or not (written := self._text[self._mark :]):
+            return
+        ahead = self._ahead + "".join(written.split())
+        if self._closing or len(self.fields) + len(self._kept) == 3:
+            wanted = ["}"]
+        else:
+            fields = ('"badge_name":', '"badge_description":', '"criteria":{"narrative":')
+            wanted = [self._before().strip() + field for field in fields if field.split('"')[1] not in self.fields]
+        if any(one.startswith(ahead) for one in wanted):
+            self._out.append(written)
+            self._mark, self._ahead = self._at, ahead
+
+    def _names_institution(self) -> bool:
+        if not self._institution:
+            return True
+        name = rf"(?<!\w){re.escape(self._institution.casefold())}(?!\w)"  # MIT is not in "submit"
+        texts = "".join(self.fields.get("badge_name", [])), "".join(self.fields["badge_description"])
+        kept = str(self._kept.get("badge_name", ""))
+        return re.search(name, " ".join((kept, *texts)).casefold()) is not None
+
+    def _render(self, text: str) -> None:
+        if NOT_TEXT.search(text):
+            raise BrokenBadge
+        self._mark = self._at
+        if text:
+            self.said.append(text)
+            self._out.append(orjson.dumps(text)[1:-1].decode())
+
+    def _string(self, render: bool = False) -> Generator[None, None, str]:
+        """A string and its closing quote: rendered, trimmed, as it comes, or returned when it is whole."""
+        yield from self._expect('"')
+        parts: list[str] = []
+        begun, said = False, ""
+        self._blank = ""
+        while True:
+            if self._at == len(self._text):
+                if said and self._blank == " ":  # between two words, as far as can be seen
+                    self._render(" ")
+                    self._blank = ""
+                self.plain, said = render and begun and not self._blank, ""
+                yield from self._more()
+                self.plain = False
+            if self._text[self._at] == '"':
+                self._at += 1
+                return "".join(parts)
+            part = yield from self._characters()
+            if not render:
+                parts.append(part)
+                continue
+            part = (self._blank + part) if begun else part.lstrip()
+            said = part.rstrip()
+            self._blank = part[len(said) :]
+            if said:
+                begun = True
+                self._render(said.replace("\r\n", "\n"))
+
+    def _characters(self) -> Generator[None, None, str]:
+        """The next run of a string, or its next escape sequence, decoded; a backslash that escapes nothing stays."""
+        if run := STRING_RUN.match(self._text, self._at):
+            self._at = run.end()
+            return run[0]
+        while ESCAPE_BEGUN.match(self._text, self._at) and not self._ended:
+            yield
+        escape = ESCAPE.match(self._text, self._at)
+        if escape is None:
+            raise BrokenBadge
+        self._at = escape.end()
+        try:
+            return str(orjson.loads(f'"{escape[0]}"'))
+        except ValueError:
+            if escape[0].startswith("\\u"):
+                raise BrokenBadge from None  # half a surrogate pair
+            return escape[0]
+
+    def _tag_list(self) -> Iterator[None]:
+        self._at += 1
+        while (mark := (yield from self._peek())) not in "]}":
+            if mark == '"':
+                tag = yield from self._string()
+                self.tags.append(NOT_TEXT.sub("", tag))
+            else:
+                yield from self._skip()
+        yield from self._expect("]")
+
+    def _skip(self) -> Iterator[None]:
+        """A value of any kind. Its brackets are counted, not matched."""
+        depth = 0
+        while True:
+            mark = yield from self._peek()
+            if mark == '"':
+                yield from self._string()
+            elif mark in "]}" and depth == 0:
+                return  # of the object around it
+            else:
+                self._at += 1
+                depth += (mark in "[{") - (mark in "]}")
+                if mark not in "[]{}":
+                    while (yield from self._more()) not in ',:[]{}"' and not self._text[self._at].isspace():
+                        self._at += 1
+            if depth == 0:
+                return
+
+    def _expect(self, mark: str) -> Iterator[None]:
+        if (yield from self._peek()) != mark:
+            raise BrokenBadge
+        self._at += 1
+
+    def _peek(self) -> Generator[None, None, str]:
+        """The next character that is neither white space nor a comma; models leave commas out and put in too many."""
+        while (yield from self._more()) in ", \n\t\r":
+            self._at += 1
+        return self._text[self._at]
+
+    def _more(self) -> Generator[None, None, str]:
+        while self._at == len(self._text):
+            if self._ended:
+                raise BrokenBadge
+            yield
+        return self._text[self._at]
+
+
+class Draft:
+    """The badge in what a model writes, whatever stands around it: prose, fences, thoughts. Sans I/O.
+
+    An object that comes first, or right after the thoughts, is rendered as it is written. One that stands behind prose
+    may be an idea within thoughts whose opening mark is missing (DeepSeek-R1's template writes that mark itself), so it
+    is rendered at the end. The badge is the last whole one that stands after the thoughts.
+    """
+
+    def __init__(self, kept: Mapping[str, Any] = {}, institution: str = "") -> None:
+        self.badge: Badge | None = None  # once it is finished
+        self._new_reader = partial(BadgeReader, kept, institution)
+        self._raw: list[str] = []
+        self._outside = ""  # of any object: what may be the beginning of a mark
+        self._reader: BadgeReader | None = None
+        self._written: BadgeReader | None = None  # a badge that was rendered as it was written
+        self._in_thoughts = self._after_thoughts = self._prose = self._told = False
+        self._tries = MAX_OBJECTS
+
+    def feed(self, piece: str) -> str:
+        """What this piece of the model's text adds to the JSON of the badge."""
+        self._raw.append(piece)
+        reader = self._reader
+        if reader is not None and reader.plain and PLAIN(piece):
+            reader.said.append(piece)
+            return piece
+        rendered = ""
+        while True:
+            if self._reader is None:
+                piece = self._seek(piece)
+            if (reader := self._reader) is None:
+                return rendered
+            rendered += reader.feed(piece)
+            self._told = self._told or rendered != ""
+            if not (reader.done or reader.broken):
+                return rendered
+            piece, self._reader = reader.rest, None
+            if reader.done and reader.fields:
+                self._written = reader
+
+    def _seek(self, piece: str) -> str:
+        """Look for an object that may be rendered as it is written; the text from its beginning."""
+        text = self._outside + piece
+        while mark := (THOUGHTS_END if self._in_thoughts else MARK).search(text):
+            before, text = text[: mark.start()], text[mark.end() :]
+            if self._in_thoughts or mark["closes"]:
+                if not self._in_thoughts:
+                    self._written = None  # it was an idea
+                self._in_thoughts, self._after_thoughts = False, True
+            elif mark["opens"]:
+                self._in_thoughts = True
+            else:
+                self._prose = self._prose or not NOT_PROSE.fullmatch(before)
+                if not self._told and self._tries and (self._after_thoughts or not self._prose):
+                    self._tries -= 1
+                    self._reader, self._outside = self._new_reader(), ""
+                    return mark[0] + text
+        self._prose = self._prose or not NOT_PROSE.fullmatch(text[:-LONGEST_MARK])
+        self._outside = text[-LONGEST_MARK:]
+        return ""
+
+    @property
+    def whole(self) -> bool:
+        """Whether a badge was rendered to its end."""
+        return self._written is not None
+
+    def finish(self, cut: bool) -> str:
+        """The last of the badge's JSON. Raises InvalidModelOutput; `cut` says that a token limit ended the text."""
+        rendered = ""
+        if self._reader is not None:
+            rendered = self._reader.finish(cut)
+            self._written = self._reader
+        with contextlib.suppress(InvalidModelOutput):
+            if self._written is not None:
+                self.badge = self._written.badge()
+                return rendered
+        # It was not rendered as it was written, or what was rendered is no badge.
+        self.badge, rendered = self._last_whole("".join(self._raw), cut)
+        told = "".join(map(Draft(*self._new_reader.args).feed, self._raw)) if self._told else ""
+        return _after(told, rendered)
+
+    def _last_whole(self, text: str, cut: bool) -> tuple[Badge, str]:
+        """The last whole badge after the thoughts, and its JSON. Raises InvalidModelOutput."""
+        found: tuple[Badge, str] | None = None
+        at, tries = 0, MAX_OBJECTS
+        while (mark := MARK.search(text, at)) and tries:
+            at = mark.end()
+            if mark["opens"]:
+                end = THOUGHTS_END.search(text, at)
+                at = end.end() if end else len(text)
+            if not mark["object"]:
+                found = None
+                continue
+            tries -= 1
+            reader = self._new_reader()
+            rendered = reader.feed(text[mark.start() :])
+            if not reader.done:
+                rendered += "" if found else reader.finish(cut)
+            with contextlib.suppress(InvalidModelOutput):
+                found = reader.badge(), rendered
+                at = len(text) - len(reader.rest)
+        if found is None:
+            raise InvalidModelOutput
+        return found
 
 
 def parse_badge(text: str, *, cut: bool = False, kept: Mapping[str, Any] = {}) -> Badge:
-    """The badge in a model's text: bare, fenced, between prose, or with its closing braces missing.
-
-    `cut` says that the text stopped at a token limit: then its last string may be unfinished. `kept` fields were not
-    asked for. Raises InvalidModelOutput for what cannot be read and for placeholders; nothing is made up.
-    """
-    first = next(name for name in Badge.model_fields if name not in kept)
-    found = False
-    for match in list(re.finditer(r"\{\s*\"", text))[:64]:
-        with contextlib.suppress(ValueError, RecursionError, InvalidModelOutput):
-            document, _ = JSONDecoder(strict=False).raw_decode(text, match.start())
-            if first in document:
-                found = True
-                return _checked(document, kept)
-    if not found and (start := re.search(rf"\{{\s*\"{first}\"", text)):
-        with contextlib.suppress(ValueError, TypeError):
-            rest = text[start.start() :].rstrip("` \n")
-            partial = pydantic_core.from_json(rest, allow_partial="trailing-strings" if cut else True)
-            return _checked(partial, kept)
-    raise InvalidModelOutput
+    """The badge in a whole text of a model. Raises InvalidModelOutput; nothing is made up."""
+    draft = Draft(kept)
+    draft.feed(text)
+    draft.finish(cut)
+    return cast(Badge, draft.badge)
 
 
-def _checked(document: dict[str, Any], kept: Mapping[str, Any]) -> Badge:
-    fields = dict(kept)
-    for name in ("badge_name", "badge_description"):
-        if name not in kept:
-            fields[name] = _clean(document.get(name))
-    if "criteria" not in kept:
-        criteria = document.get("criteria")
-        fields["criteria"] = {"narrative": _clean(criteria.get("narrative") if isinstance(criteria, dict) else None)}
-    if "badge_name" not in kept and (len(fields["badge_name"]) > 120 or re.search(r"[\n\t]", fields["badge_name"])):
-        raise InvalidModelOutput
-    badge = Badge.model_validate(fields)
-    tags = document.get("tags") or document.get("tag")
-    badge._tags = tuple(tag for tag in tags if isinstance(tag, str)) if isinstance(tags, list) else ()
-    return badge
-
-
-def _clean(text: object) -> str:
-    """Trimmed, or InvalidModelOutput when it is no text that a person could have meant."""
-    if not isinstance(text, str):
-        raise InvalidModelOutput
-    text = _trimmed(text)
-    if re.sub(r"[\W_]+", "", text).casefold() in PLACEHOLDERS | {""}:
-        raise InvalidModelOutput
-    if any(unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t" for character in set(text)):
-        raise InvalidModelOutput
-    return text
-
-
-def partial_badge(text: str) -> dict[str, Any]:
-    """The badge as far as it is written, for `partial` events; {} before its first field."""
-    if not (start := re.search(r"\{\s*\"", text)):
-        return {}
+def partial_badge(rendered: str) -> dict[str, Any]:
+    """The badge as far as it is rendered, for `partial` events; {} before its first field."""
     try:
-        document = pydantic_core.from_json(text[start.start() :], allow_partial="trailing-strings")
-    except (ValueError, TypeError):
+        badge = pydantic_core.from_json(rendered or "{}", allow_partial="trailing-strings")
+    except ValueError:
         return {}
-    fields: dict[str, Any] = {
-        name: _trimmed(document[name])
-        for name in ("badge_name", "badge_description")
-        if isinstance(document.get(name), str)
-    }
-    criteria = document.get("criteria")
-    if isinstance(criteria, dict) and isinstance(criteria.get("narrative"), str):
-        fields["criteria"] = {"narrative": _trimmed(criteria["narrative"])}
-    return fields
-
-
-def _trimmed(text: str) -> str:
-    return text.replace("\r\n", "\n").strip()
+    return {name: text for name, text in badge.items() if text != {}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1294,35 +1627,8 @@ def build_credential(request: CredentialRequest) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Lines and events: pure functions
+# Events: pure functions
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-class LineSplitter:
-    """Bytes in, whole lines out, for lines of up to `limit` bytes (aiohttp's own reader stops at 128 KiB)."""
-
-    def __init__(self, limit: int = MAX_LINE) -> None:
-        self._limit = limit
-        self._parts: list[bytes] = []
-        self._size = 0
-
-    def feed(self, chunk: bytes) -> list[bytes]:
-        """The lines that `chunk` completes, without their ends. Raises EngineError over the limit."""
-        *ends, rest = chunk.split(b"\n")
-        lines = []
-        for end in ends:
-            lines.append((b"".join([*self._parts, end]) if self._parts else end).rstrip(b"\r"))
-            self._parts, self._size = [], 0
-        if rest:
-            self._parts.append(rest)
-            self._size += len(rest)
-        if self._size > self._limit or any(len(line) > self._limit for line in lines):
-            raise EngineError
-        return lines
-
-    def rest(self) -> bytes:
-        """A last line that nothing ended."""
-        return b"".join(self._parts)
 
 
 def sse(data: dict[str, Any] | bytes, *, id: str = "", event: str = "") -> bytes:
@@ -1382,7 +1688,7 @@ class Generation:
     state: State = "queued"
     position: int = 0  # in the queue, from 1; 0 = running or done
     queued_position: int = 0  # the position on arrival
-    created: float = field(default_factory=time.time)
+    created: float = field(default_factory=time.monotonic)  # the event loop's clock
     followers: set[asyncio.Event] = field(default_factory=set)
     grace: float = 0  # seconds that it goes on without a follower
     task: asyncio.Task[Answer] | None = None  # the engine call
@@ -1410,48 +1716,69 @@ class Generation:
         return f"{self.id}.{number}"
 
 
-def conclude(generation: Generation, usage: Usage, model: str, num_ctx: int) -> Answer:
-    """The answer in a finished text. Raises InvalidModelOutput or ContentTooLong.
+def conclude(generation: Generation, draft: Draft, usage: Usage, settings: Settings, limit: int | None) -> Answer:
+    """The answer in a finished draft, whose last text is logged. Raises InvalidModelOutput or ContentTooLong.
 
-    A prompt over the context is cut silently at its front by servers that do not know `truncate` (ollama 3839): it
-    shows in a prompt count at the context's size, or below the number of words.
+    `limit` is what the context holds, where that is known.
     """
-    prompt = generation.prompt
-    if usage.prompt_tokens and (usage.prompt_tokens >= num_ctx or usage.prompt_tokens < prompt.words):
-        raise too_long(num_ctx, prompt)
+    prompt, reached_limit = generation.prompt, usage.finish_reason == "length"
     try:
-        badge = parse_badge(generation.text(), cut=usage.finish_reason == "length", kept=prompt.kept)
+        rest = draft.finish(cut=reached_limit)
     except InvalidModelOutput:
-        out_of_context = usage.prompt_tokens + usage.completion_tokens >= num_ctx - 1
-        if usage.finish_reason == "length" and out_of_context:
-            raise too_long(num_ctx, prompt, usage.prompt_tokens) from None
-        if usage.finish_reason == "length":
+        if reached_limit and limit and usage.prompt_tokens + usage.completion_tokens >= limit - 1:
+            raise too_long(prompt, limit, usage.prompt_tokens, usage.completion_tokens) from None
+        if reached_limit:
             raise InvalidModelOutput(
                 "The language model reached max_tokens before the badge was complete. Try again with more max_tokens."
             ) from None
         raise
-    badge = _with_institution(badge, prompt)
+    if rest:
+        generation.append(rest)
+    badge = cast(Badge, draft.badge)
     read, written = usage.prompt_tokens, usage.completion_tokens
     return Answer(
         response=badge,
         achievement=build_achievement(badge, prompt.request, badge._tags),
-        model=model,
+        model=settings.model,
         usage=TokenUsage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written),
         finish_reason=usage.finish_reason,
         request_id=generation.request_id,
     )
 
 
-def _with_institution(badge: Badge, prompt: Prompt) -> Badge:
-    """The institution stands in name or description; a small model forgets it."""
-    institution = (prompt.request.option("institution") if prompt.request else None) or ""
-    institution = " ".join(_tidied(institution).split())
-    if not re.search(VISIBLE, institution) or "badge_description" in prompt.kept:
-        return badge
-    name = rf"(?<!\w){re.escape(institution.casefold())}(?!\w)"  # MIT is not in "submit"
-    if re.search(name, f"{badge.badge_name} {badge.badge_description}".casefold()):
-        return badge
-    return badge.model_copy(update={"badge_description": f"{badge.badge_description} ({institution})"})
+@dataclass(eq=False)
+class Call:
+    """One engine call: its times, and the deadlines that follow from them. Times are the event loop's.
+
+    A CPU reads prompts one after another or in turns, and writes next to nothing meanwhile. So the time that the
+    engine may spend on other prompts of ours does not count: each prompt that is read beside this one adds
+    FIRST_TOKEN_TIMEOUT, and a gap between tokens counts from when the engine has no other prompt to read.
+    """
+
+    generation: Generation
+    started: float
+    begun: asyncio.Future[None]  # done at the first sign of life: a token, or a thought
+    begun_at: float = 0.0
+    last: float = 0.0  # the last sign of life
+    first_token: float = 0.0
+    beside: int = 0  # prompts of ours that the engine had to read at the same time
+
+    def lives(self, now: float) -> None:
+        self.last = now
+        if not self.begun_at:
+            self.begun_at = now
+            self.begun.set_result(None)
+
+    def deadline(self, settings: Settings, others_read_until: float) -> tuple[float, str]:
+        """The time of the next deadline, and the setting that it comes from."""
+        beside = min(self.beside, settings.workers - 1)
+        end = self.started + settings.generation_timeout, "GENERATION_TIMEOUT"
+        if not self.begun_at:
+            wait = settings.first_token_timeout
+            return min((self.started + wait * (1 + beside), "FIRST_TOKEN_TIMEOUT"), (end[0] + wait * beside, end[1]))
+        excused = (self.begun_at - self.started) * beside / (1 + beside)
+        silence = max(self.last, others_read_until) + settings.token_timeout
+        return min((silence, "TOKEN_TIMEOUT"), (end[0] + excused, end[1]))
 
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 300, 600)
@@ -1465,7 +1792,7 @@ class Metrics:
     (opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-metrics)
     """
 
-    def __init__(self, settings: Settings, queue: GenerationQueue) -> None:
+    def __init__(self, settings: Settings, gauges: Mapping[str, tuple[str, Callable[[], float]]]) -> None:
         self._keyed = bool(settings.keys)
         self._model = ("generate_content", settings.engine, settings.model)
         self.registry = registry = CollectorRegistry()
@@ -1498,32 +1825,28 @@ class Metrics:
             "dccapi_rejections", "Requests refused without a generation", ["reason"], registry=registry
         )
         self.engine_up = Gauge("dccapi_engine_up", "1 if the engine answers and has the model", registry=registry)
-        for name, help, read in (
-            ("dccapi_queue_depth", "Generations that wait", lambda: queue.waiting),
-            ("dccapi_queue_limit", "How many may wait", lambda: settings.max_queue),
-            ("dccapi_active_generations", "Generations that are written", lambda: len(queue.running)),
-            ("dccapi_workers", "How many can be written at a time", lambda: settings.workers),
-        ):
+        for name, (help, read) in gauges.items():
             Gauge(name, help, registry=registry).set_function(read)
 
     def rejected(self, error: ApiError) -> None:
         self._rejections.labels(error.code).inc()
 
-    def ended(self, generation: Generation, outcome: Answer | ApiError, watch: Watch | None) -> None:
+    def observe(self, generation: Generation, outcome: Answer | ApiError, call: Call | None, now: float) -> None:
+        """An ended generation; `call` is None where it never left the queue."""
         code = outcome.code if isinstance(outcome, ApiError) else ""
         self._generations.labels(code or "succeeded", generation.client if self._keyed else "").inc()
-        if watch is None:  # it never left the queue
+        if call is None:
             return
-        self._wait.labels(*self._model).observe(max(0.0, watch.started_at - generation.created))
-        self._duration.labels(*self._model, code).observe(time.time() - watch.started_at)
-        if watch.first_token:
-            self._first.labels(*self._model).observe(watch.first_token - watch.started)
+        self._wait.labels(*self._model).observe(max(0.0, call.started - generation.created))
+        self._duration.labels(*self._model, code).observe(now - call.started)
+        if call.first_token:
+            self._first.labels(*self._model).observe(call.first_token - call.started)
         if isinstance(outcome, Answer):
             read, written = outcome.usage.prompt_tokens, outcome.usage.completion_tokens
             self._tokens.labels(*self._model, "input").observe(read)
             self._tokens.labels(*self._model, "output").observe(written)
             if written > 1:
-                self._each.labels(*self._model).observe((watch.last - watch.first_token) / (written - 1))
+                self._each.labels(*self._model).observe((call.last - call.first_token) / (written - 1))
 
 
 class GenerationQueue:
@@ -1540,13 +1863,24 @@ class GenerationQueue:
         self._finished: OrderedDict[Generation, asyncio.TimerHandle] = OrderedDict()
         self._keys: dict[tuple[str, str], tuple[bytes, Generation]] = {}
         self._service_time = 0.0
+        self._reading: set[Call] = set()  # calls whose prompt the engine has yet to read
+        self._read_until = 0.0  # when it had last read one
         self._telling: asyncio.TimerHandle | None = None
-        self.metrics = Metrics(settings, self)
+        self.metrics = Metrics(
+            settings,
+            {
+                "dccapi_queue_depth": ("Generations that wait", lambda: self.waiting),
+                "dccapi_queue_limit": ("How many may wait", lambda: settings.max_queue),
+                "dccapi_active_generations": ("Generations that are written", lambda: len(self.running)),
+                "dccapi_workers": ("How many can be written at a time", lambda: settings.workers),
+            },
+        )
         self._workers: list[asyncio.Task[None]] = []
 
     # -- lifecycle
 
     async def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
         await self.engine.start()
         self._workers = [asyncio.create_task(self._work(), name=f"worker {n}") for n in range(self.settings.workers)]
         RUNNING.add(self)
@@ -1598,8 +1932,8 @@ class GenerationQueue:
     def submit(self, prompt: Prompt, client: str, request_id: str) -> Generation:
         """Put a generation in the queue. Raises ShuttingDown, TooManyRequests, QueueFull or ContentTooLong."""
         self.check_admission(client)
-        if prompt.words > self.settings.num_ctx:
-            raise too_long(self.settings.num_ctx, prompt)
+        if self.engine.context and prompt.words > self.engine.context:
+            raise too_long(prompt, self.engine.context)
         generation = Generation(prompt, client, request_id)
         self._known[generation.id] = generation
         self._waiting[generation] = None
@@ -1705,69 +2039,119 @@ class GenerationQueue:
             self.running.add(generation)
             generation.wake()
             self._renumber()
-            watch = Watch(self, generation)
-            generation.task = asyncio.create_task(self._generate(generation, watch), name=f"call {generation.id[:8]}")
+            call = Call(generation, self._loop.time(), self._loop.create_future())
+            generation.task = asyncio.create_task(self._generate(call), name=f"call {generation.id[:8]}")
             try:
-                await asyncio.wait({generation.task})
+                await self._supervise(call, generation.task)
             finally:
                 generation.task.cancel()
-                watch.stop()
                 self.running.discard(generation)
-                self._finish(generation, _outcome(generation, generation.task), watch)
+                self._finish(generation, _outcome(generation, generation.task), call)
                 self._renumber()
 
-    async def _generate(self, generation: Generation, watch: Watch) -> Answer:
+    async def _supervise(self, call: Call, task: asyncio.Task[Answer]) -> None:
+        """Wait for the end of a call, and end it when a deadline passes. Tokens set no timer: they are too many."""
+        for other in self._reading:
+            other.beside += 1
+        call.beside = len(self._reading)
+        self._reading.add(call)
+        try:
+            while not task.done():
+                now = self._loop.time()
+                others_read_until = now if self._reading - {call} else self._read_until
+                due, name = call.deadline(self.settings, others_read_until)
+                if due <= now:
+                    self.end(call.generation, self._late(name))
+                    due = math.inf
+                waits: set[asyncio.Future[Any]] = {task} if call.begun_at else {task, call.begun}
+                await asyncio.wait(
+                    waits, timeout=None if due == math.inf else due - now, return_when=asyncio.FIRST_COMPLETED
+                )
+                if call.begun_at:
+                    self._has_read(call)
+        finally:
+            self._has_read(call)
+
+    def _has_read(self, call: Call) -> None:
+        if call in self._reading:
+            self._reading.discard(call)
+            self._read_until = self._loop.time()
+
+    def _late(self, name: str) -> EngineTimeout:
+        hint = {
+            "FIRST_TOKEN_TIMEOUT": "to begin. Try again later, or with less content.",
+            "TOKEN_TIMEOUT": "between two tokens. Try again later.",
+            "GENERATION_TIMEOUT": "to finish. Try again later, or with a lower max_tokens.",
+        }[name]
+        return EngineTimeout(
+            f"The language model took longer than {name} allows {hint}", retry_after=self.estimated_wait(1)
+        )
+
+    async def _generate(self, call: Call) -> Answer:
         """Make the engine call and feed the log."""
+        generation = call.generation
         prompt = generation.prompt
         log.debug("generation %s: %d words to the engine, %s", generation.id[:8], prompt.words, prompt.sampling)
+        draft = Draft(prompt.kept, prompt.institution)
         async with contextlib.aclosing(self.engine.stream(prompt)) as pieces:
-            usage = await self._relay(generation, pieces, watch)
-        return conclude(generation, usage, self.settings.model, self.settings.num_ctx)
+            usage = await self._relay(call, draft, pieces)
+        return conclude(generation, draft, usage, self.settings, self.engine.context)
 
-    async def _relay(self, generation: Generation, pieces: AsyncIterator[str | Usage], watch: Watch) -> Usage:
-        """Append each token; stop where only white space or more than was asked for comes."""
-        written = blank = 0
+    async def _relay(self, call: Call, draft: Draft, pieces: AsyncIterator[str | Usage]) -> Usage:
+        """Log what each piece of text adds to the badge; stop an engine that writes without end.
+
+        An empty piece is a sign of life: the model thinks.
+        """
+        generation, now, feed = call.generation, self._loop.time, draft.feed
+        # Eight pieces a token: some servers send their text letter by letter.
+        most = 8 * generation.prompt.sampling["max_tokens"]
+        count = size = blank = 0
         async for piece in pieces:
             if isinstance(piece, Usage):
                 return piece
+            call.lives(now())
             if not piece:
                 continue
-            generation.append(piece)
-            watch.token()
-            written += len(piece)
-            blank = blank + len(piece) if piece.isspace() else len(piece) - len(piece.rstrip())
-            # Eight pieces a token: some servers send their text letter by letter.
-            too_many = len(generation.log) > 8 * generation.prompt.sampling["max_tokens"]
-            if blank > MAX_BLANK_RUN or written > MAX_OUTPUT_CHARS or too_many:
-                return Usage(0, len(generation.log), "length")
+            call.first_token = call.first_token or call.last
+            if text := feed(piece):
+                generation.append(text)
+            count += 1
+            size += len(piece)
+            blank = blank + len(piece) if piece.isspace() else 0
+            if blank > MAX_BLANK_RUN or size > MAX_OUTPUT_CHARS or count > most:
+                if draft.whole:
+                    return Usage(0, min(count, generation.prompt.sampling["max_tokens"]), "length")
+                raise InvalidModelOutput(
+                    "The language model wrote without end and was stopped. Try again, with another seed or a higher "
+                    "repeat_penalty."
+                )
         raise EngineError(
             "The language model ended without finishing. Try again, with another seed or a lower temperature."
         )  # Ollama after 30 equal tokens in a row
 
-    def _finish(self, generation: Generation, outcome: Answer | ApiError, watch: Watch | None = None) -> None:
-        loop = asyncio.get_running_loop()
+    def _finish(self, generation: Generation, outcome: Answer | ApiError, call: Call | None = None) -> None:
+        now = self._loop.time()
         generation.state = (
             "succeeded" if isinstance(outcome, Answer) else "cancelled" if isinstance(outcome, Cancelled) else "failed"
         )
         generation.position, generation.task = 0, None
         generation.append(outcome)
-        if isinstance(outcome, Answer) and watch:
+        if isinstance(outcome, Answer) and call:
             weight = 0.2 if self._service_time else 1.0
-            self._service_time += weight * (loop.time() - watch.started - self._service_time)
-        self._finished[generation] = loop.call_later(self.settings.result_ttl, self._forget, generation)
+            self._service_time += weight * (now - call.started - self._service_time)
+        self._finished[generation] = self._loop.call_later(self.settings.result_ttl, self._forget, generation)
         while len(self._finished) > MAX_FINISHED:
             self._forget(next(iter(self._finished)))
-        self.metrics.ended(generation, outcome, watch)
-        self._log(generation, outcome, watch)
+        self.metrics.observe(generation, outcome, call, now)
+        self._log(generation, outcome, call, now)
 
     def _forget(self, generation: Generation) -> None:
         self._finished.pop(generation).cancel()
         del self._known[generation.id]
         self._keys = {key: known for key, known in self._keys.items() if known[1] is not generation}
 
-    def _log(self, generation: Generation, outcome: Answer | ApiError, watch: Watch | None) -> None:
-        now = time.time()
-        started = watch.started_at if watch else now
+    def _log(self, generation: Generation, outcome: Answer | ApiError, call: Call | None, now: float) -> None:
+        started = call.started if call else now
         answer = outcome if isinstance(outcome, Answer) else None
         fields = {
             "request_id": generation.request_id,
@@ -1777,7 +2161,7 @@ class GenerationQueue:
             "client": generation.client,
             "state": generation.state,
             "queue_seconds": round(started - generation.created, 3),
-            "first_token_seconds": round(watch.first_token - watch.started, 3) if watch and watch.first_token else None,
+            "first_token_seconds": round(call.first_token - started, 3) if call and call.first_token else None,
             "seconds": round(now - started, 3),
             "prompt_tokens": answer.usage.prompt_tokens if answer else None,
             "tokens": answer.usage.completion_tokens if answer else len(generation.log) - 1,
@@ -1793,46 +2177,13 @@ def _outcome(generation: Generation, task: asyncio.Task[Answer]) -> Answer | Api
     error = task.exception()
     if error is None or isinstance(error, ApiError):
         return error or task.result()
-    log.error("generation %s failed", generation.id[:8], exc_info=error)
+    log.error("generation %s failed: %s", generation.id[:8], described(error))
     return EngineError()
 
 
-class Watch:
-    """The deadlines of one engine call: first token, between tokens, in all. One timer, not one for each token."""
-
-    def __init__(self, queue: GenerationQueue, generation: Generation) -> None:
-        self._queue = queue
-        self._generation = generation
-        self._loop = asyncio.get_running_loop()
-        self.started_at = time.time()
-        self.started = self.last = self._loop.time()
-        self.first_token = 0.0
-        self._timer = self._loop.call_later(0, self._check)
-
-    def token(self) -> None:
-        self.last = self._loop.time()
-        if not self.first_token:
-            self.first_token = self.last
-            self._timer.cancel()
-            self._check()
-
-    def stop(self) -> None:
-        self._timer.cancel()
-
-    def _check(self) -> None:
-        settings = self._queue.settings
-        if self.first_token:
-            name, due = "TOKEN_TIMEOUT", self.last + settings.token_timeout
-        else:
-            name, due = "FIRST_TOKEN_TIMEOUT", self.started + settings.first_token_timeout
-        if due > self.started + settings.generation_timeout:
-            name, due = "GENERATION_TIMEOUT", self.started + settings.generation_timeout
-        if due <= self._loop.time():
-            detail = f"The language model took longer than {name} allows. Try again later, or with a lower max_tokens."
-            self._queue.end(self._generation, EngineTimeout(detail))
-        else:
-            # A generation at a low token rate is checked as often as its tokens may be late, no oftener.
-            self._timer = self._loop.call_at(due, self._check)
+def described(error: BaseException) -> str:
+    """An unforeseen exception for the log: its type and where it was raised. Its message may quote a course."""
+    return f"{type(error).__name__}, raised at\n{''.join(traceback.format_tb(error.__traceback__))}".rstrip()
 
 
 RUNNING: set[GenerationQueue] = set()  # what a shutdown of this process has to drain
@@ -1893,7 +2244,6 @@ class EventEncoder:
             return b""
         if badge is None:
             badge = partial_badge(self._generation.text(self.seen))
-            badge = {**self._generation.prompt.kept, **badge} if badge else badge
         if not badge or badge == self._partial:
             return b""
         self._partial = badge
@@ -2000,9 +2350,14 @@ async def finished(queue: GenerationQueue, generation: Generation) -> Answer:
 
 
 class Engine(Protocol):
-    """A language model: a prompt in, pieces of text out, a Usage at the end."""
+    """A language model: a prompt in, pieces of text out, a Usage at the end. An empty piece says that it thinks."""
 
     defaults: Mapping[str, Any]  # sampling where the client gave none
+    context: int | None  # tokens that its context holds, as far as that is known
+
+    @property
+    def remark(self) -> str:
+        """What an operator should know of it, or ""."""
 
     async def start(self) -> None: ...
 
@@ -2016,22 +2371,111 @@ class Engine(Protocol):
     def has_model(self, available: list[str]) -> bool: ...
 
 
+# How servers say that a prompt does not fit their context, and the figures that they give: what it holds, what the
+# prompt has, what was to be written. Sources: llama.cpp 17284 and its older wording; ollama llm/llama_server.go; vllm
+# 42474 and opencode PR 25230; sglang 4048; chat-ui 1149 (TGI); OpenAI, Mistral, LM Studio, llama-cpp-python.
+TOO_LONG = re.compile(
+    r"(?i)context[ _](?:length|size|window)|maximum (?:model|context|input) length|max_new_tokens|prompt is too long"
+    r"|`inputs` must have less than|exceed_context_size|context the overflows"
+)
+FIGURES = {
+    "limit": r"n_ctx\D{1,4}(\d+)|context (?:length|size|window)\D{0,40}?(\d+)|model length of (\d+)|(\d+) maximum"
+    r"|<= (\d+)|less than (\d+)",
+    "tokens": r"n_prompt_tokens\D{1,4}(\d+)|(\d+) (?:tokens )?(?:in|from) the (?:input )?messages|first (\d+) tokens"
+    r"|(\d+) (?:`inputs`|input) tokens|(?:request|input|tokens|length) \((\d+)|\(length (\d+)"
+    r"|(?:resulted in|contains|Given:|too long:) (\d+)",
+    "answer": r"(\d+) (?:tokens )?(?:in|for) the completion|(\d+) (?:`max_new_tokens`|output tokens)"
+    r"|is too large: (\d+)",
+}
+# The parts of a request that a server may refuse, and the words by which its refusal names them. Sources:
+# openai-agents-python 442, Flowise 2866, obsidian-copilot 1477, TGI 2899, langchainjs PR 6888.
+OPTIONAL_PARTS = {
+    "stream_options": r"stream_options|include_usage",
+    "max_tokens": r"\bmax_tokens\b",
+    "seed": r"\bseed\b",
+    "temperature": r"\btemperature\b",
+    "top_p": r"\btop_p\b",
+    "sampling": r"\btop_k\b|\brepe(?:at|tition)_penalty\b",
+    "json_schema": r"response_format|response format|json_schema|guided_json",
+    "json_object": r"response_format|response format|json_object",
+    "chat_template_kwargs": r"chat_template_kwargs|enable_thinking",
+    "think": r"\bthink(?:ing)?\b",
+    "system": r"system (?:message|role|prompt|instruction)|role\W+system|'system'",
+    "format": r"\bformat\b",
+}
+FILTERED = (
+    "The language model's own content filter stopped it. Change the content, or ask its operator about the filter."
+)
+# What else refusals say: a pattern, whose match is the engine's own words without anything of the request, and what a
+# client is told, with those words in the place of {}. Sources: ollama server/sched.go and llm/llama_server.go; continue
+# 11444, 12795; TranslateBooksWithLLMs PR 280; Azure OpenAI's content filter; llama-server's 503.
+REFUSALS = {
+    r"requires more system memory \([\w. ]+\) than is available \([\w. ]+\)|out of memory": (
+        "The language model does not fit into its server's memory ({}). Its operator has to give it more, or choose a "
+        "smaller model."
+    ),
+    r"timed out waiting for [\w-]+(?: runner)? to start|unable to load model|error loading model": (
+        "The language model's server cannot load the model ({}). Its operator finds the reason in that server's log."
+    ),
+    r"does not support (?:generate|chat|completions?)\b": (
+        "The model cannot write text ({}). Its operator has to choose another one."
+    ),
+    r"content_filter|content management policy": FILTERED,
+}
+# Every finish_reason that is known; any other is a failure.
+FINISH_REASONS: dict[str, Literal["stop", "length", "filter"]] = {
+    **dict.fromkeys(("stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete", "completed"), "stop"),
+    **dict.fromkeys(("length", "max_tokens", "max_length", "max_output_tokens", "model_length"), "length"),
+    **dict.fromkeys(("content_filter", "safety", "content_filtered"), "filter"),
+}
+
+
+def finish_reason(said: object) -> Literal["stop", "length"]:
+    """In our terms. Raises EngineError for a failure and for what is not known."""
+    meaning = FINISH_REASONS.get(str(said).lower())
+    if meaning == "filter":
+        raise EngineError(FILTERED)
+    if meaning is None:
+        log.warning("the engine finished with a reason that stands for a failure, or is not known")
+        raise EngineError
+    return meaning
+
+
+class Refused(EngineError):
+    """The server refuses parts of the request."""
+
+    def __init__(self, parts: Sequence[str]) -> None:
+        super().__init__()
+        self.parts = parts  # to leave out or rename, the first of those that were sent
+
+
 class HttpEngine:
-    """What the engines share: one pooled session, one retry, whole lines, and errors in our terms."""
+    """What the engines share: one pooled session, one retry, whole lines, and refusals in our terms."""
 
     defaults: Mapping[str, Any] = {}
     base_url = ""
+    address_setting = "its address"
+    parts: Sequence[str] = ()  # of OPTIONAL_PARTS, those that a request has
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.context: int | None = None
+        self._fault = ""  # why the last generation failed, where the engine said so
+        self._advice = ""  # what is wrong with the model
+        self._known = False  # whether the server was asked what it is
+        self._without: frozenset[str] = frozenset()  # parts that the server has refused, and is not sent again
         self._sessions: list[aiohttp.ClientSession] = []  # the pooled one, and one for a retry on a fresh connection
+
+    @property
+    def remark(self) -> str:
+        return self._fault or self._advice
 
     async def start(self) -> None:
         settings = self.settings
         trace = aiohttp.TraceConfig()
         trace.on_connection_reuseconn.append(_note_reuse)
         options: dict[str, Any] = {
-            # `Watch` keeps the time; aiohttp's total of 300 s would end long answers.
+            # `Call` has the deadlines; aiohttp's total of 300 s would end long answers.
             "timeout": aiohttp.ClientTimeout(total=None, connect=settings.connect_timeout),
             "auto_decompress": False,
             "headers": {"accept-encoding": "identity"},
@@ -2054,30 +2498,56 @@ class HttpEngine:
     def headers(self) -> dict[str, str]:
         return {}
 
-    def refusal(self, status: int, message: str, members: dict[str, Any], prompt: Prompt) -> ApiError:
-        """What the client is told when the engine answers with another status than 200."""
+    # -- a generation
+
+    async def introduce(self) -> None:
+        """Ask the server what it is, before the first generation. Raises EngineUnreachable."""
+
+    def body(self, prompt: Prompt, without: frozenset[str]) -> dict[str, Any]:
+        """What the server is asked, without the parts of OPTIONAL_PARTS that it refused."""
         raise NotImplementedError
 
-    async def lines(self, path: str, body: dict[str, Any], prompt: Prompt) -> AsyncGenerator[bytes]:
-        """POST, and yield the answer's lines as they come. Leaving early closes the connection."""
-        response = await self._post(path, body)
+    @contextlib.asynccontextmanager
+    async def asked(self, path: str, prompt: Prompt) -> AsyncIterator[aiohttp.StreamReader]:
+        """The answer to a prompt, whose reader leaves early by closing the connection.
+
+        Where the server refuses a part of the request it is asked without, and that is remembered when it helped.
+        """
+        was_known = self._known
+        if not was_known:
+            with contextlib.suppress(ApiError):
+                await self.introduce()
+                self._known = True
+        without = self._without
+        response = None
         try:
-            if response.status != 200:
-                raise self._refused(response.status, await _whole(response), prompt)
-            splitter = LineSplitter()
-            async for chunk in response.content.iter_any():
-                for line in splitter.feed(chunk):
-                    yield line
-            yield splitter.rest()
-        except (aiohttp.ClientError, OSError) as error:
+            while response is None or response.status != 200:
+                # A connection that has just answered a question is not one that the server has long closed.
+                response = await self._post(path, self.body(prompt, without), retry=was_known)
+                if response.status != 200:
+                    after = response.headers.get("retry-after")
+                    error = self.refusal(response.status, await _whole(response), prompt, after)
+                    response.close()
+                    parts = error.parts if isinstance(error, Refused) else ()
+                    part = next((part for part in parts if part in self.parts and part not in without), None)
+                    if part is None:
+                        raise EngineError if isinstance(error, Refused) else error
+                    without |= {part}
+            if not without <= self._without:
+                self._without |= without
+                log.warning("the engine is asked without %s from now on", " and ".join(sorted(without)))
+            yield response.content
+            self._fault = ""
+        except (aiohttp.ClientError, LineTooLong, OSError) as error:
             log.warning("the engine dropped a connection: %s", type(error).__name__)
             raise EngineError from error
         finally:
-            response.close()
+            if response is not None:
+                response.close()
 
-    async def _post(self, path: str, body: dict[str, Any]) -> aiohttp.ClientResponse:
+    async def _post(self, path: str, body: dict[str, Any], retry: bool) -> aiohttp.ClientResponse:
         """The response, after one retry when a pooled connection turns out to be closed (aiohttp 6138)."""
-        for session in self._sessions:
+        for session in self._sessions[: 1 + retry]:
             reused: list[bool] = []
             try:
                 return await session.post(
@@ -2092,45 +2562,86 @@ class HttpEngine:
                     "The language model's server took longer than CONNECT_TIMEOUT allows to accept a connection. "
                     "Try again later."
                 ) from error
-            except aiohttp.ClientConnectorError as error:
-                raise EngineUnreachable from error
+            except aiohttp.ClientResponseError as error:  # bytes had come
+                raise EngineError from error
             except (aiohttp.ClientError, OSError) as error:
-                if not reused or isinstance(error, aiohttp.ClientResponseError):  # the latter: bytes had come
-                    raise EngineError from error
-        raise EngineError
+                self._known = False  # another one may be started in its place
+                if not reused:
+                    raise EngineUnreachable from error
+        raise EngineUnreachable
 
-    def _refused(self, status: int, body: bytes, prompt: Prompt) -> ApiError:
-        members: dict[str, Any] = {}
-        message = ""
-        with contextlib.suppress(ValueError):
-            document = orjson.loads(body)
-            fault = document.get("error", document) if isinstance(document, dict) else {}
-            members = fault if isinstance(fault, dict) else {"message": fault}
-            faults = members.get("detail") or ""  # FastAPI's, which repeats the request as `input`
-            if isinstance(faults, list):
-                faults = [(one.get("loc"), one.get("msg")) for one in faults if isinstance(one, dict)]
-            message = str(members.get("message") or faults)
-        log.warning("the engine refused a request: %d %s", status, members.get("type", ""))  # a message may quote it
+    # -- what a refusal means
+
+    def refusal(self, status: int, body: bytes, prompt: Prompt, retry_after: str | None = None) -> ApiError:
+        """What a client is told when the engine answers with another status than 200, or breaks off with an error."""
+        message = _message(body)
+        error = self._refusal(status, message, prompt, retry_after)
+        # The message itself may quote the course.
+        log.warning("the engine refused a request: %d, told as %s: %s", status, error.code, error.detail)
+        return error
+
+    def _refusal(self, status: int, message: str, prompt: Prompt, retry_after: str | None) -> ApiError:
         if status in (502, 504):  # by a balancer that has no engine to ask
             return EngineUnreachable()
-        return self.refusal(status, message, members, prompt)
+        if TOO_LONG.search(message):
+            limit, tokens, answer = (_figure(pattern, message) for pattern in FIGURES.values())
+            if limit and (tokens or limit) + (answer or 0) >= limit:
+                self.context = limit
+                return too_long(prompt, limit, tokens, answer)
+            if status < 500:
+                return too_long(prompt, self.context)
+        for pattern, told in REFUSALS.items():
+            if said := re.search(f"(?i){pattern}", message):
+                self._fault = told.format(" ".join(said[0].split()))
+                return EngineError(self._fault)
+        if status == 503 and "loading model" in message.lower():  # llama-server
+            return EngineUnreachable("The language model is being loaded. Try again in a moment.")
+        if status == 404:
+            self._known = False
+            return ModelMissing()
+        if status in (429, 503):
+            return QueueFull(retry_after=float(retry_after) if retry_after and retry_after.isdigit() else None)
+        if status in (400, 422) or (status == 500 and re.search(r"'body', |\bin format\b|\binvalid format\b", message)):
+            named = {part: re.search(f"(?i){words}", message) for part, words in OPTIONAL_PARTS.items()}
+            found = sorted(((match.start(), part) for part, match in named.items() if match), key=lambda one: one[0])
+            if found:
+                return Refused([part for _, part in found])
+        return EngineError()
 
-    async def _names(self, path: str, list_key: str, key: str) -> list[str]:
-        """The names in a list of models."""
+    # -- questions
+
+    async def models(self) -> list[str]:
+        raise NotImplementedError
+
+    async def ask(self, path: str, body: dict[str, Any] | None = None) -> tuple[int, Any]:
+        """Status and JSON of a question to the server; None for what is no JSON. Raises EngineUnreachable."""
         try:
             async with (
                 asyncio.timeout(self.settings.connect_timeout),
-                self._sessions[0].get(await self.url() + path, headers=self.headers()) as response,
+                self._sessions[0].request(
+                    "GET" if body is None else "POST", await self.url() + path, json=body, headers=self.headers()
+                ) as response,
             ):
-                if response.status != 200:
-                    raise EngineUnreachable(f"The language model's server answers {response.status}; see its log.")
-                document = orjson.loads(await _whole(response))
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
-            raise EngineUnreachable from error
-        try:
-            return [str(model[key]) for model in document.get(list_key) or []]
-        except (AttributeError, KeyError, TypeError) as error:  # something else listens there
-            raise EngineUnreachable from error
+                text = await _whole(response)
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise EngineUnreachable(
+                f"The language model's server does not answer. Start it, or correct {self.address_setting}; badges are "
+                "written again as soon as it answers."
+            ) from error
+        with contextlib.suppress(ValueError):
+            return response.status, orjson.loads(text)
+        return response.status, None
+
+
+def _models(asked: tuple[int, Any], list_key: str, key: str) -> list[dict[str, Any]]:
+    """The models in the answer to a question for them, each with its name under `key`. Raises EngineUnreachable."""
+    status, document = asked
+    if status != 200:
+        raise EngineUnreachable(f"The language model's server answers {status}; see its log.")
+    models = document.get(list_key) or [] if isinstance(document, dict) else None
+    if not isinstance(models, list) or not all(isinstance(model, dict) and key in model for model in models):
+        raise EngineUnreachable("Something else than a language model's server answers at its address. Correct it.")
+    return models
 
 
 async def _note_reuse(session: object, context: Any, params: object) -> None:
@@ -2146,11 +2657,11 @@ async def _whole(response: aiohttp.ClientResponse) -> bytes:
     return bytes(body)
 
 
-async def _let_end(lines: AsyncGenerator[bytes]) -> None:
+async def _let_end(answer: aiohttp.StreamReader) -> None:
     """After the last word: the end of the body is on its way, and with it the connection can be used again."""
-    with contextlib.suppress(StopAsyncIteration, TimeoutError, ApiError):
+    with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(0.05):
-            await anext(lines)
+            await answer.readuntil(max_size=MAX_LINE)
 
 
 def _json_line(line: bytes) -> dict[str, Any]:
@@ -2164,14 +2675,63 @@ def _json_line(line: bytes) -> dict[str, Any]:
     return document
 
 
+def _message(body: bytes) -> str:
+    """What a refusal says, without what it repeats of the request (FastAPI's `input`): plain text, or JSON of any form.
+
+    Ollama since 0.30 gives llama-server's whole JSON as a string in its own.
+    """
+    text = body.decode(errors="replace")
+    for _ in range(2):
+        try:
+            fault = orjson.loads(text)
+        except ValueError:
+            break
+        fault = fault.get("error") or fault if isinstance(fault, dict) else fault
+        if isinstance(fault, str):
+            text = fault
+            continue
+        if not isinstance(fault, dict):
+            break
+        if isinstance(faults := fault.get("detail"), list):
+            return str([(one.get("loc"), one.get("msg")) for one in faults if isinstance(one, dict)])
+        told = ("type", "code", "param", "message", "detail", "n_prompt_tokens", "n_ctx")
+        return "; ".join(f"{name}: {fault[name]}" for name in told if fault.get(name))
+    return text
+
+
+def _figure(pattern: str, message: str) -> int | None:
+    found = re.search(f"(?i){pattern}", re.sub(r"(?<=\d),(?=\d{3})", "", message))
+    return int(next(filter(None, found.groups()))) if found else None
+
+
 class OllamaEngine(HttpEngine):
     """Ollama's own API: newline-delimited JSON from `POST /api/generate`."""
+
+    address_setting = "OLLAMA_URL"
+    parts = ("think", "format")
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         self.base_url = settings.ollama_url
+        self.context = settings.num_ctx
+        self._think: bool | str | None = None  # what is sent; None where the model does not think
 
-    async def stream(self, prompt: Prompt) -> AsyncGenerator[str | Usage]:
+    async def introduce(self) -> None:
+        status, model = await self.ask("/api/show", {"model": self.settings.model})
+        if status != 200 or not isinstance(model, dict):
+            return
+        details, info = model.get("details") or {}, model.get("model_info") or {}
+        if "thinking" in (model.get("capabilities") or []):
+            # gpt-oss cannot stop thinking (ollama docs/thinking).
+            self._think = "low" if "gptoss" in str(details.get("family")).replace("-", "") else False
+        own = next((value for key, value in info.items() if key.endswith(".context_length")), None)
+        self.context = min(self.settings.num_ctx, own) if isinstance(own, int) else self.settings.num_ctx
+        template = str(model.get("template") or "")
+        if template and not re.search(r"\.(System|Messages)\b", template):
+            self._advice = "The model's template has no place for the system prompt: give its Modelfile a TEMPLATE."
+            log.warning(self._advice)
+
+    def body(self, prompt: Prompt, without: frozenset[str]) -> dict[str, Any]:
         settings = self.settings
         options = {name: value for name, value in prompt.sampling.items() if name != "max_tokens" and value is not None}
         body = {
@@ -2186,38 +2746,47 @@ class OllamaEngine(HttpEngine):
             "truncate": False,  # a prompt over the context is an error, not cut at its front (ollama 3839)
             "shift": False,
         }
-        async with contextlib.aclosing(self.lines("/api/generate", body, prompt)) as lines:
-            async for line in lines:
-                if not line:
+        if self._think is not None:
+            body["think"] = self._think
+        return {name: value for name, value in body.items() if name not in without}
+
+    async def stream(self, prompt: Prompt) -> AsyncGenerator[str | Usage]:
+        async with self.asked("/api/generate", prompt) as answer:
+            while line := await answer.readuntil(max_size=MAX_LINE):
+                if line.isspace():
                     continue
                 document = _json_line(line)
                 if "error" in document:  # in mid-stream, under status 200, when the model's runner dies
-                    log.warning("the engine failed in mid-stream")
-                    raise EngineError
+                    raise self.refusal(500, line, prompt)
                 if piece := document.get("response"):
                     yield str(piece)
+                elif document.get("thinking"):
+                    yield ""
                 if document.get("done"):
-                    reason: Any = document.get("done_reason") or "stop"
-                    if reason not in ("stop", "length"):  # load, unload
-                        raise EngineError
-                    await _let_end(lines)
+                    reason = finish_reason(document.get("done_reason") or "stop")  # load and unload are failures
+                    await _let_end(answer)
                     read, written = (int(document.get(key) or 0) for key in ("prompt_eval_count", "eval_count"))
+                    if self.context and (read >= self.context or read + written > self.context):
+                        # A server before 0.12.6 knows neither `truncate` nor `shift`, and has cut the prompt.
+                        raise too_long(prompt, self.context)
                     yield Usage(read, written, reason)
                     return
 
-    def refusal(self, status: int, message: str, members: dict[str, Any], prompt: Prompt) -> ApiError:
-        if status == 404:
-            return ModelMissing()
-        if "context length" in message:
-            return too_long(self.settings.num_ctx, prompt)
-        return QueueFull() if status == 503 else EngineError()
-
     async def models(self) -> list[str]:
-        return await self._names("/api/tags", "models", "name")
+        return [str(model["name"]) for model in _models(await self.ask("/api/tags"), "models", "name")]
 
     def has_model(self, available: list[str]) -> bool:
-        model = self.settings.model
-        return (model if ":" in model.rpartition("/")[2] else f"{model}:latest") in available
+        return _full_name(self.settings.model) in map(_full_name, available)
+
+
+def _full_name(model: str) -> str:
+    """A model's name as Ollama compares it: with every default, without regard to case (types/model/name.go)."""
+    name, tag = model.removeprefix("https://"), "latest"
+    if ":" in name.rpartition("/")[2]:
+        name, _, tag = name.rpartition(":")
+    path = name.split("/")
+    defaults = ("registry.ollama.ai", "library")[: max(0, 3 - len(path))]
+    return "/".join([*defaults, *path, tag]).casefold()
 
 
 def _keep_alive(value: str) -> str | int:
@@ -2226,14 +2795,15 @@ def _keep_alive(value: str) -> str | int:
 
 
 class OpenAIEngine(HttpEngine):
-    """Any server with the OpenAI API: vLLM, llm-d, Ray Serve, llama-server, llama-cpp-python."""
+    """Any server with the OpenAI API: vLLM, sglang, TGI, llm-d, Ray Serve, llama-server, llama-cpp-python."""
 
+    address_setting = "OPENAI_BASE_URL"
     extras: Mapping[str, Any] = {}
+    parts = tuple(part for part in OPTIONAL_PARTS if part not in ("format", "think"))
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         self.base_url = settings.openai_base_url
-        self._without: set[str] = set()  # what the server has refused, and is not sent again
 
     def schema(self, schema: dict[str, Any]) -> dict[str, Any]:
         return schema
@@ -2242,33 +2812,23 @@ class OpenAIEngine(HttpEngine):
         key = self.settings.openai_api_key
         return {"authorization": f"Bearer {key}"} if key else {}
 
-    async def stream(self, prompt: Prompt) -> AsyncGenerator[str | Usage]:
-        without = frozenset(self._without)
-        while True:
-            try:
-                async with contextlib.aclosing(self._completion(prompt, without)) as pieces:
-                    async for piece in pieces:
-                        if not without <= self._without:  # now it is known that the refusal was meant so
-                            self._without |= without
-                            log.warning("the engine is asked without %s from now on", " and ".join(sorted(without)))
-                        yield piece
-                return
-            except UnknownParameter as refusal:
-                part = next((part for part in refusal.parts if part not in without), None)
-                if part is None:
-                    raise EngineError from None
-                without |= {part}
+    async def introduce(self) -> None:
+        await self.models()
 
-    async def _completion(self, prompt: Prompt, without: frozenset[str]) -> AsyncGenerator[str | Usage]:
+    def body(self, prompt: Prompt, without: frozenset[str]) -> dict[str, Any]:
         sampling, schema = prompt.sampling, self.schema(prompt.schema)
+        system, user = {"role": "system", "content": prompt.system}, {"role": "user", "content": prompt.user}
+        if "system" in without:
+            user["content"], system = f"{prompt.system}\n\n{prompt.user}", {}
         body: dict[str, Any] = {
             "model": self.settings.model,
-            "messages": [{"role": "system", "content": prompt.system}, {"role": "user", "content": prompt.user}],
+            "messages": [message for message in (system, user) if message],
             "stream": True,
             "stream_options": {"include_usage": True},
-            "max_tokens": sampling["max_tokens"],
             "temperature": sampling["temperature"],
             "top_p": sampling["top_p"],
+            "max_tokens": sampling["max_tokens"],
+            "chat_template_kwargs": {"enable_thinking": False},
         }
         if sampling["seed"] is not None:
             body["seed"] = sampling["seed"] % 2**31  # llama.cpp's is 32 bits wide
@@ -2284,65 +2844,68 @@ class OpenAIEngine(HttpEngine):
                 "repetition_penalty": penalty,
                 **self.extras,
             }
-        finish_reason, counts, written = None, None, 0
-        async with contextlib.aclosing(self.lines("/chat/completions", body, prompt)) as lines:
-            async for line in lines:
-                data = line.removeprefix(b"data:").strip()
-                if line.startswith(b"error:") or (data.startswith(b"{") and b'"error"' in data[:12]):
-                    log.warning("the engine failed in mid-stream")
-                    raise EngineError
-                if data == b"[DONE]":
-                    await _let_end(lines)
-                    break
-                if not line.startswith(b"data:"):
+        kept = {name: value for name, value in body.items() if name not in without}
+        if "max_tokens" in without:
+            kept["max_completion_tokens"] = sampling["max_tokens"]
+        return kept
+
+    async def stream(self, prompt: Prompt) -> AsyncGenerator[str | Usage]:
+        reason, counts, written, reasoning = None, None, 0, ""
+        async with self.asked("/chat/completions", prompt) as answer:
+            while line := await answer.readuntil(max_size=MAX_LINE):
+                field, _, data = line.partition(b":")
+                data = data.strip()
+                if field == b"error":
+                    raise self.refusal(500, data, prompt)
+                if field != b"data" or not data:  # comments, and heartbeats of either form
                     continue
+                if data == b"[DONE]":
+                    await _let_end(answer)
+                    break
                 document = _json_line(data)
+                if document.get("error"):
+                    raise self.refusal(500, data, prompt)
                 counts = document.get("usage") or counts
                 for choice in document.get("choices") or []:
-                    if piece := (choice.get("delta") or {}).get("content"):
+                    delta = choice.get("delta") or {}
+                    content, thought = delta.get("content"), delta.get("reasoning_content") or delta.get("reasoning")
+                    if piece := content if isinstance(content, str) else _text_of(content):
                         written += 1
-                        yield str(piece)
-                    finish_reason = choice.get("finish_reason") or finish_reason
-        if finish_reason is not None:
-            counts = counts or {}
-            yield Usage(
-                int(counts.get("prompt_tokens") or 0),
-                int(counts.get("completion_tokens") or written),  # llama-cpp-python counts only what it does not stream
-                "length" if finish_reason == "length" else "stop",
-            )
-
-    def refusal(self, status: int, message: str, members: dict[str, Any], prompt: Prompt) -> ApiError:
-        if members.get("type") == "exceed_context_size_error":  # llama.cpp, with its figures
-            return too_long(self.settings.num_ctx, prompt, members.get("n_prompt_tokens"), members.get("n_ctx"))
-        if status == 400 and "context length" in message:
-            return too_long(self.settings.num_ctx, prompt)
-        parts: list[str] = []
-        if status in (400, 422) and re.search(r"\b(top_k|repe(at|tition)_penalty)\b", message):
-            parts += ["sampling"]
-        # The second is llama-cpp-python's, under 500.
-        if re.search(
-            r"\b(response_format|json_schema)\b" if status in (400, 422) else r"'body', 'response_format'", message
-        ):
-            parts += ["json_schema", "json_object"]
-        if parts:
-            return UnknownParameter(*parts)
-        if status == 404:
-            return ModelMissing()
-        return QueueFull() if status in (429, 503) else EngineError()
+                        yield piece
+                    elif thought or content:
+                        if isinstance(thought, str) and len(reasoning) < MAX_OUTPUT_CHARS:
+                            reasoning += thought
+                        yield ""
+                    reason = choice.get("finish_reason") or reason
+        if reason is None:
+            return
+        finished = finish_reason(reason)
+        if not written and reasoning.lstrip().startswith("{"):
+            yield reasoning  # the badge's JSON went to the wrong place (maclocal-api 44)
+        counts = counts or {}
+        # llama-cpp-python counts only what it does not stream.
+        yield Usage(int(counts.get("prompt_tokens") or 0), int(counts.get("completion_tokens") or written), finished)
 
     async def models(self) -> list[str]:
-        return await self._names("/models", "data", "id")
+        asked = await self.ask("/models")
+        if asked[0] in (404, 405, 501):  # a server that has no list is ready when it answers
+            return [self.settings.model]
+        models = _models(asked, "data", "id")
+        for model in models:
+            meta = model.get("meta") or {}
+            limit = model.get("max_model_len") or (meta.get("n_ctx") if isinstance(meta, dict) else None)
+            if model["id"] == self.settings.model and isinstance(limit, int):
+                self.context = limit
+        return [str(model["id"]) for model in models]
 
     def has_model(self, available: list[str]) -> bool:
         return self.settings.model in available
 
 
-class UnknownParameter(EngineError):
-    """The server refuses a part of the request."""
-
-    def __init__(self, *parts: str) -> None:
-        super().__init__()
-        self.parts = parts  # to leave out, the first of those that were sent
+def _text_of(content: object) -> str:
+    """The text of a delta's content that is a list of parts, of which some are thoughts (Mistral)."""
+    parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+    return "".join(str(part.get("text") or "") for part in parts if part.get("type", "text") in ("text", "output_text"))
 
 
 class EmbeddedEngine(OpenAIEngine):
@@ -2393,15 +2956,15 @@ class EmbeddedEngine(OpenAIEngine):
         await self._ready.wait()
         return self.base_url
 
-    async def _post(self, path: str, body: dict[str, Any]) -> aiohttp.ClientResponse:
+    async def _post(self, path: str, body: dict[str, Any], retry: bool) -> aiohttp.ClientResponse:
         try:
-            return await super()._post(path, body)
+            return await super()._post(path, body, retry)
         except EngineUnreachable:
             # It has just died, and its supervisor is about to hear of it: the next one will do.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(1):
                     await self._ended.wait()
-            return await super()._post(path, body)
+            return await super()._post(path, body, retry)
 
     async def _supervise(self) -> None:
         delay = 0.5
@@ -2482,196 +3045,12 @@ ENGINES: dict[str, type[HttpEngine]] = {"ollama": OllamaEngine, "openai": OpenAI
 # Handlers
 # ---------------------------------------------------------------------------------------------------------------------
 
-
-class Accepted(BaseModel):
-    """An asynchronous generation."""
-
-    id: str
-    status: Literal["queued", "running", "succeeded", "failed", "cancelled"]
-    events: str = Field(description="The path of its events.")
-
-
-class Status(BaseModel):
-    """A word."""
-
-    status: Literal["alive", "ready"]
-
-
-class Health(BaseModel):
-    """Contract 3.5."""
-
-    status: Literal["healthy", "unhealthy"]
-    engine: str
-    ollama_url: str
-    available_models: list[str]
-    target_model: str
-    model_available: bool
-    model_path: str | None
-    system_prompt_loaded: bool
-    system_prompt_preview: str
-    active_requests: int
-    max_concurrent_requests: int
-    queued_requests: int
-    max_queue: int
-    queue_status: Literal["ready", "busy", "full"]
-    multiplexing_enabled: bool
-    version: str
-    error: str | None
-
-
-class Problem(BaseModel):
-    """RFC 9457."""
-
-    type: str
-    title: str
-    status: int
-    detail: str
-    error_code: str
-    request_id: str
-    timestamp: str
-    errors: list[dict[str, Any]] | None = None
-
-
-class GenerationState(Accepted):
-    """A generation and what came of it."""
-
-    position: int
-    result: Answer | None
-    error: Problem | None
-
-
-class TokenEvent(BaseModel):
-    """A piece of the text."""
-
-    type: Literal["token"]
-    content: str
-    accumulated: str | None = Field(description="The text so far; absent with `accumulated=false`.")
-    done: Literal[False]
-
-
-class FinalEvent(BaseModel):
-    """The badge. The last event."""
-
-    type: Literal["final"]
-    content: Badge
-    achievement: Achievement
-    model: str
-    usage: TokenUsage
-    finish_reason: Literal["stop", "length"]
-    request_id: str
-
-
-class ErrorEvent(BaseModel):
-    """Why there is no badge. The last event."""
-
-    type: Literal["error"]
-    content: str
-    error: str
-    error_code: str
-    request_id: str
-
-
-class QueueEvent(BaseModel):
-    """Named `queue`. Position 0 means running; the estimate is in seconds."""
-
-    type: Literal["queue"]
-    position: int
-    estimated_wait: float
-
-
-class PartialEvent(BaseModel):
-    """Named `partial`, with `partial=true`: the badge as far as it is written."""
-
-    type: Literal["partial"]
-    badge: dict[str, Any]
-
-
-EVENTS = (TokenEvent, FinalEvent, ErrorEvent, QueueEvent, PartialEvent)
-
-
-class Event(BaseModel):
-    """A Server-Sent Event. The last of a stream is one `final` or one `error`; `retry` comes once, comments between.
-
-    Unnamed: `token`, `final` and `error`. Named: `queue` and, on request, `partial`.
-    An `id` sent back as `Last-Event-ID` goes on after it; 204 says that nothing is left.
-    """
-
-    id: str | None = None
-    event: Literal["message", "queue", "partial"] = "message"
-    data: str = Field(
-        json_schema_extra={
-            "contentMediaType": "application/json",
-            "contentSchema": {"oneOf": [{"$ref": f"#/components/schemas/{model.__name__}"} for model in EVENTS]},
-        }
-    )
-
-
-class Links(RootModel[dict[str, Any]]):
-    """The paths; the demo page to a client that accepts HTML."""
-
-
-class Page(RootModel[str]):
-    """A page for people."""
-
-
-class Samples(RootModel[str]):
-    """Prometheus' text format."""
-
-
-TAGS: dict[Any, str] = {Health: "State", Status: "State", Samples: "State", Page: "Pages", Links: "Pages"}
-MEDIA_TYPES: dict[type[BaseModel], str] = {Event: "text/event-stream", Page: "text/html", Samples: "text/plain"}
-
-
-@dataclass(frozen=True)
-class Operation:
-    """A method of a path: its handler, what it answers and which problems it may have beside those that all have."""
-
-    method: str
-    path: str
-    handler: str
-    summary: str
-    answers: Mapping[str, Sequence[type[BaseModel]]]  # by status; of one or more media types, or without a body
-    problems: str
-    parameters: tuple[str, ...]
-    body: type[BaseModel]
-
-
 Handler = Callable[[Request], Awaitable[Response]]
-Method = TypeVar("Method", bound=Callable[..., Awaitable[Response]])
-OPERATIONS: list[Operation] = []
+Model = TypeVar("Model", bound=BaseModel)
 OPEN_PATHS = {"/", "/demo", "/docs", "/openapi.json", "/livez", "/readyz"}  # no key is needed (contract 3.4)
 
-
-def operation(
-    method: str,
-    *paths: str,
-    answers: Mapping[str, Sequence[type[BaseModel]]],
-    problems: str = "",
-    parameters: tuple[str, ...] = (),
-    body: type[BaseModel] = GenerateRequest,
-) -> Callable[[Method], Method]:
-    """Enter a handler into OPERATIONS, from which the routes and the OpenAPI document are made."""
-
-    def entered(handler: Method) -> Method:
-        summary = str(handler.__doc__).partition("\n")[0].replace("`", "")
-        for path in paths:
-            OPERATIONS.append(Operation(method, path, handler.__name__, summary, answers, problems, parameters, body))
-        return handler
-
-    return entered
-
-
-WRITING = "409 429 502 503 504"
-WRITE = ("/generate", "/generate-badge-suggestions")
-STREAM = tuple(f"{path}/stream" for path in WRITE)
-ASYNC = ("Idempotency-Key", "Prefer")
-VIEWS = ("Idempotency-Key", "accumulated", "partial")
-RESUME = ("Last-Event-ID", "accumulated", "partial")
-QUERY = (*(name for name in GenerateRequest.model_fields if name != "badge_configuration"), "Last-Event-ID")
-RESUMED: dict[str, Sequence[type[BaseModel]]] = {"200": [Event], "204": []}
-
-
 DEMO = HERE / "examples" / "demo.html"
+OPENAPI = HERE / "examples" / "openapi.json"  # `make openapi` writes it
 DOCS_FILES = ("swagger-ui.css", "swagger-ui-bundle.js", "favicon-32x32.png")
 DOCS_PAGE = """<!doctype html>
 <html lang="en">
@@ -2686,10 +3065,6 @@ DOCS_PAGE = """<!doctype html>
 """
 
 
-def as_json(document: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(orjson.dumps(document), status, headers, "application/json")
-
-
 class Api:
     """The handlers. Each is a few lines: read the request, submit or find a generation, choose its view."""
 
@@ -2701,14 +3076,32 @@ class Api:
         self.system_prompt = settings.system_prompt_file.read_text("utf-8").strip()
 
     def routes(self) -> list[Route]:
-        """A route for each path of OPERATIONS, under /api/v1 and at the root."""
-        paths: dict[str, dict[str, Handler]] = {"/docs/{file}": {"GET": self.docs_file}}
-        for one in OPERATIONS:
-            paths.setdefault(one.path, {})[one.method] = getattr(self, one.handler)
+        """The paths of contract 3 with their methods, at the root and under /api/v1."""
+        stream: dict[str, Handler]
+        stream = {"POST": self.generate_stream, "GET": self.eventsource, "HEAD": self.no_events}
+        paths: dict[str, dict[str, Handler]] = {
+            "/generate": {"POST": self.generate},
+            "/generate-badge-suggestions": {"POST": self.generate},
+            "/generate/stream": stream,
+            "/generate-badge-suggestions/stream": stream,
+            "/regenerate-field": {"POST": self.regenerate_field},
+            "/credentials": {"POST": self.credentials},
+            "/generations/{id}": {"GET": self.generation, "DELETE": self.cancel},
+            "/generations/{id}/events": {"GET": self.generation_events, "HEAD": self.no_events},
+            "/health": {"GET": self.health},
+            "/livez": {"GET": self.livez},
+            "/readyz": {"GET": self.readyz},
+            "/metrics": {"GET": self.metrics},
+            "/": {"GET": self.index},
+            "/demo": {"GET": self.demo},
+            "/docs": {"GET": self.docs},
+            "/docs/{file}": {"GET": self.docs_file},
+            "/openapi.json": {"GET": self.openapi},
+        }
 
         def route(path: str, handlers: dict[str, Handler]) -> Route:
             async def handle(request: Request) -> Response:
-                return await handlers["GET" if request.method == "HEAD" else request.method](request)
+                return await (handlers.get(request.method) or handlers["GET"])(request)  # HEAD as GET
 
             return Route(path, handle, methods=list(handlers))
 
@@ -2716,118 +3109,78 @@ class Api:
 
     # -- generations
 
-    @operation("POST", *WRITE, answers={"200": [Answer], "202": [Accepted]}, problems=WRITING, parameters=ASYNC)
-    async def generate(self, request: Request) -> Response:
-        """A badge as JSON, or `202` and its URL with `Prefer: respond-async`."""
-        _, generation = await self._posted(request)
-        headers = {"x-queue-position": str(generation.queued_position)}
+    async def generate(self, request: Request, model: type[GenerateRequest] = GenerateRequest) -> Response:
+        """A badge as JSON, as events, or later: the client's `Prefer`, `Accept` and `stream` choose."""
+        body, generation = await self._posted(request, model)
         if "respond-async" in ",".join(request.headers.getlist("prefer")):
             self.queue.keep(generation)
             location = f"/api/v1/generations/{generation.id}"
-            accepted = Accepted(id=generation.id, status=generation.state, events=location + "/events")
-            return as_json(
-                accepted.model_dump(), 202, headers | {"location": location, "preference-applied": "respond-async"}
-            )
+            headers = {"location": location, "preference-applied": "respond-async"}
+            return as_json(accepted(generation), 202, headers | queue_position(generation))
+        if body.stream or "text/event-stream" in request.headers.get("accept", ""):
+            return EventStreamResponse(self.queue, generation, body)
         answer = await finished(self.queue, generation)
-        return as_json(answer.model_dump(), headers=headers)
+        return as_json(answer.model_dump(), headers=queue_position(generation))
 
-    @operation("POST", *STREAM, answers={"200": [Event]}, problems=WRITING, parameters=VIEWS)
+    async def regenerate_field(self, request: Request) -> Response:
+        return await self.generate(request, RegenerateRequest)
+
     async def generate_stream(self, request: Request) -> Response:
-        """A badge as Server-Sent Events."""
-        body, generation = await self._posted(request)
+        body, generation = await self._posted(request, GenerateRequest)
         return EventStreamResponse(self.queue, generation, body)
 
-    @operation("GET", *STREAM, answers=RESUMED, problems="413 422 429 503", parameters=QUERY)
     async def eventsource(self, request: Request) -> Response:
         """The same for an EventSource; one that comes back goes on where it was."""
-        if request.method == "HEAD":
-            return Response(headers=EVENT_STREAM_HEADERS)
-        try:
-            body = GenerateRequest.model_validate_strings(dict(request.query_params), strict=False)
-        except ValidationError as error:
-            raise invalid(error) from None
+        body = validated(partial(GenerateRequest.model_validate_strings, strict=False), dict(request.query_params))
         if last := request.headers.get("last-event-id"):
             return self._resumed(last, body)
-        generation = self.queue.submit(await self._prompt(body), client_of(request), request.state.request_id)
+        generation = await self._submitted(request, body)
         return EventStreamResponse(self.queue, generation, body, grace=self.settings.resume_grace)
 
-    @operation(
-        "POST",
-        "/regenerate-field",
-        answers={"200": [Answer, Event]},
-        problems=WRITING,
-        parameters=VIEWS,
-        body=RegenerateRequest,
-    )
-    async def regenerate_field(self, request: Request) -> Response:
-        """The badge with one field written anew, as JSON or, where events are accepted, as events."""
-        body, generation = await self._posted(request, RegenerateRequest)
-        if "text/event-stream" in request.headers.get("accept", ""):
-            return EventStreamResponse(self.queue, generation, body)
-        return as_json((await finished(self.queue, generation)).model_dump())
+    async def no_events(self, request: Request) -> Response:
+        """HEAD starts nothing."""
+        return Response(headers=EVENT_STREAM_HEADERS)
 
-    @operation("POST", "/credentials", answers={"200": [OpenBadgeCredential]}, body=CredentialRequest)
     async def credentials(self, request: Request) -> Response:
-        """An unsigned OpenBadgeCredential; no engine is involved."""
-        document = await json_body(request)
-        try:
-            return as_json(build_credential(CredentialRequest.model_validate(document)))
-        except ValidationError as error:
-            raise invalid(error) from None
+        """An unsigned OpenBadgeCredential."""
+        return as_json(build_credential(validated(CredentialRequest.model_validate, await json_body(request))))
 
-    @operation("GET", "/generations/{id}", answers={"200": [GenerationState]})
     async def generation(self, request: Request) -> Response:
         """State and result of a generation."""
         generation = self._known(request)
         outcome = generation.outcome
-        return as_json(
-            {
-                "id": generation.id,
-                "status": generation.state,
-                "events": f"/api/v1/generations/{generation.id}/events",
-                "position": generation.position,
-                "result": outcome.model_dump() if isinstance(outcome, Answer) else None,
-                "error": problem(outcome, generation.request_id) if isinstance(outcome, ApiError) else None,
-            }
-        )
+        result = outcome.model_dump() if isinstance(outcome, Answer) else None
+        error = problem(outcome, generation.request_id) if isinstance(outcome, ApiError) else None
+        return as_json(accepted(generation) | {"position": generation.position, "result": result, "error": error})
 
-    @operation("DELETE", "/generations/{id}", answers={"204": []})
     async def cancel(self, request: Request) -> Response:
-        """Cancel a generation; its state stays to be seen."""
+        """Its state stays to be seen."""
         self.queue.end(self._known(request), Cancelled())
         return Response(status_code=204)
 
-    @operation("GET", "/generations/{id}/events", answers=RESUMED, problems="422", parameters=RESUME)
     async def generation_events(self, request: Request) -> Response:
-        """The events from the start, or after `Last-Event-ID`. This address needs no key: nobody can guess it."""
-        if request.method == "HEAD":
-            return Response(headers=EVENT_STREAM_HEADERS)
+        """The events from the start, or after `Last-Event-ID`."""
+        options = stream_options(request)
         if last := request.headers.get("last-event-id"):
-            return self._resumed(last, _options(request))
-        generation = self._known(request)
-        return EventStreamResponse(self.queue, generation, _options(request), grace=self.settings.resume_grace)
+            return self._resumed(last, options)
+        return EventStreamResponse(self.queue, self._known(request), options, grace=self.settings.resume_grace)
 
-    async def _posted(
-        self, request: Request, model: type[GenerateRequest] = GenerateRequest
-    ) -> tuple[GenerateRequest, Generation]:
-        """The generation that a POST asks for: a new one, or the one that its `Idempotency-Key` stands for.
-
-        What will be refused is refused before its body is waited for.
-        """
-        key = request.headers.get("idempotency-key")
-        if key is not None and not re.fullmatch(r"[\x21-\x7e]{1,255}", key):
-            raise InvalidRequest(errors=[_fault(["header", "Idempotency-Key"], "must be 1 to 255 visible characters")])
+    async def _posted(self, request: Request, model: type[GenerateRequest]) -> tuple[GenerateRequest, Generation]:
+        """The body of a POST and its generation. What will be refused is refused before the body is waited for."""
+        key = idempotency_key(request)
         if key is None:
-            self.queue.check_admission(client_of(request))
+            self.queue.check_admission(request.state.client)
         document = await json_body(request)
-        options = _options(request)
-        try:
-            body = model.model_validate(document)
-        except ValidationError as error:
-            raise invalid(error) from None
-        body = body.model_copy(update=options.model_dump(exclude_unset=True))
-        prompt = await self._prompt(body)
-        client, fingerprint = client_of(request), body.fingerprint()
+        options = stream_options(request)
+        body = validated(model.model_validate, document).model_copy(update=options.model_dump(exclude_unset=True))
+        return body, await self._submitted(request, body, key)
+
+    async def _submitted(self, request: Request, body: GenerateRequest, key: str | None = None) -> Generation:
+        """A new generation, or the one that this `Idempotency-Key` stands for."""
+        build = partial(build_prompt, body, self.system_prompt, self.engine.defaults)
+        # Markup that is made to be slow takes seconds for 256 KiB.
+        prompt = build() if len(body.content) < 2**12 else await asyncio.to_thread(build)
+        client, fingerprint = request.state.client, body.fingerprint()
         # From here to `remember` nothing is awaited, or two requests with one key would make two generations.
         generation = self.queue.join(client, key, fingerprint) if key is not None else None
         if generation is None:
@@ -2835,12 +3188,7 @@ class Api:
             if key is not None:
                 self.queue.remember(client, key, fingerprint, generation)
         request.state.generation = generation
-        return body, generation
-
-    async def _prompt(self, body: GenerateRequest) -> Prompt:
-        build = functools.partial(build_prompt, body, self.system_prompt, self.engine.defaults)
-        # Markup that is made to be slow takes seconds for 256 KiB.
-        return build() if len(body.content) < 2**12 else await asyncio.to_thread(build)
+        return generation
 
     def _known(self, request: Request) -> Generation:
         if (generation := self.queue.get(request.path_params["id"])) is None:
@@ -2860,38 +3208,39 @@ class Api:
 
     # -- state
 
-    @operation("GET", "/health", answers={"200": [Health], "503": [Health]})
     async def health(self, request: Request) -> Response:
-        """Engine, model and queue; 503 when no badge could be written now."""
+        """Engine, model and queue (contract 3.5); 503 when no badge could be written now."""
         settings, queue = self.settings, self.queue
         available, error = await self._state()
-        health = Health(
-            status="unhealthy" if error else "healthy",
-            engine=settings.engine,
-            ollama_url=re.sub(r"//[^/]*@", "//", settings.ollama_url),
-            available_models=available,
-            target_model=settings.model,
-            model_available=self.engine.has_model(available),
-            model_path=str(settings.model_path) if settings.model_path else None,
-            system_prompt_loaded=bool(self.system_prompt),
-            system_prompt_preview=self.system_prompt[:200],
-            active_requests=len(queue.running),
-            max_concurrent_requests=settings.workers,
-            queued_requests=queue.waiting,
-            max_queue=settings.max_queue,
-            queue_status="full" if queue.full else "busy" if queue.waiting else "ready",
-            multiplexing_enabled=settings.enable_multiplexing,
-            version=__version__,
-            error=error.detail if error else None,
-        )
-        return as_json(health.model_dump(), 503 if error else 200)
+        health = {
+            "status": "unhealthy" if error else "healthy",
+            "engine": settings.engine,
+            "ollama_url": re.sub(r"//[^/]*@", "//", settings.ollama_url),
+            "available_models": available,
+            "target_model": settings.model,
+            "model_available": self.engine.has_model(available),
+            "model_path": str(settings.model_path) if settings.model_path else None,
+            "system_prompt_loaded": bool(self.system_prompt),
+            "system_prompt_preview": self.system_prompt[:200],
+            "active_requests": len(queue.running),
+            "max_concurrent_requests": settings.workers,
+            "queued_requests": queue.waiting,
+            "max_queue": settings.max_queue,
+            "queue_status": "full" if queue.full else "busy" if queue.waiting else "ready",
+            "multiplexing_enabled": settings.enable_multiplexing,
+            "version": __version__,
+            "error": error.detail if error else self.engine.remark or None,
+        }
+        return as_json(health, 503 if error else 200)
 
-    @operation("GET", "/livez", answers={"200": [Status]})
     async def livez(self, request: Request) -> Response:
-        """The process is up."""
         return as_json({"status": "alive"})
 
-    @operation("GET", "/metrics", answers={"200": [Samples]})
+    async def readyz(self, request: Request) -> Response:
+        if error := (await self._state())[1]:
+            raise error
+        return as_json({"status": "ready"})
+
     async def metrics(self, request: Request) -> Response:
         """For Prometheus, in the format that it asks for."""
         metrics = self.queue.metrics
@@ -2901,14 +3250,6 @@ class Api:
         except (TypeError, ValueError):  # a version that is no number
             encode, content_type = choose_encoder("")
         return Response(encode(metrics.registry), headers={"content-type": content_type})
-
-    @operation("GET", "/readyz", answers={"200": [Status]}, problems="503")
-    async def readyz(self, request: Request) -> Response:
-        """Engine and model are ready."""
-        _, error = await self._state()
-        if error:
-            raise error
-        return as_json({"status": "ready"})
 
     async def _state(self) -> tuple[list[str], ApiError | None]:
         """The engine's models, and why no badge could be written now. Probes at the same time share one question."""
@@ -2925,29 +3266,16 @@ class Api:
 
     # -- pages
 
-    @operation("GET", "/openapi.json", answers={"200": [Links]})
-    async def openapi(self, request: Request) -> Response:
-        """This document."""
-        return Response(openapi_document(), media_type="application/json")
-
-    @operation("GET", "/", answers={"200": [Links, Page]})
     async def index(self, request: Request) -> Response:
         """The demo page to a browser, the paths to others."""
         if "text/html" in request.headers.get("accept", ""):
             return await self.demo(request)
         names = ("generate", "generate/stream", "health", "readyz", "metrics", "demo", "docs", "openapi.json")
-        links = {name: f"/{name}" for name in names}
-        return as_json({"name": "dccapi", "version": __version__, "links": links})
+        return as_json({"name": "dccapi", "version": __version__, "links": {name: f"/{name}" for name in names}})
 
-    @operation("GET", "/demo", answers={"200": [Page]})
     async def demo(self, request: Request) -> Response:
-        """The demo page."""
-        try:
-            return page(DEMO.read_text("utf-8"), img="'self' data: blob:")
-        except FileNotFoundError:
-            raise NotFound("This installation has no demo page; /docs shows every route.") from None
+        return page(installed(DEMO), img="'self' data: blob:")
 
-    @operation("GET", "/docs", answers={"200": [Page]})
     async def docs(self, request: Request) -> Response:
         """Swagger UI, without any other host."""
         return page(DOCS_PAGE, script="'self'", style="'self' 'unsafe-inline'", img="'self' data:")
@@ -2957,6 +3285,31 @@ class Api:
         if file not in DOCS_FILES:
             raise NotFound
         return FileResponse(swagger_ui.static_path / file, headers={"cache-control": "max-age=86400"})
+
+    async def openapi(self, request: Request) -> Response:
+        return Response(installed(OPENAPI), media_type="application/json")
+
+
+def as_json(document: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(document), status, headers, "application/json")
+
+
+def accepted(generation: Generation) -> dict[str, Any]:
+    """What is said of a generation before it has a result."""
+    events = f"/api/v1/generations/{generation.id}/events"
+    return {"id": generation.id, "status": generation.state, "events": events}
+
+
+def queue_position(generation: Generation) -> dict[str, str]:
+    return {"x-queue-position": str(generation.queued_position)}
+
+
+def installed(file: Path) -> str:
+    """The text of a file that an installation may lack."""
+    try:
+        return file.read_text("utf-8")
+    except FileNotFoundError:
+        raise NotFound(f"This installation lacks {file.name}; the project's repository has it.") from None
 
 
 def page(html: str, **sources: str) -> Response:
@@ -2990,199 +3343,27 @@ async def json_body(request: Request) -> dict[str, Any]:
     except ValueError:
         raise (InvalidJson if is_json else UnsupportedMediaType) from None
     if not isinstance(document, dict):
-        raise InvalidRequest(errors=[_fault(["body"], "must be a JSON object")])
+        raise invalid_field(["body"], "must be a JSON object")
     return document
 
 
-def _fault(loc: list[str], message: str) -> dict[str, Any]:
-    return {"loc": loc, "msg": message, "type": "value_error"}
-
-
-def _options(request: Request) -> StreamOptions:
+def validated(validate: Callable[[Any], Model], document: Any) -> Model:
     try:
-        return StreamOptions.model_validate_strings(_given(request.query_params))
+        return validate(document)
     except ValidationError as error:
         raise invalid(error) from None
 
 
-def client_of(request: Request) -> str:
-    """Who is asking, for `MAX_PER_CLIENT`: the key's name, else the address."""
-    return cast(str, request.state.client)
+def stream_options(request: Request) -> StreamOptions:
+    """How the client wants its events, from the query."""
+    return validated(StreamOptions.model_validate_strings, _given(request.query_params))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# OpenAPI
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def examples() -> dict[type[BaseModel], dict[str, Any]]:
-    """By model and name, made by what makes the answers; the same with each start."""
-    urn = "urn:uuid:0b9d1f0a-63a4-4c1e-9c53-2f4f5d0c7a11"
-    id, request_id = "Y7oWQd0Bq1xK3nZ5uT8vRg", "3f0c6c0a5b8e4e0f9a1d2c3b4a5f6e7d"
-    course = {"content": "Knots for climbers: figure eight, clove hitch, prusik. Practical exam on the wall."}
-    badge = Badge(
-        badge_name="Knots for Climbers",
-        badge_description="Ties and checks the knots that climbers trust their lives to.",
-        criteria=Criteria(narrative="Tied the figure eight, the clove hitch and the prusik in an exam on the wall."),
-    )
-    answer = Answer(
-        response=badge,
-        achievement=build_achievement(badge).model_copy(update={"id": urn}),
-        model="phi4badges",
-        usage=TokenUsage(prompt_tokens=540, completion_tokens=96, total_tokens=636),
-        finish_reason="stop",
-        request_id=request_id,
-    )
-    issuer = {"id": "https://example.edu", "name": "Example University"}
-    awarded = {"badge": badge.model_dump(), "issuer": issuer, "valid_from": "2026-01-31T12:00:00Z"}
-    credential = build_credential(CredentialRequest.model_validate(awarded)) | {"id": urn}
-    credential["credentialSubject"]["achievement"]["id"] = urn
-    accepted = {"id": id, "status": "queued", "events": f"/api/v1/generations/{id}/events"}
-    waiting = {**accepted, "position": 3, "result": None, "error": None}
-    generation = Generation(Prompt("", "", {}, {}), "", request_id, id=id, log=['{"badge_name": "Kn', "ots", answer])
-    views = StreamOptions(partial=True)
-    events = (
-        b"retry: 1000\n\n" + EventEncoder(generation, views).queue(3, 12.5) + EventEncoder(generation, views).pending()
-    )
-    generation.log[-1] = EngineTimeout()
-    options = {"badge_style": "Technical", "badge_level": "Beginner", "institution": "Example University"}
-    return {
-        GenerateRequest: {"short": course, "with options": {**course, **options, "seed": 1}},
-        RegenerateRequest: {"a name": {**course, "badge": badge.model_dump(), "field": "badge_name"}},
-        CredentialRequest: {"a badge": awarded},
-        Answer: {"a badge": answer.model_dump()},
-        Accepted: {"waiting": accepted},
-        GenerationState: {
-            "waiting": waiting,
-            "done": {**waiting, "status": "succeeded", "position": 0, "result": answer.model_dump()},
-        },
-        OpenBadgeCredential: {"unsigned": credential},
-        Event: {
-            "a badge": events.decode(),
-            "an error": EventEncoder(generation, views, seen=2).pending().decode(),
-        },
-        Status: {"up": {"status": "alive"}, "ready": {"status": "ready"}},
-        Samples: {"a gauge": "# TYPE dccapi_queue_depth gauge\ndccapi_queue_depth 3.0\n"},
-        Links: {"some": {"name": "dccapi", "version": __version__, "links": {"generate": "/generate"}}},
-        Page: {"a page": "<!doctype html>…"},
-        Health: {
-            "busy": dict.fromkeys(Health.model_fields)
-            | {"status": "healthy", "engine": "ollama", "ollama_url": "http://localhost:11434"}
-            | {"target_model": "phi4badges", "available_models": ["phi4badges:latest"], "model_available": True}
-            | {"system_prompt_loaded": True, "system_prompt_preview": "You write Open Badges 3.0 metadata…"}
-            | {"active_requests": 4, "max_concurrent_requests": 4, "queued_requests": 3, "max_queue": 64}
-            | {"queue_status": "busy", "multiplexing_enabled": True, "version": __version__}
-        },
-    }
-
-
-def errors_by_status() -> dict[int, list[ApiError]]:
-    """One of each kind of error that a client can meet."""
-    found: dict[int, list[ApiError]] = {}
-    faults = [{"loc": ["content"], "msg": "Field required", "type": "missing"}]
-    for kind in ApiError.__subclasses__():
-        error = kind(errors=faults) if kind is InvalidRequest else kind()
-        found.setdefault(kind.status, []).append(error)
-    return found
-
-
-@functools.cache
-def openapi_document() -> bytes:
-    """OpenAPI 3.1, made from the models that validate and answer."""
-    answering = {model for one in OPERATIONS for models in one.answers.values() for model in models}
-    bodies = {one.body for one in OPERATIONS}
-    models: Any = [(model, "validation") for model in bodies]
-    models += [(model, "serialization") for model in answering | {Problem, *EVENTS}]
-    _, definitions = models_json_schema(models, ref_template="#/components/schemas/{model}")
-    schemas = definitions["$defs"]
-    schemas["TokenEvent"]["required"].remove("accumulated")
-    fields = schemas["GenerateRequest"]["properties"]
-    for name in ("GenerateRequest", "RegenerateRequest", "BadgeOptions"):
-        properties = schemas[name]["properties"]
-        properties |= {choice: {"enum": list(values)} for choice, values in CHOICES.items()}
-        given = {key: schema for key, schema in properties.items() if key not in ("content", "badge", "field")}
-        properties |= {key: {"anyOf": [schema, {"enum": [*NOT_GIVEN, None]}]} for key, schema in given.items()}
-        if "content" in properties:
-            # `course_input` stands for `content` where that is not given, and is ignored where it is.
-            absent = {"enum": [*NOT_GIVEN, None]}
-            instead = {"course_input": properties["content"], "content": absent}
-            schemas[name]["anyOf"] = [{"required": ["content"]}, {"properties": instead, "required": ["course_input"]}]
-            schemas[name]["required"].remove("content")
-    samples = examples()
-    shown = {**samples[GenerateRequest]["short"], "id": samples[Accepted]["waiting"]["id"], "Prefer": "respond-async"}
-    shown |= {"Idempotency-Key": "course-4711", "Last-Event-ID": f"{shown['id']}.2"}
-
-    def content(media_type: str, model: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
-        named = {name: {"value": value} for name, value in values.items()}
-        return {media_type: {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}, "examples": named}}
-
-    def parameter(name: str) -> dict[str, Any]:
-        example = {"example": shown[name]} if name in shown else {}
-        if name in fields:
-            return {"name": name, "in": "query", "required": name == "content", "schema": fields[name], **example}
-        if name == "id":
-            return {"name": name, "in": "path", "required": True, "schema": {"type": "string"}, **example}
-        pattern = {"pattern": "^[!-~]{1,255}$"} if name == "Idempotency-Key" else {}
-        # Swagger UI would send the parameter's `example` with every request, and get no badge.
-        schema = {"type": "string", **pattern, "examples": [shown[name]]}
-        return {"name": name, "in": "header", "required": False, "schema": schema}
-
-    problems = {}
-    for status, errors in errors_by_status().items():
-        fixed = {"timestamp": "2026-01-31T12:00:00.000+00:00"}
-        values = {error.code: problem(error, "3f0c6c0a5b8e4e0f9a1d2c3b4a5f6e7d") | fixed for error in errors}
-        problems[str(status)] = {
-            "description": HTTPStatus(status).phrase,
-            "content": content("application/problem+json", Problem, values),
-        }
-    paths: dict[str, dict[str, Any]] = {}
-    for one in OPERATIONS:
-        may_fail = ["414", *one.problems.split()]
-        may_fail += ["400", "408", "413", "415", "422"] if one.method == "POST" else []
-        may_fail += ["404"] if "{id}" in one.path else []
-        may_fail += ["401"] if one.path not in OPEN_PATHS else []
-        responses: dict[str, Any] = {code: {"$ref": f"#/components/responses/{code}"} for code in sorted(may_fail)}
-        for answer, answers in one.answers.items():
-            about = inspect.getdoc(answers[0]) if answers else None
-            responses[answer] = {"description": about or HTTPStatus(int(answer)).phrase}
-            for model in answers:
-                media_type = MEDIA_TYPES.get(model, "application/json")
-                responses[answer].setdefault("content", {}).update(content(media_type, model, samples[model]))
-        members: dict[str, Any] = {
-            "summary": one.summary,
-            "tags": [TAGS.get(next(iter(one.answers.get("200", [])), None), "Badges")],
-            "operationId": f"{one.handler}_{one.path.strip('/').replace('/', '_')}",
-            "parameters": [parameter(name) for name in (*re.findall(r"{(\w+)}", one.path), *one.parameters)],
-            "responses": responses,
-        }
-        if one.method == "POST":
-            body = content("application/json", one.body, samples[one.body])
-            members["requestBody"] = {"required": True, "content": body}
-        if one.path in OPEN_PATHS:
-            members["security"] = []
-        paths.setdefault(one.path, {})[one.method.lower()] = members
-
-    document = {
-        "openapi": "3.1.0",
-        "info": {
-            "title": "dccapi",
-            "version": __version__,
-            "license": {"name": "MIT", "identifier": "MIT"},
-            "description": "Open Badges 3.0 drafts from course descriptions. Every path stands at the root as well.",
-        },
-        "servers": [{"url": "/api/v1"}],
-        "paths": paths,
-        "components": {
-            "schemas": schemas,
-            "responses": problems,
-            "securitySchemes": {
-                "bearer": {"type": "http", "scheme": "bearer"},
-                "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
-            },
-        },
-        "security": [{}, {"bearer": []}, {"key": []}],
-    }
-    return orjson.dumps(document)
+def idempotency_key(request: Request) -> str | None:
+    key = request.headers.get("idempotency-key")
+    if key is not None and not re.fullmatch(r"[\x21-\x7e]{1,255}", key):
+        raise invalid_field(["header", "Idempotency-Key"], "must be 1 to 255 visible characters")
+    return key
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3351,8 +3532,8 @@ class Exchange:
             self._timer = self._loop.call_at(min(self._offered, now) + patience, self._check)
 
 
-class Problems:
-    """The one place that turns errors into application/problem+json; inside CORS, so that browsers can read them."""
+class Admission:
+    """Finds out who asks, by key or else by address, and refuses who may not (contract 3.4)."""
 
     def __init__(self, app: ASGIApp, settings: Settings, queue: GenerationQueue) -> None:
         self.app = app
@@ -3360,48 +3541,20 @@ class Problems:
         self.queue = queue
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        started = False
+        if scope["type"] == "http":
+            scope["state"]["client"] = self._client(scope)
+        await self.app(scope, receive, send)
 
-        async def watched_send(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
-        try:
-            self._admit(scope)
-            await self.app(scope, receive, watched_send)
-        except Exception as raised:
-            error = _as_api_error(raised)
-            if error is None:
-                log.exception("request %s failed", scope["state"]["request_id"])
-                error = ApiError()
-            if started:
-                raise
-            if "generation" not in scope["state"] and _short_path(scope) not in OPEN_PATHS:
-                self.queue.metrics.rejected(error)
-            headers = dict(error.headers)
-            if error.retry_after is not None:
-                headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
-            document = problem(error, scope["state"]["request_id"])
-            response = Response(orjson.dumps(document), error.status, headers, "application/problem+json")
-            await response(scope, receive, send)
-
-    def _admit(self, scope: Scope) -> None:
-        """Find out who asks; raise UriTooLong or Unauthorized."""
-        headers = Headers(scope=scope)
-        client = _address(scope, headers, self.settings)
+    def _client(self, scope: Scope) -> str:
+        """Who is asking, for MAX_PER_CLIENT. Raises UriTooLong or Unauthorized."""
         if len(scope["query_string"]) > MAX_QUERY:
             raise UriTooLong
-        path = _short_path(scope)
-        if self.settings.keys and path not in OPEN_PATHS and not path.startswith("/docs/"):
-            name = _key_name(headers, self.settings.keys)
-            if name is None and not self._is_capability(scope["method"], path):
-                raise Unauthorized(headers={"www-authenticate": 'Bearer realm="dccapi"'})
-            client = name or client
-        scope["state"]["client"] = client
+        headers, path = Headers(scope=scope), _short_path(scope)
+        name = _key_name(headers, self.settings.keys)
+        is_open = not self.settings.keys or path in OPEN_PATHS or path.startswith("/docs/")
+        if name is None and not is_open and not self._is_capability(scope["method"], path):
+            raise Unauthorized(headers={"www-authenticate": 'Bearer realm="dccapi"'})
+        return name or _address(scope, headers, self.settings)
 
     def _is_capability(self, method: str, path: str) -> bool:
         """Whether it is the unguessable URL of a generation's events: an EventSource cannot send a key."""
@@ -3409,18 +3562,28 @@ class Problems:
         return method == "GET" and events is not None and self.queue.get(events[1]) is not None
 
 
+async def as_problem(request: Request, raised: Exception) -> Response:
+    """Any exception as application/problem+json; the only place that does so."""
+    state, path = request.scope["state"], _short_path(request.scope)
+    if isinstance(raised, HTTPException):  # the router's
+        error = {404: NotFound, 405: MethodNotAllowed}.get(raised.status_code, ApiError)(headers=raised.headers or {})
+    elif isinstance(raised, ApiError):
+        error = raised
+    else:
+        log.error("request %s failed: %s", state["request_id"], described(raised))
+        error = ApiError()
+    if "generation" not in state and path not in OPEN_PATHS:
+        request.app.queue.metrics.rejected(error)
+    headers = dict(error.headers)
+    if error.retry_after is not None:
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
+    document = problem(error, state["request_id"])
+    return Response(orjson.dumps(document), error.status, headers, "application/problem+json")
+
+
 def _short_path(scope: Scope) -> str:
     """The path without the prefix under which each stands as well."""
     return cast(str, scope["path"]).removeprefix("/api/v1") or "/"
-
-
-def _as_api_error(raised: Exception) -> ApiError | None:
-    if isinstance(raised, ApiError):
-        return raised
-    if isinstance(raised, HTTPException):
-        headers = {name.lower(): value for name, value in (raised.headers or {}).items()}
-        return {404: NotFound, 405: MethodNotAllowed}.get(raised.status_code, ApiError)(headers=headers)
-    return None
 
 
 def _key_name(headers: Headers, keys: Mapping[str, bytes]) -> str | None:
@@ -3776,7 +3939,7 @@ vars(hypercorn.asyncio.run)["raise_shutdown"] = raise_shutdown_after_drain
 
 
 def create_app(settings: Settings, bound: list[str] | None = None) -> Guard:
-    """The ASGI application: Guard, CORS, Problems, routes, in this order. `bound` is named in the start's log line."""
+    """The ASGI application: Guard, CORS, errors, Admission, routes. `bound` is named in the start's log line."""
     engine = cast(Engine, ENGINES[settings.engine](settings))
     queue = GenerationQueue(settings, engine)
     api = Api(settings, queue, engine)
@@ -3804,7 +3967,8 @@ def create_app(settings: Settings, bound: list[str] | None = None) -> Guard:
             await queue.stop()
 
     app: ASGIApp = Router(api.routes(), lifespan=lifespan, redirect_slashes=False)
-    app = Problems(app, settings, queue)
+    app = Admission(app, settings, queue)
+    app = ExceptionMiddleware(app, {Exception: as_problem, HTTPException: as_problem})
     app = CORSMiddleware(
         app,
         allow_origins=_listed(settings.allowed_origins),

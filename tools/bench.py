@@ -1,4 +1,4 @@
-"""The benchmark of dccapi: `make bench`, or `python bench_dccapi.py --help`.
+"""The benchmark of dccapi: `make bench`, or `python tools/bench.py --help`.
 
 Every figure stands beside that of a peer, measured in the same run on the same scripted engine:
 
@@ -36,9 +36,11 @@ from urllib.parse import urlencode
 
 import hpack
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
 from testkit import Server, eventually, free_port, rss_kib
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]  # the checkout
 MODEL = HERE / "model" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 COURSE = json.loads((HERE / "examples" / "courses.jsonl").read_text("utf-8").partition("\n")[0])["content"][:1500]
 NEVER, FLAT_OUT = -1, 0
@@ -219,7 +221,8 @@ class Http1(asyncio.Protocol):
             self.reply.end("the connection was closed")
 
     def ask(self, reply: Reply, method: str, path: str, body: bytes) -> None:
-        self.reply, self._left, self._head, self._last = reply, -1, b"", b""
+        self.reply, self._left, self._last = reply, -1, b""
+        self._head: bytes | None = b""  # None once it is read
         self.transport.write(
             f"{method} {path} HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(body)}\r\n\r\n".encode()
@@ -296,7 +299,7 @@ class Http2(asyncio.Protocol):
         if kind == 0 and reply:
             reply.feed(payload)
         elif kind == 1 and reply:
-            headers = dict(self._decoder.decode(payload))
+            headers = {str(name): str(value) for name, value in self._decoder.decode(payload)}
             if headers[":status"] != "200":
                 reply.end(str(headers))
         elif kind == 3 and reply:
@@ -422,9 +425,9 @@ async def litellm(engine: str, environment: Path) -> AsyncIterator[Peer]:
     python = environment / "bin" / "python"
     if not python.exists():
         print(f"installing litellm[proxy] into {environment}", flush=True)
-        await asyncio.to_thread(subprocess.run, [sys.executable, "-m", "venv", environment], check=True)
-        install = [python, "-m", "pip", "install", "--quiet", "litellm[proxy]"]
-        await asyncio.to_thread(subprocess.run, install, check=True)
+        await asyncio.to_thread(lambda: subprocess.run([sys.executable, "-m", "venv", environment], check=True))
+        install = [str(python), "-m", "pip", "install", "--quiet", "litellm[proxy]"]
+        await asyncio.to_thread(lambda: subprocess.run(install, check=True))
     port = free_port()
     config = environment / "bench.yaml"  # JSON is YAML
     model = {"model": "ollama/phi4badges", "api_base": engine}
@@ -566,7 +569,7 @@ class Table:
             ratio = f"{row['ratio']:.2f} of {row['against']}" if row["against"] else ""
             bar = f"{row['judged']:.3g} {row['bar']}" if row["bar"] else ""
             values = [f"{row[name]:,.4g}" if name in row else "" for name in peers]
-            holds = {True: "yes", False: "NO"}.get(row.get("holds"), "")
+            holds = {True: "yes", False: "NO", None: ""}[row.get("holds")]
             lines.append([row["figure"], row["unit"], *values, ratio, bar, holds])
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -601,13 +604,15 @@ async def measure(options: argparse.Namespace) -> Table:
             table.add(f"{streams} streams flat out", "CPU s/1,000 events", costs, "plain", bar="< 0.25" if four else "")
 
         # At the length's end: how the cost of an event grows, and how many bytes the text so far takes.
-        runs = {n: [await flat_out(ours, 4, n, seconds, "?accumulated=false") for _ in range(2)] for n in (1024, 4096)}
-        short, long = (min(run[1] for run in runs[n]) for n in (1024, 4096))
+        by_length = {
+            n: [await flat_out(ours, 4, n, seconds, "?accumulated=false") for _ in range(2)] for n in (1024, 4096)
+        }
+        short, long = (min(run[1] for run in by_length[n]) for n in (1024, 4096))
         table.add("accumulated=false, 1,024 tokens", "CPU s/1,000 events", {"dccapi": short})
         table.add("… 4,096 tokens", "CPU s/1,000 events", {"dccapi": long}, judged=long / short, bar="< 1.2")
         _, _, whole = await flat_out(ours, 1, 4096, 0)
         table.add("bytes of 4,096 tokens", "MB", {"dccapi": whole / 1e6})
-        small = runs[4096][0][2]
+        small = by_length[4096][0][2]
         table.add("… accumulated=false", "MB", {"dccapi": small / 1e6}, judged=small / whole, bar="< 0.05")
 
         for streams in (4, 64):
@@ -694,7 +699,11 @@ def main() -> int:
         "--litellm", type=Path, metavar="DIR", help="also LiteLLM's proxy, installed into DIR if absent"
     )
     options = parser.parse_args()
-    head = {"date": datetime.now(UTC).isoformat(timespec="minutes"), "machine": machine(), "versions": versions()}
+    head: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="minutes"),
+        "machine": machine(),
+        "versions": versions(),
+    }
     table = asyncio.run(measure(options))
     found = ", ".join(f"{name} {version}" for name, version in head["versions"].items())
     print(f"{head['date']}, {head['machine']}\n{found}\n\n{table.markdown()}")

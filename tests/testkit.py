@@ -12,6 +12,7 @@ import ssl
 import struct
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -36,7 +37,8 @@ def free_port() -> int:
     """A TCP port of the loopback interface that was free a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def rss_kib(pid: int) -> int:
@@ -103,7 +105,8 @@ class Script:
     honour_num_predict: bool = False  # stop with "length" where the request's limit says so
     # faults
     status: int = 200
-    error: str | dict[str, Any] = ""  # goes with a status other than 200
+    error: str | dict[str, Any] | bytes = ""  # goes with a status other than 200; bytes are sent as they are, as text
+    retry_after: str | None = None  # a header that goes with it
     end_without_done: bool = False  # a clean end of the body, but no closing record
     error_line: str | None = None  # an error record under status 200 instead of the closing one
     drop_after: int | None = None  # reset in the middle of a chunk; 0: before the status line
@@ -178,7 +181,7 @@ class WatchedReader(asyncio.StreamReader):
             self.on_end()
 
 
-class ScriptedEngine:
+class ScriptedEngine(ABC):
     """A small HTTP/1.1 server that answers generations by script. The dialects below say how each record is written."""
 
     generate_path: str
@@ -191,6 +194,7 @@ class ScriptedEngine:
     def __init__(self, models: Iterable[str] = ("phi4badges:latest",), port: int = 0) -> None:
         self.script: Callable[[dict[str, Any], int], Script] = lambda body, index: Script()
         self.models = list(models)
+        self.shown: dict[str, Any] | None = None  # what Ollama's /api/show says; a server without it otherwise
         self.port = port
         self.calls: list[Call] = []  # generations only
         self.requests: list[str] = []  # everything: "GET /api/tags"
@@ -234,9 +238,10 @@ class ScriptedEngine:
         await eventually(lambda: len(self.calls) >= n, timeout, f"{n} engine calls ({len(self.calls)} before the wait)")
         return self.calls
 
-    async def _converse(self, reader: WatchedReader, writer: asyncio.StreamWriter) -> None:
+    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
+        assert isinstance(reader, WatchedReader)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         self.connections += 1
@@ -266,6 +271,8 @@ class ScriptedEngine:
             body = orjson.loads(text)
         refusal = self.refusal(headers, path, body)
         info = self.info(path)
+        if path == "/api/show" and self.shown is not None:
+            info, method = self.shown, "GET"
         if path != self.generate_path and info is None:
             writer.write(http_answer(404, "text/plain", b"404 page not found"))
         elif method != (allowed := "GET" if info is not None else "POST"):
@@ -321,8 +328,11 @@ class ScriptedEngine:
             await script.gate.wait()
         await asyncio.sleep(script.first_delay)
         if script.status != 200:
-            body = go_json(self.error_body(script.error))
-            head = http_head(script.status, "application/json", "Transfer-Encoding: chunked")
+            plain = isinstance(script.error, bytes)
+            body = script.error if isinstance(script.error, bytes) else go_json(self.error_body(script.error))
+            more = [] if script.retry_after is None else [f"Retry-After: {script.retry_after}"]
+            kind = "text/plain" if plain else "application/json"
+            head = http_head(script.status, kind, "Transfer-Encoding: chunked", *more)
             writer.write(head + http_chunks(body) + self.end_of_body)
             return
         if call.body.get("stream", self.streams_by_default) is False:
@@ -368,14 +378,25 @@ class ScriptedEngine:
         return []
 
     # What a dialect says; the records are bytes, each the contents of one chunk.
+    @abstractmethod
     def info(self, path: str) -> dict[str, Any] | None: ...  # the body of a GET, None where there is none
+    @abstractmethod
     def refusal(self, headers: dict[str, str], path: str, body: Any) -> tuple[int, dict[str, Any]] | None: ...
-    def load_only(self, body: dict[str, Any]) -> dict[str, Any] | None: ...
+
+    def load_only(self, body: dict[str, Any]) -> dict[str, Any] | None:
+        return None
+
+    @abstractmethod
     def token_limit(self, body: dict[str, Any]) -> int | None: ...
+    @abstractmethod
     def error_record(self, error: str) -> bytes: ...
+    @abstractmethod
     def piece(self, call: Call, text: str) -> bytes: ...
+    @abstractmethod
     def ending(self, call: Call, script: Script) -> list[bytes]: ...
-    def whole(self, call: Call, script: Script) -> bytes: ...  # with "stream": false
+
+    def whole(self, call: Call, script: Script) -> bytes:  # with "stream": false
+        raise NotImplementedError
 
 
 class ScriptedOllama(ScriptedEngine):
@@ -389,7 +410,12 @@ class ScriptedOllama(ScriptedEngine):
         details |= {"parameter_size": "134.52M", "quantization_level": "Q4_1"}
         facts = {"modified_at": "2026-11-22T19:56:26.258874789Z", "size": 98365399, "digest": "76a1" * 16}
         tags = {"models": [{"name": name, "model": name, **facts, "details": details} for name in self.models]}
-        return {"/api/tags": tags, "/api/version": {"version": "0.24.0"}, "/api/ps": {"models": []}}.get(path)
+        answers: dict[str, dict[str, Any]] = {
+            "/api/tags": tags,
+            "/api/version": {"version": "0.24.0"},
+            "/api/ps": {"models": []},
+        }
+        return answers.get(path)
 
     def refusal(self, headers: dict[str, str], path: str, body: Any) -> tuple[int, dict[str, Any]] | None:
         if path != self.generate_path:
@@ -404,7 +430,8 @@ class ScriptedOllama(ScriptedEngine):
         return None if body.get("prompt") else self._record(body, "", True) | {"done_reason": "load"}
 
     def token_limit(self, body: dict[str, Any]) -> int | None:
-        return body.get("options", {}).get("num_predict")
+        limit: int | None = body.get("options", {}).get("num_predict")
+        return limit
 
     def error_record(self, error: str) -> bytes:
         return go_json({"error": error}) + b"\n"

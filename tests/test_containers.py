@@ -29,7 +29,7 @@ import trustme
 import dccapi
 from testkit import free_port, parse_sse, status_line, trusting_tls
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]  # the checkout
 COURSE = {"content": "Knots for climbers: figure eight, clove hitch, prusik. Practical exam on the wall."}
 SLOW_COURSE = {"content": "Knots, slowly."}
 GGUF = "MIT_OB_Phi-4-mini-instruct.Q4_K_M.gguf"
@@ -39,6 +39,7 @@ PACKAGES = "python3,python3-venv,python3-pip,ca-certificates"
 MISSING = [program for program in ("podman", "debootstrap") if not shutil.which(program)]
 MISSING += ["root"] if os.geteuid() else []
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.timeout(600),
     pytest.mark.skipif(bool(MISSING) and not os.environ.get("CI"), reason=f"needs {', '.join(MISSING)}"),
 ]
@@ -176,7 +177,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     run(*compose, "build", "api", "demo", cwd=HERE)
     context = directory / "ollama"
     context.mkdir()
-    shutil.copy(HERE / "testkit.py", context)
+    shutil.copy(HERE / "tests" / "testkit.py", context)
     (context / "Containerfile").write_text(STAND_IN_CONTAINERFILE)
     (context / "ollama").write_text(STAND_IN_PROGRAM)
     (context / "ollama").chmod(0o755)

@@ -22,7 +22,7 @@ import httpx
 import pytest
 
 import dccapi
-from test_dccapi import COURSE, COURSES, HERE, certificate, children, events_of, named, runs, serving
+from service import COURSE, COURSES, HERE, certificate, children, events_of, named, runs, serving
 from testkit import (
     Call,
     H2Client,
@@ -42,7 +42,7 @@ from testkit import (
 
 NGINX = shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
 needs_nginx = pytest.mark.skipif(not NGINX and not os.environ.get("CI"), reason="needs nginx: apt-get install nginx")
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 BADGE = json.loads(badge_json())
 CLIENTS = [f"127.0.0.{number}" for number in range(11, 19)]  # as addresses of their own, which Linux gives

@@ -18,8 +18,8 @@ import pytest
 from playwright.async_api import Locator, Page, async_playwright, expect
 
 from dccapi import Badge, OpenBadgeCredential
-from test_dccapi import HERE, MODEL, SLOW, badge_json, certificate, judge, needs_model, serving
-from testkit import Script, Server, eventually, exceeds_context, free_port, split
+from service import HERE, MODEL, SLOW, certificate, judge, needs_model, serving
+from testkit import Script, Server, badge_json, eventually, exceeds_context, free_port, split
 
 __all__ = ["judge"]  # the fixture
 
@@ -35,6 +35,7 @@ FLAGS = [
     "--disable-sync",
 ]
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.timeout(120),
     pytest.mark.skipif(not CHROMIUM and not os.environ.get("CI"), reason="needs Chromium: apt-get install chromium"),
 ]

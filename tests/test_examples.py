@@ -24,8 +24,8 @@ import pytest
 from playwright.async_api import ConsoleMessage, Locator, Page, async_playwright
 
 import dccapi
+from service import COURSE, COURSES, HERE, MODEL, certificate, needs_model, serving
 from test_browser import CHROMIUM, FLAGS, Proxy
-from test_dccapi import COURSE, COURSES, HERE, MODEL, certificate, needs_model, serving
 from testkit import Script, Server, badge_json, eventually, free_port, split
 
 EXAMPLES = HERE / "examples"
@@ -44,7 +44,7 @@ def needs(*tools: str | None) -> pytest.MarkDecorator:
 
 needs_chromium = needs(CHROMIUM)
 needs_component = needs(CHROMIUM, "node", "npm")
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -610,7 +610,7 @@ async def test_the_tour_with_curl_is_plain_shell() -> None:
 
 ROUTES = {
     (method.upper(), path)
-    for path, item in json.loads(dccapi.openapi_document())["paths"].items()
+    for path, item in json.loads(dccapi.OPENAPI.read_text("utf-8"))["paths"].items()
     for method in item
     if method in ("get", "post", "delete")
 }

@@ -598,10 +598,10 @@ IS_HTML = (
     rf"\s*(?:{COMMENT}\s*)*(?:\Z|<(?i:!doctype|\?xml)|<(?i:{NAME})(?:\s[^<>]*=[^<>]*>|\s*/?>(?![.,;:)/-]|\s+[a-z])))"
 )
 HAS_HTML = (
-    rf"(?im)[^\s\"'`(</>](?:[ \t]*\n\s*)?</{NAME}\s*>|[^\s\"'`(</>]<[bh]r\s*/?>|^[ \t]*<br\s*/?>\w"
+    rf"(?im)[^\s\"'`(</>]</{NAME}\s*>|[^\s\"'`(</>]<[bh]r\s*/?>|^[ \t]*<br\s*/?>\w"
     rf"|<br\s*/?>[ \t]*(?:\n|<br)|[.!?] <br\s*/?>|(?:^[ \t]*<{NAME}|<img)\s[^<>]*=[^<>]*>"
 )
-TELLS_OF_HTML = rf"(?i:(?<![\w./\"'=<-])x?html)|\w,? <(?i:{NAME})>(?:[,.;)]| [a-z])"
+TELLS_OF_HTML = rf"(?i:(?<![\w./\"'=<-])x?html)|\btags?\b|[\"'`]<(?i:{NAME})>|\w,? <(?i:{NAME})>(?:[,.;)]| [a-z])"
 # None that a C program takes the address of: `&sum;`, `&int;`.
 ENTITY = r"&(?:amp|lt|gt|quot|nbsp|[lr][sd]quo|[mn]dash|[A-Za-z](?:uml|acute|grave|circ|tilde|cedil)|#x?\w{2,5});"
 BLOCKS = "br,hr,option,caption,figcaption,h1,h2,h3,h4,h5,h6," + BLOCK.replace("|h[1-6]", "").replace("|", ",")
@@ -652,14 +652,14 @@ DIRT: tuple[tuple[str, str, Any], ...] = (
     ("bullets", rf"(?m)^([ \t]*)[{BULLET}][ \t\xa0]*", r"\1- "),
     ("bullets", r"[\uf0a7\uf0b7]", "•"),
 )
-BROKEN = re.compile(r"(?<![\w-])([^\W\d_]+[^\W\d_])[-\u2010]\n\s*(?!(?:\1|and|und|oder|och)\b)([^\W\d_]{3,})(?!\w)")
+BROKEN = re.compile(r"(?<![\w-])([^\W\d_]+[^\W\d_])[-\u2010]\n\s*(?!(?:\1|and|und|oder|och)\b)([^\W\d_]{2,})(?!\w)")
 HYPHENATED = re.compile(
-    r"(?:self|well|non|ex|all|cross|half|high|low|long|short|full|hands|one|two|three|four|five|six)-|\w+-(?:based|led|free"
-    r"|cent(?:er|re)d|driven|oriented|related|specific|level|long|term|time|wide|making|solving|taking|friendly|minded)$"
+    r"(?:self|well|non|ex|all|cross|half|high|low|long|short|full|two|three|four)-|\w+-(?:based|led|free|cent(?:er|re)d"
+    r"|driven|oriented|related|specific|level|long|term|time|wide|making|solving|friendly)$"
 )
 PAGE = re.compile(
-    r"(?i)[\s|·–—-]*+(?:(?P<title>.*?)(?<!\w)(?P<word>page|pg?\.|seite|página|pagina|pág\.|sivu|sida|side|strona|str\.|стр\.|第)"
-    r"\s*)?(?P<number>\d{1,4})\s*(?:(?:/|of|von|de|di|sur|av|z|из)\s*(?P<last>\d{1,4}))?[\s|·–—页頁-]*"
+    r"(?i)[\s|·–—-]*+(?:(?P<title>.*?)(?<!\w)(?P<word>page|pg?\.|seite|página|pagina|sivu|sida|strona|стр\.|第)\s*)?"
+    r"(?P<number>\d{1,4})\s*(?:(?:/|of|von|de|di|sur|av|z|из)\s*(?P<last>\d{1,4}))?[\s|·–—页頁-]*"
 )
 
 
@@ -693,7 +693,7 @@ def plain_text(content: str) -> CourseText:
         repairs[kind] = repairs.get(kind, 0) + count
     text, repairs["page_marks"] = _without_page_marks(text)
     text, repairs["hyphenation"] = _with_whole_words(text)
-    return CourseText(text.strip(), {kind: count for kind, count in repairs.items() if count})
+    return CourseText(text.strip(), {kind: count for kind, count in repairs.items() if count > 0})
 
 
 def _is_html(text: str) -> bool:
@@ -718,8 +718,9 @@ def _without_html(text: str) -> str:
         if (room := room - len(node.html or "")) < 0:
             break
         shape = FORMULAS[node.tag or ""]
-        parts = [_operand(part.text()) for part in (node.iter() if "{1}" in shape else [node])]
-        if len(parts) == shape.count("{") and all(parts) and not re.match(r"\(.*[*\[®™]|(st|nd|rd|th|TM)$", parts[0]):
+        said = [part.text() for part in (node.iter(include_text=True) if "{1}" in shape else [node])]
+        parts = [_operand(part) for part in said if part.strip()]
+        if len(parts) == shape.count("{") and not re.match(r"\(.*[*\[®™]|(st|nd|rd|th|TM)$", parts[0]):
             node.replace_with(shape.format(*parts))
     for node in tree.css(BLOCKS):
         node.insert_before("\n")
@@ -793,7 +794,7 @@ def _with_whole_words(text: str) -> tuple[str, int]:
         if first + second not in words:
             if f"{first}-{second}" in words or HYPHENATED.match(f"{first}-{second}"):
                 return f"{found[1]}-{found[2]}"
-            if {first, second} <= words or not (found[1][-1] + found[2][0]).islower():
+            if {first, second} <= words or len(second) < 3 or not (found[1][-1] + found[2][0]).islower():
                 return found[0]
         return found[1] + found[2]
 

@@ -41,6 +41,8 @@ import sys
 import time
 import traceback
 import uuid
+import weakref
+from collections import Counter as Counting
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -72,7 +74,6 @@ from hypercorn.protocol.events import Body, EndBody, StreamClosed
 from hypercorn.protocol.events import Event as StreamEvent
 from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.protocol.h11 import H11Protocol
-from markdown_it import MarkdownIt
 from openapi_ui_bundles import swagger_ui
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.exposition import choose_encoder
@@ -88,7 +89,6 @@ from pydantic import (
     model_validator,
 )
 from pydantic_settings import BaseSettings, SettingsConfigDict
-from selectolax.lexbor import LexborHTMLParser
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -109,6 +109,8 @@ log = logging.getLogger("dccapi")
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAX_FINISHED = 256  # finished generations that are remembered (contract 3.6)
+PARSERS = 4  # processes at most, of about 40 MB each; they are started when they are needed
+PARSE_TIMEOUT = 5  # seconds that the markup of one course may take
 MAX_LINE = 4 * 2**20  # of an engine's answer; Ollama's last line carries the context, about 6 bytes a token
 MAX_OUTPUT_CHARS = 2**18  # of one generation: 4,096 tokens of 64 characters
 MAX_BLANK_RUN = 200  # white space in a row; models loop on it under `format` (ollama 2577)
@@ -309,6 +311,10 @@ class UriTooLong(ApiError, status=414):
     text = "The query is too long. POST long content to /generate/stream."
 class UnsupportedMediaType(ApiError, status=415):
     text = "Send the body as application/json."
+class DocumentBroken(ApiError, status=422):
+    text = "The content cannot be read: its markup is too much for the parser. Send it as plain text."
+class DocumentTooSlow(ApiError, status=422):
+    text = "The content's markup takes too long to read. Send it as plain text."
 class InvalidRequest(ApiError, status=422):
     text = "The request is not valid. Correct the fields listed in `errors`."
 class TooManyRequests(ApiError, status=429):
@@ -447,10 +453,7 @@ class BadgeOptions(BaseModel):
 class GenerateRequest(StreamOptions, BadgeOptions):
     """A course and how its badge is to be written (contract 3.1). Unknown fields are ignored."""
 
-    content: str = Field(
-        pattern=r"[^\s\x1c-\x1f\x85\ufeff]",
-        description="The course description; `course_input` is another name for it.",
-    )
+    content: str = Field(pattern=VISIBLE, description="The course description; `course_input` is another name for it.")
     temperature: Annotated[float | None, Field(ge=0, le=2, allow_inf_nan=False)] = 0.2
     max_tokens: Annotated[Annotated[int, Field(ge=1, le=4096)] | None, Whole] = 1024
     top_p: Annotated[float | None, Field(ge=0, le=1, allow_inf_nan=False)] = 0.8
@@ -554,43 +557,11 @@ def _kept(request: GenerateRequest | None) -> dict[str, Any]:
     return {name: text for name, text in request.badge.model_dump().items() if name != request.field}
 
 
-# Tags in prose (`vector<int>`, "the <script> tag") and list numbers ("1914. The war begins") are text of the course.
-MARKDOWN = MarkdownIt("commonmark", {"html": False}).enable("table").disable("list")
-BLOCK = "p|div|section|article|header|footer|main|nav|h[1-6]|ul|ol|li|dl|dt|dd|table|tr|pre|blockquote|details|summary"
-HTML = re.compile(rf"(?i)\s*<(!doctype|html|head|body|br|hr|img|{BLOCK})\b|[^<]*(<[^<]*)*</({BLOCK}|html|body)>")
-BLOCKS = "br,hr,option,caption,figcaption,h1,h2,h3,h4,h5,h6," + BLOCK.replace("|h[1-6]", "").replace("|", ",")
-# A block of `key: value` lines with small letters; others between rulers are courses.
-FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\n(?=[a-z])((?:[a-z][\w-]*:.*\n|[ \t#-].*\n)*?)---[ \t]*\n")
-TOLD_IN_FRONT = re.compile(r"(?m)^(?:title|name|subtitle|description|summary|abstract|keywords|topics):[ \t]*(.+)")
-NO_TEXT = "head,script,style,noscript,template,svg,img,iframe"
-
-
-def plain_text(content: str) -> str:
-    """What a course says, without the markup of HTML, Word's HTML or Markdown, which costs tokens. No text is lost."""
-    content = content.replace("\r\n", "\n")
-    if front := FRONT_MATTER.match(content):
-        content = "\n".join([*TOLD_IN_FRONT.findall(front[1]), "", content[front.end() :]])
-    html = content if HTML.match(content) else MARKDOWN.render(content)
-    tree = LexborHTMLParser(html)
-    for node in tree.css(NO_TEXT):
-        node.decompose()
-    for node in tree.css(BLOCKS):
-        node.insert_before("\n")
-        node.insert_after("\n")
-    for cell in tree.css("td,th"):
-        cell.insert_after(" | ")
-    text = tree.body.text() if tree.body else ""
-    text = re.sub(r"[ \t\r\xa0]+", " ", text)
-    text = re.sub(r"(?m)^ +| +$|^([=-]{3,}|:{3,} ?\w*) ?$", "", text)
-    return re.sub(r"\n{3,}", "\n\n", text).strip() or content.strip()
-
-
-def build_prompt(request: GenerateRequest, system: str, defaults: Mapping[str, Any]) -> Prompt:
+def build_prompt(request: GenerateRequest, content: str, system: str, defaults: Mapping[str, Any]) -> Prompt:
     """The course first, delimited, then the options: drafts of one course share the longest prefix.
 
     Delimiters in the content lose their bracket, so that it cannot end itself and turn into instructions.
     """
-    content = plain_text(request.content)
     content = re.sub(r"(?i)<(?=\s*+/?\s*+course\s*+>)", "\u2039", content)  # possessive: a linear pass
     options = [f"{label}: {value}" for name, label in OPTION_LABELS.items() if (value := request.option(name))]
     schema, closing = BADGE_SCHEMA, CLOSING
@@ -652,6 +623,8 @@ _CLOSES = rf"</(?:seed:)?(?:{_THOUGHT})>|\[/THINK\]|◁/think▷|<\|end_(?:of_th
 _OPENS += r"|<\|channel\|?>\s*(?:analysis|commentary|thought)"
 _CLOSES += r"|<\|channel\|?>\s*final|assistantfinal|<channel\|>"
 THOUGHTS_END = re.compile(rf"(?i){_CLOSES}")
+# One line of plain English has nothing that a parser could take out.
+UNMARKED = re.compile(r"[\w ,.;:!?'\"()/%+-]*", re.ASCII)
 MARK = re.compile(rf"(?i)(?P<closes>{_CLOSES})|(?P<opens>{_OPENS})|(?P<object>\{{\s*(?:\"|\Z))")
 LONGEST_MARK = 64
 LONGEST_LAYOUT = 256  # characters between two texts of a badge that are kept as they were written
@@ -1244,6 +1217,71 @@ def sse(data: dict[str, Any] | bytes, *, id: str = "", event: str = "") -> bytes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Course text: parsers in processes of their own
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Parsers:
+    """Processes that run documents.py, which makes plain text of what people have.
+
+    Markup can be made to take minutes and gigabytes, so none is parsed in the service. A parser that is too slow, or
+    whose client leaves, is killed; the next text starts another. One client has half of the parsers at most.
+    """
+
+    def __init__(self) -> None:
+        self._idle: list[asyncio.subprocess.Process] = []
+        self._free = asyncio.Semaphore(PARSERS)
+        self._shares = weakref.WeakValueDictionary[str, asyncio.Semaphore]()
+
+    async def text(self, content: str, client: str) -> str:
+        """What a course says. Raises DocumentTooSlow and DocumentBroken."""
+        if UNMARKED.fullmatch(content):
+            return content.strip()
+        share = self._shares.setdefault(client, asyncio.Semaphore(PARSERS // 2))
+        try:
+            async with share, self._free, asyncio.timeout(PARSE_TIMEOUT):
+                return str((await self._asked(content.encode("utf-8", "replace")))["text"])
+        except TimeoutError:
+            raise DocumentTooSlow from None
+        except (OSError, EOFError, ValueError):  # it ran into its limits
+            raise DocumentBroken from None
+
+    async def _asked(self, content: bytes) -> dict[str, Any]:
+        parser = self._idle.pop() if self._idle else await self._start()
+        stdin, stdout = cast(asyncio.StreamWriter, parser.stdin), cast(asyncio.StreamReader, parser.stdout)
+        try:
+            stdin.write(len(content).to_bytes(8) + content)
+            await stdin.drain()
+            answer = await stdout.readexactly(int.from_bytes(await stdout.readexactly(8)))
+            self._idle.append(parser)
+        except BaseException:
+            await _killed(parser)
+            raise
+        return cast(dict[str, Any], orjson.loads(answer))
+
+    async def _start(self) -> asyncio.subprocess.Process:
+        pipe = asyncio.subprocess.PIPE
+        return await asyncio.create_subprocess_exec(
+            sys.executable,
+            str(HERE / "documents.py"),
+            stdin=pipe,  # reaching EOF ends the parser, also after we were killed
+            stdout=pipe,
+            stderr=asyncio.subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is ours to answer
+        )
+
+    async def stop(self) -> None:
+        while self._idle:
+            await _killed(self._idle.pop())
+
+
+async def _killed(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
+    await process.wait()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Generations
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1468,6 +1506,7 @@ class GenerationQueue:
         self.running: set[Generation] = set()
         self.draining = False
         self._waiting: dict[Generation, None] = {}  # in order; a client that leaves is taken out of the middle
+        self._preparing: Counting[str] = Counting()  # requests whose course is parsed, by client
         self._arrived = asyncio.Event()
         self._known: dict[str, Generation] = {}
         self._finished: OrderedDict[Generation, asyncio.TimerHandle] = OrderedDict()
@@ -1529,6 +1568,7 @@ class GenerationQueue:
         if self.draining:
             raise ShuttingDown
         active = sum(generation.client == client for generation in [*self.running, *self._waiting])
+        active += self._preparing[client]
         if active >= settings.max_per_client:
             raise TooManyRequests(
                 f"You have {active} generations in flight; {settings.max_per_client} are allowed. "
@@ -1537,6 +1577,17 @@ class GenerationQueue:
             )
         if self.full:
             raise QueueFull(retry_after=self.estimated_wait(len(self._waiting) + 1))
+
+    @contextlib.contextmanager
+    def preparing(self, client: str) -> Iterator[None]:
+        """A request takes its place before its prompt is made. Raises ShuttingDown, TooManyRequests or QueueFull."""
+        self.check_admission(client)
+        self._preparing[client] += 1
+        try:
+            yield
+        finally:
+            self._preparing[client] -= 1
+            self._preparing = +self._preparing  # without those that have none
 
     def submit(self, prompt: Prompt, client: str, request_id: str) -> Generation:
         """Put a generation in the queue. Raises ShuttingDown, TooManyRequests, QueueFull or ContentTooLong."""
@@ -1613,7 +1664,8 @@ class GenerationQueue:
 
     @property
     def full(self) -> bool:
-        return len(self._waiting) >= self.settings.max_queue + self.settings.workers - len(self.running)
+        coming = len(self._waiting) + self._preparing.total()
+        return coming >= self.settings.max_queue + self.settings.workers - len(self.running)
 
     def estimated_wait(self, position: int) -> float:
         """Seconds until the generation at this position runs, from the measured service time."""
@@ -2695,11 +2747,12 @@ DOCS_PAGE = """<!doctype html>
 class Api:
     """The handlers. Each is a few lines: read the request, submit or find a generation, choose its view."""
 
-    def __init__(self, settings: Settings, queue: GenerationQueue, engine: Engine) -> None:
+    def __init__(self, settings: Settings, queue: GenerationQueue, engine: Engine, parsers: Parsers) -> None:
         self.settings = settings
         self.queue = queue
         self.engine = engine
         self._probe: asyncio.Task[list[str]] | None = None
+        self.parsers = parsers
         self.system_prompt = settings.system_prompt_file.read_text("utf-8").strip()
 
     def routes(self) -> list[Route]:
@@ -2804,12 +2857,16 @@ class Api:
 
     async def _submitted(self, request: Request, body: GenerateRequest, key: str | None = None) -> Generation:
         """A new generation, or the one that this `Idempotency-Key` stands for."""
-        build = partial(build_prompt, body, self.system_prompt, self.engine.defaults)
-        # Markup that is made to be slow takes seconds for 256 KiB.
-        prompt = build() if len(body.content) < 2**12 else await asyncio.to_thread(build)
         client, fingerprint = request.state.client, body.fingerprint()
-        # From here to `remember` nothing is awaited, or two requests with one key would make two generations.
         generation = self.queue.join(client, key, fingerprint) if key is not None else None
+        if generation is None:
+            with self.queue.preparing(client):
+                text = await self.parsers.text(body.content, client)
+            if not re.search(VISIBLE, text):
+                raise invalid_fields({("content",): "must hold text that can be seen, not only markup"})
+            prompt = build_prompt(body, text, self.system_prompt, self.engine.defaults)
+            # From here to `remember` nothing is awaited, or two requests with one key would make two generations.
+            generation = self.queue.join(client, key, fingerprint) if key is not None else None
         if generation is None:
             generation = self.queue.submit(prompt, client, request.state.request_id)
             if key is not None:
@@ -2966,7 +3023,7 @@ async def json_body(request: Request) -> dict[str, Any]:
     if not is_json and media_type != "text/plain":
         raise UnsupportedMediaType
     try:
-        document = orjson.loads(await request.body())
+        document = orjson.loads((await request.body()).removeprefix(b"\xef\xbb\xbf"))  # a byte-order mark
     except ValueError:
         raise (InvalidJson if is_json else UnsupportedMediaType) from None
     if not isinstance(document, dict):
@@ -3476,7 +3533,8 @@ def create_app(settings: Settings) -> Guard:
     """The ASGI application: Guard, CORS, errors, Admission, routes, in this order."""
     engine = cast(Engine, ENGINES[settings.engine](settings))
     queue = GenerationQueue(settings, engine)
-    api = Api(settings, queue, engine)
+    parsers = Parsers()
+    api = Api(settings, queue, engine, parsers)
 
     @contextlib.asynccontextmanager
     async def lifespan(guard: Guard) -> AsyncIterator[None]:
@@ -3492,6 +3550,7 @@ def create_app(settings: Settings) -> Guard:
             yield
         finally:
             await queue.stop()
+            await parsers.stop()
 
     app: ASGIApp = Router(api.routes(), lifespan=lifespan, redirect_slashes=False)
     app = Admission(app, settings, queue)

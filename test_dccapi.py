@@ -886,7 +886,9 @@ OPEN = {"/", "/demo", "/docs", "/openapi.json", "/livez", "/readyz"}
 @pytest.mark.parametrize("prefix", ["", "/api/v1"])
 async def test_with_keys_on_only_the_pages_and_the_probes_answer_without_one(prefix: str) -> None:
     async with serving(api_keys="lms:s3cret") as service:
-        generation = service.queue.submit(dccapi.build_prompt(dccapi.GenerateRequest(**COURSE), "", {}), "lms", "r1")
+        generation = service.queue.submit(
+            dccapi.build_prompt(dccapi.GenerateRequest(**COURSE), COURSE["content"], "", {}), "lms", "r1"
+        )
         document = (await ask(service, None, f"{prefix}/openapi.json", "GET")).json()
         for route, method in [(route, method) for route, item in document["paths"].items() for method in item]:
             path = prefix + route.replace("{id}", generation.id)

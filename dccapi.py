@@ -2747,12 +2747,12 @@ DOCS_PAGE = """<!doctype html>
 class Api:
     """The handlers. Each is a few lines: read the request, submit or find a generation, choose its view."""
 
-    def __init__(self, settings: Settings, queue: GenerationQueue, engine: Engine, parsers: Parsers) -> None:
+    def __init__(self, settings: Settings, queue: GenerationQueue, engine: Engine) -> None:
         self.settings = settings
         self.queue = queue
         self.engine = engine
         self._probe: asyncio.Task[list[str]] | None = None
-        self.parsers = parsers
+        self.parsers = Parsers()
         self.system_prompt = settings.system_prompt_file.read_text("utf-8").strip()
 
     def routes(self) -> list[Route]:
@@ -3533,8 +3533,7 @@ def create_app(settings: Settings) -> Guard:
     """The ASGI application: Guard, CORS, errors, Admission, routes, in this order."""
     engine = cast(Engine, ENGINES[settings.engine](settings))
     queue = GenerationQueue(settings, engine)
-    parsers = Parsers()
-    api = Api(settings, queue, engine, parsers)
+    api = Api(settings, queue, engine)
 
     @contextlib.asynccontextmanager
     async def lifespan(guard: Guard) -> AsyncIterator[None]:
@@ -3550,7 +3549,7 @@ def create_app(settings: Settings) -> Guard:
             yield
         finally:
             await queue.stop()
-            await parsers.stop()
+            await api.parsers.stop()
 
     app: ASGIApp = Router(api.routes(), lifespan=lifespan, redirect_slashes=False)
     app = Admission(app, settings, queue)

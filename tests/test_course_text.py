@@ -220,7 +220,7 @@ TIDIED: dict[str, tuple[str, str, dict[str, int]]] = {
     "bullets": ("\uf0b7 Arc\n  \uf0a7\tGas\n\uf0d8 MIG \uf0b7 TIG", "- Arc\n  - Gas\n- MIG • TIG", {"bullets": 4}),
     "broken words": ("under-\nstand thermo-\n  dynamics\nnow", "understand thermodynamics\nnow", {"hyphenation": 2}),
     "hyphens that the text shows": ("an on-\nline quiz, on-line", "an on-line quiz, on-line", {"hyphenation": 1}),
-    "words that the text shows": ("CLASS-\nROOM, classroom; on-\nto", "CLASSROOM, classroom; on-\nto", {"hyphenation": 1}),
+    "words of the text": ("CLASS-\nROOM, classroom\non-\nto", "CLASSROOM, classroom\non-\nto", {"hyphenation": 1}),
     "compounds": ("self-\nregulated, problem-\nbased", "self-regulated, problem-based", {"hyphenation": 2}),
     "two words of the text": ("class-\nroom: the room of a class", "class-\nroom: the room of a class", {}),
     "page marks": (

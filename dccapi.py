@@ -849,9 +849,10 @@ class BadgeReader:
             yield from self._string(render=True)
         else:
             self._at += 1
-            item, between = ("- ", "\n") if name == "criteria" else ("", " ")
             while (yield from self._peek()) == '"':
-                yield from self._string(render=True, item=between * bool(self.said) + item)
+                last = self.said[-1][-1] if self.said else ""
+                item = ("\n- " if last else "- ") if name == "criteria" else " " if last.strip() else ""
+                yield from self._string(render=True, item=item)
             yield from self._expect("]")
         if name == "badge_description" and not (_says_nothing("".join(self.said)) or self._names_institution()):
             self._render(f" ({self._institution})")
@@ -863,9 +864,12 @@ class BadgeReader:
         """What stands between the texts: as the model laid it out, if that is the same apart from white space."""
         written, self._mark = self._text[self._mark : self._at], self._at
         ahead, self._ahead, wanted = self._ahead, "", "".join(structure.split())
-        if ahead + "".join(written.split()) != wanted:
-            if not wanted.startswith(ahead):
-                raise BrokenBadge
+        if not wanted.startswith(ahead):  # another field was begun: it comes empty, and again where it is written
+            begun = ahead.rpartition('"')[2]
+            name = next(name for name in self._missing() if name.startswith(begun))
+            empty = '{"narrative": ""}' if name == "criteria" else '""'
+            written = f'{name[len(begun) :]}": {empty}, {structure.lstrip("{, ")}'
+        elif ahead + "".join(written.split()) != wanted:
             written = _after(ahead, structure)
         self._out.append(written)
 
@@ -874,15 +878,18 @@ class BadgeReader:
         if self._writing or not (written := self._text[self._mark :]):
             return
         ahead = self._ahead + "".join(written.split())
-        if self._closing or len(self.fields) + len(self._kept) == 3:
+        if self._closing or not self._missing():
             wanted = ["}"]
         else:
-            fields = ('"badge_name":', '"badge_description":', '"criteria":{"narrative":')
             before = "," if self.fields or self._kept else "{"
-            wanted = [before + field for field in fields if field.split('"')[1] not in {**self.fields, **self._kept}]
+            narrative = {"criteria": '{"narrative":'}
+            wanted = [f'{before}"{name}":{narrative.get(name, "")}' for name in self._missing()]
         if any(one.startswith(ahead) for one in wanted):
             self._out.append(written)
             self._mark, self._ahead = self._at, ahead
+
+    def _missing(self) -> list[str]:
+        return [name for name in BADGE_SCHEMA["properties"] if name not in self.fields and name not in self._kept]
 
     def _names_institution(self) -> bool:
         if not self._institution:

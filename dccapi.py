@@ -773,12 +773,9 @@ class BadgeReader:
         if not self.done:
             raise InvalidModelOutput
         texts = {name: "".join(pieces) for name, pieces in self.fields.items()}
-        if any(map(_says_nothing, texts.values())):
+        if any(map(_says_nothing, texts.values())) or re.search(r"[\n\t]", texts.get("badge_name", "")):
             raise InvalidModelOutput
-        if re.search(r"[\n\t]", texts.get("badge_name", "")):
-            raise InvalidModelOutput
-        narrative = texts.pop("criteria", None)
-        criteria = {} if narrative is None else {"criteria": {"narrative": narrative}}
+        criteria = {"criteria": {"narrative": texts["criteria"]}} if "criteria" in texts else {}
         try:
             badge = Badge.model_validate({**self._kept, **texts, **criteria})
         except ValidationError:  # a field is missing, or the name is too long
@@ -811,7 +808,7 @@ class BadgeReader:
             elif key == "criteria":
                 yield from self._criteria(first)
             elif key in TAG_KEYS and first == "[":
-                yield from self._tag_list()
+                yield from self._skip(self.tags)
             elif first == "{" and not self.fields:
                 self._at, depth = self._at + 1, depth + 1  # the badge may be in there
             else:
@@ -968,24 +965,16 @@ class BadgeReader:
         except ValueError:  # half a surrogate pair, or a backslash that escapes nothing
             return chr(int(escape[0][2:], 16)) if escape[0][1] == "u" else escape[0]
 
-    def _tag_list(self) -> Iterator[None]:
-        self._at += 1
-        while (mark := (yield from self._peek())) not in "]}":
-            if mark == '"':
-                tag = yield from self._string()
-                self.tags.append(NOT_TEXT.sub("", tag))
-            else:
-                yield from self._skip()
-        yield from self._expect("]")
-
-    def _skip(self) -> Iterator[None]:
-        """A value of any kind. Its brackets are counted, not matched."""
+    def _skip(self, strings: list[str] | None = None) -> Iterator[None]:
+        """A value of any kind, and the strings of it that is a list. Its brackets are counted, not matched."""
         depth = 0
         while True:
             mark = yield from self._peek()
             self._mark = self._at
             if mark == '"':
-                yield from self._string()
+                text = yield from self._string()
+                if depth == 1 and strings is not None:
+                    strings.append(NOT_TEXT.sub("", text))
             elif mark in "]}" and depth == 0:
                 return  # of the object around it
             else:
@@ -1031,8 +1020,8 @@ class Draft:
         self._raw: list[str] = []
         self._outside = ""  # of any object: what may be the beginning of a mark
         self._reader: BadgeReader | None = None
-        self._written: BadgeReader | None = None  # the same, once it is whole
         self._told: BadgeReader | None = None  # the one that was rendered as it was written
+        self.written: BadgeReader | None = None  # the same, once it is whole
         self._in_thoughts = self._after_thoughts = self._prose = False
         self._silent = False  # whether what is read may be an idea, or stands behind the badge
 
@@ -1058,7 +1047,7 @@ class Draft:
                 break
             piece, self._reader = reader.rest, None
             if reader.done and reader.fields and not self._silent:
-                self._written = reader
+                self.written = reader
         return rendered
 
     def _seek(self, piece: str) -> str:
@@ -1068,7 +1057,7 @@ class Draft:
             before, at = text[at : mark.start()], mark.end()
             if self._in_thoughts or mark["closes"]:
                 if not self._in_thoughts:
-                    self._written = None  # it was an idea
+                    self.written = None  # it was an idea
                 self._in_thoughts, self._after_thoughts = False, True
             elif mark["opens"]:
                 self._in_thoughts = True
@@ -1081,21 +1070,16 @@ class Draft:
         self._outside = text[max(at, len(text) - LONGEST_MARK) :]
         return ""
 
-    @property
-    def whole(self) -> bool:
-        """Whether a badge was rendered to its end."""
-        return self._written is not None
-
     def finish(self, cut: bool) -> str:
         """The last of the badge's JSON. Raises InvalidModelOutput; `cut` says that a token limit ended the text."""
         rendered, told = "", self._told
         closed = told is not None and told.done and not told.missing()
         if self._reader is not None and not self._silent:
             rendered = self._reader.finish(cut)
-            self._written = self._reader
+            self.written = self._reader
         with contextlib.suppress(InvalidModelOutput):
-            if self._written is not None:
-                self.badge = self._written.badge()
+            if self.written is not None:
+                self.badge = self.written.badge()
                 return rendered
         self.badge, rendered = self._last_whole("".join(self._raw), cut)
         if told is None:
@@ -1118,13 +1102,13 @@ class Draft:
             while end < len(text) and not (reader.done or reader.broken):
                 rendered += reader.feed(text[end : end + AT_ONCE])
                 end += AT_ONCE
-            if (read := read + end - mark.start()) > MAX_READ:
+            end = min(end, len(text)) - len(reader.rest)
+            if (read := read + end - mark.start() + LONGEST_MARK) > MAX_READ:
                 raise InvalidModelOutput
             if not found:  # behind prose, what is cut off may be an idea within thoughts
                 rendered += reader.finish(cut and (self._after_thoughts or not self._prose))
             with contextlib.suppress(InvalidModelOutput):
-                found = reader.badge(), rendered
-                at = min(end, len(text)) - len(reader.rest)
+                found, at = (reader.badge(), rendered), end
         if found is None:
             raise InvalidModelOutput
         return found
@@ -1972,7 +1956,7 @@ class GenerationQueue:
             size += len(piece)
             blank = blank + len(piece) if piece.isspace() else 0
             if blank > MAX_BLANK_RUN or size > MAX_OUTPUT_CHARS or count > most:
-                if draft.whole:
+                if draft.written:
                     return Usage(0, min(count, generation.prompt.sampling["max_tokens"]), "length")
                 raise InvalidModelOutput(
                     "The language model wrote without end and was stopped. Try again, with another seed or a higher "

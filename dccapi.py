@@ -628,6 +628,7 @@ UNMARKED = re.compile(r"[\w ,.;:!?'\"()/%+-]*", re.ASCII)
 MARK = re.compile(rf"(?i)(?P<closes>{_CLOSES})|(?P<opens>{_OPENS})|(?P<object>\{{\s*(?:\"|\Z))")
 LONGEST_MARK = 64
 LONGEST_LAYOUT = 256  # characters between two texts of a badge that are kept as they were written
+AT_ONCE = 4096  # characters
 MAX_READ = 2**19  # characters of the objects of one text that are read in search of a badge: they may lie in each other
 NOT_PROSE = re.compile(r"[\W_]*+(?:json)?+[\W_]*+", re.I)  # before an object: nothing, or the fence of a code block
 PLAIN = re.compile(r'[^"\\\x00-\x1f\x7f-\x9f\ud800-\udfff]*[^\s"\\\x00-\x1f\x7f-\x9f\ud800-\udfff] ?').fullmatch
@@ -692,7 +693,11 @@ class BadgeReader:
         except StopIteration:
             self.done, self.rest = True, self._text[self._at :]
         except BrokenBadge:
-            self.broken, self.rest = True, self._text[self._at :]
+            self.rest = self._text[self._at :]
+            self.done = not (self._writing or self.missing())  # what follows the last field does not matter
+            self.broken = not self.done
+            if self.done:
+                self._out.append(self._closing + "}")
         rendered = "".join(self._out)
         self._out.clear()
         return rendered
@@ -703,23 +708,18 @@ class BadgeReader:
             return ""
         self._ended = True
         rendered = self.feed("")
-        if (self._writing and not cut) or not self.fields:
-            self.broken = True
-            return ""
-        self.broken, self.done = False, True
-        return rendered + self._closing + "}"
+        if self._writing and cut and not self.missing():
+            self.done, rendered = True, rendered + self._closing + "}"
+        return rendered
 
     def badge(self) -> Badge:
         """Raises InvalidModelOutput for an object that is no badge, with placeholders for example."""
         if not self.done:
             raise InvalidModelOutput
         texts = {name: "".join(pieces) for name, pieces in self.fields.items()}
-        if any(map(_says_nothing, texts.values())):
+        if any(map(_says_nothing, texts.values())) or re.search(r"[\n\t]", texts.get("badge_name", "")):
             raise InvalidModelOutput
-        if re.search(r"[\n\t]", texts.get("badge_name", "")):
-            raise InvalidModelOutput
-        narrative = texts.pop("criteria", None)
-        criteria = {} if narrative is None else {"criteria": {"narrative": narrative}}
+        criteria = {"criteria": {"narrative": texts["criteria"]}} if "criteria" in texts else {}
         try:
             badge = Badge.model_validate({**self._kept, **texts, **criteria})
         except ValidationError:  # a field is missing, or the name is too long
@@ -752,13 +752,13 @@ class BadgeReader:
             elif key == "criteria":
                 yield from self._criteria(first)
             elif key in TAG_KEYS and first == "[":
-                yield from self._tag_list()
+                yield from self._skip(self.tags)
             elif first == "{" and not self.fields:
                 self._at, depth = self._at + 1, depth + 1  # the badge may be in there
             else:
                 yield from self._skip()
         self._at += 1
-        if self.fields:
+        if not self.missing():
             self._emit("}")
 
     def _criteria(self, first: str) -> Iterator[None]:
@@ -793,9 +793,10 @@ class BadgeReader:
             yield from self._string(render=True)
         else:
             self._at += 1
-            item, between = ("- ", "\n") if name == "criteria" else ("", " ")
             while (yield from self._peek()) == '"':
-                yield from self._string(render=True, item=between * bool(self.said) + item)
+                last = self.said[-1][-1] if self.said else ""
+                item = ("\n- " if last else "- ") if name == "criteria" else " " if last.strip() else ""
+                yield from self._string(render=True, item=item)
             yield from self._expect("]")
         if name == "badge_description" and not (_says_nothing("".join(self.said)) or self._names_institution()):
             self._render(f" ({self._institution})")
@@ -806,11 +807,12 @@ class BadgeReader:
     def _emit(self, structure: str) -> None:
         """What stands between the texts: as the model laid it out, if that is the same apart from white space."""
         written, self._mark = self._text[self._mark : self._at], self._at
-        ahead, self._ahead, wanted = self._ahead, "", "".join(structure.split())
-        if ahead + "".join(written.split()) != wanted:
-            if not wanted.startswith(ahead):
-                raise BrokenBadge
-            written = _after(ahead, structure)
+        wanted = "".join(structure.split())
+        if not wanted.startswith(self._ahead):
+            written = self._begun() + structure.lstrip("{, ")
+        elif self._ahead + "".join(written.split()) != wanted:
+            written = _after(self._ahead, structure)
+        self._ahead = ""
         self._out.append(written)
 
     def _go_ahead(self) -> None:
@@ -818,15 +820,29 @@ class BadgeReader:
         if self._writing or not (written := self._text[self._mark :]):
             return
         ahead = self._ahead + "".join(written.split())
-        if self._closing or len(self.fields) + len(self._kept) == 3:
-            wanted = ["}"]
-        else:
-            fields = ('"badge_name":', '"badge_description":', '"criteria":{"narrative":')
-            before = "," if self.fields or self._kept else "{"
-            wanted = [before + field for field in fields if field.split('"')[1] not in {**self.fields, **self._kept}]
-        if any(one.startswith(ahead) for one in wanted):
+        key = written.rpartition('"')[2] if ahead.count('"') % 2 else ""
+        if key == "".join(key.split()) and any(one.startswith(ahead) for one in self._wanted()):
             self._out.append(written)
             self._mark, self._ahead = self._at, ahead
+
+    def _wanted(self) -> list[str]:
+        """What can follow, without white space."""
+        before = "," if self.fields or self._kept else "{"
+        narrative = {"criteria": '{"narrative":'}
+        fields = [f'{before}"{name}":{narrative.get(name, "")}' for name in self.missing()]
+        return ["}"] if self._closing or not fields else fields
+
+    def missing(self) -> list[str]:
+        return [name for name in BADGE_SCHEMA["properties"] if name not in self.fields and name not in self._kept]
+
+    def _begun(self) -> str:
+        """Ends a field that was begun and is not next, as an empty one: of two with one name the last counts."""
+        field = next(field for field in self._wanted() if field.startswith(self._ahead))
+        return _after(self._ahead, field) + '""' + "}" * field.count("{", 1) + ", "
+
+    def replaced_by(self, rendered: str) -> str:
+        """What follows what was told of a badge that came to nothing, so that it is the JSON of another one."""
+        return (self._closing + ", " if self._closing else self._begun()) + rendered[1:]
 
     def _names_institution(self) -> bool:
         if not self._institution:
@@ -893,24 +909,16 @@ class BadgeReader:
         except ValueError:  # half a surrogate pair, or a backslash that escapes nothing
             return chr(int(escape[0][2:], 16)) if escape[0][1] == "u" else escape[0]
 
-    def _tag_list(self) -> Iterator[None]:
-        self._at += 1
-        while (mark := (yield from self._peek())) not in "]}":
-            if mark == '"':
-                tag = yield from self._string()
-                self.tags.append(NOT_TEXT.sub("", tag))
-            else:
-                yield from self._skip()
-        yield from self._expect("]")
-
-    def _skip(self) -> Iterator[None]:
-        """A value of any kind. Its brackets are counted, not matched."""
+    def _skip(self, strings: list[str] | None = None) -> Iterator[None]:
+        """A value of any kind, and the strings of it that is a list. Its brackets are counted, not matched."""
         depth = 0
         while True:
             mark = yield from self._peek()
             self._mark = self._at
             if mark == '"':
-                yield from self._string()
+                text = yield from self._string()
+                if depth == 1 and strings is not None:
+                    strings.append(NOT_TEXT.sub("", text))
             elif mark in "]}" and depth == 0:
                 return  # of the object around it
             else:
@@ -920,6 +928,7 @@ class BadgeReader:
                     while (yield from self._more()) not in ',:[]{}"' and not self._text[self._at].isspace():
                         self._at += 1
             if depth == 0:
+                self._mark = self._at
                 return
 
     def _expect(self, mark: str) -> Iterator[None]:
@@ -955,69 +964,71 @@ class Draft:
         self._raw: list[str] = []
         self._outside = ""  # of any object: what may be the beginning of a mark
         self._reader: BadgeReader | None = None
-        self._written: BadgeReader | None = None  # a badge that was rendered as it was written
-        self._in_thoughts = self._after_thoughts = self._prose = self._told = False
+        self._told: BadgeReader | None = None  # the one that was rendered as it was written
+        self.written: BadgeReader | None = None  # the same, once it is whole
+        self._in_thoughts = self._after_thoughts = self._prose = False
+        self._silent = False  # whether what is read may be an idea, or stands behind the badge
 
     def feed(self, piece: str) -> str:
         """What this piece of the model's text adds to the JSON of the badge."""
+        if len(piece) > AT_ONCE:
+            return "".join(self.feed(piece[at : at + AT_ONCE]) for at in range(0, len(piece), AT_ONCE))
         self._raw.append(piece)
         reader = self._reader
         if reader is not None and reader.plain and PLAIN(piece):
             reader.said.append(piece)
-            return piece
+            return "" if self._silent else piece
         rendered = ""
         while True:
             if self._reader is None:
                 piece = self._seek(piece)
             if (reader := self._reader) is None:
-                return rendered
-            rendered += reader.feed(piece)
-            self._told = self._told or rendered != ""
+                break
+            text = reader.feed(piece)
+            if text and not self._silent:
+                self._told, rendered = reader, rendered + text
             if not (reader.done or reader.broken):
-                return rendered
+                break
             piece, self._reader = reader.rest, None
-            if reader.done and reader.fields:
-                self._written = reader
+            if reader.done and reader.fields and not self._silent:
+                self.written = reader
+        return rendered
 
     def _seek(self, piece: str) -> str:
-        """Look for an object that may be rendered as it is written; the text from its beginning."""
+        """Look for an object; the text from its beginning."""
         text, at = self._outside + piece, 0
         while mark := (THOUGHTS_END if self._in_thoughts else MARK).search(text, at):
             before, at = text[at : mark.start()], mark.end()
             if self._in_thoughts or mark["closes"]:
                 if not self._in_thoughts:
-                    self._written = None  # it was an idea
+                    self.written = None  # it was an idea
                 self._in_thoughts, self._after_thoughts = False, True
             elif mark["opens"]:
                 self._in_thoughts = True
             else:
                 self._prose = self._prose or not NOT_PROSE.fullmatch(before)
-                if not self._told and (self._after_thoughts or not self._prose):
-                    self._reader, self._outside = self._new_reader(), ""
-                    return text[mark.start() :]
+                self._silent = self._told is not None or (self._prose and not self._after_thoughts)
+                self._reader, self._outside = self._new_reader(), ""
+                return text[mark.start() :]
         self._prose = self._prose or not NOT_PROSE.fullmatch(text, at, len(text) - LONGEST_MARK)
         self._outside = text[max(at, len(text) - LONGEST_MARK) :]
         return ""
 
-    @property
-    def whole(self) -> bool:
-        """Whether a badge was rendered to its end."""
-        return self._written is not None
-
     def finish(self, cut: bool) -> str:
         """The last of the badge's JSON. Raises InvalidModelOutput; `cut` says that a token limit ended the text."""
-        rendered = ""
-        if self._reader is not None:
+        rendered, told = "", self._told
+        closed = told is not None and told.done and not told.missing()
+        if self._reader is not None and not self._silent:
             rendered = self._reader.finish(cut)
-            self._written = self._reader
+            self.written = self._reader
         with contextlib.suppress(InvalidModelOutput):
-            if self._written is not None:
-                self.badge = self._written.badge()
+            if self.written is not None:
+                self.badge = self.written.badge()
                 return rendered
-        # It was not rendered as it was written, or what was rendered is no badge.
         self.badge, rendered = self._last_whole("".join(self._raw), cut)
-        told = "".join(map(Draft(*self._new_reader.args).feed, self._raw)) if self._told else ""
-        return _after(told, rendered)
+        if told is None:
+            return rendered
+        return "" if closed else told.replaced_by(rendered)
 
     def _last_whole(self, text: str, cut: bool) -> tuple[Badge, str]:
         """The last whole badge after the thoughts, and its JSON. Raises InvalidModelOutput."""
@@ -1033,15 +1044,15 @@ class Draft:
                 continue
             reader, rendered, end = self._new_reader(), "", mark.start()
             while end < len(text) and not (reader.done or reader.broken):
-                rendered += reader.feed(text[end : end + 4096])
-                end += 4096
-            if (read := read + end - mark.start()) > MAX_READ:
+                rendered += reader.feed(text[end : end + AT_ONCE])
+                end += AT_ONCE
+            end = min(end, len(text)) - len(reader.rest)
+            if (read := read + end - mark.start() + LONGEST_MARK) > MAX_READ:
                 raise InvalidModelOutput
-            if not found:
-                rendered += reader.finish(cut)
+            if not found:  # behind prose, what is cut off may be an idea within thoughts
+                rendered += reader.finish(cut and (self._after_thoughts or not self._prose))
             with contextlib.suppress(InvalidModelOutput):
-                found = reader.badge(), rendered
-                at = min(end, len(text)) - len(reader.rest)
+                found, at = (reader.badge(), rendered), end
         if found is None:
             raise InvalidModelOutput
         return found
@@ -1783,7 +1794,7 @@ class GenerationQueue:
             size += len(piece)
             blank = blank + len(piece) if piece.isspace() else 0
             if blank > MAX_BLANK_RUN or size > MAX_OUTPUT_CHARS or count > most:
-                if draft.whole:
+                if draft.written:
                     return Usage(0, min(count, generation.prompt.sampling["max_tokens"]), "length")
                 raise InvalidModelOutput(
                     "The language model wrote without end and was stopped. Try again, with another seed or a higher "

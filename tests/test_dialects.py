@@ -6,12 +6,19 @@ that it is about.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import itertools
 import json
 import re
+import time
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+import dccapi
 from service import (
     COURSE,
     ENGINES,
@@ -23,7 +30,10 @@ from service import (
     fails,
     logging_into,
     problem_in,
+    pure,
     serving,
+    speaking,
+    texts_of,
     watch,
     writes,
 )
@@ -482,3 +492,380 @@ async def test_a_busy_engine_is_a_503_with_its_retry_after(engine: type[Scripted
         response = await ask(service)
         problem_in(response, 503, "queue_full")
         assert response.headers["retry-after"] == waits
+
+
+# --- Models and their context ---
+
+
+@pytest.mark.parametrize(
+    ("name", "listed"),
+    [
+        ("Phi4Badges", "phi4badges:latest"),
+        ("library/qwen3:8b", "qwen3:8b"),
+        ("registry.ollama.ai/library/qwen3:8b", "qwen3:8b"),
+        ("https://registry.ollama.ai/library/smol", "smol:latest"),
+        ("hf.co/u/M-GGUF:q4_k_m", "hf.co/u/M-GGUF:Q4_K_M"),
+        ("me/smol", "me/smol:latest"),
+    ],
+)
+async def test_a_model_is_compared_as_ollama_compares_names(name: str, listed: str) -> None:
+    async with serving(ScriptedOllama(models=[listed]), model_name=name) as service:
+        status, health = await health_of(service)
+        assert (status, health["model_available"]) == (200, True)
+        assert (await ask(service, None, "/readyz", "GET")).status == 200
+    async with serving(ScriptedOllama(models=["not/" + listed]), model_name=name) as service:
+        problem_in(await ask(service, None, "/readyz", "GET"), 503, "model_missing")
+
+
+class Unlisted(ScriptedOpenAI):
+    def info(self, path: str) -> None:
+        return None
+
+
+async def test_an_openai_server_without_a_list_of_models_is_ready_when_it_answers() -> None:
+    async with serving(Unlisted()) as service:
+        assert (await health_of(service))[0] == 200
+        await badge_of(service)
+
+
+JINJA = "{%- for message in messages %}{{ message['role'] }}{{ message['content'] }}{%- endfor %}"
+
+
+async def test_a_template_without_a_place_for_the_system_prompt_is_told_until_it_has_one() -> None:
+    lines: list[str] = []
+    with logging_into(lines):
+        async with serving() as service:
+            for shown in (
+                {"template": "{{ .Prompt }}"},
+                {"template": JINJA},
+                {"template": "{{ .Prompt }}", "renderer": "q"},
+            ):
+                service.engine.shown = shown
+                await writes(service)
+                await writes(service)
+                status, health = await health_of(service)
+                assert (status, bool(health["error"])) == (200, len(shown["template"]) < 20 and "renderer" not in shown)
+    assert len([line for line in lines if "no place for the system prompt" in line]) == 1
+
+
+async def test_the_models_own_context_rules_where_it_is_smaller_than_num_ctx() -> None:
+    script = Script(status=400, error="the input length exceeds the context length")
+    async with serving(script=script, num_ctx=16384) as service:
+        service.engine.shown = {"model_info": {"general.architecture": "smol", "smol.context_length": 8192}}
+        told, _ = await fails(service, 413, "content_too_long")
+        assert (told["context_tokens"], told["prompt_tokens"]) == (8192, 8193)
+        problem_in(await ask(service, {"content": "knots " * 8193}), 413, "content_too_long")
+        assert len(service.engine.calls) == 2  # this one was not asked
+        short = Script(prompt_eval_count=8100, eval_count=60)
+        service.engine.script = lambda body, index: short
+        await writes(service)
+
+
+LONG = {"content": "knots " * 1000}
+
+
+@pytest.mark.parametrize("facts", [{"max_model_len": 900}, {"meta": {"n_ctx": 900, "n_ctx_train": 131072}}, None])
+async def test_an_openai_servers_limit_is_its_own_and_never_num_ctx(facts: dict[str, Any] | None) -> None:
+    engine = ScriptedOpenAI()
+    refusal = {"message": "request (1400 tokens) exceeds the available context size (900 tokens)", "n_ctx": 900}
+    async with serving(engine, Script(prompt_eval_count=1400), num_ctx=256) as service:
+        assert (await writes(service, LONG))["usage"]["prompt_tokens"] == 1400
+        if facts is None:  # learned from a refusal
+            engine.script = lambda body, index: Script(status=400, error=refusal)
+        else:
+            engine.facts = facts
+            await health_of(service)
+        assert problem_in(await ask(service, LONG), 413, "content_too_long")["context_tokens"] == 900
+        calls = len(engine.calls)
+        problem_in(await ask(service, LONG), 413, "content_too_long")
+        assert len(engine.calls) == calls
+        await engine.stop()  # another one takes its place
+        problem_in(await ask(service), 503, "engine_unreachable")
+        engine.facts, engine.script = {}, lambda body, index: Script()
+        await engine.start()
+        await writes(service)
+        await writes(service, LONG)
+
+
+async def test_an_engine_that_is_down_is_told_with_what_helps() -> None:
+    async with serving() as service:
+        await service.engine.stop()
+        response = await ask(service)
+        problem_in(response, 503, "engine_unreachable")
+        assert response.headers["retry-after"]
+        status, health = await health_of(service)
+        assert (status, "OLLAMA_URL" in health["error"]) == (503, True)
+        await service.engine.start()
+        await badge_of(service)
+        assert (await health_of(service))[0] == 200
+
+
+@pytest.mark.parametrize("known", [False, True])
+async def test_a_connection_that_is_closed_before_any_byte_is_a_503_with_retry_after(known: bool) -> None:
+    whole = [b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"]
+    async with speaking(*([whole] if known else []), [], []) as (url, _), serving(ollama_url=url) as service:
+        if known:
+            problem_in(await ask(service), 502, "engine_error")
+        response = await ask(service)
+        problem_in(response, 503, "engine_unreachable")
+        assert int(response.headers["retry-after"]) >= 1
+
+
+async def test_a_server_that_closes_every_connection_costs_one_answer_at_most() -> None:
+    async with serving(script=Script(close_on_reuse=True)) as service:
+        assert [(await ask(service)).status for _ in range(4)][1:] == [200] * 3
+
+
+# --- Deadlines ---
+
+
+async def test_a_badge_lives_while_the_engine_reads_other_courses() -> None:
+    gate = asyncio.Event()
+    slow = Script(pieces=split(badge_json(), 3), delay=0.8)
+    async with serving(script=slow, token_timeout=0.4) as service, await service.connect() as connection:
+        assert "TOKEN_TIMEOUT" in problem_in(await ask(service), 504, "engine_timeout")["detail"]
+        writing = await connection.request("POST", "/generate", body=COURSE)
+        await service.engine.wait_for_calls(2)
+        service.engine.script = lambda body, index: Script(gate=gate)
+        reading = await connection.request("POST", "/generate", body=COURSE)
+        assert (await connection.response(writing)).status == 200
+        gate.set()
+        assert (await connection.response(reading)).status == 200
+
+
+async def test_prompts_that_are_read_at_once_wait_for_each_other() -> None:
+    async with (
+        serving(
+            script=lambda body, index: Script(first_delay=0.4 * (index % 4 + 1)), first_token_timeout=0.7
+        ) as service,
+        await service.connect() as connection,
+    ):
+        streams = [await connection.request("POST", "/generate", body=COURSE) for _ in range(4)]
+        assert [(await connection.response(stream)).status for stream in streams] == [200] * 4
+        service.engine.script = lambda body, index: Script(first_delay=1.6)
+        response = await ask(service)  # alone
+        told = problem_in(response, 504, "engine_timeout")["detail"]
+        assert "FIRST_TOKEN_TIMEOUT" in told
+        assert int(response.headers["retry-after"]) >= 1
+
+
+async def test_an_engine_that_is_stuck_ends_within_its_bounds() -> None:
+    waits = {"first_token_timeout": 0.3, "token_timeout": 0.3, "generation_timeout": 1.5, "max_concurrent_requests": 2}
+    stuck = [Script(stall_after=2)] + [Script(stall_after=0)] * 9
+    async with (
+        serving(script=lambda body, index: stuck[index], **waits) as service,
+        await service.connect() as connection,
+    ):
+        started = time.monotonic()
+        streams = [await connection.request("POST", "/generate", body=COURSE) for _ in range(10)]
+        told = [(await connection.response(stream)).json()["detail"] for stream in streams]
+        await service.idle(0.5)
+    assert "GENERATION_TIMEOUT" in told[0]  # others were read all the time
+    assert all("FIRST_TOKEN_TIMEOUT" in one for one in told[1:])
+    assert time.monotonic() - started < 8
+
+
+async def test_a_loop_is_a_failure_of_the_model_and_says_so() -> None:
+    async with serving(script=Script(pieces=["a"] * 8200)) as service:
+        assert "without end" in problem_in(await ask(service), 502, "invalid_model_output")["detail"]
+
+
+# --- Nothing of a course, and nothing of what a model writes, is logged ---
+
+SECRET = {"message": f"{MARKER}: seed, temperature, context length", "type": MARKER, "code": MARKER, "param": MARKER}
+TAGGED = badge_json(name=MARKER)[:-1] + f', "tags": ["{MARKER}\\ud800", "\\ud800", "", 7, {{"a": "{MARKER}"}}]}}'
+FAULTS = {
+    "a refusal": Script(status=400, error=SECRET),
+    "a refusal in plain text": Script(status=422, error=f"{MARKER} context window (top_p)".encode()),
+    "a failure": Script(status=500, error={"error": SECRET}),
+    "a failure that names memory": Script(status=500, error=f"{MARKER} requires more system memory ({MARKER})"),
+    "a busy engine": Script(status=429, error=SECRET, retry_after="soon"),
+    "an error in mid-stream": Script(pieces=[MARKER], error_line=MARKER),
+    "a reset in mid-stream": Script(pieces=[MARKER] * 9, drop_after=4),
+    "no JSON": Script(raw_chunks=[f"data: {MARKER}\n".encode()]),
+    "records of other types": Script(raw_chunks=[b'data: {"choices": "%b", "usage": 3}\n' % MARKER.encode()]),
+    "figures of other types": Script(raw_chunks=ndjson(badge_json(MARKER), prompt_eval_count=MARKER)),
+    "an end that is not known": Script(pieces=[MARKER], done_reason=MARKER),
+    "no badge": Script(pieces=[MARKER]),
+    "a name that is too long": Script(pieces=[badge_json(name=MARKER * 20)]),
+    "half characters": Script(pieces=[badge_json().replace("Ties", f"{MARKER} \\ud800")]),
+    "a loop": Script(pieces=[MARKER] * 9000),
+    "a good badge with odd tags": Script(pieces=[TAGGED]),
+}
+
+
+@ENGINES
+async def test_no_log_line_holds_text_of_a_course_or_of_a_model(engine: type[ScriptedEngine]) -> None:
+    lines: list[str] = []
+    statuses = {}
+    with logging_into(lines):
+        async with serving(engine(), log_level="DEBUG") as service:
+            for fault, script in FAULTS.items():
+                service.engine.script = lambda body, index, script=script: script  # type: ignore[misc]
+                body = {"content": f"{MARKER} and knots.", "institution": MARKER, "custom_instructions": MARKER}
+                statuses[fault] = (await ask(service, body)).status
+                await watch(service, body)
+            await service.idle()
+    assert statuses.pop("a good badge with odd tags") == 200
+    assert not {fault: status for fault, status in statuses.items() if status not in (413, 502, 503)}
+    assert len(lines) > 100
+    assert not [line for line in lines if MARKER[:12] in line]
+
+
+# --- Any text, in any pieces ---
+
+WORDS = (
+    "knots", "and", "é", "🧗", "שלום", "\u202eabc\u202c", '"', "\\", "\\n", "{", "}", '{"badge_name":', "```", "<think>",
+    "</think>", "[/THINK]", "assistantfinal", "<|channel|>final", "◁/think▷", "json", ",", "- item",
+)  # fmt: skip
+sentences = st.lists(st.sampled_from(WORDS), min_size=1, max_size=8).map(lambda words: "The " + " ".join(words))
+paragraphs = st.lists(sentences, min_size=1, max_size=4).map("\n\n".join)
+any_badge = st.fixed_dictionaries(
+    {
+        "badge_name": sentences.map(lambda text: text[:100].strip()),
+        "badge_description": paragraphs,
+        "criteria": st.fixed_dictionaries({"narrative": paragraphs}),
+    }
+)
+any_thoughts = st.tuples(
+    st.sampled_from([*THOUGHTS.values(), "", "Here it is:\n", "```json\n", "\n\n", "JSON: "]),
+    st.sampled_from([IDEA, IDEA[:40], "no idea", IDEA + " Or " + IDEA, "{}", '{"a": [{"b": "</th"}]}']),
+).map(lambda parts: parts[0].format(parts[1]))
+
+
+EXTRA: list[list[tuple[str, Any]]] = [
+    [], [("tags", ["a", "b"])], [("note", 'a "note"'), ("level", 3)], [("x", {"y": [{}]})],
+    [("badge_level", None), ("credits", 5), ("course", "x" * 300)],
+]  # fmt: skip
+
+
+@st.composite
+def layouts(draw: Any, badge: dict[str, Any]) -> str:
+    """The badge as a model may lay it out: any order, indent, escapes, and what else it writes between its fields."""
+    fields = list(badge.items())
+    extra = draw(st.sampled_from(EXTRA))
+    document = dict(draw(st.permutations([*fields, *extra])))
+    text = json.dumps(
+        document,
+        indent=draw(st.sampled_from([None, 2, "\t"])),
+        ensure_ascii=draw(st.booleans()),
+        separators=draw(st.sampled_from([(", ", ": "), (",", ":")])),
+    )
+    return str(draw(st.sampled_from(["{}", '{{"badge": {}}}', "{{{}"])).format(text))
+
+
+sizes = st.lists(st.integers(1, 15), min_size=1, max_size=9)
+lists = st.lists(sentences, min_size=1, max_size=4)
+
+
+def told(text: str, sizes: list[int], kept: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+    """The tokens of a model's text, put together, and the badge; what is told only ever grows."""
+    draft, tokens, at, sizes_again = dccapi.Draft(kept or {}), "", 0, itertools.cycle(sizes)
+    before: dict[str, str] = {}
+    while at < len(text):
+        end = at + next(sizes_again)
+        tokens += draft.feed(text[at:end])
+        now = texts_of(dccapi.partial_badge(tokens))
+        assert all(now.get(name, "").startswith(text) for name, text in before.items()), (before, now)
+        before, at = now, end
+    tokens += draft.finish(cut=False)
+    assert draft.badge
+    return tokens, draft.badge.model_dump()
+
+
+@pure
+@given(data=st.data(), badge=any_badge, thoughts=any_thoughts, sizes=sizes)
+def test_the_tokens_are_the_badges_json_whatever_stands_around_it(
+    data: Any, badge: dict[str, Any], thoughts: str, sizes: list[int]
+) -> None:
+    after = data.draw(st.sampled_from(["", "\n```", "\nI hope it helps.", "\n\n{}", "<|return|>"]))
+    tokens, written = told(thoughts + data.draw(layouts(badge)) + after, sizes)
+    assert json.loads(tokens) == written == badge
+
+
+@pure
+@given(badge=any_badge, sizes=sizes, opening=st.sampled_from(["<think>", "[THINK]", "<|channel|>analysis<|message|>"]))
+def test_thoughts_that_never_end_hold_no_badge(badge: dict[str, Any], sizes: list[int], opening: str) -> None:
+    text = opening + json.dumps(badge).replace("/", "").replace("final", "").replace("channel|>", "")
+    with pytest.raises(dccapi.InvalidModelOutput):
+        told(text, sizes)
+
+
+LISTED = {
+    "a list of items": ('["{0}", "- {1}", ""]', "- {0}\n- {1}"),
+    "an object with a list": ('{{"narrative": [" {0} ", "• {1}"], "id": "x"}}', "- {0}\n- {1}"),
+    "a text": ('"{0}\\n{1}"', "{0}\n{1}"),
+    "an object": ('{{"id": 3, "narrative": "- {0}"}}', "- {0}"),
+}
+
+
+@pure
+@given(
+    sizes=sizes, form=st.sampled_from(list(LISTED)), texts=st.sampled_from([("Tied *six*", "-5 °C"), ("**A** b", "é")])
+)
+def test_lists_become_a_paragraph_and_a_markdown_list(sizes: list[int], form: str, texts: tuple[str, str]) -> None:
+    written, narrative = LISTED[form]
+    text = (
+        f'{{"badge_name": "Knots", "badge_description": ["Ties.", "Checks. "], "criteria": {written.format(*texts)}}}'
+    )
+    tokens, badge = told(text, sizes)
+    assert json.loads(tokens) == badge
+    lines = [line.rstrip() for line in badge["criteria"]["narrative"].split("\n")]  # a piece may end with a space
+    assert (badge["badge_description"].rstrip(), "\n".join(lines)) == ("Ties. Checks.", narrative.format(*texts))
+
+
+@pure
+@given(badge=any_badge, sizes=sizes, field=st.sampled_from(list(BADGE)), data=st.data())
+def test_fields_that_are_kept_come_first_and_as_they_were(
+    badge: dict[str, Any], sizes: list[int], field: str, data: Any
+) -> None:
+    kept = {name: value for name, value in badge.items() if name != field}
+    other = BADGE if data.draw(st.booleans()) else {}  # written again, and not asked for
+    tokens, written = told(data.draw(layouts({**other, field: badge[field]})), sizes, kept)
+    assert json.loads(tokens) == written == badge
+
+
+def test_an_institution_is_not_taken_for_a_description() -> None:
+    for description in ("", "string", "…"):
+        draft = dccapi.Draft({}, "Alpine Club")
+        draft.feed(badge_json(description=description))
+        with pytest.raises(dccapi.InvalidModelOutput):
+            draft.finish(cut=False)
+
+
+SIZE = dccapi.MAX_OUTPUT_CHARS
+NASTY = {
+    "punctuation, then a word": "x" + "." * (SIZE - 2) + "x",
+    "an unknown text": '{"a": "' + "x " * (SIZE // 2),
+    "a key without end": '{"' + "x " * (SIZE // 2),
+    "an unknown text after the badge": KNOTS[:-1] + ', "a": "' + "x " * (SIZE // 2),
+    "brackets": 'x {"a":[' * 64 + "[" * SIZE,
+    "objects in each other": 'x {"a":[' * (SIZE // 8),
+    "beginnings of objects": 'x {"' * (SIZE // 4),
+    "ends of thoughts": '</think>{"a":[' * (SIZE // 14),
+    "white space, escaped": '{"badge_name": "a' + "\\n" * (SIZE // 2),
+    "items": '{"badge_name": "a", "criteria": [' + '"a",' * (SIZE // 4),
+}
+
+
+@pytest.mark.parametrize("size", [8, SIZE], ids=["in pieces", "at once"])
+@pytest.mark.parametrize("text", NASTY)
+def test_no_text_takes_long_to_read(text: str, size: int) -> None:
+    started = time.process_time()
+    with contextlib.suppress(dccapi.InvalidModelOutput):
+        _read(NASTY[text][:SIZE], size)
+    assert time.process_time() - started < 2
+
+
+def _read(text: str, size: int) -> None:
+    draft = dccapi.Draft()
+    for at in range(0, len(text), size):
+        draft.feed(text[at : at + size])
+    draft.finish(cut=False)
+
+
+def test_an_idea_within_many_thoughts_without_a_mark_is_no_badge() -> None:
+    thoughts = "So. " + f"{IDEA} or " * 200 + "</think>"
+    assert dccapi.parse_badge(thoughts + badge_json()).model_dump() == BADGE
+    with pytest.raises(dccapi.InvalidModelOutput):
+        dccapi.parse_badge(thoughts + badge_json(name="string"))

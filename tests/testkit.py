@@ -473,6 +473,7 @@ class ScriptedOpenAI(ScriptedEngine):
     def __init__(self, models: Iterable[str] = ("phi4badges",), port: int = 0, api_key: str | None = None) -> None:
         super().__init__(models, port)
         self.api_key = api_key
+        self.facts: dict[str, Any] = {}  # what /models says of each model, besides llama.cpp's facts
 
     @property
     def base_url(self) -> str:
@@ -480,7 +481,7 @@ class ScriptedOpenAI(ScriptedEngine):
 
     def info(self, path: str) -> dict[str, Any] | None:
         facts = {"object": "model", "created": 1795377600, "owned_by": "llamacpp"}
-        models = [{"id": name, **facts} for name in self.models]
+        models = [{"id": name, **facts, **self.facts} for name in self.models]
         return {"object": "list", "data": models} if path == "/v1/models" else None
 
     def refusal(self, headers: dict[str, str], path: str, body: Any) -> tuple[int, dict[str, Any]] | None:

@@ -31,16 +31,21 @@ VISIBLE = r"[^\x00-\x20\x7f-\xa0\xad\u1680\u2000-\u200f\u2028-\u202f\u205f-\u206
 # Only the names of HTML make a tag: `vector<int>` and `<Introduction to Python>` are text of the course.
 BLOCK = "p|div|section|article|header|footer|main|nav|h[1-6]|ul|ol|li|dl|dt|dd|table|tr|pre|blockquote|details|summary"
 NAME = (
-    rf"(?:{BLOCK}|html|head|body|title|meta|link|style|script|noscript|template|iframe|object|embed|svg|img|picture|source"
-    r"|figure|figcaption|video|audio|t(?:head|body|foot|h|d)|col|colgroup|caption|form|fieldset|legend|label|input|button"
-    r"|select|option|textarea|address|aside|[bh]r|wbr|abbr|big|center|cite|code|del|dfn|em|font|ins|kbd|mark|rp|rt|ruby"
-    r"|samp|small|span|strike|strong|su[bp]|time|tt|var|math|semantics|annotation(?:-xml)?|\w+:\w+|[abiqsu](?!\s[^<>=]*>)"
-    r"|m(?:[inos]|text|row|frac|sqrt|root|su[bp]|subsup|under|over|underover|style|space|padded|fenced|table|t[rd]))"
+    rf"(?:{BLOCK}|html|head|body|meta|link|object|embed|img|picture|source|figure|figcaption|video|audio|t(?:head|body|foot)"
+    r"|t[hd]|col|colgroup|caption|form|fieldset|legend|label|input|button|select|option|textarea|address|aside|[bh]r|wbr"
+    r"|abbr|big|center|cite|code|del|dfn|em|font|ins|kbd|mark|rp|rt|ruby|samp|small|span|strike|strong|su[bp]|time|tt|var"
+    r"|math|semantics|m(?:[inos]|text|row|frac|sqrt|root|su[bp]|subsup|under|over|underover|style|space|padded|fenced|table"
+    r"|t[rd])|\w+:\w+|[abiqsu](?!\s[^<>=]*>))"
 )
 COMMENT = r"<!--(?:[^<]|<(?!!--))*?-->"
+NO_TEXT = (
+    r"(?is)<(head|script|style|noscript|template|svg|iframe|annotation(?:-xml)?)\b[^<>]*>(?:(?!<\1\b).)*?</\1\s*>"
+    rf"|{COMMENT}"
+)
 # HTML is what begins with a tag, or has tags that touch the text they mark. Prose about HTML sets its tags apart.
 IS_HTML = (
-    rf"\s*(?:{COMMENT}\s*)*(?:\Z|<(?i:!doctype|\?xml)|<(?i:{NAME})(?:\s[^<>]*=[^<>]*>|\s*/?>(?![.,;:)/-]|\s+[a-z])))"
+    rf"\s*(?:\Z|<(?i:!doctype|\?xml)|<(?i:{NAME})(?:\s[^<>]*=[^<>]*>"
+    rf"|\s*/?>(?:(?![\s.,;:)/-])|\s*(?:<|\Z)|\s+(?![a-z])\w(?s:.*)</(?i:{NAME})\s*>)))"
 )
 HAS_HTML = (
     rf"(?im)[^\s\"'`(</>]</{NAME}\s*>|[^\s\"'`(</>]<[bh]r\s*/?>|^[ \t]*<br\s*/?>\w"
@@ -50,7 +55,6 @@ TELLS_OF_HTML = rf"(?i:(?<![\w./\"'=<-])x?html)|\btags?\b|[\"'`]<(?i:{NAME})>|\w
 # None that a C program takes the address of: `&sum;`, `&int;`.
 ENTITY = r"&(?:amp|lt|gt|quot|nbsp|[lr][sd]quo|[mn]dash|[A-Za-z](?:uml|acute|grave|circ|tilde|cedil)|#x?\w{2,5});"
 BLOCKS = "br,hr,option,caption,figcaption,h1,h2,h3,h4,h5,h6," + BLOCK.replace("|h[1-6]", "").replace("|", ",")
-NO_TEXT = "head,script,style,noscript,template,svg,iframe,annotation,annotation-xml,.katex-mathml + .katex-html"
 FORMULAS = {
     "sup": "^{0}\ufdd0", "sub": "_{0}\ufdd0", "msup": "{0}^{1}", "msub": "{0}_{1}", "msubsup": "{0}_{1}^{2}",
     "mfrac": " {0}/{1} ", "msqrt": "√{0}", "mroot": "{0}^(1/{1})", "munder": "{0}_{1}", "munderover": "{0}_{1}^{2}",
@@ -74,7 +78,7 @@ TABLE = (
     r"(?P<rows>(?:(?=[^|\n]*+\|).*(?:\n|\Z))*+)"
 )
 EMPHASIS = (
-    rf"{BEFORE}(?P<mark>\*\*|__(?!\w+__)|\*(?!.\*)|_(?!._))(?=[\w*\"'(\[$\ufdd1])(?!(?:(?!(?P=mark))[^(\n])*\))"
+    rf"{BEFORE}(?P<mark>\*\*|__(?!\w+?__)|\*(?!.\*)|_(?!._))(?=[\w*\"'(\[$\ufdd1])(?!(?:(?!(?P=mark))[^(\n])*\))"
     rf"(?P<text>(?:(?!(?P=mark))[^\n]|\n(?![\s*#>-]))++(?<=\S))(?P=mark){AFTER}"
 )
 MARKS = (
@@ -142,6 +146,7 @@ def plain_text(content: str) -> CourseText:
 
 
 def _is_html(text: str) -> bool:
+    text = re.sub(NO_TEXT, "", text)
     return bool(re.match(IS_HTML, text) or (re.search(HAS_HTML, text) and not re.search(TELLS_OF_HTML, text)))
 
 
@@ -153,9 +158,8 @@ def _without_html(text: str) -> str:
             text = bare
     if "<" not in text or not _is_html(text):
         return text
-    tree = LexborHTMLParser(re.sub(rf"(?i)<(?!/?{NAME}(?:\s[^<>]*)?/?>|!doctype|!--|!\[|\?xml)", "&lt;", text))
-    for node in reversed(tree.css(NO_TEXT)):
-        node.decompose()
+    text = re.sub(rf"(?i)<(?!/?{NAME}(?:\s[^<>]*)?/?>|!doctype|!\[|\?xml)", "&lt;", re.sub(NO_TEXT, "", text))
+    tree = LexborHTMLParser(text)
     for node in tree.css("img"):
         node.replace_with(_formula(node.attributes.get("alt") or ""))
     room = 2**24  # a deep nest would take the square of its size

@@ -715,8 +715,8 @@ async def test_no_log_line_holds_text_of_a_course_or_of_a_model(engine: type[Scr
 # --- Any text, in any pieces ---
 
 WORDS = (
-    "knots", "and", "é", "🧗", "שלום", "\u202eabc\u202c", '"', "\\", "\\n", "{", "}", '{"badge_name":', "```", "<think>",
-    "</think>", "[/THINK]", "assistantfinal", "<|channel|>final", "◁/think▷", "json", ",", "- item",
+    "knots", "and", "é", "🧗", "שלום", "\u202eabc\u202c", '"', "\\", "\\n", "{", "}", '{"badge_name":', "```",
+    "<think>", "</think>", "[/THINK]", "assistantfinal", "<|channel|>final", "◁/think▷", "json", ",", "- item",
 )  # fmt: skip
 sentences = st.lists(st.sampled_from(WORDS), min_size=1, max_size=8).map(lambda words: "The " + " ".join(words))
 paragraphs = st.lists(sentences, min_size=1, max_size=4).map("\n\n".join)

@@ -927,8 +927,8 @@ class BadgeReader:
                 if mark not in "[]{}":
                     while (yield from self._more()) not in ',:[]{}"' and not self._text[self._at].isspace():
                         self._at += 1
+            self._mark = self._at
             if depth == 0:
-                self._mark = self._at
                 return
 
     def _expect(self, mark: str) -> Iterator[None]:

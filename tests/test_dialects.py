@@ -1,4 +1,4 @@
-"""What engines send: every dialect, fault and pace that is known, over real connections; and any text, without one.
+"""What engines send: every dialect, fault and pace that is known, over real connections.
 
 The rows are those of the tables "Engines' dialects" and "A real Ollama" of issue 11, each with the words of the server
 that it is about.
@@ -7,18 +7,13 @@ that it is about.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import itertools
 import json
 import re
 import time
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-import dccapi
 from service import (
     COURSE,
     ENGINES,
@@ -30,19 +25,15 @@ from service import (
     fails,
     logging_into,
     problem_in,
-    pure,
     serving,
     speaking,
-    texts_of,
     watch,
     writes,
 )
 from testkit import Script, ScriptedEngine, ScriptedOllama, ScriptedOpenAI, badge_json, badge_pieces, split
 
 BADGE = json.loads(badge_json())
-IDEA = json.dumps(
-    {"badge_name": "First Idea", "badge_description": "None yet.", "criteria": {"narrative": "None yet."}}
-)
+IDEA = json.dumps({**BADGE, "badge_name": "First Idea"})
 
 
 def ndjson(*records: str | dict[str, Any], **last: Any) -> list[bytes]:
@@ -162,18 +153,11 @@ THINKING = {  # a thought in a field of its own, and the badge after it
     "Ollama": (ScriptedOllama, ndjson(*[{"response": "", "thinking": IDEA}] * 10, *FIVE)),
     "reasoning_content": (ScriptedOpenAI, sse(*[{"content": None, "reasoning_content": IDEA}] * 10, *FIVE)),
     "reasoning": (ScriptedOpenAI, sse(*[{"content": "", "reasoning": IDEA}] * 10, *FIVE)),
-    "parts": (
-        ScriptedOpenAI,
-        sse(
-            *[{"content": [{"type": "thinking", "thinking": [{"type": "text", "text": IDEA}]}]}] * 10,
-            *[{"content": [{"type": "text", "text": piece}]} for piece in FIVE],
-        ),
-    ),
-    "parts, then strings": (
-        ScriptedOpenAI,
-        sse({"content": [{"type": "thinking", "thinking": IDEA}]}, *FIVE),
-    ),
-}
+    "parts": (ScriptedOpenAI, sse(
+        *[{"content": [{"type": "thinking", "thinking": [{"type": "text", "text": IDEA}]}]}] * 10,
+        *[{"content": [{"type": "text", "text": piece}]} for piece in FIVE])),
+    "parts, then strings": (ScriptedOpenAI, sse({"content": [{"type": "thinking", "thinking": IDEA}]}, *FIVE)),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("dialect", THINKING)
@@ -203,65 +187,35 @@ async def test_a_badge_in_place_of_thoughts_is_read_when_nothing_else_came() -> 
 
 CASES = HERE.parent / "shared" / "cases" / "engines.jsonl"
 KNOTS = json.dumps({"badge_name": "Knots", "badge_description": "Ties knots.", "criteria": {"narrative": "Tied six."}})
-OWN_CASES: list[dict[str, Any]] = [
+BROKEN = b'data: {"id": "7", "choices": [], "error": {"message": "CUDA out of memory"}}\n\n'
+OLD_BROKEN = b'data: {"object": "error", "message": "CUDA out of memory", "code": 500}\n\n'
+OWN_CASES: list[tuple[str, str, list[bytes], dict[str, Any]]] = [  # name, engine, what it sends, what is wanted
+    ("count of the uncached part only", "ollama", ndjson(KNOTS, prompt_eval_count=9), {}),
+    ("empty lines, comments", "openai", [b"data:\n\ndata: \n\n: ping\n\nevent: message\n", *sse(KNOTS)], {}),
+    ("a text in parts", "openai", sse({"content": [{"type": "text", "text": KNOTS}]}), {"tokens_lack": "type"}),
+    ("the engine's filter", "openai", sse(KNOTS[:40], finish="content_filter"), {"detail_has": "filter"}),
+    ("an error behind other keys", "openai", [*sse(KNOTS[:40])[:1], BROKEN], {"detail_has": "(out of memory)"}),
+    ("an error of vLLM before 0.10", "openai", [*sse(KNOTS[:40])[:1], OLD_BROKEN], {"detail_has": "(out of memory)"}),
+    ("a tag that is half a character", "ollama",
+     ndjson(KNOTS[:-1] + ', "tags": ["kn\\ud800ots", "\\ud800"]}'), {"tags": ["knots"]}),
+]  # fmt: skip
+ALL_CASES: list[Any] = [
     {
-        "name": "count of the uncached part only",
-        "engine": "ollama",
-        "lines": [line.decode().rstrip("\n") for line in ndjson(KNOTS, prompt_eval_count=9)],
-        "want": {"status": 200, "badge_name": "Knots"},
-    },
-    {
-        "name": "empty data lines, comments, event names",
-        "engine": "openai",
-        "lines": [
-            "data:",
-            "",
-            "data: ",
-            "",
-            ": ping",
-            "",
-            "event: message",
-            *b"".join(sse(KNOTS)).decode().split("\n"),
-        ],
-        "want": {"status": 200, "badge_name": "Knots"},
-    },
-    {
-        "name": "a text in parts",
-        "engine": "openai",
-        "lines": b"".join(sse({"content": [{"type": "text", "text": KNOTS}]})).decode().split("\n"),
-        "want": {"status": 200, "badge_name": "Knots", "tokens_lack": "type"},
-    },
-    {
-        "name": "the engine's filter",
-        "engine": "openai",
-        "lines": b"".join(sse(KNOTS[:40], finish="content_filter")).decode().split("\n"),
-        "want": {"status": 502, "detail_has": "filter"},
-    },
-    {
-        "name": "a tag that is half a character",
-        "engine": "ollama",
-        "lines": [line.decode().rstrip() for line in ndjson(KNOTS[:-1] + ', "tags": ["kn\\ud800ots", "\\ud800"]}')],
-        "want": {"status": 200, "badge_name": "Knots", "tags": ["knots"]},
-    },
+        "name": name,
+        "engine": engine,
+        "lines": b"".join(sent).decode().split("\n"),
+        "want": {"status": 502 if "detail_has" in want else 200, "badge_name": "Knots", **want},
+    }
+    for name, engine, sent, want in OWN_CASES
 ]
-SHARED_CASES = [json.loads(line) for line in CASES.read_text("utf-8").splitlines()] if CASES.exists() else []
+if CASES.exists():
+    ALL_CASES += [json.loads(line) for line in CASES.read_text("utf-8").splitlines()]
+else:
+    ALL_CASES.append(pytest.param({"name": "the shared ones"}, marks=pytest.mark.skip("needs ../shared/cases")))
 
 
-@pytest.mark.parametrize("case", OWN_CASES, ids=lambda case: case["name"])
+@pytest.mark.parametrize("case", ALL_CASES, ids=lambda case: case["name"])
 async def test_an_answer_of_this_kind_is_read(case: dict[str, Any]) -> None:
-    await _tried(case)
-
-
-@pytest.mark.parametrize(
-    "case",
-    SHARED_CASES or [pytest.param({}, marks=pytest.mark.skip("needs ../shared/cases/engines.jsonl"))],
-    ids=lambda case: case.get("name", "none"),
-)
-async def test_a_shared_case_is_read(case: dict[str, Any]) -> None:
-    await _tried(case)
-
-
-async def _tried(case: dict[str, Any]) -> None:
     engine = {"ollama": ScriptedOllama, "openai": ScriptedOpenAI}[case["engine"]]()
     chunks = [line.replace("{n}", "467").encode() + b"\n" for line in case["lines"]]
     want = case["want"]
@@ -710,162 +664,3 @@ async def test_no_log_line_holds_text_of_a_course_or_of_a_model(engine: type[Scr
     assert not {fault: status for fault, status in statuses.items() if status not in (413, 502, 503)}
     assert len(lines) > 100
     assert not [line for line in lines if MARKER[:12] in line]
-
-
-# --- Any text, in any pieces ---
-
-WORDS = (
-    "knots", "and", "é", "🧗", "שלום", "\u202eabc\u202c", '"', "\\", "\\n", "{", "}", '{"badge_name":', "```",
-    "<think>", "</think>", "[/THINK]", "assistantfinal", "<|channel|>final", "◁/think▷", "json", ",", "- item",
-)  # fmt: skip
-sentences = st.lists(st.sampled_from(WORDS), min_size=1, max_size=8).map(lambda words: "The " + " ".join(words))
-paragraphs = st.lists(sentences, min_size=1, max_size=4).map("\n\n".join)
-any_badge = st.fixed_dictionaries(
-    {
-        "badge_name": sentences.map(lambda text: text[:100].strip()),
-        "badge_description": paragraphs,
-        "criteria": st.fixed_dictionaries({"narrative": paragraphs}),
-    }
-)
-any_thoughts = st.tuples(
-    st.sampled_from([*THOUGHTS.values(), "", "Here it is:\n", "```json\n", "\n\n", "JSON: "]),
-    st.sampled_from([IDEA, IDEA[:40], "no idea", IDEA + " Or " + IDEA, "{}", '{"a": [{"b": "</th"}]}']),
-).map(lambda parts: parts[0].format(parts[1]))
-
-
-EXTRA: list[list[tuple[str, Any]]] = [
-    [], [("tags", ["a", "b"])], [("note", 'a "note"'), ("level", 3)], [("x", {"y": [{}]})],
-    [("badge_level", None), ("credits", 5), ("course", "x" * 300)],
-]  # fmt: skip
-
-
-@st.composite
-def layouts(draw: Any, badge: dict[str, Any]) -> str:
-    """The badge as a model may lay it out: any order, indent, escapes, and what else it writes between its fields."""
-    fields = list(badge.items())
-    extra = draw(st.sampled_from(EXTRA))
-    document = dict(draw(st.permutations([*fields, *extra])))
-    text = json.dumps(
-        document,
-        indent=draw(st.sampled_from([None, 2, "\t"])),
-        ensure_ascii=draw(st.booleans()),
-        separators=draw(st.sampled_from([(", ", ": "), (",", ":")])),
-    )
-    return str(draw(st.sampled_from(["{}", '{{"badge": {}}}', "{{{}"])).format(text))
-
-
-sizes = st.lists(st.integers(1, 15), min_size=1, max_size=9)
-lists = st.lists(sentences, min_size=1, max_size=4)
-
-
-def told(text: str, sizes: list[int], kept: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
-    """The tokens of a model's text, put together, and the badge; what is told only ever grows."""
-    draft, tokens, at, sizes_again = dccapi.Draft(kept or {}), "", 0, itertools.cycle(sizes)
-    before: dict[str, str] = {}
-    while at < len(text):
-        end = at + next(sizes_again)
-        tokens += draft.feed(text[at:end])
-        now = texts_of(dccapi.partial_badge(tokens))
-        assert all(now.get(name, "").startswith(text) for name, text in before.items()), (before, now)
-        before, at = now, end
-    tokens += draft.finish(cut=False)
-    assert draft.badge
-    return tokens, draft.badge.model_dump()
-
-
-@pure
-@given(data=st.data(), badge=any_badge, thoughts=any_thoughts, sizes=sizes)
-def test_the_tokens_are_the_badges_json_whatever_stands_around_it(
-    data: Any, badge: dict[str, Any], thoughts: str, sizes: list[int]
-) -> None:
-    after = data.draw(st.sampled_from(["", "\n```", "\nI hope it helps.", "\n\n{}", "<|return|>"]))
-    tokens, written = told(thoughts + data.draw(layouts(badge)) + after, sizes)
-    assert json.loads(tokens) == written == badge
-
-
-@pure
-@given(badge=any_badge, sizes=sizes, opening=st.sampled_from(["<think>", "[THINK]", "<|channel|>analysis<|message|>"]))
-def test_thoughts_that_never_end_hold_no_badge(badge: dict[str, Any], sizes: list[int], opening: str) -> None:
-    text = opening + json.dumps(badge).replace("/", "").replace("final", "").replace("channel|>", "")
-    with pytest.raises(dccapi.InvalidModelOutput):
-        told(text, sizes)
-
-
-LISTED = {
-    "a list of items": ('["{0}", "- {1}", ""]', "- {0}\n- {1}"),
-    "an object with a list": ('{{"narrative": [" {0} ", "• {1}"], "id": "x"}}', "- {0}\n- {1}"),
-    "a text": ('"{0}\\n{1}"', "{0}\n{1}"),
-    "an object": ('{{"id": 3, "narrative": "- {0}"}}', "- {0}"),
-}
-
-
-@pure
-@given(
-    sizes=sizes, form=st.sampled_from(list(LISTED)), texts=st.sampled_from([("Tied *six*", "-5 °C"), ("**A** b", "é")])
-)
-def test_lists_become_a_paragraph_and_a_markdown_list(sizes: list[int], form: str, texts: tuple[str, str]) -> None:
-    written, narrative = LISTED[form]
-    text = (
-        f'{{"badge_name": "Knots", "badge_description": ["Ties.", "Checks. "], "criteria": {written.format(*texts)}}}'
-    )
-    tokens, badge = told(text, sizes)
-    assert json.loads(tokens) == badge
-    lines = [line.rstrip() for line in badge["criteria"]["narrative"].split("\n")]  # a piece may end with a space
-    assert (badge["badge_description"].rstrip(), "\n".join(lines)) == ("Ties. Checks.", narrative.format(*texts))
-
-
-@pure
-@given(badge=any_badge, sizes=sizes, field=st.sampled_from(list(BADGE)), data=st.data())
-def test_fields_that_are_kept_come_first_and_as_they_were(
-    badge: dict[str, Any], sizes: list[int], field: str, data: Any
-) -> None:
-    kept = {name: value for name, value in badge.items() if name != field}
-    other = BADGE if data.draw(st.booleans()) else {}  # written again, and not asked for
-    tokens, written = told(data.draw(layouts({**other, field: badge[field]})), sizes, kept)
-    assert json.loads(tokens) == written == badge
-
-
-def test_an_institution_is_not_taken_for_a_description() -> None:
-    for description in ("", "string", "…"):
-        draft = dccapi.Draft({}, "Alpine Club")
-        draft.feed(badge_json(description=description))
-        with pytest.raises(dccapi.InvalidModelOutput):
-            draft.finish(cut=False)
-
-
-SIZE = dccapi.MAX_OUTPUT_CHARS
-NASTY = {
-    "punctuation, then a word": "x" + "." * (SIZE - 2) + "x",
-    "an unknown text": '{"a": "' + "x " * (SIZE // 2),
-    "a key without end": '{"' + "x " * (SIZE // 2),
-    "an unknown text after the badge": KNOTS[:-1] + ', "a": "' + "x " * (SIZE // 2),
-    "brackets": 'x {"a":[' * 64 + "[" * SIZE,
-    "objects in each other": 'x {"a":[' * (SIZE // 8),
-    "beginnings of objects": 'x {"' * (SIZE // 4),
-    "ends of thoughts": '</think>{"a":[' * (SIZE // 14),
-    "white space, escaped": '{"badge_name": "a' + "\\n" * (SIZE // 2),
-    "items": '{"badge_name": "a", "criteria": [' + '"a",' * (SIZE // 4),
-}
-
-
-@pytest.mark.parametrize("size", [8, SIZE], ids=["in pieces", "at once"])
-@pytest.mark.parametrize("text", NASTY)
-def test_no_text_takes_long_to_read(text: str, size: int) -> None:
-    started = time.process_time()
-    with contextlib.suppress(dccapi.InvalidModelOutput):
-        _read(NASTY[text][:SIZE], size)
-    assert time.process_time() - started < 2
-
-
-def _read(text: str, size: int) -> None:
-    draft = dccapi.Draft()
-    for at in range(0, len(text), size):
-        draft.feed(text[at : at + size])
-    draft.finish(cut=False)
-
-
-def test_an_idea_within_many_thoughts_without_a_mark_is_no_badge() -> None:
-    thoughts = "So. " + f"{IDEA} or " * 200 + "</think>"
-    assert dccapi.parse_badge(thoughts + badge_json()).model_dump() == BADGE
-    with pytest.raises(dccapi.InvalidModelOutput):
-        dccapi.parse_badge(thoughts + badge_json(name="string"))

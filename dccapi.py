@@ -3289,18 +3289,18 @@ def _is_proxy(address: str, settings: Settings) -> bool:
 # it                                                        noticed by                 issue     lines  test
 # dies of DATA for a stream that was answered already       siblings of a refusal      334, 365      2  data_after
 # stops reading behind ten messages that nobody reads       siblings of an upload                Guard  nobody_reads
-# lets the application run ahead of a closed window         operators: 65 MB a stream               24  run_ahead
-# visits each stream for each frame, and takes 1,000        pages with many streams                  7  priority_frames
-# takes any number of resets                                everyone, in a flood       146          14  of_resets
+# lets the application run ahead of a closed window         operators: 65 MB a stream               27  run_ahead
+# visits each stream for each frame, and takes 1,000        pages with many streams                  9  priority_frames
+# takes any number of resets                                everyone, in a flood       146          16  of_resets
 # leaves a response open that the application gave up       clients that wait                       10  given_up_open
 # never ends a connection whose last stream was reset       operators: open files                    2  idle_again
-# dies of a path or method that is not ASCII                siblings of the request                  9  strange_request
-# reads no further behind an HTTP/1.1 request               workers without a client                19  sent_more
-# loses the frames of a task that is cancelled at its lock  siblings of the stream                   6  its_frames
+# dies of a path or method that is not ASCII                siblings of the request                  7  strange_request
+# reads no further behind an HTTP/1.1 request               workers without a client                20  sent_more
+# loses the frames of a task that is cancelled at its lock  siblings of the stream                  10  its_frames
 # keeps a connection that its client has closed             operators: open files                    6  client_closed
 # keeps a connection whose client takes nothing, for ever   operators: memory                        4  takes_nothing
-# logs tracebacks of nonsense, and of closing TLS           operators                  202, 264      8  nonsense, abrupt
-# waits for ever at SIGTERM, or cuts what runs              everyone, at a restart     308, 374     29  stop, signalled
+# logs tracebacks of nonsense, and of closing TLS           operators                  202, 264      5  nonsense, abrupt
+# waits for ever at SIGTERM, or cuts what runs              everyone, at a restart     308, 374     24  stop, signalled
 # takes unknown settings in silence                         operators with a typo                    3  unknown_key
 
 

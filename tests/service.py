@@ -85,7 +85,8 @@ async def serving(
             config.certfile, config.keyfile = certificate()
         stop = asyncio.Event()
         server = asyncio.create_task(hypercorn.asyncio.serve(app, config, shutdown_trigger=stop.wait))
-        await eventually(lambda: app.queue._workers or server.done(), what="the start")
+        # Hypercorn's last step of a start.
+        await eventually(lambda: server.done() or any("raise_shutdown" in repr(task) for task in asyncio.all_tasks()))
         try:
             yield Service(port, engine, app.queue)
         finally:

@@ -168,6 +168,31 @@ async def test_1200_requests_beside_one_stream_on_one_connection() -> None:
         assert connection.goaway is None
 
 
+async def test_requests_that_come_at_once_let_others_run_in_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, made_meanwhile = 0, 0
+    create_stream = dccapi.GuardedH2Protocol._create_stream
+
+    def look() -> None:
+        nonlocal made_meanwhile
+        made_meanwhile = made - 20
+
+    async def counted(self: dccapi.GuardedH2Protocol, request: Any) -> None:
+        nonlocal made
+        made += 1
+        if made == 20:  # with the first, the timer of the idle connection ends
+            asyncio.get_running_loop().call_soon(look)
+        await create_stream(self, request)
+
+    monkeypatch.setattr(dccapi.GuardedH2Protocol, "_create_stream", counted)
+    async with serving() as service, await service.connect() as connection:
+        head = [(":method", "GET"), (":scheme", "http"), (":authority", "x"), (":path", "/livez")]
+        for number in range(100):
+            connection.h2.send_headers(1 + 2 * number, head, end_stream=True)
+        connection.flush()
+        await eventually(lambda: made == 100)
+    assert made_meanwhile < 20
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 async def test_ten_thousand_resets_cost_the_others_nothing() -> None:
@@ -515,7 +540,8 @@ async def test_a_stream_that_is_reset_while_it_waits_to_write_takes_none_of_its_
     loop = asyncio.get_running_loop()
     async with serving() as service, wide_open(service, "/openapi.json", 120) as (client, connection):
         (served,) = await eventually(lambda: dccapi.PromptTCPServer.connections)
-        await eventually(served.send_lock.locked, what="a full connection")
+        # Each writes 150 KB, so what comes behind fifty of them waits until the client reads.
+        await eventually(lambda: len(served.send_lock._waiters or ()) > 50, what="a full connection")
 
         async def ask(path: str) -> int:
             stream: int = connection.get_next_available_stream_id()
@@ -525,10 +551,10 @@ async def test_a_stream_that_is_reset_while_it_waits_to_write_takes_none_of_its_
             await eventually(lambda: stream in streams)
             return stream
 
-        streams = served.protocol.protocol.streams
-        waiting = len(served.send_lock._waiters or ())
+        protocol = served.protocol.protocol
+        streams = protocol.streams
         reset = await ask("/health")
-        await eventually(lambda: len(served.send_lock._waiters or ()) > waiting, what="its headers")
+        await eventually(lambda: protocol.connection.streams[reset].state_machine.headers_sent)
         connection.reset_stream(reset)
         await loop.sock_sendall(client, connection.data_to_send())
         await eventually(lambda: reset not in streams)

@@ -54,6 +54,7 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, cast
 from urllib.parse import urlsplit
 
 import aiohttp
+import h2.connection
 import h2.errors
 import h2.events
 import h2.exceptions
@@ -117,6 +118,11 @@ MAX_BLANK_RUN = 200  # white space in a row; models loop on it under `format` (o
 MAX_QUERY = 32 * 2**10  # bytes; Hypercorn refuses headers over 64 KiB
 MAX_WRITE = 64 * 2**10  # bytes that one write of an event stream may hold, so also what one stream can buffer
 RESETS_AT_ONCE, RESETS_PER_SECOND = 1000, 33  # nghttp2's own limits (nghttp2_option_set_stream_reset_rate_limit)
+MAX_PEERS = 10_000  # addresses that are remembered
+MAX_HELD = 64 * 2**20  # bytes of requests under way and of bodies that have not arrived whole
+MAX_HELD_OF_ONE = MAX_HELD // 4  # address
+REQUEST_COST = 8 * 2**10  # bytes that a request takes besides what was sent
+RECEIVED_AT_ONCE = 1024  # bytes of HTTP/2 that are dealt with before other connections get their turn
 CLOSE_TIMEOUT = 2  # seconds that the closing of a connection may take
 SERVICE_TIME = 20.0  # seconds that a generation is taken to last until one has been measured
 
@@ -149,6 +155,8 @@ class Settings(BaseSettings):
     token_timeout: Seconds = 30
     generation_timeout: Seconds = 300
     body_timeout: Seconds = 10
+    head_timeout: Seconds = 10
+    max_connections_per_client: Count = 256
     max_body_bytes: Count = 262144
     resume_grace: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10
     result_ttl: Seconds = 300
@@ -3072,6 +3080,43 @@ SECURITY_HEADERS = [
 ]
 
 
+class Peer:
+    """What one address, or all of them under the empty one, has open, has sent in part, and may still reset."""
+
+    def __init__(self, address: str) -> None:
+        self.connections: dict[Connection, None] = {}  # the one that is idle for longest first
+        self.held = 0
+        self.busy = 0  # HTTP/2 connections in the middle of what they have received
+        self._share = 1 if address else 8
+        self._resets = float(RESETS_AT_ONCE * self._share)
+        self._counted_at = time.monotonic()
+
+    @property
+    def is_full(self) -> bool:
+        return self.held > MAX_HELD_OF_ONE or peer_of("").held > MAX_HELD
+
+    def hold(self, size: int) -> None:
+        self.held += size
+        peer_of("").held += size
+
+    def too_many_resets(self) -> bool:
+        """Count one."""
+        now = time.monotonic()
+        refill = (now - self._counted_at) * RESETS_PER_SECOND * self._share
+        self._resets = max(min(RESETS_AT_ONCE * self._share, self._resets + refill), 0) - 1
+        self._counted_at = now
+        return self._resets < 0
+
+
+peer_of = functools.lru_cache(MAX_PEERS)(Peer)
+
+
+@functools.lru_cache(8)
+def warn_once(text: str, minute: int) -> None:
+    """One line a minute for what an attack makes happen a thousand times a second."""
+    log.warning(text)
+
+
 class Guard:
     """Outermost ASGI layer: reads every body within bounds, ends what nobody waits for, and marks every response."""
 
@@ -3093,7 +3138,9 @@ class Guard:
         self._pumps.add(pump)
         pump.add_done_callback(self._pumps.discard)
         started = time.monotonic()
+        exchange.peer.hold(exchange.cost)
         try:
+            await asyncio.sleep(0)  # the pump looks first: what was reset before it starts is not executed
             await self.app(scope, exchange.receive, exchange.send)
         except asyncio.CancelledError:
             if not exchange.gone:
@@ -3102,6 +3149,7 @@ class Guard:
             exchange.task.uncancel()
         finally:
             exchange.over = True
+            exchange.peer.hold(-exchange.cost)
             # The pattern of the path, and no query: either may hold a course or a key put there by mistake.
             path = scope["route"].path if "route" in scope else "a path that is not known"
             log.debug(
@@ -3117,6 +3165,8 @@ class Exchange:
     def __init__(self, scope: Scope, receive: Receive, send: Send, settings: Settings) -> None:
         self._scope, self._receive, self._send, self._settings = scope, receive, send, settings
         self._headers = dict(scope["headers"])
+        self.peer: Peer = scope.get("state", {}).get("peer") or Peer("unknown")
+        self.cost = REQUEST_COST + sum(len(name) + len(value) for name, value in scope["headers"])
         self._body: bytes | ApiError | None = None
         self._arrived = asyncio.Event()  # the body, or the reason why it never will
         self._drained = asyncio.Event()  # no more of the body is waited for
@@ -3136,6 +3186,7 @@ class Exchange:
             self._settle(too_large)
         body = bytearray()
         size = 0
+        held = 0
         try:
             async with asyncio.timeout(self._settings.body_timeout):
                 more = True
@@ -3146,14 +3197,20 @@ class Exchange:
                         return
                     size += len(message["body"])
                     more = message.get("more_body", False)
-                    if size <= limit:
+                    if size <= limit and self._body is None:
                         body += message["body"]
+                        held += len(message["body"])
+                        self.peer.hold(len(message["body"]))
+                        if self.peer.is_full:
+                            self._settle(QueueFull("Too many requests have arrived in part. Send each at once."))
                     else:
                         body.clear()
                         self._settle(too_large)
             self._settle(bytes(body))
         except TimeoutError:
             self._settle(BodyTimeout())
+        finally:
+            self.peer.hold(-held)
         self._drained.set()
         while (await self._receive())["type"] != "http.disconnect":
             pass
@@ -3312,6 +3369,14 @@ class NoPriorities:
     insert_stream = reprioritize = block = unblock = _ignore
 
 
+STAYS_OPEN = h2.connection.H2ConnectionStateMachine._transitions | {
+    (h2.connection.ConnectionState.SERVER_OPEN, h2.connection.ConnectionInputs.RECV_GOAWAY): (
+        None,
+        h2.connection.ConnectionState.SERVER_OPEN,
+    )
+}
+
+
 class GuardedH2Protocol(H2Protocol):
     """Hypercorn's HTTP/2 connection, in which each stream sends for itself as far as its windows are open.
 
@@ -3321,40 +3386,73 @@ class GuardedH2Protocol(H2Protocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._allowance = float(RESETS_AT_ONCE)
-        self._counted_at = time.monotonic()
         self.priority: Any = NoPriorities()
+        self._peer: Peer = cast(Any, self.connection_state).get("peer") or Peer("unknown")
+        # A client that says GOAWAY gets what it has asked for (RFC 9113 6.8); h2 takes it for the end.
+        self._is_leaving = False
+        self.connection.state_machine._transitions = STAYS_OPEN
+        self.connection.clear_outbound_data_buffer = lambda: None  # type: ignore[method-assign]
 
     async def send_task(self) -> None:
         """Not needed."""
 
+    async def initiate(self, headers: Any = None, settings: Any = None) -> None:
+        await super().initiate(headers, settings)
+        if headers is None:
+            await self.send(Updated(idle=True))  # the preface is no request
+
+    async def handle(self, event: ConnectionEvent) -> None:
+        if not isinstance(event, RawData):
+            await super().handle(event)
+            return
+        self._peer.busy += 1
+        try:
+            for start in range(0, len(event.data), RECEIVED_AT_ONCE):
+                await self._take_turns()
+                if not self.closed:
+                    await super().handle(RawData(event.data[start : start + RECEIVED_AT_ONCE]))
+        finally:
+            self._peer.busy -= 1
+
+    async def _take_turns(self) -> None:
+        """Let everyone else go on, and of this address one connection at a time."""
+        for _ in range(self._peer.busy):
+            await asyncio.sleep(0)
+
     async def _handle_events(self, events: list[h2.events.Event]) -> None:
-        for number, event in enumerate(events):
-            if number % 16 == 15:
-                await asyncio.sleep(0)  # other connections get their turn beside a flood of frames
-            if isinstance(event, h2.events.RequestReceived) and not _is_request(dict(event.headers)):
-                await self._reset(event.stream_id, h2.errors.ErrorCodes.PROTOCOL_ERROR)
+        reset = {event.stream_id for event in events if isinstance(event, h2.events.StreamReset)}
+        for number, event in enumerate(events, 1):
+            if number % 8 == 0:
+                await self._take_turns()
+            is_reset = isinstance(event, h2.events.StreamReset)
+            if isinstance(event, h2.events.RequestReceived):
+                if event.stream_id in reset:
+                    continue  # it is not executed
+                is_reset = self._peer.is_full or not _is_request(dict(event.headers))
+            if isinstance(event, h2.events.RequestReceived) and is_reset:
+                code = (
+                    h2.errors.ErrorCodes.REFUSED_STREAM if self._peer.is_full else h2.errors.ErrorCodes.PROTOCOL_ERROR
+                )
+                await self._reset(event.stream_id, code)
             elif isinstance(event, h2.events.DataReceived) and event.stream_id not in self.streams:
                 self.connection.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+            elif isinstance(event, h2.events.ConnectionTerminated) and not event.error_code and self.streams:
+                self._is_leaving = True
             else:
                 await super()._handle_events([event])
-            if isinstance(event, h2.events.StreamReset):
-                if self._too_many_resets():
-                    log.warning("a connection was closed: over %d streams reset by its client", RESETS_AT_ONCE)
-                    self.connection.close_connection(h2.errors.ErrorCodes.ENHANCE_YOUR_CALM)
-                    await self._flush()
-                    await self.send(Closed())
-                    return
-                if self.idle and not self.closed:
-                    await self.send(Updated(idle=True))  # Hypercorn says so only after a response
+            if is_reset and any(peer.too_many_resets() for peer in (self._peer, peer_of(""))):
+                warn_once(
+                    f"connections are closed: over {RESETS_AT_ONCE} streams were reset", int(time.monotonic() // 60)
+                )
+                self.connection.close_connection(h2.errors.ErrorCodes.ENHANCE_YOUR_CALM)
+                await self._flush()
+                await self.handle(Closed())
+                await self.send(Closed())
+                return
+            if is_reset and self.idle and not self.closed:
+                # Hypercorn says so only after a response.
+                await self.send(Closed() if self._is_leaving else Updated(idle=True))
         await self._flush()
-
-    def _too_many_resets(self) -> bool:
-        now = time.monotonic()
-        refill = (now - self._counted_at) * RESETS_PER_SECOND
-        self._allowance = min(RESETS_AT_ONCE, self._allowance + refill) - 1
-        self._counted_at = now
-        return self._allowance < 0
 
     async def stream_send(self, event: StreamEvent) -> None:
         try:
@@ -3368,6 +3466,8 @@ class GuardedH2Protocol(H2Protocol):
                 if isinstance(event, StreamClosed) and event.stream_id in self.stream_buffers:
                     await self._reset(event.stream_id, h2.errors.ErrorCodes.CANCEL)  # the application gave it up
                 await super().stream_send(event)
+                if self._is_leaving and self.idle:
+                    await self.send(Closed())
         except h2.exceptions.ProtocolError:
             pass  # the stream or the connection was closed in the meantime
         except TimeoutError:
@@ -3418,11 +3518,15 @@ class GuardedH11Protocol(H11Protocol):
         super().__init__(*args, **kwargs)
         connection = cast(Any, self.connection)
         next_event = connection.next_event
+        self.has_begun = False  # a head to arrive
         # At PAUSED, when anything follows the request, Hypercorn waits for the answer's end in the task that reads.
         connection.next_event = lambda: h11.NEED_DATA if (event := next_event()) is h11.PAUSED else event
 
     async def handle(self, event: ConnectionEvent) -> None:
         await super().handle(event)
+        had_begun, self.has_begun = self.has_begun, self.stream is None and bool(self.connection.trailing_data[0])
+        if self.has_begun and not had_begun and self.keep_alive_requests:
+            await self.send(Updated(idle=True))  # it has HEAD_TIMEOUT, no longer keep_alive_timeout
         if len(self.connection.trailing_data[0]) > self.config.h11_max_incomplete_size:
             await super().handle(Closed())
             await self.send(Closed())
@@ -3433,10 +3537,72 @@ class GuardedH11Protocol(H11Protocol):
             self.task_group.spawn(self._handle_events)
 
 
+class Connection(socket.socket):
+    """An accepted connection, which counts until it is closed."""
+
+    idle = True
+    peers: tuple[Peer, ...] = ()
+
+    def rest(self, idle: bool) -> None:
+        self.idle = idle
+        for peer in self.peers:
+            if self in peer.connections:
+                peer.connections[self] = peer.connections.pop(self)
+
+    def leave(self) -> None:
+        for peer in self.peers:
+            peer.connections.pop(self, None)
+        with contextlib.suppress(OSError):
+            self.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        for peer in self.peers:
+            peer.connections.pop(self, None)
+        super().close()
+
+
+class Listener(socket.socket):
+    """A listening socket that bounds connections: at a bound the one that is idle for longest makes room.
+
+    It decides before TLS begins. A proxy has no bound of its own.
+    """
+
+    settings: Settings
+    bound: int
+    accepted = 0
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        self.accepted += 1
+        if self.accepted % 16 == 0:
+            raise BlockingIOError  # those that were accepted get their turn
+        accepted, address = super().accept()
+        connection = Connection(fileno=accepted.detach())
+        host = address[0] if isinstance(address, tuple) else ""
+        peer = Peer(host) if not host or _is_proxy(host, self.settings) else peer_of(host)
+        for one, bound in ((peer, self.settings.max_connections_per_client), (peer_of(""), self.bound)):
+            if len(one.connections) >= bound:
+                warn_once(f"{bound} connections are open: idle or new ones are closed", int(time.monotonic() // 60))
+                idle = next((other for other in one.connections if other.idle), None)
+                if idle is None:
+                    connection.close()
+                    raise ConnectionAbortedError
+                idle.leave()
+        connection.peers = (peer, peer_of(""))
+        for one in connection.peers:
+            one.connections[connection] = None
+        return connection, address
+
+
 class PromptTCPServer(TCPServer):
     """Hypercorn's connection, which is forgotten as soon as its client has left, and not after keep_alive_timeout."""
 
     connections: ClassVar[set[PromptTCPServer]] = set()
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._socket = getattr(self.writer.get_extra_info("socket"), "_sock", None)
+        if isinstance(self._socket, Connection):
+            self.state = {**self.state, "peer": self._socket.peers[0]}
 
     async def run(self) -> None:
         self.connections.add(self)
@@ -3455,8 +3621,15 @@ class PromptTCPServer(TCPServer):
         await self.idle_task.stop()
 
     async def _idle_timeout(self) -> None:
-        if not (self.reader.at_eof() or self.writer.transport.is_closing()):
-            await super()._idle_timeout()
+        if self.reader.at_eof() or self.writer.transport.is_closing():
+            return
+        protocol, config = cast(Any, self.protocol).protocol, cast(Any, self.config)
+        waits_for_head = not protocol.keep_alive_requests or getattr(protocol, "has_begun", False)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(config.head_timeout if waits_for_head else config.keep_alive_timeout):
+                await self.context.terminated.wait()
+        self.loop.call_later(CLOSE_TIMEOUT, self.writer.transport.abort)  # TLS waits for the client's word
+        await asyncio.shield(self._initiate_server_close())
 
     async def protocol_send(self, event: ConnectionEvent) -> None:
         if isinstance(event, RawData):
@@ -3464,10 +3637,45 @@ class PromptTCPServer(TCPServer):
             if not self.writer.transport.is_closing():
                 self.writer.write(event.data)
             event = RawData(b"")
+        if isinstance(event, Updated) and isinstance(self._socket, Connection):
+            self._socket.rest(event.idle)
         try:
             await super().protocol_send(event)
         except OSError:
             await self.protocol.handle(Closed())
+
+
+def set_up(config: Config, settings: Settings) -> None:
+    """Give Hypercorn what its configuration leaves open, from our settings and from hypercorn.toml."""
+    if config.workers > 1:
+        raise SystemExit("dccapi: one worker process only: each would have a queue and generations of its own")
+    for name, value in vars(Config.from_toml(HERE / "hypercorn.toml")).items():
+        if not name.startswith("_") and name not in vars(config):
+            setattr(config, name, value)
+    cast(Any, config).stream_timeout = settings.token_timeout
+    cast(Any, config).head_timeout = settings.head_timeout
+    config.ssl_handshake_timeout = min(config.ssl_handshake_timeout, settings.head_timeout)
+
+
+def listeners(sockets: Sockets, settings: Settings) -> Sockets:
+    """The same sockets, which keep the connections below the number of file descriptors."""
+    limit = 1024
+    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has none; macOS names more than it gives
+        import resource
+
+        limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        limit = hard
+
+    def bounded(plain: socket.socket) -> socket.socket:
+        listener = Listener(fileno=plain.detach())
+        listener.setblocking(False)
+        listener.settings = settings
+        listener.bound = limit - min(256, limit // 4)  # the rest is for the engine, the parsers and files
+        return listener
+
+    peer_of.cache_clear()
+    return Sockets([*map(bounded, sockets.secure_sockets)], [*map(bounded, sockets.insecure_sockets)], [])
 
 
 async def serve_until_drained(
@@ -3490,8 +3698,8 @@ async def serve_until_drained(
     if unknown:
         raise SystemExit(f"dccapi: Hypercorn has no setting named {', '.join(sorted(unknown))}")
     guard.addresses = addresses(config)
-    cast(Any, config).stream_timeout = guard.settings.token_timeout
-    sockets = sockets or config.create_sockets()
+    set_up(config, guard.settings)
+    sockets = listeners(sockets or config.create_sockets(), guard.settings)
     for listening in sockets.secure_sockets + sockets.insecure_sockets:
         with contextlib.suppress(OSError, AttributeError, OverflowError):  # Linux alone has it, for TCP alone
             # Connections inherit it: the kernel ends one whose client takes nothing of what waits for it.
@@ -3507,6 +3715,9 @@ async def serve_until_drained(
 
     async def drained() -> None:
         await stopping.wait()
+        if not shutdown_trigger or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a process of our own
+            # The next Ctrl-C ends it. One Ctrl-C may arrive twice, from the terminal and from a parent.
+            loop.call_later(0.5, signal.signal, signal.SIGINT, signal.SIG_DFL)
         await guard.queue.drain()
         for connection in PromptTCPServer.connections:  # Python 3.12 and later wait for each without end
             loop.call_later(CLOSE_TIMEOUT, connection.writer.transport.abort)
@@ -3522,7 +3733,8 @@ def mend_hypercorn() -> None:
     if (found := version("hypercorn")) != "0.18.0":
         raise SystemExit(f"dccapi: needs Hypercorn 0.18.0, whose faults it mends, not {found}: `make install`")
     for place, name, ours in (
-        (Config, "stream_timeout", 30.0),  # a setting of our own: TOKEN_TIMEOUT for the streams of a connection
+        (Config, "stream_timeout", 30.0),  # settings of our own: TOKEN_TIMEOUT for the streams of a connection
+        (Config, "head_timeout", 10.0),
         (hypercorn.protocol, "H2Protocol", GuardedH2Protocol),
         (hypercorn.protocol, "H11Protocol", GuardedH11Protocol),
         (hypercorn.asyncio.run, "TCPServer", PromptTCPServer),

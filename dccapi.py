@@ -536,7 +536,7 @@ BADGE_SCHEMA: dict[str, Any] = {
 }
 # Control tokens of chat templates (ChatML, Phi, Llama, Mistral, Gemma, Qwen, DeepSeek): tokenizers read them anywhere.
 CHAT_MARKS = (
-    r"<(?=[|\uff5c][^<>\n]{1,60}>|/?(?:(?:start|end)_of_\w+|s|[be]os|unk|pad|think|tool_(?:call|response))>|<?/?SYS>)"
+    r"<(?=[|\uff5c][^<>\n]{1,60}>|/?(?:(?:start|end)_of_\w+|s|[be]os|unk|pad|think|tool_(?:call|response))>|</?SYS>>)"
     r"|\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|IMG)\])"
 )
 BRACKETS = {"<": "\u2039", "[": "\uff3b"}

@@ -539,7 +539,6 @@ CHAT_MARKS = (
     r"<(?=[|\uff5c][^<>\n]{1,60}>|/?(?:(?:start|end)_of_\w+|s|[be]os|unk|pad|think|tool_(?:call|response))>|</?SYS>>)"
     r"|\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|IMG)\])"
 )
-BRACKETS = {"<": "\u2039", "[": "\uff3b"}
 CLOSING = (
     "Summarize the course above as a badge. Use a short title as badge_name. In badge_description, explain what this "
     "course teaches and which topics it covers. In the criteria narrative, explain what learners do in this course and "
@@ -606,7 +605,7 @@ def build_prompt(request: GenerateRequest, content: str, system: str, defaults: 
             f"Write only {request.field}, anew and to suit the rest, as a JSON object with that one field."
         )
     user = "\n".join(["<course>", content, "</course>", "", *options, closing])
-    user = re.sub(CHAT_MARKS, lambda mark: BRACKETS[mark[0]], user)
+    user = re.sub(CHAT_MARKS, lambda mark: "\u2039" if mark[0] == "<" else "\uff3b", user)
     return Prompt(system, user, schema, request.sampling(defaults), request)
 
 
@@ -1277,7 +1276,7 @@ class Parsers:
             raise DocumentBroken from None
 
     async def _asked(self, content: bytes) -> dict[str, Any]:
-        parser = self._idle.pop() if self._idle else await self._start()
+        parser = self._idle.pop() if self._idle else await _started(str(HERE / "documents.py"))
         stdin, stdout = cast(asyncio.StreamWriter, parser.stdin), cast(asyncio.StreamReader, parser.stdout)
         try:
             stdin.write(len(content).to_bytes(8) + content)
@@ -1289,20 +1288,17 @@ class Parsers:
             raise
         return cast(dict[str, Any], orjson.loads(answer))
 
-    async def _start(self) -> asyncio.subprocess.Process:
-        pipe = asyncio.subprocess.PIPE
-        return await asyncio.create_subprocess_exec(
-            sys.executable,
-            str(HERE / "documents.py"),
-            stdin=pipe,  # reaching EOF ends the parser, also after we were killed
-            stdout=pipe,
-            stderr=asyncio.subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is ours to answer
-        )
-
     async def stop(self) -> None:
         while self._idle:
             await _killed(self._idle.pop())
+
+
+async def _started(*arguments: str) -> asyncio.subprocess.Process:
+    """A Python process of ours. Reaching the end of its stdin ends it, also after we were killed."""
+    pipe, nowhere = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, *arguments), stdin=pipe, stdout=pipe, stderr=nowhere, start_new_session=True
+    )  # a session of its own, because Ctrl-C is ours to answer: running generations finish first
 
 
 async def _killed(process: asyncio.subprocess.Process) -> None:
@@ -1541,7 +1537,6 @@ class GenerationQueue:
         self._arrived = asyncio.Event()
         self._known: dict[str, Generation] = {}
         self._finished: OrderedDict[Generation, asyncio.TimerHandle] = OrderedDict()
-        self._finished_bytes = 0
         self._keys: dict[tuple[str, str], tuple[bytes, Generation]] = {}
         self._service_time = 0.0
         self._reading: set[Call] = set()  # calls whose prompt the engine has yet to read
@@ -1842,19 +1837,17 @@ class GenerationQueue:
         generation.append(outcome)
         del generation.prompt  # up to MAX_BODY_BYTES, which no view needs
         generation.size = 4096 + 2 * sum(map(sys.getsizeof, generation.log))  # the answer repeats the text
-        self._finished_bytes += generation.size
         if isinstance(outcome, Answer) and call:
             weight = 0.2 if self._service_time else 1.0
             self._service_time += weight * (now - call.started - self._service_time)
         self._finished[generation] = self._loop.call_later(self.settings.result_ttl, self._forget, generation)
-        while len(self._finished) > MAX_FINISHED or self._finished_bytes > MAX_FINISHED_BYTES:
+        while len(self._finished) > MAX_FINISHED or sum(one.size for one in self._finished) > MAX_FINISHED_BYTES:
             self._forget(next(iter(self._finished)))
         self.metrics.observe(generation, outcome, call, now)
         self._log(generation, outcome, call, now)
 
     def _forget(self, generation: Generation) -> None:
         self._finished.pop(generation).cancel()
-        self._finished_bytes -= generation.size
         del self._known[generation.id]
         self._keys = {key: known for key, known in self._keys.items() if known[1] is not generation}
 
@@ -2704,19 +2697,9 @@ class EmbeddedEngine(OpenAIEngine):
     async def _run(self) -> int | None:
         """One child from its start to its end."""
         started = time.monotonic()
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            str(HERE / "dccapi.py"),
-            "engine",
-            str(self.settings.model_path),
-            f"--context={self.settings.num_ctx}",
-            f"--slots={self.settings.workers}",
-            f"--name={self.settings.model}",
-            stdin=asyncio.subprocess.PIPE,  # its end tells the child that we are gone, also after SIGKILL
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is ours to answer: running generations finish first
-        )
+        settings = self.settings
+        flags = f"--context={settings.num_ctx}", f"--slots={settings.workers}", f"--name={settings.model}"
+        process = await _started(str(HERE / "dccapi.py"), "engine", str(settings.model_path), *flags)
         self._ended.clear()
         stdin, stdout = cast(asyncio.StreamWriter, process.stdin), cast(asyncio.StreamReader, process.stdout)
         try:
@@ -3266,9 +3249,9 @@ class Admission:
         settings, host, origin = self.settings, headers.get("host", ""), headers.get("origin")
         if settings.allows("*"):
             return
-        here, is_local = _ip((scope.get("server") or ("",))[0]), re.fullmatch(LOCAL_HOST, host)
+        here = _ip((scope.get("server") or ("",))[0])
         is_open = here and here.is_loopback and not settings.keys and not _is_proxy(_peer(scope), settings)
-        if is_open and not is_local and host.partition(":")[0].lower() != socket.gethostname().lower():
+        if is_open and not re.fullmatch(LOCAL_HOST, host):
             raise Forbidden("This machine has another name: ask at localhost, or set API_KEYS or TRUSTED_PROXIES here.")
         site = headers.get("sec-fetch-site", "same-origin" if origin is None else "")
         is_visit = headers.get("sec-fetch-mode") == "navigate" and scope["method"] in ("GET", "HEAD")

@@ -124,6 +124,11 @@ MAX_HELD_OF_ONE = MAX_HELD // 4  # address
 REQUEST_COST = 8 * 2**10  # bytes that a request takes besides what was sent
 RECEIVED_AT_ONCE = 1024  # bytes of HTTP/2 that are dealt with before other connections get their turn
 CLOSE_TIMEOUT = 2  # seconds that the closing of a connection may take
+MAX_FINISHED_BYTES = 64 * 2**20  # that they take together
+WRONG_KEYS = 20  # a minute of one address, before the answers to more are delayed
+LOOPBACK_PAGE = r"https?://(?:(?:[\w-]+\.)*localhost|127(?:\.\d{1,3}){3}|\[::1\])(?::\d+)?"
+# A page whose name was pointed at this machine has a name with dots (DNS rebinding).
+LOCAL_HOST = r"(?i)(?:[^.:]*|[\w.-]+\.localhost|[\d.]+|\[[\da-f:.]+\])(?::\d+)?"
 SERVICE_TIME = 20.0  # seconds that a generation is taken to last until one has been measured
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -162,7 +167,7 @@ class Settings(BaseSettings):
     result_ttl: Seconds = 300
     drain_timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 30
     heartbeat: Seconds = 15
-    allowed_origins: str = "*"
+    allowed_origins: str = ""
     api_keys: str = Field("", repr=False)
     api_keys_file: Path | None = None
     trusted_proxies: str = ""
@@ -207,6 +212,16 @@ class Settings(BaseSettings):
             raise ValueError("must be one line of ASCII")
         return value
 
+    @field_validator("allowed_origins")
+    @classmethod
+    def _origins(cls, value: str) -> str:
+        """As browsers write them: without a path and a default port."""
+        pattern = r"(\*|[a-z][a-z0-9+.-]*://(?:[\w.-]+|\[[\da-f:.]+\])(?::\d+)?)(?:/[^*]*)?"
+        origins = [re.fullmatch(pattern, origin.lower(), re.ASCII) for origin in _listed(value)]
+        if None in origins:
+            raise ValueError("must be *, or origins such as https://lms.example.edu")
+        return ",".join(re.sub(r"^(http:.*):80$|^(https:.*):443$", r"\1\2", one[1]) for one in origins if one)
+
     @field_validator("trusted_proxies")
     @classmethod
     def _networks(cls, value: str) -> str:
@@ -247,6 +262,11 @@ class Settings(BaseSettings):
                 raise ValueError(f"API_KEYS names {name} twice")
             keys[name] = key.encode()
         return keys
+
+    def allows(self, origin: str) -> bool:
+        """Whether this origin's pages may ask; all may where `*` was set."""
+        allowed = _listed(self.allowed_origins)
+        return origin in allowed or "*" in allowed or (not allowed and re.fullmatch(LOOPBACK_PAGE, origin) is not None)
 
     @functools.cached_property
     def proxies(self) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
@@ -303,6 +323,8 @@ class InvalidJson(ApiError, status=400):
     text = "The body is not JSON. Send a JSON object in UTF-8."
 class Unauthorized(ApiError, status=401):
     text = "A key is needed. Send one of the service's as `Authorization: Bearer KEY` or `X-API-Key: KEY`."
+class Forbidden(ApiError, status=403):
+    text = "Pages of this site may not ask. The service's operator can name its origin in ALLOWED_ORIGINS."
 class NotFound(ApiError, status=404):
     text = "There is nothing at this path; /openapi.json lists what there is."
 class MethodNotAllowed(ApiError, status=405):
@@ -520,6 +542,11 @@ BADGE_SCHEMA: dict[str, Any] = {
     },
     "required": ["badge_name", "badge_description", "criteria"],
 }
+# Control tokens of chat templates (ChatML, Phi, Llama, Mistral, Gemma, Qwen, DeepSeek): tokenizers read them anywhere.
+CHAT_MARKS = (
+    r"<(?=[|\uff5c][^<>\n]{1,60}>|/?(?:(?:start|end)_of_\w+|s|[be]os|unk|pad|think|tool_(?:call|response))>|</?SYS>>)"
+    r"|\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|IMG)\])"
+)
 CLOSING = (
     "Summarize the course above as a badge. Use a short title as badge_name. In badge_description, explain what this "
     "course teaches and which topics it covers. In the criteria narrative, explain what learners do in this course and "
@@ -568,9 +595,10 @@ def _kept(request: GenerateRequest | None) -> dict[str, Any]:
 def build_prompt(request: GenerateRequest, content: str, system: str, defaults: Mapping[str, Any]) -> Prompt:
     """The course first, delimited, then the options: drafts of one course share the longest prefix.
 
-    Delimiters in the content lose their bracket, so that it cannot end itself and turn into instructions.
+    Delimiters in the content and the marks of chat templates lose their bracket, so that no text can end itself and
+    turn into instructions.
     """
-    content = re.sub(r"(?i)<(?=\s*+/?\s*+course\s*+>)", "\u2039", content)  # possessive: a linear pass
+    content = re.sub(r"(?i)<(?=\s*+/?\s*+course\b)", "\u2039", content)  # possessive: a linear pass
     options = [f"{label}: {value}" for name, label in OPTION_LABELS.items() if (value := request.option(name))]
     schema, closing = BADGE_SCHEMA, CLOSING
     if isinstance(request, RegenerateRequest):
@@ -585,6 +613,7 @@ def build_prompt(request: GenerateRequest, content: str, system: str, defaults: 
             f"Write only {request.field}, anew and to suit the rest, as a JSON object with that one field."
         )
     user = "\n".join(["<course>", content, "</course>", "", *options, closing])
+    user = re.sub(CHAT_MARKS, lambda mark: "\u2039" if mark[0] == "<" else "\uff3b", user)
     return Prompt(system, user, schema, request.sampling(defaults), request)
 
 
@@ -1266,7 +1295,7 @@ class Parsers:
             raise DocumentBroken from None
 
     async def _asked(self, content: bytes) -> dict[str, Any]:
-        parser = self._idle.pop() if self._idle else await self._start()
+        parser = self._idle.pop() if self._idle else await _started(str(HERE / "documents.py"))
         stdin, stdout = cast(asyncio.StreamWriter, parser.stdin), cast(asyncio.StreamReader, parser.stdout)
         try:
             stdin.write(len(content).to_bytes(8) + content)
@@ -1278,20 +1307,17 @@ class Parsers:
             raise
         return cast(dict[str, Any], orjson.loads(answer))
 
-    async def _start(self) -> asyncio.subprocess.Process:
-        pipe = asyncio.subprocess.PIPE
-        return await asyncio.create_subprocess_exec(
-            sys.executable,
-            str(HERE / "documents.py"),
-            stdin=pipe,  # reaching EOF ends the parser, also after we were killed
-            stdout=pipe,
-            stderr=asyncio.subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is ours to answer
-        )
-
     async def stop(self) -> None:
         while self._idle:
             await _killed(self._idle.pop())
+
+
+async def _started(*arguments: str) -> asyncio.subprocess.Process:
+    """A Python process of ours. Reaching the end of its stdin ends it, also after we were killed."""
+    pipe, nowhere = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, *arguments), stdin=pipe, stdout=pipe, stderr=nowhere, start_new_session=True
+    )  # a session of its own, because Ctrl-C is ours to answer: running generations finish first
 
 
 async def _killed(process: asyncio.subprocess.Process) -> None:
@@ -1356,6 +1382,7 @@ class Generation:
     task: asyncio.Task[Answer] | None = None  # the engine call
     stop_reason: ApiError | None = None
     leaving: asyncio.TimerHandle | None = None  # ends it when nobody comes back
+    size: int = 0  # about, in bytes, once it has ended
 
     @property
     def outcome(self) -> Answer | ApiError | None:
@@ -1627,8 +1654,8 @@ class GenerationQueue:
             return None
         if not hmac.compare_digest(known[0], fingerprint):
             raise IdempotencyConflict
-        failed = known[1].stop_reason is not None or isinstance(known[1].outcome, ApiError)
-        return None if failed else known[1]
+        outcome = known[1].outcome or known[1].stop_reason
+        return None if isinstance(outcome, ApiError) else known[1]
 
     def remember(self, client: str, key: str, fingerprint: bytes, generation: Generation) -> None:
         self._keys[(client, key)] = (fingerprint, generation)
@@ -1665,7 +1692,7 @@ class GenerationQueue:
 
     def end(self, generation: Generation, reason: ApiError) -> None:
         """End a generation now, wherever it is; its engine call is closed."""
-        if generation.outcome is not None:
+        if generation.outcome is not None or (generation.task and generation.task.done()):
             return
         if generation.task is not None:
             generation.stop_reason = generation.stop_reason or reason
@@ -1713,21 +1740,29 @@ class GenerationQueue:
             while not self._waiting:
                 self._arrived.clear()
                 await self._arrived.wait()
-            generation = next(iter(self._waiting))
-            del self._waiting[generation]
-            generation.state, generation.position = "running", 0
-            self.running.add(generation)
+            try:
+                await self._run(next(iter(self._waiting)))
+            except Exception as error:
+                log.error("a worker goes on after a fault: %s", described(error))
+
+    async def _run(self, generation: Generation) -> None:
+        del self._waiting[generation]
+        generation.state, generation.position = "running", 0
+        self.running.add(generation)
+        call = Call(generation, self._loop.time(), self._loop.create_future())
+        generation.task = asyncio.create_task(self._generate(call), name=f"call {generation.id[:8]}")
+        try:
             generation.wake()
             self._renumber()
-            call = Call(generation, self._loop.time(), self._loop.create_future())
-            generation.task = asyncio.create_task(self._generate(call), name=f"call {generation.id[:8]}")
-            try:
-                await self._supervise(call, generation.task)
-            finally:
-                generation.task.cancel()
-                self.running.discard(generation)
-                self._finish(generation, _outcome(generation, generation.task), call)
-                self._renumber()
+            await self._supervise(call, generation.task)
+        except Exception:
+            generation.stop_reason = generation.stop_reason or ApiError()
+            raise
+        finally:
+            generation.task.cancel()
+            self.running.discard(generation)
+            self._finish(generation, _outcome(generation, generation.task), call)
+            self._renumber()
 
     async def _supervise(self, call: Call, task: asyncio.Task[Answer]) -> None:
         """Wait for the end of a call, and end it when a deadline passes. Tokens set no timer: they are too many."""
@@ -1819,11 +1854,13 @@ class GenerationQueue:
         )
         generation.position, generation.task = 0, None
         generation.append(outcome)
+        del generation.prompt  # up to MAX_BODY_BYTES, which no view needs
+        generation.size = 4096 + 2 * sum(map(sys.getsizeof, generation.log))  # the answer repeats the text
         if isinstance(outcome, Answer) and call:
             weight = 0.2 if self._service_time else 1.0
             self._service_time += weight * (now - call.started - self._service_time)
         self._finished[generation] = self._loop.call_later(self.settings.result_ttl, self._forget, generation)
-        while len(self._finished) > MAX_FINISHED:
+        while len(self._finished) > MAX_FINISHED or sum(one.size for one in self._finished) > MAX_FINISHED_BYTES:
             self._forget(next(iter(self._finished)))
         self.metrics.observe(generation, outcome, call, now)
         self._log(generation, outcome, call, now)
@@ -2603,6 +2640,9 @@ def _text_of(content: object) -> str:
     return "".join(str(part.get("text") or "") for part in parts if part.get("type", "text") in ("text", "output_text"))
 
 
+CHILD_SAYS = "dccapi engine: "  # libraries write to the child's stdout too
+
+
 class EmbeddedEngine(OpenAIEngine):
     """llama.cpp in a child process of ours (`python dccapi.py engine`), restarted when it dies, ended with us."""
 
@@ -2665,45 +2705,37 @@ class EmbeddedEngine(OpenAIEngine):
         delay = 0.5
         while True:
             started = time.monotonic()
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                str(HERE / "dccapi.py"),
-                "engine",
-                str(self.settings.model_path),
-                f"--context={self.settings.num_ctx}",
-                f"--slots={self.settings.workers}",
-                f"--name={self.settings.model}",
-                stdin=asyncio.subprocess.PIPE,  # its end tells the child that we are gone, also after SIGKILL
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is ours to answer: running generations finish first
-            )
-            self._ended.clear()
-            assert process.stdin is not None
-            assert process.stdout is not None
             try:
-                process.stdin.write(self._key.encode() + b"\n")  # not in its arguments, which anyone can read
-                address = (await process.stdout.readline()).decode(errors="replace").strip()
-                self._not_started = "" if address.startswith("http") else address
-                if address and not self._not_started:
-                    self.base_url = f"{address}/v1"
+                ended = f"{await self._run()} {self._not_started}"
+            except (OSError, ValueError) as error:  # no memory or file descriptor for it now; a line without end
+                ended = self._not_started = getattr(error, "strerror", None) or type(error).__name__
+            delay = 0.5 if time.monotonic() - started > 30 else min(delay * 2, 30)
+            log.error("the embedded engine ended with %s; next start in %.1f s", ended, delay)
+            await asyncio.sleep(delay)
+
+    async def _run(self) -> int | None:
+        """One child from its start to its end."""
+        started = time.monotonic()
+        settings = self.settings
+        flags = f"--context={settings.num_ctx}", f"--slots={settings.workers}", f"--name={settings.model}"
+        process = await _started(str(HERE / "dccapi.py"), "engine", str(settings.model_path), *flags)
+        self._ended.clear()
+        stdin, stdout = cast(asyncio.StreamWriter, process.stdin), cast(asyncio.StreamReader, process.stdout)
+        try:
+            stdin.write(self._key.encode() + b"\n")  # not in its arguments, which anyone can read
+            async for line in stdout:
+                mark, _, told = line.decode(errors="replace").strip().partition(CHILD_SAYS)
+                if told.startswith("http") and not mark:
+                    self.base_url, self._not_started = f"{told}/v1", ""
                     self._ready.set()
                     log.info("embedded engine ready after %.1f s", time.monotonic() - started)
-                await process.wait()
-            finally:
-                self._ready.clear()
-                self._ended.set()
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill()
-                await process.wait()
-            delay = 0.5 if time.monotonic() - started > 30 else min(delay * 2, 30)
-            log.error(
-                "the embedded engine ended with %s %s; next start in %.1f s",
-                process.returncode,
-                self._not_started,
-                delay,
-            )
-            await asyncio.sleep(delay)
+                elif told and not mark:
+                    self._not_started = told
+            return await process.wait()
+        finally:
+            self._ready.clear()
+            self._ended.set()
+            await _killed(process)
 
     async def models(self) -> list[str]:
         await super().models()
@@ -2713,10 +2745,11 @@ class EmbeddedEngine(OpenAIEngine):
 def serve_embedded(path: str, context: int, slots: int, name: str) -> None:
     """The child process of EmbeddedEngine: llama.cpp's OpenAI API on a free loopback port until stdin ends."""
     key = sys.stdin.readline().strip()
+    say = partial(print, f"\n{CHILD_SAYS}", sep="", flush=True)
     try:
         import xllamacpp  # type: ignore[import-not-found,unused-ignore]  # an extra, without types
     except ImportError as error:
-        print(f"{error}. Install dccapi[embedded]; libgomp.so.1 comes from the system (Debian: libgomp1).", flush=True)
+        say(f"{error}. Install dccapi[embedded]; libgomp.so.1 comes from the system (Debian: libgomp1).")
         sys.exit(1)
     parameters = xllamacpp.CommonParams()
     parameters.model.path = path
@@ -2729,9 +2762,9 @@ def serve_embedded(path: str, context: int, slots: int, name: str) -> None:
     try:
         server = xllamacpp.Server(parameters)
     except RuntimeError as error:
-        print(f"{error} ({Path(path).name})", flush=True)
+        say(f"{error} ({Path(path).name})")
         sys.exit(1)
-    print(server.listening_address, flush=True)
+    say(server.listening_address)
     sys.stdin.read()
     os._exit(0)  # llama.cpp's own end waits for running requests
 
@@ -2813,9 +2846,9 @@ class Api:
         body, generation = await self._posted(request, model)
         if "respond-async" in ",".join(request.headers.getlist("prefer")):
             self.queue.keep(generation)
-            location = f"/api/v1/generations/{generation.id}"
+            location = f"{request.state.prefix}/api/v1/generations/{generation.id}"
             headers = {"location": location, "preference-applied": "respond-async"}
-            return as_json(accepted(generation), 202, headers | queue_position(generation))
+            return as_json(accepted(generation, request.state.prefix), 202, headers | queue_position(generation))
         if body.stream or "text/event-stream" in request.headers.get("accept", ""):
             return EventStreamResponse(self.queue, generation, body)
         answer = await finished(self.queue, generation)
@@ -2850,7 +2883,8 @@ class Api:
         outcome = generation.outcome
         result = outcome.model_dump() if isinstance(outcome, Answer) else None
         error = problem(outcome, generation.request_id) if isinstance(outcome, ApiError) else None
-        return as_json(accepted(generation) | {"position": generation.position, "result": result, "error": error})
+        state = accepted(generation, request.state.prefix)
+        return as_json(state | {"position": generation.position, "result": result, "error": error})
 
     async def cancel(self, request: Request) -> Response:
         """Its state stays to be seen."""
@@ -2862,7 +2896,8 @@ class Api:
         options = stream_options(request)
         if last := request.headers.get("last-event-id"):
             return self._resumed(last, options)
-        return EventStreamResponse(self.queue, self._known(request), options, grace=self.settings.resume_grace)
+        generation = self._known(request, of_anyone=True)
+        return EventStreamResponse(self.queue, generation, options, grace=self.settings.resume_grace)
 
     async def _posted(self, request: Request, model: type[GenerateRequest]) -> tuple[GenerateRequest, Generation]:
         """The body of a POST and its generation. What will be refused is refused before the body is waited for."""
@@ -2893,8 +2928,10 @@ class Api:
         request.state.generation = generation
         return generation
 
-    def _known(self, request: Request) -> Generation:
-        if (generation := self.queue.get(request.path_params["id"])) is None:
+    def _known(self, request: Request, of_anyone: bool = False) -> Generation:
+        generation = self.queue.get(request.path_params["id"])
+        is_foreign = self.settings.keys and not of_anyone and generation and generation.client != request.state.client
+        if generation is None or is_foreign:
             raise NotFound(f"There is no such generation; finished ones are kept for {self.settings.result_ttl:g} s.")
         return generation
 
@@ -2974,7 +3011,8 @@ class Api:
         if "text/html" in request.headers.get("accept", ""):
             return await self.demo(request)
         names = ("generate", "generate/stream", "health", "readyz", "metrics", "demo", "docs", "openapi.json")
-        return as_json({"name": "dccapi", "version": __version__, "links": {name: f"/{name}" for name in names}})
+        links = {name: f"{request.state.prefix}/{name}" for name in names}
+        return as_json({"name": "dccapi", "version": __version__, "links": links})
 
     async def demo(self, request: Request) -> Response:
         return page(installed(DEMO), img="'self' data: blob:")
@@ -2997,9 +3035,9 @@ def as_json(document: Any, status: int = 200, headers: Mapping[str, str] | None 
     return Response(orjson.dumps(document), status, headers, "application/json")
 
 
-def accepted(generation: Generation) -> dict[str, Any]:
+def accepted(generation: Generation, prefix: str = "") -> dict[str, Any]:
     """What is said of a generation before it has a result."""
-    events = f"/api/v1/generations/{generation.id}/events"
+    events = f"{prefix}/api/v1/generations/{generation.id}/events"
     return {"id": generation.id, "status": generation.state, "events": events}
 
 
@@ -3041,6 +3079,8 @@ async def json_body(request: Request) -> dict[str, Any]:
     is_json = media_type == "application/json" or media_type.endswith("+json")
     if not is_json and media_type != "text/plain":
         raise UnsupportedMediaType
+    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise UnsupportedMediaType("Send the body without Content-Encoding.", headers={"accept-encoding": "identity"})
     try:
         document = orjson.loads((await request.body()).removeprefix(b"\xef\xbb\xbf"))  # a byte-order mark
     except ValueError:
@@ -3261,22 +3301,54 @@ class Admission:
         self.app = app
         self.settings = settings
         self.queue = queue
+        self._wrong: Counting[str] = Counting()  # keys in this minute, by address
+        self._minute = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            scope["state"]["client"] = self._client(scope)
+            headers = Headers(scope=scope)
+            scope["state"]["prefix"] = _prefix(scope, headers, self.settings)
+            self._check_site(scope, headers)
+            scope["state"]["client"] = await self._client(scope, headers)
         await self.app(scope, receive, send)
 
-    def _client(self, scope: Scope) -> str:
+    def _check_site(self, scope: Scope, headers: Headers) -> None:
+        """Raise Forbidden for another site's page: a browser reaches what its user can."""
+        settings, host, origin = self.settings, headers.get("host", ""), headers.get("origin")
+        if settings.allows("*"):
+            return
+        here = _ip((scope.get("server") or ("",))[0])
+        is_open = here and here.is_loopback and not settings.keys and not _is_proxy(_peer(scope), settings)
+        if is_open and not re.fullmatch(LOCAL_HOST, host):
+            raise Forbidden("This machine has another name: ask at localhost, or set API_KEYS or TRUSTED_PROXIES here.")
+        site = headers.get("sec-fetch-site", "same-origin" if origin is None else "")
+        is_visit = headers.get("sec-fetch-mode") == "navigate" and scope["method"] in ("GET", "HEAD")
+        if site in ("same-origin", "none") or (is_visit and _short_path(scope) in OPEN_PATHS):
+            return
+        if origin is None or not (settings.allows(origin) or origin.partition("://")[2] == host):
+            raise Forbidden
+
+    async def _client(self, scope: Scope, headers: Headers) -> str:
         """Who is asking, for MAX_PER_CLIENT. Raises UriTooLong or Unauthorized."""
         if len(scope["query_string"]) > MAX_QUERY:
             raise UriTooLong
-        headers, path = Headers(scope=scope), _short_path(scope)
+        path, address = _short_path(scope), _address(scope, headers, self.settings)
         name = _key_name(headers, self.settings.keys)
         is_open = not self.settings.keys or path in OPEN_PATHS or path.startswith("/docs/")
         if name is None and not is_open and not self._is_capability(scope["method"], path):
+            if _given_key(headers):
+                await self._slow_down(address)
             raise Unauthorized(headers={"www-authenticate": 'Bearer realm="dccapi"'})
-        return name or _address(scope, headers, self.settings)
+        return name or address
+
+    async def _slow_down(self, address: str) -> None:
+        """Make who guesses keys wait."""
+        if self._minute != (minute := int(time.monotonic() // 60)) or len(self._wrong) >= 10_000:
+            self._minute = minute
+            self._wrong.clear()
+        self._wrong[address] += 1
+        if self._wrong[address] > WRONG_KEYS:
+            await asyncio.sleep(1)
 
     def _is_capability(self, method: str, path: str) -> bool:
         """Whether it is the unguessable URL of a generation's events: an EventSource cannot send a key."""
@@ -3304,15 +3376,25 @@ async def as_problem(request: Request, raised: Exception) -> Response:
 
 
 def _short_path(scope: Scope) -> str:
-    """The path without the prefix under which each stands as well."""
-    return cast(str, scope["path"]).removeprefix("/api/v1") or "/"
+    """The path without the prefixes under which each stands as well."""
+    return cast(str, scope["path"]).removeprefix(scope.get("root_path", "")).removeprefix("/api/v1") or "/"
+
+
+def _prefix(scope: Scope, headers: Headers, settings: Settings) -> str:
+    """What the path has before it where clients ask: a trusted proxy's X-Forwarded-Prefix, or Hypercorn's root_path."""
+    prefix = headers.get("x-forwarded-prefix", "") if _is_proxy(_peer(scope), settings) else ""
+    is_path = re.fullmatch(r"(/[\w.~%-]+)+/?", prefix, re.ASCII)
+    return (prefix if is_path else cast(str, scope.get("root_path", ""))).rstrip("/")
+
+
+def _given_key(headers: Headers) -> bytes:
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    return (token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")).encode("latin-1")
 
 
 def _key_name(headers: Headers, keys: Mapping[str, bytes]) -> str | None:
     """Whose key the request bears. Every key is compared, in constant time each."""
-    scheme, _, token = headers.get("authorization", "").partition(" ")
-    given = (token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")).encode("latin-1")
-    found = None
+    given, found = _given_key(headers), None
     for name, key in keys.items():
         if hmac.compare_digest(hashlib.sha256(given).digest(), hashlib.sha256(key).digest()):
             found = name
@@ -3321,19 +3403,31 @@ def _key_name(headers: Headers, keys: Mapping[str, bytes]) -> str | None:
 
 def _address(scope: Scope, headers: Headers, settings: Settings) -> str:
     """The client's address; from X-Forwarded-For only behind a proxy in TRUSTED_PROXIES, the last that is none."""
-    address = cast(str, (scope.get("client") or ("unknown",))[0])
+    address = _peer(scope)
     for hop in reversed(",".join(headers.getlist("x-forwarded-for")).split(",")):
         if not _is_proxy(address, settings) or not hop.strip():
             break
         address = hop.strip()
-    return address
+    return str(_ip(address) or address)
+
+
+def _peer(scope: Scope) -> str:
+    return cast(str, (scope.get("client") or ("unknown",))[0])
 
 
 def _is_proxy(address: str, settings: Settings) -> bool:
+    ip = _ip(address)
+    return ip is not None and any(ip in network for network in settings.proxies)
+
+
+def _ip(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """An address as proxies write it: with a port, in brackets, IPv4 as IPv6 (::ffff:10.0.0.1)."""
+    written = re.fullmatch(r"\[(.*)\](?::\d+)?|([\d.]+):\d+", address)
     try:
-        return any(ipaddress.ip_address(address) in network for network in settings.proxies)
+        ip = ipaddress.ip_address((written[1] or written[2]) if written else address)
     except ValueError:
-        return False
+        return None
+    return getattr(ip, "ipv4_mapped", None) or ip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3780,6 +3874,7 @@ def create_app(settings: Settings) -> Guard:
     app = CORSMiddleware(
         app,
         allow_origins=_listed(settings.allowed_origins),
+        allow_origin_regex=None if settings.allowed_origins else LOOPBACK_PAGE,
         allow_methods=["GET", "POST", "DELETE"],
         allow_headers=["*"],
         expose_headers=["X-Request-ID", "X-Queue-Position", "Retry-After", "Location", "Preference-Applied"],

@@ -242,6 +242,7 @@ async def test_a_text_that_is_parsed_too_long_is_a_422_and_its_parser_is_gone(mo
 async def test_a_parser_without_memory_is_a_422(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     source = (HERE / "documents.py").read_text().replace("MAX_MEMORY = 2**29", "MAX_MEMORY = 2**20")
     (tmp_path / "documents.py").write_text(source)
+    (tmp_path / "hypercorn.toml").write_text((HERE / "hypercorn.toml").read_text())
     monkeypatch.setattr(dccapi, "HERE", tmp_path)
     async with serving() as service:
         response = await ask(service, {"content": "<p>Knots</p>" * 10_000})
@@ -253,6 +254,7 @@ async def test_what_is_parsed_counts_as_in_flight_and_ends_with_its_client(
 ) -> None:
     parsers = spied(monkeypatch)
     (tmp_path / "documents.py").write_text("import sys; sys.stdin.read()")  # never answers
+    (tmp_path / "hypercorn.toml").write_text((HERE / "hypercorn.toml").read_text())
     monkeypatch.setattr(dccapi, "HERE", tmp_path)
     async with serving(max_per_client=1) as service, await service.connect() as connection:
         stream = await connection.request("POST", "/generate", body={"content": "<p>Knots</p>"})
@@ -356,6 +358,7 @@ async def test_the_embedded_engine_is_started_again_and_knows_its_childs_line(
         return await start(*arguments, **options)
 
     monkeypatch.setattr(asyncio, "create_subprocess_exec", unlucky)
+    (tmp_path / "hypercorn.toml").write_text((HERE / "hypercorn.toml").read_text())
     monkeypatch.setattr(dccapi, "HERE", tmp_path)
     async with ScriptedOpenAI() as server:
         (tmp_path / "dccapi.py").write_text(CHILD.format(url=server.base_url.removesuffix("/v1")))

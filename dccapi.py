@@ -26,6 +26,7 @@ import argparse
 import asyncio
 import base64
 import contextlib
+import ctypes
 import functools
 import hashlib
 import hmac
@@ -121,7 +122,7 @@ RESETS_AT_ONCE, RESETS_PER_SECOND = 1000, 33  # nghttp2's own limits (nghttp2_op
 MAX_PEERS = 10_000  # addresses that are remembered
 MAX_HELD = 64 * 2**20  # bytes of requests under way and of bodies that have not arrived whole
 MAX_HELD_OF_ONE = MAX_HELD // 4  # address
-REQUEST_COST = 8 * 2**10  # bytes that a request takes besides what was sent
+REQUEST_COST = 16 * 2**10  # bytes that a request takes besides what was sent
 RECEIVED_AT_ONCE = 1024  # bytes of HTTP/2 that are dealt with before other connections get their turn
 CLOSE_TIMEOUT = 2  # seconds that the closing of a connection may take
 MAX_FINISHED_BYTES = 64 * 2**20  # that they take together
@@ -3157,6 +3158,10 @@ def warn_once(text: str, minute: int) -> None:
     log.warning(text)
 
 
+def this_minute() -> int:
+    return int(time.monotonic() // 60)
+
+
 class Guard:
     """Outermost ASGI layer: reads every body within bounds, ends what nobody waits for, and marks every response."""
 
@@ -3440,9 +3445,12 @@ def _ip(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 # it                                                        noticed by                 issue     lines  test
 # dies of DATA for a stream that was answered already       siblings of a refusal      334, 365      2  data_after
 # stops reading behind ten messages that nobody reads       siblings of an upload                Guard  nobody_reads
-# lets the application run ahead of a closed window         operators: 65 MB a stream               27  run_ahead
-# visits each stream for each frame, and takes 1,000        pages with many streams                  9  priority_frames
-# takes any number of resets                                everyone, in a flood       146          16  of_resets
+# lets the application run ahead of a closed window         operators: 65 MB a stream               24  run_ahead
+# visits each stream for each frame, and takes 1,000        pages with many streams                  7  priority_frames
+# takes any number of resets, and executes what was reset   everyone, in a flood       146          47  resets, reset
+# accepts more connections than it has file descriptors     everyone, in a flood                59  file_descriptors
+# lets a head take for ever                                 operators: open files                16  never_ends
+# ends the streams of a client that says GOAWAY             clients behind some proxies          8  goaway
 # leaves a response open that the application gave up       clients that wait                       10  given_up_open
 # never ends a connection whose last stream was reset       operators: open files                    2  idle_again
 # dies of a path or method that is not ASCII                siblings of the request                  7  strange_request
@@ -3463,12 +3471,9 @@ class NoPriorities:
     insert_stream = reprioritize = block = unblock = _ignore
 
 
-STAYS_OPEN = h2.connection.H2ConnectionStateMachine._transitions | {
-    (h2.connection.ConnectionState.SERVER_OPEN, h2.connection.ConnectionInputs.RECV_GOAWAY): (
-        None,
-        h2.connection.ConnectionState.SERVER_OPEN,
-    )
-}
+OPEN, GOAWAY = h2.connection.ConnectionState.SERVER_OPEN, h2.connection.ConnectionInputs.RECV_GOAWAY
+# A client that says GOAWAY gets what it has asked for (RFC 9113 6.8); h2 takes it for the end.
+STAYS_OPEN = {**h2.connection.H2ConnectionStateMachine._transitions, (OPEN, GOAWAY): (None, OPEN)}
 
 
 class GuardedH2Protocol(H2Protocol):
@@ -3482,7 +3487,6 @@ class GuardedH2Protocol(H2Protocol):
         super().__init__(*args, **kwargs)
         self.priority: Any = NoPriorities()
         self._peer: Peer = cast(Any, self.connection_state).get("peer") or Peer("unknown")
-        # A client that says GOAWAY gets what it has asked for (RFC 9113 6.8); h2 takes it for the end.
         self._is_leaving = False
         self.connection.state_machine._transitions = STAYS_OPEN
         self.connection.clear_outbound_data_buffer = lambda: None  # type: ignore[method-assign]
@@ -3516,18 +3520,19 @@ class GuardedH2Protocol(H2Protocol):
     async def _handle_events(self, events: list[h2.events.Event]) -> None:
         reset = {event.stream_id for event in events if isinstance(event, h2.events.StreamReset)}
         for number, event in enumerate(events, 1):
-            if number % 8 == 0:
+            if number % 4 == 0:
                 await self._take_turns()
-            is_reset = isinstance(event, h2.events.StreamReset)
+            refusal = None
             if isinstance(event, h2.events.RequestReceived):
                 if event.stream_id in reset:
                     continue  # it is not executed
-                is_reset = self._peer.is_full or not _is_request(dict(event.headers))
-            if isinstance(event, h2.events.RequestReceived) and is_reset:
-                code = (
-                    h2.errors.ErrorCodes.REFUSED_STREAM if self._peer.is_full else h2.errors.ErrorCodes.PROTOCOL_ERROR
-                )
-                await self._reset(event.stream_id, code)
+                if self._peer.is_full:
+                    refusal = h2.errors.ErrorCodes.REFUSED_STREAM
+                elif not _is_request(dict(event.headers)):
+                    refusal = h2.errors.ErrorCodes.PROTOCOL_ERROR
+            is_reset = refusal is not None or isinstance(event, h2.events.StreamReset)
+            if refusal is not None:
+                await self._reset(cast(Any, event).stream_id, refusal)
             elif isinstance(event, h2.events.DataReceived) and event.stream_id not in self.streams:
                 self.connection.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
             elif isinstance(event, h2.events.ConnectionTerminated) and not event.error_code and self.streams:
@@ -3535,9 +3540,7 @@ class GuardedH2Protocol(H2Protocol):
             else:
                 await super()._handle_events([event])
             if is_reset and any(peer.too_many_resets() for peer in (self._peer, peer_of(""))):
-                warn_once(
-                    f"connections are closed: over {RESETS_AT_ONCE} streams were reset", int(time.monotonic() // 60)
-                )
+                warn_once(f"connections are closed: over {RESETS_AT_ONCE} streams were reset", this_minute())
                 self.connection.close_connection(h2.errors.ErrorCodes.ENHANCE_YOUR_CALM)
                 await self._flush()
                 await self.handle(Closed())
@@ -3643,15 +3646,12 @@ class Connection(socket.socket):
             if self in peer.connections:
                 peer.connections[self] = peer.connections.pop(self)
 
-    def leave(self) -> None:
+    def forget(self) -> None:
         for peer in self.peers:
             peer.connections.pop(self, None)
-        with contextlib.suppress(OSError):
-            self.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        for peer in self.peers:
-            peer.connections.pop(self, None)
+        self.forget()
         super().close()
 
 
@@ -3675,12 +3675,14 @@ class Listener(socket.socket):
         peer = Peer(host) if not host or _is_proxy(host, self.settings) else peer_of(host)
         for one, bound in ((peer, self.settings.max_connections_per_client), (peer_of(""), self.bound)):
             if len(one.connections) >= bound:
-                warn_once(f"{bound} connections are open: idle or new ones are closed", int(time.monotonic() // 60))
+                warn_once(f"{bound} connections are open: idle or new ones are closed", this_minute())
                 idle = next((other for other in one.connections if other.idle), None)
                 if idle is None:
                     connection.close()
                     raise ConnectionAbortedError
-                idle.leave()
+                idle.forget()
+                with contextlib.suppress(OSError):
+                    idle.shutdown(socket.SHUT_RDWR)
         connection.peers = (peer, peer_of(""))
         for one in connection.peers:
             one.connections[connection] = None
@@ -3759,7 +3761,7 @@ def listeners(sockets: Sockets, settings: Settings) -> Sockets:
 
         limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        limit = hard
+        limit = hard if hard != resource.RLIM_INFINITY else 2**20
 
     def bounded(plain: socket.socket) -> socket.socket:
         listener = Listener(fileno=plain.detach())
@@ -3770,6 +3772,15 @@ def listeners(sockets: Sockets, settings: Settings) -> Sockets:
 
     peer_of.cache_clear()
     return Sockets([*map(bounded, sockets.secure_sockets)], [*map(bounded, sockets.insecure_sockets)], [])
+
+
+async def give_memory_back() -> None:
+    """glibc keeps what a flood made it take until it is asked, which costs under a millisecond."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another libc
+        trim = ctypes.CDLL(None).malloc_trim
+        while True:
+            await asyncio.sleep(30)
+            trim(0)
 
 
 async def serve_until_drained(
@@ -3800,6 +3811,7 @@ async def serve_until_drained(
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(guard.settings.token_timeout * 1000))
     loop = asyncio.get_running_loop()
     stopping = asyncio.Event()
+    trimming = asyncio.ensure_future(give_memory_back())
     asked = asyncio.ensure_future((shutdown_trigger or asyncio.Event().wait)())
     asked.add_done_callback(lambda _: stopping.set())
     for sign in (signal.SIGTERM,) if shutdown_trigger else (signal.SIGTERM, signal.SIGINT):
@@ -3820,6 +3832,7 @@ async def serve_until_drained(
         await worker_serve(app, config, sockets=sockets, shutdown_trigger=drained)
     finally:
         asked.cancel()
+        trimming.cancel()
 
 
 def mend_hypercorn() -> None:

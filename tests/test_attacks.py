@@ -1,0 +1,301 @@
+"""Clients that want the service down, over real connections."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from h2.errors import ErrorCodes
+from hpack import Encoder
+
+import dccapi
+from service import COURSE, HERE, SLOW, commands, events_of, serving, token
+from testkit import H2Client, Script, ScriptedOllama, Server, eventually, free_port, rss_kib, status_line, trusting_tls
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
+
+
+def frame(kind: int, stream: int, payload: bytes = b"", flags: int = 0) -> bytes:
+    return len(payload).to_bytes(3) + bytes([kind, flags]) + stream.to_bytes(4) + payload
+
+
+def requests_and_resets(count: int, path: str = "/livez") -> tuple[list[bytes], list[bytes]]:
+    encoder = Encoder()
+    head = [(":method", "GET"), (":scheme", "http"), (":authority", "localhost"), (":path", path)]
+    streams = range(1, 2 * count, 2)
+    return (
+        [frame(1, stream, encoder.encode(head), 5) for stream in streams],
+        [frame(3, stream, b"\0\0\0\x08") for stream in streams],
+    )
+
+
+@contextlib.asynccontextmanager
+async def process(limit: str = "", command: str = "python dccapi.py", **env: str) -> AsyncIterator[tuple[Server, int]]:
+    """The service as a process, on a scripted engine that takes for ever, and its port."""
+    port = free_port()
+    line = [sys.executable, *commands(port)[command]]
+    async with ScriptedOllama() as ollama:
+        ollama.script = lambda body, index: SLOW
+        url = f"http://127.0.0.1:{port}/livez"
+        shell = ["-c", f'{limit or ":"}; exec "$@"', "sh", *line]
+        async with Server(shell, {"OLLAMA_URL": ollama.url, **env}, url, HERE, "/bin/sh") as server:
+            yield server, port
+
+
+# --- Resets ---
+
+
+async def test_the_allowance_of_resets_is_that_of_the_address() -> None:
+    async with serving() as service:
+        async with await service.connect() as first:
+            for _ in range(950):
+                first.reset(await first.request("GET", "/livez"))
+            assert (await first.response(await first.request("GET", "/livez"))).status == 200
+        async with await service.connect() as second, await service.connect() as sibling:
+            with contextlib.suppress(ConnectionError):
+                for _ in range(200):
+                    second.reset(await second.request("GET", "/livez"))
+            await asyncio.wait_for(second.closed.wait(), 2)
+            assert second.goaway
+            assert second.goaway.error_code == ErrorCodes.ENHANCE_YOUR_CALM
+            assert (await sibling.response(await sibling.request("GET", "/livez"))).status == 200
+
+
+async def test_a_request_that_is_reset_before_it_starts_is_not_executed(monkeypatch: pytest.MonkeyPatch) -> None:
+    executed = []
+    admit = dccapi.Admission.__call__
+
+    async def counted(self: dccapi.Admission, scope: Any, receive: Any, send: Any) -> None:
+        executed.append(scope.get("path"))
+        await admit(self, scope, receive, send)
+
+    monkeypatch.setattr(dccapi.Admission, "__call__", counted)
+    async with serving() as service:
+        heads, resets = requests_and_resets(200, "/generate/stream?content=knots")
+        reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
+        executed.clear()
+        writer.write(PREFACE + b"".join(one for pair in zip(heads, resets, strict=True) for one in pair))
+        writer.write(frame(6, 0, b"12345678"))
+        await asyncio.wait_for(reader.readuntil(b"12345678"), 5)
+        await service.idle()
+        writer.close()
+    assert len(executed) <= 10, "only where a request and its reset were torn apart"
+
+
+async def test_streams_that_the_server_has_to_reset_count_too() -> None:
+    strange = [(":method", "GET"), (":scheme", "http"), (":authority", "x"), (":path", "/caf\u00e9")]
+    encoder = Encoder()
+    async with serving() as service:
+        reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
+        writer.write(PREFACE + b"".join(frame(1, 2 * number + 1, encoder.encode(strange), 5) for number in range(1500)))
+        answer = await asyncio.wait_for(reader.read(-1), 10)
+        assert answer.endswith(ErrorCodes.ENHANCE_YOUR_CALM.to_bytes(4))
+        writer.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("torn", [False, True], ids=["each reset at once", "all reset at the end"])
+async def test_fifty_connections_of_990_resets_leave_the_others_quick(torn: bool) -> None:
+    async with process() as (server, port):
+        heads, resets = requests_and_resets(990, "/generate/stream?content=knots")
+        flood = PREFACE + b"".join(
+            heads + resets if torn else [x for pair in zip(heads, resets, strict=True) for x in pair]
+        )
+
+        async def attack() -> None:
+            with contextlib.suppress(OSError, TimeoutError):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(flood)
+                try:
+                    async with asyncio.timeout(8):  # one whose resets were all allowed stays open
+                        while await reader.read(2**16):
+                            pass
+                finally:
+                    writer.transport.abort()
+
+        before, slowest = rss_kib(server.pid), 0.0
+        attacks = asyncio.gather(*(attack() for _ in range(50)))
+        while not attacks.done():
+            started = time.monotonic()
+            assert " 200" in await status_line(f"http://127.0.0.1:{port}/livez")
+            slowest = max(slowest, time.monotonic() - started)
+        growth = rss_kib(server.pid) - before
+        print(f"50 x 990: /livez at most {slowest * 1000:.0f} ms, {growth} KiB more")
+        assert slowest < 0.5
+        assert growth < 128 * 1024
+
+
+# --- Connections ---
+
+
+@pytest.mark.parametrize("env", [{"MAX_CONNECTIONS_PER_CLIENT": "100000"}, {"MAX_CONNECTIONS_PER_CLIENT": "20"}])
+async def test_more_silent_connections_than_file_descriptors_leave_livez_alone(env: dict[str, str]) -> None:
+    async with process("ulimit -n 128", **env) as (server, port), contextlib.AsyncExitStack() as stack:
+        silent = []
+        for number in range(300):
+            silent.append(stack.enter_context(socket.create_connection(("127.0.0.1", port))))
+            if number % 20 == 0:
+                assert " 200" in await asyncio.wait_for(status_line(f"http://127.0.0.1:{port}/livez"), 2)
+        held = len(os.listdir(f"/proc/{server.pid}/fd"))
+        assert held < (115 if env["MAX_CONNECTIONS_PER_CLIENT"] == "100000" else 60)
+        told = [line for line in server.log if "connections are open" in line]
+        assert 1 <= len(told) <= 2
+        assert not [line for line in server.log if "Traceback" in line]
+
+
+async def test_the_soft_limit_of_file_descriptors_is_raised_at_the_start() -> None:
+    async with process("ulimit -S -n 64") as (server, _):
+        assert len(set(resource.prlimit(server.pid, resource.RLIMIT_NOFILE))) == 1
+
+
+async def test_behind_a_trusted_proxy_the_bound_on_connections_is_not_the_proxys() -> None:
+    for proxies, left in (("127.0.0.1", 9), ("", 3)):
+        async with serving(max_connections_per_client=3, trusted_proxies=proxies) as service:
+            opened = [await asyncio.open_connection("127.0.0.1", service.port) for _ in range(9)]
+            await eventually(lambda: len(dccapi.PromptTCPServer.connections) == left, what="the bound")  # noqa: B023
+            for _, writer in opened:
+                writer.transport.abort()
+
+
+# --- Heads ---
+
+
+@pytest.mark.parametrize("tls", [False, True])
+@pytest.mark.parametrize(
+    "beginning",
+    [
+        b"",
+        b"GET /livez HTTP/1.1\r\nx: ",
+        b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\nGET /livez HTTP/1.1\r\nx: ",
+        PREFACE,
+        PREFACE + frame(1, 1, b"\x82", 1),
+    ],
+    ids=["silence", "no end", "no end of the second", "a preface", "no END_HEADERS"],
+)
+async def test_a_head_that_never_ends_ends_its_connection(beginning: bytes, tls: bool) -> None:
+    context = trusting_tls() if tls else None
+    if context and beginning.startswith(b"PRI"):
+        context.set_alpn_protocols(["h2"])
+    async with serving(head_timeout=0.5, tls=tls) as service:
+        reader, writer = await asyncio.open_connection("127.0.0.1", service.port, ssl=context)
+        started = time.monotonic()
+        writer.write(beginning)
+        dribble = asyncio.create_task(drip(writer)) if beginning.endswith(b"x: ") else None
+        with contextlib.suppress(OSError):
+            while await asyncio.wait_for(reader.read(2**16), 3):
+                pass
+        assert 0.3 < time.monotonic() - started < 2
+        if dribble:
+            dribble.cancel()
+        writer.transport.abort()
+
+
+async def drip(writer: asyncio.StreamWriter) -> None:
+    while True:
+        writer.write(b"x")
+        await asyncio.sleep(0.05)
+
+
+async def test_a_client_that_is_silent_in_tls_is_let_go() -> None:
+    async with serving(head_timeout=0.5, tls=True) as service:
+        reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
+        assert await asyncio.wait_for(reader.read(), 2) == b""
+        writer.close()
+
+
+async def test_an_idle_keep_alive_and_an_open_stream_outlast_the_timeout_of_heads() -> None:
+    async with serving(head_timeout=0.3, script=SLOW) as service, await service.connect() as connection:
+        stream = await connection.request("POST", "/generate/stream", body=COURSE)
+        reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
+        for _ in range(2):
+            writer.write(b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert b" 200 " in await reader.readuntil(b"alive")
+            until = time.monotonic() + 0.8
+            while time.monotonic() < until:
+                await token(connection, stream)
+        writer.close()
+
+
+# --- What is held ---
+
+
+async def test_requests_that_arrive_in_part_are_held_within_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dccapi, "MAX_HELD_OF_ONE", 200_000)
+    async with serving() as service, await service.connect() as connection:
+        post = [("content-type", "application/json"), ("x-padding", "x" * 2000)]
+        streams = [await connection.request("POST", "/generate", post, end_stream=False) for _ in range(8)]
+        for stream in streams:
+            await connection.send_data(stream, b"x" * 16_000)
+        refused = [stream for stream in streams if connection._streams[stream].status or stream == streams[-1]]
+        assert (await connection.response(refused[0])).json()["error_code"] == "queue_full"
+        for _ in range(60):
+            await connection.request("POST", "/generate", post, end_stream=False)
+        await eventually(
+            lambda: any(one.reset_code == ErrorCodes.REFUSED_STREAM for one in connection._streams.values())
+        )
+        for stream in list(connection._streams):
+            if stream:
+                connection.reset(stream)
+        assert (await connection.response(await connection.request("POST", "/generate", body=COURSE))).status == 200
+
+
+# --- GOAWAY ---
+
+
+async def test_the_streams_of_a_client_that_says_goaway_finish() -> None:
+    async with serving(script=Script(delay=0.01)) as service, await service.connect() as connection:
+        stream = await connection.request("POST", "/generate/stream", body=COURSE)
+        await connection.send_raw(frame(7, 0, b"\0" * 8) + frame(8, 0, b"\0\0\1\0"))
+        assert (await events_of(connection, stream))[-1]["data"]["type"] == "final"
+        await asyncio.wait_for(connection.closed.wait(), 2)
+
+
+async def test_goaway_with_an_error_ends_the_streams() -> None:
+    async with serving(script=SLOW) as service, await service.connect() as connection:
+        await token(connection, await connection.request("POST", "/generate/stream", body=COURSE))
+        await connection.send_raw(frame(7, 0, b"\0" * 7 + b"\2"))
+        await service.idle()
+
+
+# --- The hypercorn command, and Ctrl-C ---
+
+
+async def test_two_worker_processes_are_refused_in_words() -> None:
+    line = ["-m", "hypercorn", "--workers", "2", "--bind", f"127.0.0.1:{free_port()}", "dccapi:app"]
+    async with Server(line, {}, None, HERE) as server:
+        await server.wait()  # with 0, by Hypercorn
+        assert "one worker process only" in server.tail()
+
+
+@pytest.mark.slow
+async def test_without_its_configuration_a_stream_outlasts_a_thousand_requests() -> None:
+    async with process(command="hypercorn dccapi:app") as (_, port), await H2Client.connect("127.0.0.1", port) as one:
+        stream = await one.request("POST", "/generate/stream", body=COURSE)
+        for _ in range(1100):
+            assert (await one.response(await one.request("GET", "/livez"))).status == 200
+        await token(one, stream)
+
+
+@pytest.mark.parametrize("command", ["python dccapi.py", "hypercorn dccapi:app"])
+async def test_the_second_ctrl_c_ends_it_at_once(command: str) -> None:
+    async with (
+        process(command=command, DRAIN_TIMEOUT="30") as (server, port),
+        await H2Client.connect("127.0.0.1", port) as one,
+    ):
+        stream = await one.request("POST", "/generate/stream", body=COURSE)
+        await token(one, stream)
+        os.killpg(server.pid, signal.SIGINT)
+        await asyncio.sleep(1.2)  # one Ctrl-C may arrive twice
+        await token(one, stream)
+        os.killpg(server.pid, signal.SIGINT)
+        await server.wait(3)

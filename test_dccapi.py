@@ -33,6 +33,7 @@ from service import (
     HERE,
     ISSUER,
     MARKER,
+    PAGE,
     PYTHONS,
     SLOW,
     Service,
@@ -74,7 +75,7 @@ __all__ = ["judge"]  # the fixture
 
 
 def test_the_configuration_that_is_shipped_is_one_that_hypercorn_knows() -> None:
-    assert dccapi.load_config(str(HERE / "hypercorn.toml")).workers == 1
+    assert dccapi.Config.from_toml(HERE / "hypercorn.toml").workers == 1
 
 
 async def test_h2c_by_prior_knowledge_and_by_upgrade_and_http1_for_a_post() -> None:
@@ -107,7 +108,7 @@ async def test_tls_speaks_h2_by_alpn_and_http1_otherwise() -> None:
 
 def test_only_tested_pythons_and_one_worker_process_are_allowed() -> None:
     assert 'requires-python = ">=3.11,<3.14"' in (HERE / "pyproject.toml").read_text()
-    config = dccapi.load_config(str(HERE / "hypercorn.toml"))
+    config = dccapi.Config.from_toml(HERE / "hypercorn.toml")
     assert config.workers == 1
     assert config.keep_alive_timeout >= 75
 
@@ -120,7 +121,7 @@ DEFAULTS = {
     "enable_multiplexing": True, "max_per_client": 16, "connection_pool_size": 10, "keepalive_timeout": 30,
     "num_ctx": 6144, "keep_alive": "30m", "connect_timeout": 5, "first_token_timeout": 120, "token_timeout": 30,
     "generation_timeout": 300, "body_timeout": 10, "max_body_bytes": 262144, "resume_grace": 10, "result_ttl": 300,
-    "drain_timeout": 30, "heartbeat": 15, "allowed_origins": "*", "log_level": "INFO", "log_format": "text",
+    "drain_timeout": 30, "heartbeat": 15, "allowed_origins": "", "log_level": "INFO", "log_format": "text",
     "model": "phi4badges", "workers": 4, "keys": {},
 }  # fmt: skip
 VARIABLES: dict[str, tuple[str, Any]] = {  # each with a value other than its default, and what that reads as
@@ -285,7 +286,7 @@ async def test_multiplexing_off_means_one_generation_at_a_time() -> None:
 
 
 async def test_an_error_is_readable_to_pages_of_the_allowed_origins_alone() -> None:
-    async with serving(allowed_origins="https://app.example, https://b.example") as service:
+    async with serving(allowed_origins=f"{PAGE}, https://b.example") as service:
         problem_in(await ask(service, {}), 422, "invalid_request")
         async with await service.connect() as connection:
             stream = await connection.request("POST", "/generate", [("origin", "https://evil.example")], {})
@@ -886,7 +887,9 @@ OPEN = {"/", "/demo", "/docs", "/openapi.json", "/livez", "/readyz"}
 @pytest.mark.parametrize("prefix", ["", "/api/v1"])
 async def test_with_keys_on_only_the_pages_and_the_probes_answer_without_one(prefix: str) -> None:
     async with serving(api_keys="lms:s3cret") as service:
-        generation = service.queue.submit(dccapi.build_prompt(dccapi.GenerateRequest(**COURSE), "", {}), "lms", "r1")
+        generation = service.queue.submit(
+            dccapi.build_prompt(dccapi.GenerateRequest(**COURSE), COURSE["content"], "", {}), "lms", "r1"
+        )
         document = (await ask(service, None, f"{prefix}/openapi.json", "GET")).json()
         for route, method in [(route, method) for route, item in document["paths"].items() for method in item]:
             path = prefix + route.replace("{id}", generation.id)
@@ -974,7 +977,7 @@ async def test_another_method_is_a_405_that_says_which_are_allowed(method: str, 
 @BOTH_VIEWS
 async def test_a_body_that_does_not_arrive_is_a_408(path: str) -> None:
     async with serving(body_timeout=0.1) as service, await service.connect() as connection:
-        headers = [JSON, ("origin", "https://app.example")]
+        headers = [JSON, ("origin", PAGE)]
         stream = await connection.request("POST", path, headers, b'{"content": ', end_stream=False)
         problem_in(await connection.response(stream), 408, "body_timeout")
 
@@ -1123,12 +1126,12 @@ async def test_a_service_that_is_being_stopped_answers_503(path: str) -> None:
 async def test_an_unforeseen_fault_shows_the_client_nothing_of_the_inside(caplog: pytest.LogCaptureFixture) -> None:
     async with serving() as service, client(service) as http:
         service.queue.submit = None  # type: ignore
-        answer = await http.post("/generate", json=COURSE, headers={"origin": "https://example.org"})
+        answer = await http.post("/generate", json=COURSE, headers={"origin": PAGE})
         assert answer.status_code == 500
         assert answer.json()["error_code"] == "internal_error"
         assert "Traceback" not in answer.text
         assert "NoneType" not in answer.text
-        assert answer.headers["access-control-allow-origin"] == "*"
+        assert answer.headers["access-control-allow-origin"] == PAGE
 
 
 # --- 3.5 Health ---

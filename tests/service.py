@@ -20,6 +20,7 @@ from typing import Any
 import httpx
 import hypercorn.asyncio
 import pytest
+import trustme
 from hypothesis import settings as hypothesis_settings
 
 import dccapi
@@ -39,6 +40,7 @@ HERE = Path(__file__).resolve().parents[1]  # the checkout
 COURSE = {"content": "Knots for climbers: figure eight, clove hitch, prusik. Practical exam on the wall."}
 COURSES = [json.loads(line) for line in (HERE / "examples" / "courses.jsonl").read_text("utf-8").splitlines()]
 MODEL = HERE / "model" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+PAGE = "http://[::1]:3000"  # the origin of a page that may ask
 SLOW = Script(pieces=badge_pieces() * 40, delay=0.02)
 
 
@@ -77,14 +79,15 @@ async def serving(
         )
         listening = socket.create_server(("127.0.0.1", 0), backlog=1024)
         port = listening.getsockname()[1]
-        config = dccapi.load_config(str(HERE / "hypercorn.toml"))
+        config = dccapi.Config.from_toml(HERE / "hypercorn.toml")
         config.bind = [f"fd://{listening.detach()}"]
         config.errorlog = None
         if tls:
             config.certfile, config.keyfile = certificate()
         stop = asyncio.Event()
         server = asyncio.create_task(hypercorn.asyncio.serve(app, config, shutdown_trigger=stop.wait))
-        await eventually(lambda: app.queue in dccapi.RUNNING or server.done(), what="the start")
+        # Hypercorn's last step of a start.
+        await eventually(lambda: server.done() or any("raise_shutdown" in repr(task) for task in asyncio.all_tasks()))
         try:
             yield Service(port, engine, app.queue)
         finally:
@@ -93,9 +96,14 @@ async def serving(
 
 
 def certificate() -> tuple[str, str]:
-    directory = HERE / "certs"
-    dccapi.make_certificate(directory)
-    return str(directory / "cert.pem"), str(directory / "key.pem")
+    """A certificate for localhost and its key, in certs/ as `make certs` puts them there."""
+    paths = HERE / "certs" / "cert.pem", HERE / "certs" / "key.pem"
+    if not all(path.exists() for path in paths):
+        paths[0].parent.mkdir(exist_ok=True)
+        issued = trustme.CA().issue_cert("localhost", "127.0.0.1", "::1")
+        paths[0].write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
+        paths[1].write_bytes(issued.private_key_pem.bytes())
+    return str(paths[0]), str(paths[1])
 
 
 def client(service: Service, **options: Any) -> httpx.AsyncClient:
@@ -120,7 +128,7 @@ async def ask(
 ) -> testkit.Response:
     """One request of a page at another origin, over a connection of its own, and the whole response."""
     async with await service.connect() as connection:
-        stream = await connection.request(method, path, [("origin", "https://app.example"), *headers], body)
+        stream = await connection.request(method, path, [("origin", PAGE), *headers], body)
         return await connection.response(stream, timeout=10)
 
 
@@ -142,7 +150,7 @@ def problem_in(response: testkit.Response, status: int, code: str) -> dict[str, 
     assert all(isinstance(problem[name], str) and problem[name] for name in ("type", "title", "detail"))
     assert problem["request_id"] == response.headers["x-request-id"]
     assert datetime.fromisoformat(problem["timestamp"]).tzinfo
-    assert response.headers["access-control-allow-origin"] in ("*", "https://app.example")
+    assert response.headers["access-control-allow-origin"] in ("*", PAGE)
     assert "access-control-allow-credentials" not in response.headers
     assert not [word for word in NEVER_SHOWN if word in response.body.decode() + str(response.headers)]
     if status in (429, 503):

@@ -301,6 +301,14 @@ def test_the_image_has_neither_compiler_nor_pip_cache_nor_root(images: dict[str,
         assert found == {"uid": 10001, "groups": [10001], "caches": [], "compilers": []}
 
 
+def test_the_image_with_the_model_carries_the_licences_of_model_and_engine(images: dict[str, str]) -> None:
+    look = "import pathlib; print(*(path.read_text() for path in pathlib.Path('model').glob('LICENSE.*')))"
+    command = ["podman", "run", "--rm", "--entrypoint", "/opt/venv/bin/python3", f"localhost/dccapi-demo:{TAG}"]
+    said = subprocess.check_output([*command, "-c", look], env=images, text=True)
+    assert "Apache License" in said
+    assert "The ggml authors" in said
+
+
 def test_the_image_says_what_it_is_and_runs_without_a_shell(images: dict[str, str]) -> None:
     command = ["podman", "image", "inspect", f"localhost/dccapi:{TAG}"]
     image = json.loads(subprocess.check_output(command, env=images))[0]

@@ -1,4 +1,4 @@
-"""Pure functions between a course and a badge: the prompt, the text of a course, the badge in what a model wrote."""
+"""Pure functions between a course and a badge: the prompt, and the badge in what a model wrote."""
 
 from __future__ import annotations
 
@@ -58,59 +58,9 @@ async def test_content_cannot_close_its_delimiter(attack: str) -> None:
 )
 def test_a_prompt_is_built_in_linear_time(content: str) -> None:
     began = time.perf_counter()
-    prompt = dccapi.build_prompt(dccapi.GenerateRequest(content=content), "s", {})
+    prompt = dccapi.build_prompt(dccapi.GenerateRequest(content=content), content, "s", {})
     assert time.perf_counter() - began < 2  # 0.02 s here; the quadratic way takes minutes
     assert prompt.user.count("</course>") == 1
-
-
-# --- The course ---
-
-
-def test_a_course_costs_its_text_and_not_its_markup() -> None:
-    word_html = """<html xmlns:o="urn:x"><head><style>p.MsoNormal {margin:0}</style></head><body>
-        <p class=MsoNormal style='mso-x:1'>Knots&nbsp;<o:p></o:p><b>for</b> climbers</p><script>x()</script>
-        <table><tr><td>Week 1</td><td>Figure eight</td></tr></table></body></html>"""
-    assert dccapi.plain_text(word_html).split() == [
-        "Knots",
-        "for",
-        "climbers",
-        "Week",
-        "1",
-        "|",
-        "Figure",
-        "eight",
-        "|",
-    ]
-    table = "| a | b |\n|---|---|\n| 1 | [two](https://example.org) |"
-    markdown = f"---\nsite: sand::paper\ntitle: Climbing\n---\n\n# Knots \U0001f9d7\n\n{table}\n\n**Bold**"
-    told = "Climbing Knots 🧗 a | b | 1 | two | Bold"
-    assert dccapi.plain_text(markdown).split() == told.split()
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "C# and C++: 2 * 3 < 7, a_b_c",
-        "プログラミング入門",
-        "Web basics: the <script> tag. Week 2: databases, List<String>, a<b and c>d",
-        "<Introduction to Python> In this course…",
-        "#include <vector>",
-        "1914. The war begins.\n\n1918. It ends.",
-        "=== Objectives\nfoo\n--- Assessment\nbar",
-        "![only a picture](x.png)",
-    ],
-)
-def test_what_is_no_markup_stays(content: str) -> None:
-    assert dccapi.plain_text(content) == content
-
-
-def test_no_course_of_several_is_lost() -> None:
-    assert dccapi.plain_text("---\nCourse 1: Welding.\n---\nCourse 2: Plumbing.\n").split()[:3:2] == [
-        "Course",
-        "Welding.",
-    ]
-    page = "<html><body><nav>Home</nav><form id=f><h1>Welding</h1><details><summary>Week 1</summary>Loops</details>"
-    assert dccapi.plain_text(page + "</form></body></html>").split() == ["Home", "Welding", "Week", "1", "Loops"]
 
 
 # --- The badge ---

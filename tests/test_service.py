@@ -6,8 +6,11 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import signal
 import socket
+import ssl
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -50,6 +53,42 @@ async def test_the_process_ends_with_a_message_for_an_unknown_key_of_its_file(co
     async with Server(COMMANDS[command](free_port(), config), {}, None, HERE) as server:
         assert (await server.wait() > 0) == (command == "python")  # as above
     assert "keep_alive_timout" in server.tail()
+
+
+def test_another_hypercorn_than_the_tested_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dccapi, "version", lambda package: "0.19.0")
+    with pytest.raises(SystemExit, match=r"needs Hypercorn 0\.18\.0.* not 0\.19\.0"):
+        dccapi.mend_hypercorn()
+
+
+@pytest.mark.parametrize(("target", "tests_too"), [("run", False), ("demo", False), ("test", True)])
+def test_only_the_tests_install_test_tools(target: str, tests_too: bool, tmp_path: Path) -> None:
+    for name in ("Makefile", "requirements.lock", "requirements-dev.lock"):
+        shutil.copy(HERE / name, tmp_path)
+    would_do = subprocess.check_output(["make", "--dry-run", target], cwd=tmp_path, text=True)
+    assert "-r requirements.lock" in would_do
+    assert ("-r requirements-dev.lock" in would_do) == tests_too
+
+
+def test_a_certificate_is_made_once_and_never_over_a_persons_own(tmp_path: Path) -> None:
+    def make() -> subprocess.CompletedProcess[str]:
+        command = [HERE / "tools" / "certs.sh", sys.executable, tmp_path / "certs"]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    certificate, key = tmp_path / "certs" / "cert.pem", tmp_path / "certs" / "key.pem"
+    assert make().returncode == 0
+    assert sorted((tmp_path / "certs").iterdir()) == [certificate, key]
+    ssl.create_default_context().load_cert_chain(certificate, key)
+    assert key.stat().st_mode & 0o777 == 0o600
+    made = certificate.read_bytes(), key.read_bytes()
+    assert make().returncode == 0
+    assert (certificate.read_bytes(), key.read_bytes()) == made
+    key.unlink()
+    refused = make()
+    assert refused.returncode == 1
+    assert "holds only one of cert.pem and key.pem" in refused.stderr
+    assert list((tmp_path / "certs").iterdir()) == [certificate]
+    assert certificate.read_bytes() == made[0]
 
 
 async def test_a_port_that_is_taken_is_named_in_one_sentence() -> None:
@@ -172,7 +211,7 @@ async def test_a_python_that_drops_docstrings_keeps_the_sentences_of_the_errors(
 def test_the_version_is_the_same_wherever_it_stands() -> None:
     project = tomllib.loads((HERE / "pyproject.toml").read_text("utf-8"))
     assert project["project"]["dynamic"] == ["version"]
-    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "dccapi.__version__"}
+    assert "build-system" not in project  # no package, so nothing else has a version
     label = f'org.opencontainers.image.version="{dccapi.__version__}"'
     assert label in (HERE / "Containerfile").read_text("utf-8")
     released = re.findall(r"(?m)^## \[(\d.*?)\] - \d{4}-\d\d-\d\d$", (HERE / "CHANGELOG.md").read_text("utf-8"))

@@ -19,7 +19,7 @@ from pydantic.json_schema import models_json_schema
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import dccapi
-from dccapi import Answer, CredentialRequest, GenerateRequest, OpenBadgeCredential, RegenerateRequest
+from dccapi import Answer, GenerateRequest, RegenerateRequest
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is answered
@@ -97,7 +97,7 @@ class FinalEvent(BaseModel):
 
     type: Literal["final"]
     content: dccapi.Badge
-    achievement: dccapi.Achievement
+    achievement: dict[str, Any]
     model: str
     usage: dccapi.TokenUsage
     finish_reason: Literal["stop", "length"]
@@ -169,9 +169,9 @@ class Samples(RootModel[str]):
     """Prometheus' text format."""
 
 
-# Schemas of requests say what is taken, those of answers what is given.
-ASKED = (GenerateRequest, RegenerateRequest, CredentialRequest)
-ANSWERED = (Answer, Accepted, GenerationState, OpenBadgeCredential, Health, Status, Problem, Event, *EVENTS)
+# Schemas of requests say what is taken, those of answers what is given. Those of credentials stand in a file.
+ASKED = (GenerateRequest, RegenerateRequest)
+ANSWERED = (Answer, Accepted, GenerationState, Health, Status, Problem, Event, *EVENTS)
 PAGES = (Links, Document, Page, Samples)
 MEDIA_TYPES = {"Event": "text/event-stream", "Page": "text/html", "Samples": "text/plain"}  # else JSON
 
@@ -282,13 +282,13 @@ def answered() -> Examples:
     """Examples of answers, by schema and name; what is random or of today is fixed."""
     answer = Answer(
         response=BADGE,
-        achievement=dccapi.build_achievement(BADGE).model_copy(update={"id": URN}),
+        achievement=dccapi.build_achievement(BADGE) | {"id": URN},
         model="phi4badges",
         usage=dccapi.TokenUsage(prompt_tokens=540, completion_tokens=96, total_tokens=636),
         finish_reason="stop",
         request_id=REQUEST_ID,
     )
-    credential = dccapi.build_credential(CredentialRequest.model_validate(AWARD)) | {"id": URN}
+    credential = dccapi.build_credential(AWARD) | {"id": URN}
     credential["credentialSubject"]["achievement"]["id"] = URN
     accepted = dccapi.accepted(generation([]))
     waiting = {**accepted, "position": 3, "result": None, "error": None}
@@ -387,6 +387,8 @@ def component_schemas() -> dict[str, Any]:
         describe_content(schemas[name])
     for file in sorted(dccapi.OPENAPI.parent.glob("*.schema.json")):
         schemas |= definitions_of(file, schemas.keys())
+    for name in ("Answer", "FinalEvent"):
+        schemas[name]["properties"]["achievement"] = reference("Achievement")
     return schemas
 
 
@@ -457,7 +459,7 @@ def operation(one: Operation, schemas: dict[str, Any], examples: Examples) -> di
 
 
 def responses(one: Operation, schemas: dict[str, Any], examples: Examples) -> dict[str, Any]:
-    problems = ["414", *one.problems.split()]
+    problems = ["403", "414", *one.problems.split()]
     problems += ["400", "408", "413", "415", "422"] if one.body else []
     problems += ["404"] if "{id}" in one.path else []
     problems += ["401"] if one.path not in dccapi.OPEN_PATHS else []

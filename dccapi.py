@@ -669,7 +669,6 @@ LONGEST_LAYOUT = 256  # characters between two texts of a badge that are kept as
 AT_ONCE = 4096  # characters
 MAX_READ = 2**19  # characters of the objects of one text that are read in search of a badge: they may lie in each other
 NOT_PROSE = re.compile(r"[\W_]*+(?:json)?+[\W_]*+", re.I)  # before an object: nothing, or the fence of a code block
-PLAIN = re.compile(r'[^"\\\x00-\x1f\x7f-\x9f\ud800-\udfff]*[^\s"\\\x00-\x1f\x7f-\x9f\ud800-\udfff] ?').fullmatch
 BULLET = re.compile(r"\A\s*(?:[-*•]\s+)?")
 STRING_RUN = re.compile(r'[^"\\]+')
 ESCAPE = re.compile(r'\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|["\\/bfnrt]|[^u])')
@@ -1009,13 +1008,18 @@ class Draft:
 
     def feed(self, piece: str) -> str:
         """What this piece of the model's text adds to the JSON of the badge."""
+        if (
+            (reader := self._reader) is not None
+            and reader.plain  # and there is nothing to decode, to trim or to end in the piece
+            and piece.isprintable()
+            and not ('"' in piece or "\\" in piece or piece[-1:] in " ")
+        ):
+            self._raw.append(piece)
+            reader.said.append(piece)
+            return "" if self._silent else piece
         if len(piece) > AT_ONCE:
             return "".join(self.feed(piece[at : at + AT_ONCE]) for at in range(0, len(piece), AT_ONCE))
         self._raw.append(piece)
-        reader = self._reader
-        if reader is not None and reader.plain and PLAIN(piece):
-            reader.said.append(piece)
-            return "" if self._silent else piece
         rendered = ""
         while True:
             if self._reader is None:

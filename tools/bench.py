@@ -536,6 +536,29 @@ async def start_up(start: Callable[[], AbstractAsyncContextManager[Peer]]) -> fl
     return min(times)
 
 
+def draft_cost(pieces: Sequence[str]) -> float:
+    """Microseconds that the badge's reader takes for a token; the best of 20 runs."""
+    sys.path.insert(0, str(HERE))
+    from dccapi import Draft
+
+    times = []
+    for _ in range(20):
+        draft, began = Draft(), time.perf_counter()
+        for text in pieces:
+            draft.feed(text)
+        draft.finish(cut=False)
+        times.append(time.perf_counter() - began)
+    return min(times) / len(pieces) * 1e6
+
+
+def mixed_pieces() -> list[str]:
+    """A badge with what a Markdown list has besides words, in pieces as tokenizers make them."""
+    text = "Learners tie, dress and check the knots on which climbers rely, on ropes of 9.5 mm. "
+    item = "- Ties a figure eight, a clove hitch and a prusik unaided, and inspects a partner's knots.\n"
+    badge = {"badge_name": "Knots", "badge_description": text * 5, "criteria": {"narrative": item * 30}}
+    return re.findall(r" ?\w+| ?.", json.dumps(badge, ensure_ascii=False))
+
+
 class Table:
     """The figures, each told as soon as it is known."""
 
@@ -603,6 +626,13 @@ async def measure(options: argparse.Namespace) -> Table:
             four = streams == 4
             table.add(f"{streams} streams flat out", "events/s", rates, "plain", bar=">= 3" if four else "")
             table.add(f"{streams} streams flat out", "CPU s/1,000 events", costs, "plain", bar="< 0.33" if four else "")
+            if four:
+                plain_pieces = [piece(number, 1024, " knots") for number in range(1024)]
+                for name, pieces in (("plain words", plain_pieces), ("a realistic mix", mixed_pieces())):
+                    cost = draft_cost(pieces)
+                    share = cost * rates["dccapi"] / 1e4
+                    figure = f"… of which the badge's reader, {name} (judged: % of the time of an event)"
+                    table.add(figure, "µs/event", {"dccapi": cost}, judged=share, bar="< 5")
 
         # At the length's end: how the cost of an event grows, and how many bytes the text so far takes.
         by_length = {

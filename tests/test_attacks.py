@@ -19,7 +19,19 @@ from hpack import Encoder
 
 import dccapi
 from service import COURSE, HERE, SLOW, commands, events_of, serving, token
-from testkit import H2Client, Script, ScriptedOllama, Server, eventually, free_port, rss_kib, status_line, trusting_tls
+from testkit import (
+    H2Client,
+    Script,
+    ScriptedOllama,
+    Server,
+    badge_json,
+    eventually,
+    free_port,
+    rss_kib,
+    split,
+    status_line,
+    trusting_tls,
+)
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
 
@@ -214,7 +226,8 @@ async def test_a_client_that_is_silent_in_tls_is_let_go() -> None:
 
 
 async def test_an_idle_keep_alive_and_an_open_stream_outlast_the_timeout_of_heads() -> None:
-    async with serving(head_timeout=0.3, script=SLOW) as service, await service.connect() as connection:
+    script = Script(pieces=split(badge_json(narrative="Ties knots. " * 200)), delay=0.02)
+    async with serving(head_timeout=0.3, script=script) as service, await service.connect() as connection:
         stream = await connection.request("POST", "/generate/stream", body=COURSE)
         reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
         for _ in range(2):

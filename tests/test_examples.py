@@ -641,8 +641,8 @@ async def executed(block: Locator) -> tuple[str, str]:
 @pytest.mark.parametrize("prefix", ["", "/api/v1"])
 async def test_the_documentation_shows_every_route_and_asks_no_other_host(prefix: str) -> None:
     async with serving() as service:
-        host = f"http://badges.example:{service.port}"
-        async with visiting(f"{host}{prefix}/docs", "MAP badges.example 127.0.0.1") as visit:
+        host = f"http://badges.localhost:{service.port}"
+        async with visiting(f"{host}{prefix}/docs", "MAP badges.localhost 127.0.0.1") as visit:
             page = visit.page
             await page.locator(".opblock").nth(len(ROUTES) - 1).wait_for()
             shown = {

@@ -392,13 +392,26 @@ def component_schemas() -> dict[str, Any]:
     return schemas
 
 
+# Readers of OpenAPI unfold what refers to itself until they give up: these stay closed. The service checks them.
+CLOSED: dict[str, Any] = {
+    "Node": {"description": "What the contexts define everywhere, and names that are URIs."},
+    "Anything": {"description": "What JSON-LD keeps."},
+    "Reference": {"description": "URIs, or objects."},
+    "ParentOrg": {"type": "object", "description": "A Profile."},
+    "EndorsementCredential": {"type": "object", "description": "An Open Badges 3.0 EndorsementCredential."},
+}
+
+
 def definitions_of(file: Path, taken: Container[str]) -> dict[str, Any]:
     """The `$defs` of a JSON schema that the service validates with; a name that is taken gets the file's in front."""
     text = file.read_text("utf-8")
     prefix = re.sub(r"\W", "_", file.name.removesuffix(".schema.json"))
     names = {name: f"{prefix}_{name}" if name in taken else name for name in json.loads(text)["$defs"]}
     text = re.sub(r'"#/\$defs/(\w+)"', lambda found: json.dumps(reference(names[found[1]])["$ref"]), text)
-    return {names[name]: schema for name, schema in json.loads(text)["$defs"].items()}
+    schemas = {names[name]: CLOSED.get(name, schema) for name, schema in json.loads(text)["$defs"].items()}
+    for schema in schemas.values():  # without `Node`, nothing is known to be one name too many
+        schema.pop("unevaluatedProperties", None)
+    return schemas
 
 
 def describe_options(schema: dict[str, Any]) -> None:

@@ -392,35 +392,26 @@ def component_schemas() -> dict[str, Any]:
     return schemas
 
 
-# Schemas that lead back to themselves: Swagger UI follows each reference and would not come to an end.
-ENDLESS = ("Node", "Anything", "Reference", "EndorsementCredential")
-
-
-def without_endless(schema: Any) -> Any:
-    """A schema without its references to those, and so with room for the terms that they allow."""
-    if isinstance(schema, list):
-        return [without_endless(one) for one in schema]
-    if not isinstance(schema, dict):
-        return schema
-    shown = {name: without_endless(part) for name, part in schema.items() if name != "parentOrg"}
-    if str(schema.get("$ref")).rpartition("/")[2] in ENDLESS:
-        del shown["$ref"]
-    shown.pop("unevaluatedProperties", None)
-    return shown
+# Readers of OpenAPI unfold what refers to itself until they give up: these stay closed. The service checks them.
+CLOSED: dict[str, Any] = {
+    "Node": {"description": "What the contexts define everywhere, and names that are URIs."},
+    "Anything": {"description": "What JSON-LD keeps."},
+    "Reference": {"description": "URIs, or objects."},
+    "ParentOrg": {"type": "object", "description": "A Profile."},
+    "EndorsementCredential": {"type": "object", "description": "An Open Badges 3.0 EndorsementCredential."},
+}
 
 
 def definitions_of(file: Path, taken: Container[str]) -> dict[str, Any]:
     """The `$defs` of a JSON schema that the service validates with; a name that is taken gets the file's in front."""
     text = file.read_text("utf-8")
     prefix = re.sub(r"\W", "_", file.name.removesuffix(".schema.json"))
-    shown = [name for name in json.loads(text)["$defs"] if name not in ENDLESS]
-    names = {name: f"{prefix}_{name}" if name in taken else name for name in shown}
-    definitions = without_endless(json.loads(text)["$defs"])
-    text = json.dumps({names[name]: definitions[name] for name in shown}, ensure_ascii=False)
-    return cast(
-        dict[str, Any],
-        json.loads(re.sub(r'"#/\$defs/(\w+)"', lambda found: json.dumps(reference(names[found[1]])["$ref"]), text)),
-    )
+    names = {name: f"{prefix}_{name}" if name in taken else name for name in json.loads(text)["$defs"]}
+    text = re.sub(r'"#/\$defs/(\w+)"', lambda found: json.dumps(reference(names[found[1]])["$ref"]), text)
+    schemas = {names[name]: CLOSED.get(name, schema) for name, schema in json.loads(text)["$defs"].items()}
+    for schema in schemas.values():  # without `Node`, nothing is known to be one name too many
+        schema.pop("unevaluatedProperties", None)
+    return schemas
 
 
 def describe_options(schema: dict[str, Any]) -> None:

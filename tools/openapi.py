@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, Field, RootModel
 from pydantic.json_schema import models_json_schema

@@ -136,7 +136,12 @@ async def run(arguments):
     ) as client:
         numbers = range(1, arguments.drafts + 1)
         drafts = [draft(client, name, number, request) for name, request in courses for number in numbers]
-        return 0 if all(await asyncio.gather(*drafts)) else 1
+        # With return_exceptions, Ctrl-C leaves this only after every draft has cancelled its generation.
+        outcomes = await asyncio.gather(*drafts, return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+        return 0 if all(outcomes) else 1
 
 
 def main():

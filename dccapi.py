@@ -2310,7 +2310,8 @@ class HttpEngine:
     def _refusal(self, status: int, message: str, prompt: Prompt, retry_after: str | None) -> ApiError:
         if status in (502, 504):  # by a balancer that has no engine to ask
             return EngineUnreachable()
-        if TOO_LONG.search(message):
+        # A server that died repeats the last line of its log, which may tell of another prompt (Ollama 0.32).
+        if TOO_LONG.search(message) and "terminated" not in message:
             limit, tokens, answer = (_figure(pattern, message) for pattern in FIGURES.values())
             if limit and (tokens or limit) + (answer or 0) >= limit:
                 self.context = limit

@@ -133,6 +133,10 @@ FAILURES = {  # what goes wrong: the script and settings, the status and error_c
     "the connection drops after the last token": (Script(drop_after=len(badge_pieces())), {}, 502, "engine_error"),
     "an error record comes in mid-stream": (
         Script(error_line="llama runner process has terminated: exit status 2 at 127.0.0.1"), {}, 502, "engine_error"),
+    "the runner dies and repeats what it said of another prompt": (
+        Script(error_line="llama-server process has terminated: signal: killed: srv send_error: task id = 1022, error: "
+               "request (7163 tokens) exceeds the available context size (6144 tokens), try increasing it"),
+        {}, 502, "engine_error"),
     "an error record is all that comes": (Script(pieces=[], error_line="s3cret"), {}, 502, "engine_error"),
     "the stream ends without its closing record": (Script(end_without_done=True), {}, 502, "engine_error"),
     "thirty equal tokens end the stream": (Script(pieces=["0"] * 30, end_without_done=True), {}, 502, "engine_error"),

@@ -106,9 +106,7 @@ HERE = Path(__file__).resolve().parent
 log = logging.getLogger("dccapi")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Settings -------------------------------------------------------------------------------------------------------
 
 MAX_FINISHED = 256  # finished generations that are remembered (contract 3.6)
 PARSERS = 4  # processes at most, of about 40 MB each; they are started when they are needed
@@ -291,9 +289,7 @@ def load_settings() -> Settings:
         raise SystemExit("dccapi: invalid setting: " + "; ".join(faults)) from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Errors
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Errors ---------------------------------------------------------------------------------------------------------
 
 
 class ApiError(Exception):
@@ -394,9 +390,7 @@ def invalid_fields(messages: Mapping[tuple[str | int, ...], str]) -> InvalidRequ
     return InvalidRequest(errors=[{"loc": [*loc], "msg": msg, "type": "value_error"} for loc, msg in messages.items()])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The request
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The request ----------------------------------------------------------------------------------------------------
 
 CHOICES = {
     "badge_style": ("Professional", "Academic", "Industry", "Technical", "Creative"),
@@ -525,9 +519,7 @@ def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Prompt and badge: pure functions
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Prompt and badge: pure functions -------------------------------------------------------------------------------
 
 # Types and `required` only: `pattern` and `maxLength` break or slow llama.cpp's grammars (ollama 8325, 18226).
 BADGE_SCHEMA: dict[str, Any] = {
@@ -665,7 +657,6 @@ THOUGHTS_END = re.compile(rf"(?i){_CLOSES}")
 UNMARKED = re.compile(r"[\w ,.;:!?'\"()/%+-]*", re.ASCII)
 MARK = re.compile(rf"(?i)(?P<closes>{_CLOSES})|(?P<opens>{_OPENS})|(?P<object>\{{\s*(?:\"|\Z))")
 LONGEST_MARK = 64
-LONGEST_LAYOUT = 256  # characters between two texts of a badge that are kept as they were written
 AT_ONCE = 4096  # characters
 MAX_READ = 2**19  # characters of the objects of one text that are read in search of a badge: they may lie in each other
 NOT_PROSE = re.compile(r"[\W_]*+(?:json)?+[\W_]*+", re.I)  # before an object: nothing, or the fence of a code block
@@ -677,257 +668,161 @@ NOT_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 TAG_KEYS = ("tags", "tag", "skills")
 
 
-class BrokenBadge(Exception):
-    """What is read is not the JSON of a badge."""
-
-
-def _after(beginning: str, text: str) -> str:
-    """What follows the beginning of a text that is the same apart from white space; "" where it begins otherwise."""
-    count = len("".join(beginning.split()))
-    begins = re.match(rf"(?:\s*\S){{{count}}}", text)
-    return text[begins.end() :] if begins and "".join(begins[0].split()) == "".join(beginning.split()) else ""
-
-
 def _says_nothing(text: str) -> bool:
     return re.sub(r"[\W_]+", "", text).casefold() in PLACEHOLDERS
 
 
-class BadgeReader:
-    """Reads one JSON object of a model and renders the badge in it, piece by piece. Sans I/O.
+class BrokenBadge(Exception):
+    """What is read is not the JSON of a badge."""
 
-    What `feed` and `finish` return is, put together, the JSON of the badge in the shape of the answer: only its
-    fields, in the order and layout in which they were written, after those that are `kept`; texts are trimmed, and a
-    text given as a list of sentences or items becomes a paragraph or a Markdown list. An institution that neither the
-    name nor the description mentions is appended to the description: small models forget it.
+
+class BadgeReader:
+    """Reads one JSON object of a model and writes the JSON of the badge in it, piece by piece. Sans I/O.
+
+    What `feed` returns is, put together, the badge in the shape of the answer: the fields that are `kept`, then those
+    that the model writes, in its order. Texts are trimmed; a list of sentences becomes a paragraph, a list of items a
+    Markdown list. An institution that neither name nor description mentions is appended to the description: small
+    models forget it. Superfluous and missing commas, other fields and objects around the badge do not matter.
     """
 
     def __init__(self, kept: Mapping[str, Any] = {}, institution: str = "") -> None:
-        self.fields: dict[str, list[str]] = {}  # text in pieces
+        self.fields: dict[str, list[str]] = {}  # texts in pieces
         self.tags: list[str] = []
         self.rest = ""  # what followed the object
         self.done = self.broken = False
-        self._kept, self._institution = kept, institution
+        self.plain = False  # whether the next piece continues a text, and may be taken as it is
+        self.closing = ""  # what ends the text that is being written
+        self.said: list[str] = []  # the pieces of that text
+        self.kept, self._institution = kept, institution
         self._text, self._at = "", 0  # what was fed, and how far it is read
-        self._mark = 0  # how far it is rendered
-        self._ahead = ""  # what was rendered of the structure before the next text, without its white space
-        self._ended = False
-        self._out: list[str] = []
-        self.said: list[str] = []  # of the text that is being read
-        self._blank = ""  # white space after it, which counts once more text follows
-        self._writing = False  # whether a text is being rendered
-        self._closing = ""  # what would close the field that is being rendered
-        self.plain = False  # whether the next piece may be taken as it is
+        self._ended = self._cut = False
+        self._out = [orjson.dumps(dict(kept)).decode()[:-1]]
         self._run = self._object()
 
     def feed(self, piece: str) -> str:
-        if self._at - self._mark > LONGEST_LAYOUT:  # not the structure of a badge
-            self._mark = self._at
-        self._text = self._text[self._mark :] + piece
-        self._at, self._mark = self._at - self._mark, 0
+        self._text, self._at = self._text[self._at :] + piece, 0
         try:
             next(self._run)
-            self._go_ahead()
         except StopIteration:
-            self.done, self.rest = True, self._text[self._at :]
-        except BrokenBadge:
-            self.rest = self._text[self._at :]
-            self.done = not (self._writing or self.missing())  # what follows the last field does not matter
+            self.done = True
+        except BrokenBadge:  # what follows the last field does not matter
+            self.done = not self.missing() and (self._cut or not self.closing)
             self.broken = not self.done
-            if self.done:
-                self._out.append(self._closing + "}")
+        if self.done and not self.missing():
+            self._out.append(self.closing + "}")
+        if self.done or self.broken:
+            self.rest = self._text[self._at :]
         rendered = "".join(self._out)
         self._out.clear()
         return rendered
 
     def finish(self, cut: bool) -> str:
-        """Close what the model left open. A text that is not closed is one only where a token limit `cut` it."""
-        if self.done or self.broken:
-            return ""
-        self._ended = True
-        rendered = self.feed("")
-        if self._writing and cut and not self.missing():
-            self.done, rendered = True, rendered + self._closing + "}"
-        return rendered
+        """Close what the model left open. A text that is not closed counts only where a token limit `cut` it."""
+        self._ended, self._cut = True, cut
+        return "" if self.done or self.broken else self.feed("")
 
     def badge(self) -> Badge:
         """Raises InvalidModelOutput for an object that is no badge, with placeholders for example."""
-        if not self.done:
-            raise InvalidModelOutput
         texts = {name: "".join(pieces) for name, pieces in self.fields.items()}
-        if any(map(_says_nothing, texts.values())) or re.search(r"[\n\t]", texts.get("badge_name", "")):
+        if (
+            not self.done
+            or any(map(_says_nothing, texts.values()))
+            or re.search(r"[\n\t]", texts.get("badge_name", ""))
+        ):
             raise InvalidModelOutput
         criteria = {"criteria": {"narrative": texts["criteria"]}} if "criteria" in texts else {}
         try:
-            badge = Badge.model_validate({**self._kept, **texts, **criteria})
+            badge = Badge.model_validate({**self.kept, **texts, **criteria})
         except ValidationError:  # a field is missing, or the name is too long
             raise InvalidModelOutput from None
         badge._tags = tuple(self.tags)
         return badge
 
-    # -- the object, as a generator that yields wherever it needs more text
+    def missing(self) -> list[str]:
+        return [name for name in Badge.model_fields if name not in self.fields and name not in self.kept]
+
+    # -- the object, read by generators that yield wherever they need more text
 
     def _object(self) -> Iterator[None]:
         yield from self._expect("{")
-        while (yield from self._peek()) == "{" and not self.fields:
-            self._at += 1  # some models open it twice
-        if self._kept:
-            self._out.append(orjson.dumps(self._kept).decode()[:-1])
-            self._mark = self._at
-        depth = 0
-        while (mark := (yield from self._peek())) != "}" or depth:
-            if mark == "}":
-                self._at, depth = self._at + 1, depth - 1
-                self._mark = self._at
+        depth, in_criteria = 1, False
+        while depth:
+            mark = yield from self._peek()
+            if mark in "{}":  # some models open it twice
+                self._at += 1
+                depth, in_criteria = depth - (mark == "}"), False
                 continue
             key = yield from self._string()
             yield from self._expect(":")
             first = yield from self._peek()
-            if key in self.fields or key in self._kept:
-                yield from self._skip()
-            elif key in ("badge_name", "badge_description"):
-                yield from self._rendered(key, first, f'"{key}": ', '"')
-            elif key == "criteria":
-                yield from self._criteria(first)
-            elif key in TAG_KEYS and first == "[":
-                yield from self._skip(self.tags)
-            elif first == "{" and not self.fields:
-                self._at, depth = self._at + 1, depth + 1  # the badge may be in there
+            name = "criteria" if in_criteria and key == "narrative" else "" if in_criteria else key
+            if first == "{" and not in_criteria and (key == "criteria" or not self.fields):  # the badge may be in there
+                self._at += 1
+                depth, in_criteria = depth + 1, key == "criteria"
+            elif name in self.missing():
+                yield from self._field(name, first)
             else:
-                yield from self._skip()
-        self._at += 1
-        if not self.missing():
-            self._emit("}")
+                yield from self._skip(self.tags if name in TAG_KEYS and first == "[" else [])
 
-    def _criteria(self, first: str) -> Iterator[None]:
-        if first != "{":
-            yield from self._rendered("criteria", first, '"criteria": {"narrative": ', '"}')
-            self._out.append(self._closing)
-            self._closing = ""
-            return
-        self._at += 1
-        while (yield from self._peek()) != "}":
-            key = yield from self._string()
-            yield from self._expect(":")
-            first = yield from self._peek()
-            if key == "narrative" and "criteria" not in self.fields:
-                yield from self._rendered("criteria", first, '"criteria": {"narrative": ', '"}')
-            else:
-                yield from self._skip()
-        self._at += 1
-        if "criteria" in self.fields:
-            self._emit("}")
-        self._closing = ""
-
-    def _rendered(self, name: str, first: str, opening: str, closing: str) -> Iterator[None]:
+    def _field(self, name: str, first: str) -> Iterator[None]:
         """A text, or a list of texts, of the badge."""
         if first not in '"[' or (first == "[" and name == "badge_name"):
             raise BrokenBadge
-        self._emit((", " if self.fields or self._kept else "{") + opening)
-        self._out.append('"')
-        self._closing, self._writing = closing, True
+        opening, self.closing = ('{"narrative": "', '"}') if name == "criteria" else ('"', '"')
+        self._out.append((", " if self.fields or self.kept else "") + f'"{name}": {opening}')
         self.fields[name] = self.said = []
         if first == '"':
-            yield from self._string(render=True)
+            yield from self._string(write=True)
         else:
             self._at += 1
             while (yield from self._peek()) == '"':
-                last = self.said[-1][-1] if self.said else ""
-                item = ("\n- " if last else "- ") if name == "criteria" else " " if last.strip() else ""
-                yield from self._string(render=True, item=item)
+                item = ("\n- " if self.said else "- ") if name == "criteria" else " " if self.said else ""
+                yield from self._string(write=True, item=item)
             yield from self._expect("]")
         if name == "badge_description" and not (_says_nothing("".join(self.said)) or self._names_institution()):
-            self._render(f" ({self._institution})")
-        self._closing, self._writing = closing[1:], False
-        self._out.append('"')
-        self._mark = self._at
-
-    def _emit(self, structure: str) -> None:
-        """What stands between the texts: as the model laid it out, if that is the same apart from white space."""
-        written, self._mark = self._text[self._mark : self._at], self._at
-        wanted = "".join(structure.split())
-        if not wanted.startswith(self._ahead):
-            written = self._begun() + structure.lstrip("{, ")
-        elif self._ahead + "".join(written.split()) != wanted:
-            written = _after(self._ahead, structure)
-        self._ahead = ""
-        self._out.append(written)
-
-    def _go_ahead(self) -> None:
-        """Render the structure as far as it has come, where a field of the badge can follow."""
-        if self._writing or not (written := self._text[self._mark :]):
-            return
-        ahead = self._ahead + "".join(written.split())
-        key = written.rpartition('"')[2] if ahead.count('"') % 2 else ""
-        if key == "".join(key.split()) and any(one.startswith(ahead) for one in self._wanted()):
-            self._out.append(written)
-            self._mark, self._ahead = self._at, ahead
-
-    def _wanted(self) -> list[str]:
-        """What can follow, without white space."""
-        before = "," if self.fields or self._kept else "{"
-        narrative = {"criteria": '{"narrative":'}
-        fields = [f'{before}"{name}":{narrative.get(name, "")}' for name in self.missing()]
-        return ["}"] if self._closing or not fields else fields
-
-    def missing(self) -> list[str]:
-        return [name for name in BADGE_SCHEMA["properties"] if name not in self.fields and name not in self._kept]
-
-    def _begun(self) -> str:
-        """Ends a field that was begun and is not next, as an empty one: of two with one name the last counts."""
-        field = next(field for field in self._wanted() if field.startswith(self._ahead))
-        return _after(self._ahead, field) + '""' + "}" * field.count("{", 1) + ", "
-
-    def replaced_by(self, rendered: str) -> str:
-        """What follows what was told of a badge that came to nothing, so that it is the JSON of another one."""
-        return (self._closing + ", " if self._closing else self._begun()) + rendered[1:]
+            self._write(f" ({self._institution})")
+        self._out.append(self.closing)
+        self.closing = ""
 
     def _names_institution(self) -> bool:
         if not self._institution:
             return True
         name = rf"(?<!\w){re.escape(self._institution.casefold())}(?!\w)"  # MIT is not in "submit"
-        texts = "".join(self.fields.get("badge_name", [])), "".join(self.fields["badge_description"])
-        kept = str(self._kept.get("badge_name", ""))
-        return re.search(name, " ".join((kept, *texts)).casefold()) is not None
+        written = [*self.fields.get("badge_name", []), " ", *self.fields["badge_description"]]
+        return re.search(name, f"{self.kept.get('badge_name')} {''.join(written)}".casefold()) is not None
 
-    def _render(self, text: str) -> None:
+    def _write(self, text: str) -> None:
         if NOT_TEXT.search(text):
             raise BrokenBadge
-        self._mark = self._at
-        if text:
-            self.said.append(text)
-            self._out.append(orjson.dumps(text)[1:-1].decode())
+        self.said.append(text)
+        self._out.append(orjson.dumps(text)[1:-1].decode())
 
-    def _string(self, render: bool = False, item: str | None = None) -> Generator[None, None, str]:
-        """A string and its closing quote: rendered, trimmed, as it comes, or returned when it is whole.
+    def _string(self, write: bool = False, item: str | None = None) -> Generator[None, None, str]:
+        """A string and its closing quote: written, trimmed, as it comes, or returned when it is whole.
 
-        An `item` of a list is rendered after that text, and without a bullet of the model's own.
+        The text of a list's `item` is written behind that, and without a bullet of the model's own.
         """
         yield from self._expect('"')
         parts: list[str] = []
-        begun, said = False, ""
-        self._blank = ""
+        begun, blank = False, ""  # white space counts once more text follows
         while True:
-            if self._at == len(self._text):
-                if said and self._blank == " ":  # between two words, as far as can be seen
-                    self._render(" ")
-                    self._blank = ""
-                self.plain, said = begun and not self._blank, ""
-                yield from self._more()
-                self.plain = False
-            if self._text[self._at] == '"':
+            self.plain = begun and not blank
+            mark = yield from self._more()
+            self.plain = False
+            if mark == '"':
                 self._at += 1
                 return "".join(parts)
             part = yield from self._characters()
-            if not render:
+            if not write:
                 parts.append(part)
                 continue
-            part = self._blank + part
+            part = blank + part
             if not begun:
                 part = part.lstrip() if item is None else BULLET.sub("", part)
             said = "" if item is not None and not begun and part in "-*•" else part.rstrip()
-            self._blank = part[len(said) :][:MAX_BLANK_RUN]
+            blank = part[len(said) :][:MAX_BLANK_RUN]
             if said:
-                self._render(("" if begun else item or "") + said.replace("\r\n", "\n"))
+                self._write(("" if begun else item or "") + said.replace("\r\n", "\n"))
                 begun = True
 
     def _characters(self) -> Generator[None, None, str]:
@@ -946,15 +841,14 @@ class BadgeReader:
         except ValueError:  # half a surrogate pair, or a backslash that escapes nothing
             return chr(int(escape[0][2:], 16)) if escape[0][1] == "u" else escape[0]
 
-    def _skip(self, strings: list[str] | None = None) -> Iterator[None]:
-        """A value of any kind, and the strings of it that is a list. Its brackets are counted, not matched."""
+    def _skip(self, strings: list[str]) -> Iterator[None]:
+        """A value of any kind; the strings of a list are collected. Brackets are counted, not matched."""
         depth = 0
         while True:
             mark = yield from self._peek()
-            self._mark = self._at
             if mark == '"':
                 text = yield from self._string()
-                if depth == 1 and strings is not None:
+                if depth == 1:
                     strings.append(NOT_TEXT.sub("", text))
             elif mark in "]}" and depth == 0:
                 return  # of the object around it
@@ -964,7 +858,6 @@ class BadgeReader:
                 if mark not in "[]{}":
                     while (yield from self._more()) not in ',:[]{}"' and not self._text[self._at].isspace():
                         self._at += 1
-            self._mark = self._at
             if depth == 0:
                 return
 
@@ -974,12 +867,13 @@ class BadgeReader:
         self._at += 1
 
     def _peek(self) -> Generator[None, None, str]:
-        """The next character that is neither white space nor a comma; models leave commas out and put in too many."""
+        """The next character that is neither white space nor a comma."""
         while (yield from self._more()) in ", \n\t\r":
             self._at += 1
         return self._text[self._at]
 
     def _more(self) -> Generator[None, None, str]:
+        """The next character."""
         while self._at == len(self._text):
             if self._ended:
                 raise BrokenBadge
@@ -990,30 +884,26 @@ class BadgeReader:
 class Draft:
     """The badge in what a model writes, whatever stands around it: prose, fences, thoughts. Sans I/O.
 
-    An object that comes first, or right after the thoughts, is rendered as it is written. One that stands behind prose
+    An object that comes first, or right after the thoughts, is told as it is written. One that stands behind prose
     may be an idea within thoughts whose opening mark is missing (DeepSeek-R1's template writes that mark itself), so it
-    is rendered at the end. The badge is the last whole one that stands after the thoughts.
+    is told at the end. The badge is the last whole one that stands after the thoughts.
     """
 
     def __init__(self, kept: Mapping[str, Any] = {}, institution: str = "") -> None:
         self.badge: Badge | None = None  # once it is finished
+        self.written: BadgeReader | None = None  # a whole badge that was told as it was written
         self._new_reader = partial(BadgeReader, kept, institution)
         self._raw: list[str] = []
         self._outside = ""  # of any object: what may be the beginning of a mark
         self._reader: BadgeReader | None = None
-        self._told: BadgeReader | None = None  # the one that was rendered as it was written
-        self.written: BadgeReader | None = None  # the same, once it is whole
+        self._told: BadgeReader | None = None  # the one that was told as it was written
         self._in_thoughts = self._after_thoughts = self._prose = False
         self._silent = False  # whether what is read may be an idea, or stands behind the badge
 
     def feed(self, piece: str) -> str:
         """What this piece of the model's text adds to the JSON of the badge."""
-        if (
-            (reader := self._reader) is not None
-            and reader.plain  # and there is nothing to decode, to trim or to end in the piece
-            and piece.isprintable()
-            and not ('"' in piece or "\\" in piece or piece[-1:] in " ")
-        ):
+        reader = self._reader
+        if reader is not None and reader.plain and _is_plain(piece):
             self._raw.append(piece)
             reader.said.append(piece)
             return "" if self._silent else piece
@@ -1025,16 +915,15 @@ class Draft:
             if self._reader is None:
                 piece = self._seek(piece)
             if (reader := self._reader) is None:
-                break
+                return rendered
             text = reader.feed(piece)
-            if text and not self._silent:
+            if not self._silent:
                 self._told, rendered = reader, rendered + text
             if not (reader.done or reader.broken):
-                break
+                return rendered
             piece, self._reader = reader.rest, None
             if reader.done and reader.fields and not self._silent:
                 self.written = reader
-        return rendered
 
     def _seek(self, piece: str) -> str:
         """Look for an object; the text from its beginning."""
@@ -1059,7 +948,7 @@ class Draft:
     def finish(self, cut: bool) -> str:
         """The last of the badge's JSON. Raises InvalidModelOutput; `cut` says that a token limit ended the text."""
         rendered, told = "", self._told
-        closed = told is not None and told.done and not told.missing()
+        was_whole = told is not None and told.done and not told.missing()
         if self._reader is not None and not self._silent:
             rendered = self._reader.finish(cut)
             self.written = self._reader
@@ -1068,9 +957,10 @@ class Draft:
                 self.badge = self.written.badge()
                 return rendered
         self.badge, rendered = self._last_whole("".join(self._raw), cut)
-        if told is None:
-            return rendered
-        return "" if closed else told.replaced_by(rendered)
+        if told is None or was_whole:
+            return "" if was_whole else rendered
+        # Of fields that stand twice in an object the last counts.
+        return told.closing + (", " if told.fields or told.kept else "") + rendered[1:]
 
     def _last_whole(self, text: str, cut: bool) -> tuple[Badge, str]:
         """The last whole badge after the thoughts, and its JSON. Raises InvalidModelOutput."""
@@ -1100,6 +990,11 @@ class Draft:
         return found
 
 
+def _is_plain(piece: str) -> bool:
+    """Whether there is nothing to decode, to trim or to end in a piece of a text."""
+    return piece.isprintable() and not ('"' in piece or "\\" in piece or piece[-1:] in " ")
+
+
 def parse_badge(text: str, *, cut: bool = False, kept: Mapping[str, Any] = {}) -> Badge:
     """The badge in a whole text of a model. Raises InvalidModelOutput; nothing is made up."""
     draft = Draft(kept)
@@ -1117,9 +1012,7 @@ def partial_badge(rendered: str) -> dict[str, Any]:
     return {name: text for name, text in badge.items() if text != {}}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Open Badges 3.0: pure functions
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Open Badges 3.0: pure functions --------------------------------------------------------------------------------
 
 VC_CONTEXT = "https://www.w3.org/ns/credentials/v2"
 OB_CONTEXT = "https://purl.imsglobal.org/spec/ob/v3p0/context-3.0.3.json"
@@ -1257,9 +1150,7 @@ def build_credential(request: dict[str, Any]) -> dict[str, Any]:
     return credential
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Events: pure functions
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Events: pure functions -----------------------------------------------------------------------------------------
 
 
 def sse(data: dict[str, Any] | bytes, *, id: str = "", event: str = "") -> bytes:
@@ -1269,9 +1160,7 @@ def sse(data: dict[str, Any] | bytes, *, id: str = "", event: str = "") -> bytes
     return b"%bdata: %b\n\n" % (head.encode(), payload)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Course text: parsers in processes of their own
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Course text: parsers in processes of their own -----------------------------------------------------------------
 
 
 class Parsers:
@@ -1331,9 +1220,7 @@ async def _killed(process: asyncio.subprocess.Process) -> None:
     await process.wait()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Generations
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Generations ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -1444,40 +1331,28 @@ def conclude(generation: Generation, draft: Draft, usage: Usage, settings: Setti
 class Call:
     """One engine call: its times, and the deadlines that follow from them. Times are the event loop's.
 
-    A CPU reads prompts one after another or in turns, and writes next to nothing meanwhile. So the time that the
-    engine may spend on other prompts of ours does not count: each prompt that is read beside this one adds
-    FIRST_TOKEN_TIMEOUT, and while this one is written no time counts in which another is read.
+    A CPU reads prompts one after another or in turns, and writes next to nothing meanwhile. So each prompt that is read
+    beside this one adds FIRST_TOKEN_TIMEOUT, and while one is read no silence counts.
     """
 
     generation: Generation
     started: float
-    begun: asyncio.Future[None]  # done at the first sign of life: a token, or a thought
-    begun_at: float = 0.0
-    last: float = 0.0  # the last sign of life
+    begun: float = 0.0  # the first sign of life: a token, or a thought
+    last: float = 0.0  # the last one
     first_token: float = 0.0
     beside: int = 0  # prompts of ours that the engine had to read at the same time
-    reading_before: float = 0.0  # seconds that the engine had read prompts when this one was begun
 
     def lives(self, now: float) -> None:
+        self.begun = self.begun or now
         self.last = now
-        if not self.begun_at:
-            self.begun_at = now
-            self.begun.set_result(None)
 
-    def deadline(self, settings: Settings, read_until: float, reading: float) -> tuple[float, str]:
-        """The time of the next deadline, and the setting that it comes from.
-
-        `read_until` is when the engine had last read another prompt, and `reading` for how many seconds it ever did.
-        """
-        beside, first = min(self.beside, settings.workers - 1), settings.first_token_timeout
-        end = self.started + settings.generation_timeout
-        if not self.begun_at:
-            wait = first * (1 + beside)
-            return min((self.started + wait, "FIRST_TOKEN_TIMEOUT"), (end + first * beside, "GENERATION_TIMEOUT"))
-        excused = (self.begun_at - self.started) * beside / (1 + beside)
-        excused += min(reading - self.reading_before, first * settings.workers)  # or a stuck engine is never given up
-        silence = max(self.last, read_until) + settings.token_timeout
-        return min((silence, "TOKEN_TIMEOUT"), (end + excused, "GENERATION_TIMEOUT"))
+    def deadline(self, settings: Settings, read_until: float) -> tuple[float, str]:
+        """The next deadline, and the setting that it comes from. `read_until`: when another prompt was last read."""
+        allowance = settings.first_token_timeout * min(self.beside, settings.workers - 1)
+        end = self.started + settings.generation_timeout + allowance, "GENERATION_TIMEOUT"
+        if not self.begun:
+            return min((self.started + settings.first_token_timeout + allowance, "FIRST_TOKEN_TIMEOUT"), end)
+        return min((max(self.last, read_until) + settings.token_timeout, "TOKEN_TIMEOUT"), end)
 
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 300, 600)
@@ -1554,7 +1429,7 @@ class GenerationQueue:
     def __init__(self, settings: Settings, engine: Engine) -> None:
         self.settings = settings
         self.engine = engine
-        self.running: set[Generation] = set()
+        self.running: dict[Generation, Call] = {}
         self.draining = False
         self._waiting: dict[Generation, None] = {}  # in order; a client that leaves is taken out of the middle
         self._preparing: Counting[str] = Counting()  # requests whose course is parsed, by client
@@ -1563,9 +1438,7 @@ class GenerationQueue:
         self._finished: OrderedDict[Generation, asyncio.TimerHandle] = OrderedDict()
         self._keys: dict[tuple[str, str], tuple[bytes, Generation]] = {}
         self._service_time = 0.0
-        self._reading: set[Call] = set()  # calls whose prompt the engine has yet to read
-        self._read_until = 0.0  # when it had last read one
-        self._read_seconds = 0.0  # for how long it ever read; less the time of its beginning while it reads
+        self._read_until = 0.0  # when the engine had read the last prompt of an ended call
         self._telling: asyncio.TimerHandle | None = None
         self.metrics = Metrics(
             settings,
@@ -1648,8 +1521,7 @@ class GenerationQueue:
         generation = Generation(prompt, client, request_id)
         self._known[generation.id] = generation
         self._waiting[generation] = None
-        self._renumber()
-        generation.queued_position = generation.position
+        generation.position = generation.queued_position = self._position(len(self._waiting))
         self._arrived.set()
         return generation
 
@@ -1723,20 +1595,19 @@ class GenerationQueue:
         return round(position * (self._service_time or SERVICE_TIME) / self.settings.workers, 1)
 
     def _renumber(self) -> None:
-        idle = self.settings.workers - len(self.running)
-        for number, generation in enumerate(self._waiting, 1):
-            position = max(0, number - idle)
-            generation.position = position
-        if len(self._waiting) <= 64:
-            self._tell_positions()
-        elif self._telling is None:  # each is a write: a thousand are told twice a second
-            delay = len(self._waiting) / 2000
-            self._telling = asyncio.get_running_loop().call_later(delay, self._tell_positions)
+        """Tell the waiting their positions; a thousand of them twice a second, since each is a write."""
+        if self._telling is None:
+            self._telling = asyncio.get_running_loop().call_later(len(self._waiting) / 2000, self._tell_positions)
 
     def _tell_positions(self) -> None:
         self._telling = None
-        for generation in self._waiting:
+        for number, generation in enumerate(self._waiting, 1):
+            generation.position = self._position(number)
             generation.wake()
+
+    def _position(self, number: int) -> int:
+        """Of the one that is this far in the queue: idle workers take the first at once."""
+        return max(0, number - (self.settings.workers - len(self.running)))
 
     # -- work
 
@@ -1753,8 +1624,10 @@ class GenerationQueue:
     async def _run(self, generation: Generation) -> None:
         del self._waiting[generation]
         generation.state, generation.position = "running", 0
-        self.running.add(generation)
-        call = Call(generation, self._loop.time(), self._loop.create_future())
+        call = Call(generation, self._loop.time(), beside=sum(not other.begun for other in self.running.values()))
+        for other in self.running.values():
+            other.beside += not other.begun
+        self.running[generation] = call
         generation.task = asyncio.create_task(self._generate(call), name=f"call {generation.id[:8]}")
         try:
             generation.wake()
@@ -1765,40 +1638,22 @@ class GenerationQueue:
             raise
         finally:
             generation.task.cancel()
-            self.running.discard(generation)
+            del self.running[generation]
+            self._read_until = max(self._read_until, call.begun or self._loop.time())
             self._finish(generation, _outcome(generation, generation.task), call)
             self._renumber()
 
     async def _supervise(self, call: Call, task: asyncio.Task[Answer]) -> None:
         """Wait for the end of a call, and end it when a deadline passes. Tokens set no timer: they are too many."""
-        for other in self._reading:
-            other.beside += 1
-        call.beside = len(self._reading)
-        self._read_seconds -= 0 if self._reading else call.started
-        self._reading.add(call)
-        try:
-            while not task.done():
-                now = self._loop.time()
-                reading = self._read_seconds + (now if self._reading else 0)
-                due, name = call.deadline(self.settings, now if self._reading - {call} else self._read_until, reading)
-                if due <= now:
-                    self.end(call.generation, self._late(name))
-                    due = math.inf
-                waits: set[asyncio.Future[Any]] = {task} if call.begun_at else {task, call.begun}
-                await asyncio.wait(
-                    waits, timeout=None if due == math.inf else due - now, return_when=asyncio.FIRST_COMPLETED
-                )
-                if call.begun_at:
-                    self._has_read(call)
-        finally:
-            self._has_read(call)
-
-    def _has_read(self, call: Call) -> None:
-        if call in self._reading:
-            self._reading.discard(call)
-            self._read_until = now = self._loop.time()
-            call.reading_before = self._read_seconds + now
-            self._read_seconds += 0 if self._reading else now
+        while not task.done():
+            now = self._loop.time()
+            others = [other.begun or now for other in self.running.values() if other is not call]
+            due, name = call.deadline(self.settings, max([self._read_until, *others]))
+            if due <= now:
+                self.end(call.generation, self._late(name))
+                await asyncio.wait({task})
+            # After the first token the next deadline may be earlier, but not earlier than this.
+            await asyncio.wait({task}, timeout=min(due - now, self.settings.token_timeout))
 
     def _late(self, name: str) -> EngineTimeout:
         hint = {
@@ -1911,9 +1766,7 @@ def described(error: BaseException) -> str:
     return f"{type(error).__name__}, raised at\n{''.join(traceback.format_tb(error.__traceback__))}".rstrip()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Views of a generation
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Views of a generation ------------------------------------------------------------------------------------------
 
 
 class EventEncoder:
@@ -2065,9 +1918,7 @@ async def finished(queue: GenerationQueue, generation: Generation) -> Answer:
     return outcome
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Engines
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Engines --------------------------------------------------------------------------------------------------------
 
 
 class Engine(Protocol):
@@ -2778,9 +2629,7 @@ def serve_embedded(path: str, context: int, slots: int, name: str) -> None:
 ENGINES: dict[str, type[HttpEngine]] = {"ollama": OllamaEngine, "openai": OpenAIEngine, "embedded": EmbeddedEngine}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Handlers
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Handlers -------------------------------------------------------------------------------------------------------
 
 Handler = Callable[[Request], Awaitable[Response]]
 Model = TypeVar("Model", bound=BaseModel)
@@ -3115,9 +2964,7 @@ def idempotency_key(request: Request) -> str | None:
     return key
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Guard: what stands between Hypercorn and the app
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Guard: what stands between Hypercorn and the app ---------------------------------------------------------------
 
 SECURITY_HEADERS = [
     (b"x-content-type-options", b"nosniff"),
@@ -3440,9 +3287,7 @@ def _ip(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     return getattr(ip, "ipv4_mapped", None) or ip
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Hypercorn 0.18, mended
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Hypercorn 0.18, mended -----------------------------------------------------------------------------------------
 
 # What it does by itself, who would notice, the issue or pull request, the lines of the patch, and the words by which
 # `pytest -k` finds the test that fails without the patch or tells when it may go.
@@ -3859,9 +3704,7 @@ def mend_hypercorn() -> None:
 mend_hypercorn()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Application
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Application ----------------------------------------------------------------------------------------------------
 
 
 def create_app(settings: Settings) -> Guard:
@@ -3950,9 +3793,7 @@ def is_public(address: str) -> bool:
         return host not in ("localhost", "unix", "fd")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Main
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Main -----------------------------------------------------------------------------------------------------------
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1150,16 +1150,6 @@ def build_credential(request: dict[str, Any]) -> dict[str, Any]:
     return credential
 
 
-# ---- Events: pure functions -----------------------------------------------------------------------------------------
-
-
-def sse(data: dict[str, Any] | bytes, *, id: str = "", event: str = "") -> bytes:
-    """One event (WHATWG HTML 9.2.6): a name only where given, one line of JSON."""
-    payload = data if isinstance(data, bytes) else orjson.dumps(data)
-    head = (f"event: {event}\n" if event else "") + (f"id: {id}\n" if id else "")
-    return b"%bdata: %b\n\n" % (head.encode(), payload)
-
-
 # ---- Course text: parsers in processes of their own -----------------------------------------------------------------
 
 
@@ -1440,6 +1430,7 @@ class GenerationQueue:
         self._service_time = 0.0
         self._read_until = 0.0  # when the engine had read the last prompt of an ended call
         self._telling: asyncio.TimerHandle | None = None
+        self.beats = 0  # of HEARTBEAT, a little early, so that a busy moment does not make one late
         self.metrics = Metrics(
             settings,
             {
@@ -1449,20 +1440,21 @@ class GenerationQueue:
                 "dccapi_workers": ("How many can be written at a time", lambda: settings.workers),
             },
         )
-        self._workers: list[asyncio.Task[None]] = []
+        self._tasks: list[asyncio.Task[None]] = []
 
     # -- lifecycle
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
         await self.engine.start()
-        self._workers = [asyncio.create_task(self._work(), name=f"worker {n}") for n in range(self.settings.workers)]
+        self._tasks = [asyncio.create_task(self._work(), name=f"worker {n}") for n in range(self.settings.workers)]
+        self._tasks.append(asyncio.create_task(self._beat(), name="heartbeat"))
 
     async def stop(self) -> None:
         await self.drain()
-        for worker in self._workers:
-            worker.cancel()
-        await asyncio.gather(*self._workers, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         for timer in [*self._finished.values(), *filter(None, [self._telling])]:
             timer.cancel()
         await self.engine.stop()
@@ -1610,6 +1602,13 @@ class GenerationQueue:
         return max(0, number - (self.settings.workers - len(self.running)))
 
     # -- work
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.heartbeat * 0.9)
+            self.beats += 1
+            for generation in self._known.values():
+                generation.wake()
 
     async def _work(self) -> None:
         while True:
@@ -1769,6 +1768,13 @@ def described(error: BaseException) -> str:
 # ---- Views of a generation ------------------------------------------------------------------------------------------
 
 
+def sse(data: dict[str, Any] | bytes, *, id: str = "", event: str = "") -> bytes:
+    """One event (WHATWG HTML 9.2.6): a name only where given, one line of JSON."""
+    payload = data if isinstance(data, bytes) else orjson.dumps(data)
+    head = (f"event: {event}\n" if event else "") + (f"id: {id}\n" if id else "")
+    return b"%bdata: %b\n\n" % (head.encode(), payload)
+
+
 class EventEncoder:
     """Turns the log of a generation into Server-Sent Events (contract 3.3), from after event number `seen`.
 
@@ -1777,12 +1783,11 @@ class EventEncoder:
     """
 
     def __init__(self, generation: Generation, options: StreamOptions, seen: int = 0) -> None:
-        self._generation = generation
-        self._options = options
-        self._escaped = bytearray(orjson.dumps(generation.text(seen))[1:-1]) if options.accumulated else bytearray()
+        self.seen = seen
+        self._generation, self._options = generation, options
+        self._escaped = bytearray(orjson.dumps(generation.text(seen))[1:-1])
         self._partial: dict[str, Any] = {}
         self._name = generation.id.encode()
-        self.seen = seen
 
     def queue(self, position: int, estimated_wait: float) -> bytes:
         data = {"type": "queue", "position": position, "estimated_wait": estimated_wait}
@@ -1844,42 +1849,28 @@ class EventEncoder:
 async def event_stream(
     queue: GenerationQueue, generation: Generation, changed: asyncio.Event, options: StreamOptions, seen: int
 ) -> AsyncIterator[bytes]:
-    """The writes of one event stream: queue positions, tokens, the end, and a comment at least every HEARTBEAT."""
-    loop = asyncio.get_running_loop()
-    period = queue.settings.heartbeat * 0.9  # a little early, so that a busy moment does not make it late
+    """The writes of one event stream: queue positions, tokens, the end, and a comment with each beat of the queue."""
     encoder = EventEncoder(generation, options, seen)
-    position = -1
+    position, beats = -1, queue.beats
     chunk = b"retry: 1000\n\n"
-    beat_due = False
-
-    def beat() -> None:
-        nonlocal beat_due
-        beat_due = True
-        changed.set()
-
-    timer = loop.call_later(period, beat)
-    try:
-        while True:
-            changed.clear()
-            if generation.position != position and generation.outcome is None:
-                position = generation.position
-                chunk += encoder.queue(position, queue.estimated_wait(position))
-            chunk += encoder.pending()
-            if not chunk and encoder.ended:
-                return
-            if beat_due:
-                beat_due = False
-                timer = loop.call_later(period, beat)
-                chunk = b": heartbeat\n\n" + chunk
-            if chunk:
-                yield chunk
-                if len(chunk) >= MAX_WRITE:
-                    await asyncio.sleep(0)  # there is more: others have their turn first
-                chunk = b""
-            else:
-                await changed.wait()
-    finally:
-        timer.cancel()
+    while True:
+        changed.clear()
+        if queue.beats != beats:
+            beats = queue.beats
+            chunk += b": heartbeat\n\n"
+        if generation.position != position and generation.outcome is None:
+            position = generation.position
+            chunk += encoder.queue(position, queue.estimated_wait(position))
+        chunk += encoder.pending()
+        if chunk:
+            yield chunk
+            if len(chunk) >= MAX_WRITE:
+                await asyncio.sleep(0)  # there is more: others have their turn first
+            chunk = b""
+        elif encoder.ended:
+            return
+        else:
+            await changed.wait()
 
 
 EVENT_STREAM_HEADERS = {"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"}

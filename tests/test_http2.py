@@ -148,7 +148,7 @@ async def test_a_slow_reader_holds_one_write_at_a_time_and_misses_nothing(monkey
         assert 65535 < handed < 65535 + dccapi.MAX_WRITE + 2 * 4096 + 1000
         connection.acknowledge()
         events = await events_of(connection, stream)
-        assert [token["content"] for token in named(events, "token")] == pieces
+        assert "".join(token["content"] for token in named(events, "token")) == "".join(pieces)
         assert events[-1]["data"]["type"] == "final"
 
 
@@ -163,7 +163,7 @@ async def test_1200_requests_beside_one_stream_on_one_connection() -> None:
             assert (await connection.response(alive)).status == 200
         assert not connection._streams[stream].ended, "the stream is to outlast them"
         events = await events_of(connection, stream)
-        assert [token["content"] for token in named(events, "token")] == pieces
+        assert "".join(token["content"] for token in named(events, "token")) == "".join(pieces)
         assert events[-1]["data"]["type"] == "final"
         assert connection.goaway is None
 

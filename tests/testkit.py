@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import json
 import os
 import re
 import signal
@@ -74,9 +75,9 @@ def badge_json(
     description: str = "Recognises learners who tie, dress and check the knots on which climbers rely.",
     narrative: str = "Ties a figure eight, a clove hitch and a prusik unaided, and inspects a partner's knots.",
 ) -> str:
-    """A valid badge, laid out as the model writes it."""
+    """A valid badge, laid out as the service tells it."""
     badge = {"badge_name": name, "badge_description": description, "criteria": {"narrative": narrative}}
-    return orjson.dumps(badge, option=orjson.OPT_INDENT_2).decode()
+    return json.dumps(badge, ensure_ascii=False)
 
 
 def split(text: str, n: int | None = None) -> list[str]:

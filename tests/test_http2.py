@@ -382,7 +382,7 @@ async def wide_open(service: Service, path: str, count: int) -> AsyncIterator[tu
 async def test_a_slow_but_steady_reader_loses_none_of_its_many_streams() -> None:
     """Streams that write at once, each on its own, wait for all that the others have written: over TOKEN_TIMEOUT."""
     streams, rate, gate = 60, 1_500_000, asyncio.Event()
-    script = Script(pieces=split(badge_json(), 400), gate=gate)
+    script = Script(pieces=split(badge_json(narrative="Ties six knots. " * 30), 400), gate=gate)
     async with serving(script=script, token_timeout=1.2) as service:
         accepted = (await ask(service, headers=[("prefer", "respond-async")])).json()
         async with wide_open(service, accepted["events"], streams) as (client, connection):

@@ -48,6 +48,7 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from difflib import get_close_matches
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -379,15 +380,56 @@ def problem(error: ApiError, request_id: str) -> dict[str, Any]:
     }
 
 
-def invalid(error: ValidationError) -> InvalidRequest:
-    """Every fault of a request, without the values."""
-    faults = error.errors(include_url=False, include_input=False, include_context=False)
-    return InvalidRequest(errors=[{"loc": list(f["loc"]), "msg": f["msg"], "type": f["type"]} for f in faults])
+# The faults that pydantic finds, in words, by their types; a `value_error` has words of its own.
+FAULTS = {
+    "missing": "is missing",
+    "string_type": "must be a text",
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "finite_number": "must be a number",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "model_type": "must be a JSON object",
+    "model_attributes_type": "must be a JSON object",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than_equal": "must be at most {le}",
+    "string_too_long": "may have at most {max_length} characters",
+    "literal_error": "must be one of {expected}",
+    "value_error": "{error}",
+}
+PATTERNS = {
+    "content": "must be the course description, as text that can be seen",
+    "institute_url": "must be the address of the institution, for example https://example.edu",
+    "language": "must be a language tag, for example en or pt-BR",
+}
+
+
+def invalid(error: ValidationError, unknown: Sequence[str] = ()) -> InvalidRequest:
+    """Every fault of a request in words, without the values."""
+    faults = []
+    for fault in error.errors(include_url=False, include_input=False):
+        words = FAULTS.get(fault["type"]) or PATTERNS.get(str(fault["loc"][-1]), "must be text that can be seen")
+        faults.append((fault["loc"], words.format(**fault.get("ctx", {})).replace("'", ""), fault["type"]))
+    return _invalid_request(faults, unknown)
 
 
 def invalid_fields(messages: Mapping[tuple[str | int, ...], str]) -> InvalidRequest:
-    """By the places of the fields."""
-    return InvalidRequest(errors=[{"loc": [*loc], "msg": msg, "type": "value_error"} for loc, msg in messages.items()])
+    """The faults of a request by the places of its fields."""
+    return _invalid_request([(place, message, "value_error") for place, message in messages.items()])
+
+
+def _invalid_request(
+    faults: Sequence[tuple[tuple[str | int, ...], str, str]], unknown: Sequence[str] = ()
+) -> InvalidRequest:
+    told = [f"{'.'.join(map(str, place)) or 'the request'} {message}" for place, message, _ in faults]
+    for name in unknown:
+        known = GenerateRequest.model_fields
+        if meant := [MISTAKEN[name]] if name in MISTAKEN else get_close_matches(name, known, 1, 0.7):
+            told.append(f"{name} is not known here, {meant[0]} is")
+    errors = [{"loc": [*place], "msg": message, "type": type} for place, message, type in faults]
+    return InvalidRequest(f"The request is not valid: {'; '.join(told)}.", errors=errors)
 
 
 # ---- The request ----------------------------------------------------------------------------------------------------
@@ -407,6 +449,8 @@ OPTION_LABELS = {
     "custom_instructions": "Instructions",
 }
 NOT_GIVEN = ("", "not-specified")
+OTHER_NAMES = {"course_input": "content", "user_prompt": "custom_instructions"}
+MISTAKEN = dict.fromkeys(("text", "course", "course_text", "course_description", "description", "input"), "content")
 # One character that can be seen: neither control nor space nor format character.
 VISIBLE = r"[^\x00-\x20\x7f-\xa0\xad\u1680\u2000-\u200f\u2028-\u202f\u205f-\u206f\u3000\ufeff]"
 
@@ -469,7 +513,7 @@ class BadgeOptions(BaseModel):
         if not isinstance(data, dict):
             return data
         fields = _given(data)
-        for name, other in (("content", "course_input"), ("custom_instructions", "user_prompt")):
+        for other, name in OTHER_NAMES.items():
             if name not in fields and other in fields:
                 fields[name] = fields.pop(other)
         return fields
@@ -486,6 +530,14 @@ class GenerateRequest(StreamOptions, BadgeOptions):
     repeat_penalty: Annotated[float | None, Field(ge=0, le=2, allow_inf_nan=False)] = 1.02
     seed: Annotated[Annotated[int, Field(ge=-(2**53), le=2**53)] | None, Whole] = None
     badge_configuration: BadgeOptions | None = Field(None, description="Another place for the options.")
+    language: str | None = Field(
+        None, pattern=r"^[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*$", description="Of the badge (BCP 47); else the course's."
+    )
+    long_content: Literal["condense", "refuse"] = Field("condense", description="What is done if it does not fit.")
+    skills: bool = Field(True, description="Name the skills that the badge stands for.")
+    course_id: str | None = Field(
+        None, max_length=200, description="With the institution's URL it gives the achievement the same id each time."
+    )
 
     def option(self, name: str) -> str | None:
         """An option, wherever it was given."""
@@ -496,6 +548,11 @@ class GenerateRequest(StreamOptions, BadgeOptions):
         """The client's parameters, else the engine's own defaults, else the contract's."""
         given = self.model_dump(include={"temperature", "max_tokens", "top_p", "top_k", "repeat_penalty", "seed"})
         return given | {name: value for name, value in defaults.items() if name not in self.model_fields_set}
+
+    @classmethod
+    def unknown(cls, document: Mapping[str, Any]) -> list[str]:
+        """The fields of a request that are not known, and ignored."""
+        return [name for name in document if name not in cls.model_fields and name not in OTHER_NAMES]
 
     def fingerprint(self) -> bytes:
         """What an `Idempotency-Key` stands for: the fields, not how they are delivered."""
@@ -2709,7 +2766,10 @@ class Api:
 
     async def eventsource(self, request: Request) -> Response:
         """The same for an EventSource; one that comes back goes on where it was."""
-        body = validated(partial(GenerateRequest.model_validate_strings, strict=False), dict(request.query_params))
+        fields = dict(request.query_params)
+        request.state.ignored = GenerateRequest.unknown(fields)
+        read = partial(GenerateRequest.model_validate_strings, strict=False)
+        body = validated(read, fields, request.state.ignored)
         if last := request.headers.get("last-event-id"):
             return self._resumed(last, body)
         generation = await self._submitted(request, body)
@@ -2751,8 +2811,9 @@ class Api:
         if key is None:
             self.queue.check_admission(request.state.client)
         document = await json_body(request)
-        options = stream_options(request)
-        body = validated(model.model_validate, document).model_copy(update=options.model_dump(exclude_unset=True))
+        request.state.ignored = model.unknown(document)
+        body = validated(model.model_validate, document, request.state.ignored)
+        body = body.model_copy(update=stream_options(request).model_dump(exclude_unset=True))
         return body, await self._submitted(request, body, key)
 
     async def _submitted(self, request: Request, body: GenerateRequest, key: str | None = None) -> Generation:
@@ -2936,11 +2997,11 @@ async def json_body(request: Request) -> dict[str, Any]:
     return document
 
 
-def validated(validate: Callable[[Any], Model], document: Any) -> Model:
+def validated(validate: Callable[[Any], Model], document: Any, unknown: Sequence[str] = ()) -> Model:
     try:
         return validate(document)
     except ValidationError as error:
-        raise invalid(error) from None
+        raise invalid(error, unknown) from None
 
 
 def stream_options(request: Request) -> StreamOptions:

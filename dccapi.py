@@ -52,7 +52,7 @@ from difflib import get_close_matches
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, cast
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, cast
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -1968,46 +1968,30 @@ async def finished(queue: GenerationQueue, generation: Generation) -> Answer:
 
 # ---- Engines --------------------------------------------------------------------------------------------------------
 
-
-class Engine(Protocol):
-    """A language model: a prompt in, pieces of text out, a Usage at the end. An empty piece says that it thinks."""
-
-    defaults: Mapping[str, Any]  # sampling where the client gave none
-    context: int | None  # tokens that its context holds, as far as that is known
-
-    @property
-    def remark(self) -> str:
-        """What an operator should know of it, or ""."""
-
-    async def start(self) -> None: ...
-
-    async def stop(self) -> None: ...
-
-    def stream(self, prompt: Prompt) -> AsyncGenerator[str | Usage]: ...
-
-    async def models(self) -> list[str]:
-        """The names it can be asked for. Raises EngineUnreachable."""
-
-    def has_model(self, available: list[str]) -> bool: ...
-
-
 # How servers say that a prompt does not fit their context, and the figures that they give: what it holds, what the
 # prompt has, what was to be written. Sources: llama.cpp 17284 and its older wording; ollama llm/llama_server.go; vllm
-# 42474 and opencode PR 25230; sglang 4048; chat-ui 1149 (TGI);
-# lmstudio-bug-tracker 546, openclaude 353; OpenAI, Mistral, llama-cpp-python.
-TOO_LONG = re.compile(
-    r"(?i)context[ _](?:length|size|window)|maximum (?:model|context|input|allowed) length|max_new_tokens"
+# 42474 and opencode PR 25230; sglang 4048; chat-ui 1149 (TGI); lmstudio-bug-tracker 546, openclaude 353; OpenAI,
+# Mistral, llama-cpp-python.
+TOO_LONG = (
+    r"context[ _](?:length|size|window)|maximum (?:model|context|input|allowed) length|max_new_tokens"
     r"|prompt is too long|`inputs` must have less than|exceed_context_size|context the overflows|\bn_keep\b"
 )
-FIGURES = {
-    "limit": r"n_ctx\D{1,4}(\d+)|context (?:length|size|window)(?: is| of)?(?: only)? \(?(\d+)"
+FIGURES = (
+    r"n_ctx\D{1,4}(\d+)|context (?:length|size|window)(?: is| of)?(?: only)? \(?(\d+)"
     r"|model length of (\d+)|(\d+) maximum|<= (\d+)|less than (\d+)|allowed length \((\d+)",
-    "tokens": r"(?:n_prompt_tokens|n_keep)\D{1,4}(\d+)|(\d+) (?:tokens )?(?:in|from) the (?:input )?messages"
+    r"(?:n_prompt_tokens|n_keep)\D{1,4}(\d+)|(\d+) (?:tokens )?(?:in|from) the (?:input )?messages"
     r"|first (\d+) tokens|(\d+) (?:`inputs`|input) tokens|(?:request|input|tokens|length) \((\d+)|\(length (\d+)"
     r"|(?:resulted in|contains|Given:|too long:) (\d+)",
-    "answer": r"(\d+) (?:tokens )?(?:in|for) the completion|(\d+) (?:`max_new_tokens`|output tokens)"
-    r"|is too large: (\d+)",
-}
+    r"(\d+) (?:tokens )?(?:in|for) the completion|(\d+) (?:`max_new_tokens`|output tokens)|is too large: (\d+)",
+)
+# A fault of the model's in its server's own words, of which none is from the request. Sources: ollama server/sched.go
+# and llm/llama_server.go; continue 11444, 12795; TranslateBooksWithLLMs PR 280.
+CANNOT_RUN = (
+    r"requires more system memory \([\d.]+ \w{1,3}\) than is available \([\d.]+ \w{1,3}\)|out[ -]of[ -]memory"
+    r"|timed out waiting for llama[\w-]{0,9}(?: runner)? to start|unable to load model|error loading model"
+    r"|does not support (?:generate|chat|completions?)\b"
+)
+FILTERED = "The language model's content filter stopped it. Change the content, or ask its operator about the filter."
 # The parts of a request that a server may refuse, and the words by which its refusal names them. Sources:
 # openai-agents-python 442, Flowise 2866, obsidian-copilot 1477, TGI 2899, langchainjs PR 6888.
 OPTIONAL_PARTS = {
@@ -2024,68 +2008,39 @@ OPTIONAL_PARTS = {
     "system": r"system (?:message|role|prompt|instruction)|role\W+system|'system'",
     "format": r"\bformat\b|json_schema",
 }
-FILTERED = (
-    "The language model's own content filter stopped it. Change the content, or ask its operator about the filter."
-)
-# What else refusals say: a pattern, whose match is the engine's own words without anything of the request, and what a
-# client is told, with those words in the place of {}. Sources: ollama server/sched.go and llm/llama_server.go; continue
-# 11444, 12795; TranslateBooksWithLLMs PR 280; Azure OpenAI's content filter; llama-server's 503.
-REFUSALS = {
-    r"requires more system memory \([\d.]+ \w{1,3}\) than is available \([\d.]+ \w{1,3}\)|out[ -]of[ -]memory": (
-        "The language model does not fit into its server's memory ({}). Its operator has to give it more, or choose a "
-        "smaller model."
-    ),
-    r"timed out waiting for llama[\w-]{0,9}(?: runner)? to start|unable to load model|error loading model": (
-        "The language model's server cannot load the model ({}). Its operator finds the reason in that server's log."
-    ),
-    r"does not support (?:generate|chat|completions?)\b": (
-        "The model cannot write text ({}). Its operator has to choose another one."
-    ),
-    r"content_filter|content management policy": FILTERED,
-}
-# Every finish_reason that is known; any other is a failure.
+# Every reason for the end of a text that is known; any other is a failure.
 FINISH_REASONS: dict[str, Literal["stop", "length", "filter"]] = {
     **dict.fromkeys(("stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete", "completed"), "stop"),
     **dict.fromkeys(("length", "max_tokens", "max_length", "max_output_tokens", "model_length"), "length"),
     **dict.fromkeys(("content_filter", "safety", "content_filtered"), "filter"),
 }
+# A line that holds a record: bare JSON (Ollama), or a field of a server-sent event. Comments and heartbeats do not.
+RECORD = re.compile(rb"(data:|error:)?\s*(\{.*|\[DONE\])", re.S)
 
 
-def finish_reason(said: object) -> Literal["stop", "length"]:
-    """In our terms. Raises EngineError for a failure and for what is not known."""
-    meaning = FINISH_REASONS.get(str(said).lower())
-    if meaning == "filter":
-        raise EngineError(FILTERED)
-    if meaning is None:
-        log.warning("the engine finished with a reason that stands for a failure, or is not known")
-        raise EngineError
-    return meaning
+class Record(NamedTuple):
+    """What a record of an answer says, in whatever dialect."""
+
+    text: str = ""
+    thought: str = ""
+    reason: object = None  # why the text ended
+    counts: tuple[int, int] | None = None  # tokens read and written
 
 
-class Refused(EngineError):
-    """The server refuses parts of the request."""
+class Engine:
+    """A language model's server: a prompt in, pieces of text out, a Usage at the end."""
 
-    def __init__(self, parts: Sequence[str]) -> None:
-        super().__init__(
-            f"The language model's server does not take the request ({', '.join(parts)}). Its operator finds the "
-            "reason in that server's log."
-        )
-        self.code = EngineError.code
-        self.parts = parts  # of OPTIONAL_PARTS, to leave out or rename: the first of those that were sent
-
-
-class HttpEngine:
-    """What the engines share: one pooled session, one retry, whole lines, and refusals in our terms."""
-
-    defaults: Mapping[str, Any] = {}
-    base_url = ""
-    address_setting = "its address"
+    defaults: Mapping[str, Any] = {}  # sampling where the client gave none
+    path = ""  # of a generation
+    remedy = ""  # for an operator whose server is down
     parts: Sequence[str] = ()  # of OPTIONAL_PARTS, those that a request has
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, base_url: str = "", key: str = "") -> None:
         self.settings = settings
-        self.context: int | None = None
-        self._fault = ""  # why the last generation failed, where the engine said so
+        self.base_url = base_url
+        self.context: int | None = None  # tokens that its context holds, as far as that is known
+        self._headers = {"authorization": f"Bearer {key}"} if key else {}
+        self._fault = ""  # why the last generation failed, where the server said so
         self._advice = ""  # what is wrong with the model
         self._known = False  # whether the server was asked what it is
         self._without: frozenset[str] = frozenset()  # parts that the server has refused, and is not sent again
@@ -2093,48 +2048,89 @@ class HttpEngine:
 
     @property
     def remark(self) -> str:
+        """What an operator should know of it, or ""."""
         return self._fault or self._advice
 
     async def start(self) -> None:
         settings = self.settings
         trace = aiohttp.TraceConfig()
         trace.on_connection_reuseconn.append(_note_reuse)
-        options: dict[str, Any] = {
-            # `Call` has the deadlines; aiohttp's total of 300 s would end long answers.
-            "timeout": aiohttp.ClientTimeout(total=None, connect=settings.connect_timeout),
-            "auto_decompress": False,
-            "headers": {"accept-encoding": "identity"},
-        }
         # Fewer connections than workers would be a second queue; one more is for the health check.
         limit = max(settings.connection_pool_size, settings.workers + 1)
         pool = aiohttp.TCPConnector(limit=limit, keepalive_timeout=settings.keepalive_timeout)
         self._sessions = [
-            aiohttp.ClientSession(connector=pool, trace_configs=[trace], **options),
-            aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True), **options),
+            aiohttp.ClientSession(
+                connector=connector,
+                # `Call` has the deadlines; aiohttp's total of 300 s would end long answers.
+                timeout=aiohttp.ClientTimeout(total=None, connect=settings.connect_timeout),
+                headers={"accept-encoding": "identity", **self._headers},
+                json_serialize_bytes=orjson.dumps,
+                trace_configs=[trace],
+            )
+            for connector in (pool, aiohttp.TCPConnector(force_close=True))
         ]
 
     async def stop(self) -> None:
         for session in self._sessions:
             await session.close()
 
+    # -- what each engine does in its own way
+
     async def url(self) -> str:
         return self.base_url
 
-    def headers(self) -> dict[str, str]:
-        return {}
-
-    # -- a generation
-
     async def introduce(self) -> None:
-        """Ask the server what it is, before the first generation. Raises EngineUnreachable."""
+        """Learn what the server is, before the first generation. Raises EngineUnreachable."""
+        raise NotImplementedError
 
     def body(self, prompt: Prompt, without: frozenset[str]) -> dict[str, Any]:
         """What the server is asked, without the parts of OPTIONAL_PARTS that it refused."""
         raise NotImplementedError
 
+    def read(self, record: dict[str, Any], prompt: Prompt) -> Record:
+        raise NotImplementedError
+
+    # -- a generation
+
+    async def stream(self, prompt: Prompt) -> AsyncGenerator[str | Usage]:
+        """The pieces of text, an empty one for each thought, and the Usage. Leaving early closes the connection."""
+        pieces, thoughts, ended, counts = 0, "", None, (0, 0)
+        async with self._asked(prompt) as answer:
+            while line := await answer.readuntil(max_size=MAX_LINE):
+                if (found := RECORD.match(line)) is None:
+                    continue
+                field, data = found.groups()
+                if data.startswith(b"["):
+                    break
+                record = orjson.loads(data)
+                if field == b"error:" or record.get("error") or record.get("object") == "error":  # vLLM before 0.10
+                    raise self._meaning(500, _message(data), prompt) or EngineError
+                text, thought, reason, counted = self.read(record, prompt)
+                ended, counts = reason or ended, counted or counts
+                if text:
+                    pieces += 1
+                    yield text
+                elif thought:
+                    thoughts += thought[: MAX_OUTPUT_CHARS - len(thoughts)]
+                    yield ""
+                if record.get("done"):  # Ollama's [DONE]
+                    break
+            # The end of the body is on its way, and with it the connection can be used again.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.05):
+                    await answer.readuntil(max_size=MAX_LINE)
+            if ended is None:
+                return
+            meant = FINISH_REASONS.get(str(ended).lower())
+            if meant is None or meant == "filter":
+                raise EngineError(FILTERED if meant else "")
+            if not pieces and re.fullmatch(r"\s*\{.*\}\s*", thoughts, re.S):
+                yield thoughts  # the badge's JSON went to the wrong place (maclocal-api 44)
+            yield Usage(counts[0], counts[1] or pieces, meant)  # llama-cpp-python counts only what it does not stream
+
     @contextlib.asynccontextmanager
-    async def asked(self, path: str, prompt: Prompt) -> AsyncIterator[aiohttp.StreamReader]:
-        """The answer to a prompt, whose reader leaves early by closing the connection.
+    async def _asked(self, prompt: Prompt) -> AsyncIterator[aiohttp.StreamReader]:
+        """The answer to a prompt.
 
         Where the server refuses a part of the request it is asked without, and that is remembered when it helped.
         """
@@ -2144,136 +2140,117 @@ class HttpEngine:
                 await self.introduce()
                 self._known = True
         without = self._without
-        response = None
         try:
-            while response is None or response.status != 200:
+            while True:
                 # A connection that has just answered a question is not one that the server has long closed.
-                response = await self._post(path, self.body(prompt, without), retry=was_known)
-                if response.status != 200:
-                    after = response.headers.get("retry-after")
-                    error = self.refusal(response.status, await _whole(response), prompt, after)
-                    response.close()
-                    parts = error.parts if isinstance(error, Refused) else ()
-                    part = next((part for part in parts if part in self.parts and part not in without), None)
-                    if part is None:
-                        raise error
-                    without |= {part}
-            if not without <= self._without:
-                self._without |= without
-                log.warning("the engine is asked without %s from now on", " and ".join(sorted(without)))
-            self._fault = ""
-            yield response.content
-        except (aiohttp.ClientError, LineTooLong, OSError) as error:
-            log.warning("the engine dropped a connection: %s", type(error).__name__)
+                async with await self._post(self.body(prompt, without), retry=was_known) as response:
+                    if response.status != 200:
+                        without |= {await self._refused_part(response, prompt, without)}
+                        continue
+                    if without > self._without:
+                        self._without |= without
+                        log.warning("the engine is asked without %s from now on", " and ".join(sorted(without)))
+                    self._fault = ""
+                    yield response.content
+                    return
+        except ApiError as error:
+            log.warning("an engine call failed: %s: %s", error.code, error.detail)
+            raise
+        except (aiohttp.ClientError, LineTooLong, OSError, ValueError) as error:
+            log.warning("the engine's answer broke off or is no JSON: %s", type(error).__name__)
             raise EngineError from error
-        finally:
-            if response is not None:
-                response.close()
 
-    async def _post(self, path: str, body: dict[str, Any], retry: bool) -> aiohttp.ClientResponse:
+    async def _post(self, body: dict[str, Any], retry: bool) -> aiohttp.ClientResponse:
         """The response, after one retry when a pooled connection turns out to be closed (aiohttp 6138)."""
         for session in self._sessions[: 1 + retry]:
             reused: list[bool] = []
+            url = await self.url() + self.path
             try:
-                return await session.post(
-                    await self.url() + path,
-                    data=orjson.dumps(body),
-                    headers={"content-type": "application/json", **self.headers()},
-                    trace_request_ctx=reused,
-                    allow_redirects=False,
-                )
-            except (aiohttp.ServerTimeoutError, TimeoutError) as error:
+                return await session.post(url, json=body, trace_request_ctx=reused, allow_redirects=False)
+            except TimeoutError as error:
                 raise EngineTimeout(
                     "The language model's server took longer than CONNECT_TIMEOUT allows to accept a connection. "
                     "Try again later.",
                     retry_after=EngineUnreachable.retry_after,
                 ) from error
-            except aiohttp.ClientResponseError as error:  # bytes had come
-                raise EngineError from error
-            except (aiohttp.ClientError, OSError) as error:
+            except aiohttp.ClientConnectionError as error:  # no byte of an answer had come
                 if not reused:
-                    self._known = False  # another one may be started in its place
+                    self._known = False  # another server may be started in its place
                     raise EngineUnreachable from error
         raise EngineUnreachable
 
     # -- what a refusal means
 
-    def refusal(self, status: int, body: bytes, prompt: Prompt, retry_after: str | None = None) -> ApiError:
-        """What a client is told when the engine answers with another status than 200, or breaks off with an error."""
-        message = _message(body)
-        error = self._refusal(status, message, prompt, retry_after)
-        # The message itself may quote the course.
-        log.warning("the engine refused a request: %d, told as %s: %s", status, error.code, error.detail)
-        return error
+    async def _refused_part(self, response: aiohttp.ClientResponse, prompt: Prompt, without: frozenset[str]) -> str:
+        """The part of a request that the server does not take. Raises what else its refusal means."""
+        status, retry_after = response.status, response.headers.get("retry-after", "")
+        message = _message(await _whole(response))
+        if error := self._meaning(status, message, prompt, float(retry_after) if retry_after.isdecimal() else None):
+            raise error
+        if status in (400, 422) or (status == 500 and re.search(r"'body', |\bin format\b|\binvalid format\b", message)):
+            sent = [part for part in self.parts if part not in without]
+            found = {part: re.search(f"(?i){OPTIONAL_PARTS[part]}", message) for part in sent}
+            if named := {part: match.start() for part, match in found.items() if match}:
+                return min(named, key=lambda part: named[part])
+        raise EngineError(f"The language model's server answers {status}. Its operator finds the reason in its log.")
 
-    def _refusal(self, status: int, message: str, prompt: Prompt, retry_after: str | None) -> ApiError:
-        if status in (502, 504):  # by a balancer that has no engine to ask
-            return EngineUnreachable()
+    def _meaning(self, status: int, message: str, prompt: Prompt, retry_after: float | None = None) -> ApiError | None:
+        """What a client is told of a refusal, or of an error in mid-stream, where that is known."""
         # A server that died repeats the last line of its log, which may tell of another prompt (Ollama 0.32).
-        if TOO_LONG.search(message) and "terminated" not in message:
-            limit, tokens, answer = (_figure(pattern, message) for pattern in FIGURES.values())
+        if re.search(f"(?i){TOO_LONG}", message) and "terminated" not in message:
+            limit, tokens, answer = (_figure(pattern, message) for pattern in FIGURES)
             if limit and (tokens or limit) + (answer or 0) >= limit:
                 self.context = limit
                 return too_long(prompt, limit, tokens, answer)
             if status < 500:
                 return too_long(prompt, self.context)
-        for pattern, told in REFUSALS.items():
-            if said := re.search(f"(?i){pattern}", message):
-                sentence = told.format(" ".join(said[0].split()))
-                if told != FILTERED:  # which is about one course
-                    self._fault = sentence
-                return EngineError(sentence)
-        if status == 503 and "loading model" in message.lower():  # llama-server
-            return EngineUnreachable("The language model is being loaded. Try again in a moment.")
+        if re.search(r"content_filter|content management policy", message):  # Azure OpenAI's
+            return EngineError(FILTERED)
+        if said := re.search(f"(?i){CANNOT_RUN}", message):
+            self._fault = f"The language model's server cannot run it ({said[0]}). Its operator has to mend that."
+            return EngineError(self._fault)
         if status in (401, 403):
             self._fault = "The language model's server does not take the service's key. Its operator has to correct it."
             return EngineError(self._fault)
         if status == 404:
             self._known = False
             return ModelMissing()
-        if status in (429, 503):
-            return QueueFull(retry_after=float(retry_after) if retry_after and retry_after.isdecimal() else None)
-        if status in (400, 422) or (status == 500 and re.search(r"'body', |\bin format\b|\binvalid format\b", message)):
-            named = {part: re.search(f"(?i){words}", message) for part, words in OPTIONAL_PARTS.items()}
-            found = sorted(((match.start(), part) for part, match in named.items() if match), key=lambda one: one[0])
-            if found:
-                return Refused([part for _, part in found])
-        return EngineError()
+        if status == 503 and "loading model" in message.lower():  # llama-server
+            return EngineUnreachable("The language model is being loaded. Try again in a moment.")
+        if status in (502, 504):  # by a balancer that has no engine to ask
+            return EngineUnreachable()
+        return QueueFull(retry_after=retry_after) if status in (429, 503) else None
 
     # -- questions
 
-    async def models(self) -> list[str]:
-        raise NotImplementedError
-
     async def ask(self, path: str, body: dict[str, Any] | None = None) -> tuple[int, Any]:
         """Status and JSON of a question to the server; None for what is no JSON. Raises EngineUnreachable."""
+        method = "GET" if body is None else "POST"
         try:
-            async with (
-                asyncio.timeout(self.settings.connect_timeout),
-                self._sessions[0].request(
-                    "GET" if body is None else "POST", await self.url() + path, json=body, headers=self.headers()
-                ) as response,
-            ):
-                text = await _whole(response)
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise EngineUnreachable(
-                f"The language model's server does not answer. Start it, or correct {self.address_setting}; badges are "
-                "written again as soon as it answers."
-            ) from error
+            async with asyncio.timeout(self.settings.connect_timeout):
+                async with self._sessions[0].request(method, await self.url() + path, json=body) as response:
+                    text = await _whole(response)
+        except (aiohttp.ClientError, OSError) as error:  # of which TimeoutError is one
+            raise EngineUnreachable(f"The language model's server does not answer. {self.remedy}") from error
         with contextlib.suppress(ValueError):
             return response.status, orjson.loads(text)
         return response.status, None
 
+    async def models(self) -> list[str]:
+        """The names it can be asked for. Raises EngineUnreachable."""
+        raise NotImplementedError
 
-def _models(asked: tuple[int, Any], list_key: str, key: str) -> list[dict[str, Any]]:
-    """The models in the answer to a question for them, each with its name under `key`. Raises EngineUnreachable."""
-    status, document = asked
-    if status != 200:
-        raise EngineUnreachable(f"The language model's server answers {status}; see its log.")
-    models = document.get(list_key) or [] if isinstance(document, dict) else None
-    if not isinstance(models, list) or not all(isinstance(model, dict) and key in model for model in models):
-        raise EngineUnreachable("Something else than a language model's server answers at its address. Correct it.")
-    return models
+    def listed(self, status: int, document: Any, key: str, name: str) -> list[dict[str, Any]]:
+        """The models in a server's list, each with a name. Raises EngineUnreachable."""
+        try:
+            return [{**model, name: str(model[name])} for model in document[key] or []]
+        except (KeyError, TypeError):
+            raise EngineUnreachable(
+                f"What answers at the language model's address ({status}) is no such server. {self.remedy}"
+            ) from None
+
+    def has_model(self, available: list[str]) -> bool:
+        return self.settings.model in available
 
 
 async def _note_reuse(session: object, context: Any, params: object) -> None:
@@ -2289,46 +2266,20 @@ async def _whole(response: aiohttp.ClientResponse) -> bytes:
     return bytes(body)
 
 
-async def _let_end(answer: aiohttp.StreamReader) -> None:
-    """After the last word: the end of the body is on its way, and with it the connection can be used again."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(0.05):
-            await answer.readuntil(max_size=MAX_LINE)
-
-
-def _json_line(line: bytes) -> dict[str, Any]:
-    """A line of an engine's answer. Raises EngineError for what is no JSON object."""
-    try:
-        document = orjson.loads(line)
-    except ValueError:
-        raise EngineError from None
-    if not isinstance(document, dict):
-        raise EngineError
-    return document
-
-
-def _message(body: bytes) -> str:
+def _message(said: Any) -> str:
     """What a refusal says, without what it repeats of the request (FastAPI's `input`): plain text, or JSON of any form.
 
     Ollama since 0.30 gives llama-server's whole JSON as a string in its own.
     """
-    text = body.decode(errors="replace")
-    for _ in range(2):
-        try:
-            fault = orjson.loads(text)
-        except ValueError:
-            break
-        fault = fault.get("error") or fault if isinstance(fault, dict) else fault
-        if isinstance(fault, str):
-            text = fault
-            continue
-        if not isinstance(fault, dict):
-            break
-        if isinstance(faults := fault.get("detail"), list):
-            return str([(one.get("loc"), one.get("msg")) for one in faults if isinstance(one, dict)])
-        told = ("type", "code", "param", "message", "detail", "n_prompt_tokens", "n_ctx")
-        return "; ".join(f"{name}: {fault[name]}" for name in told if fault.get(name))
-    return text
+    if isinstance(said, dict):
+        told = ("error", "type", "code", "param", "message", "detail", "loc", "msg", "n_prompt_tokens", "n_ctx")
+        return "; ".join(f"{name}: {_message(said[name])}" for name in told if said.get(name))
+    if isinstance(said, list):
+        return ", ".join(map(_message, said))
+    try:
+        return _message(orjson.loads(said))
+    except ValueError:
+        return said.decode(errors="replace") if isinstance(said, bytes) else str(said)
 
 
 def _figure(pattern: str, message: str) -> int | None:
@@ -2336,15 +2287,15 @@ def _figure(pattern: str, message: str) -> int | None:
     return int(next(filter(None, found.groups()))) if found else None
 
 
-class OllamaEngine(HttpEngine):
+class OllamaEngine(Engine):
     """Ollama's own API: newline-delimited JSON from `POST /api/generate`."""
 
-    address_setting = "OLLAMA_URL"
+    path = "/api/generate"
+    remedy = "Start it, or correct OLLAMA_URL; badges are written again as soon as it answers."
     parts = ("think", "format")
 
     def __init__(self, settings: Settings) -> None:
-        super().__init__(settings)
-        self.base_url = settings.ollama_url
+        super().__init__(settings, settings.ollama_url)
         self.context = settings.num_ctx
         self._think: bool | str | None = None  # what is sent; None where the model does not think
 
@@ -2353,23 +2304,26 @@ class OllamaEngine(HttpEngine):
         if status != 200 or not isinstance(model, dict):
             return
         details, info = model.get("details") or {}, model.get("model_info") or {}
-        cannot_stop = "gptoss" in str(details.get("family")).replace("-", "")  # ollama docs/thinking
         self._think = None
         if "thinking" in (model.get("capabilities") or []):
+            cannot_stop = "gptoss" in str(details.get("family")).replace("-", "")  # ollama docs/thinking
             self._think = "low" if cannot_stop else False
         own = next((value for key, value in info.items() if key.endswith(".context_length")), None)
         self.context = min(self.settings.num_ctx, own) if isinstance(own, int) else self.settings.num_ctx
         # Ollama's own template, or since 0.30 the model's, in Jinja; a renderer stands for either.
-        template, told = str(model.get("template") or ""), self._advice
+        template, known = str(model.get("template") or ""), self._advice
         has_place = not template or model.get("renderer") or re.search(r"(?i)\b(system|messages)\b", template)
         advice = "The model's template has no place for the system prompt: give its Modelfile a TEMPLATE."
         self._advice = "" if has_place else advice
-        if self._advice != told:
-            log.warning(self._advice or "The model's template has a place for the system prompt now.")
+        if self._advice and not known:
+            log.warning(advice)
 
     def body(self, prompt: Prompt, without: frozenset[str]) -> dict[str, Any]:
         settings = self.settings
         options = {name: value for name, value in prompt.sampling.items() if name != "max_tokens" and value is not None}
+        # A duration is taken as text, and bare seconds only as a number.
+        is_number = settings.keep_alive.lstrip("-").isdecimal()
+        keep_alive = int(settings.keep_alive) if is_number else settings.keep_alive
         body = {
             "model": settings.model,
             "system": prompt.system,
@@ -2378,38 +2332,25 @@ class OllamaEngine(HttpEngine):
             "stream": True,
             # Without num_predict a model may loop for ever under `format` (ollama 2577).
             "options": {**options, "num_ctx": settings.num_ctx, "num_predict": prompt.sampling["max_tokens"]},
-            "keep_alive": _keep_alive(settings.keep_alive),
+            "keep_alive": keep_alive,
             "truncate": False,  # a prompt over the context is an error, not cut at its front (ollama 3839)
             "shift": False,
+            "think": self._think,
         }
-        if self._think is not None:
-            body["think"] = self._think
-        return {name: value for name, value in body.items() if name not in without}
+        return {name: value for name, value in body.items() if name not in without and value is not None}
 
-    async def stream(self, prompt: Prompt) -> AsyncGenerator[str | Usage]:
-        async with self.asked("/api/generate", prompt) as answer:
-            while line := await answer.readuntil(max_size=MAX_LINE):
-                if line.isspace():
-                    continue
-                document = _json_line(line)
-                if "error" in document:  # in mid-stream, under status 200, when the model's runner dies
-                    raise self.refusal(500, line, prompt)
-                if piece := document.get("response"):
-                    yield str(piece)
-                elif document.get("thinking"):
-                    yield ""
-                if document.get("done"):
-                    reason = finish_reason(document.get("done_reason") or "stop")  # load and unload are failures
-                    await _let_end(answer)
-                    read, written = (int(document.get(key) or 0) for key in ("prompt_eval_count", "eval_count"))
-                    if self.context and (read >= self.context or read + written > self.context):
-                        # A server before 0.12.6 knows neither `truncate` nor `shift`, and has cut the prompt.
-                        raise too_long(prompt, self.context)
-                    yield Usage(read, written, reason)
-                    return
+    def read(self, record: dict[str, Any], prompt: Prompt) -> Record:
+        text, thought = str(record.get("response") or ""), str(record.get("thinking") or "")
+        if not record.get("done"):
+            return Record(text, thought)
+        read, written = (int(record.get(key) or 0) for key in ("prompt_eval_count", "eval_count"))
+        if self.context and (read >= self.context or read + written > self.context):
+            # A server before 0.12.6 knows neither `truncate` nor `shift`, and has cut the prompt.
+            raise too_long(prompt, self.context)
+        return Record(text, thought, record.get("done_reason") or "stop", (read, written))
 
     async def models(self) -> list[str]:
-        return [str(model["name"]) for model in _models(await self.ask("/api/tags"), "models", "name")]
+        return [model["name"] for model in self.listed(*await self.ask("/api/tags"), "models", "name")]
 
     def has_model(self, available: list[str]) -> bool:
         return _full_name(self.settings.model) in map(_full_name, available)
@@ -2425,28 +2366,19 @@ def _full_name(model: str) -> str:
     return "/".join([*defaults, *path, tag]).casefold()
 
 
-def _keep_alive(value: str) -> str | int:
-    """Ollama takes a duration as text and bare seconds only as a number."""
-    return int(value) if re.fullmatch(r"-?\d+", value) else value
-
-
-class OpenAIEngine(HttpEngine):
+class OpenAIEngine(Engine):
     """Any server with the OpenAI API: vLLM, sglang, TGI, llm-d, Ray Serve, llama-server, llama-cpp-python."""
 
-    address_setting = "OPENAI_BASE_URL"
-    extras: Mapping[str, Any] = {}
+    path = "/chat/completions"
+    remedy = "Start it, or correct OPENAI_BASE_URL; badges are written again as soon as it answers."
+    extras: Mapping[str, Any] = {}  # more sampling
     parts = tuple(part for part in OPTIONAL_PARTS if part not in ("format", "think"))
 
     def __init__(self, settings: Settings) -> None:
-        super().__init__(settings)
-        self.base_url = settings.openai_base_url
+        super().__init__(settings, settings.openai_base_url, settings.openai_api_key)
 
     def schema(self, schema: dict[str, Any]) -> dict[str, Any]:
         return schema
-
-    def headers(self) -> dict[str, str]:
-        key = self.settings.openai_api_key
-        return {"authorization": f"Bearer {key}"} if key else {}
 
     async def introduce(self) -> None:
         self.context = None
@@ -2454,18 +2386,18 @@ class OpenAIEngine(HttpEngine):
 
     def body(self, prompt: Prompt, without: frozenset[str]) -> dict[str, Any]:
         sampling, schema = prompt.sampling, self.schema(prompt.schema)
-        system, user = {"role": "system", "content": prompt.system}, {"role": "user", "content": prompt.user}
+        messages = [{"role": "system", "content": prompt.system}, {"role": "user", "content": prompt.user}]
         if "system" in without:
-            user["content"], system = f"{prompt.system}\n\n{prompt.user}", {}
+            messages = [{"role": "user", "content": f"{prompt.system}\n\n{prompt.user}"}]
         body: dict[str, Any] = {
             "model": self.settings.model,
-            "messages": [message for message in (system, user) if message],
+            "messages": messages,
             "stream": True,
             "stream_options": {"include_usage": True},
             "temperature": sampling["temperature"],
             "top_p": sampling["top_p"],
-            "max_tokens": sampling["max_tokens"],
             "chat_template_kwargs": {"enable_thinking": False},
+            "max_completion_tokens" if "max_tokens" in without else "max_tokens": sampling["max_tokens"],
         }
         if sampling["seed"] is not None:
             body["seed"] = sampling["seed"] % 2**31  # llama.cpp's is 32 bits wide
@@ -2481,68 +2413,30 @@ class OpenAIEngine(HttpEngine):
                 "repetition_penalty": penalty,
                 **self.extras,
             }
-        kept = {name: value for name, value in body.items() if name not in without}
-        if "max_tokens" in without:
-            kept["max_completion_tokens"] = sampling["max_tokens"]
-        return kept
+        return {name: value for name, value in body.items() if name not in without}
 
-    async def stream(self, prompt: Prompt) -> AsyncGenerator[str | Usage]:
-        reason, counts, written, reasoning = None, None, 0, ""
-        async with self.asked("/chat/completions", prompt) as answer:
-            while line := await answer.readuntil(max_size=MAX_LINE):
-                field, _, data = line.partition(b":")
-                data = data.strip()
-                if field == b"error":
-                    raise self.refusal(500, data, prompt)
-                if field != b"data" or not data:  # comments, and heartbeats of either form
-                    continue
-                if data == b"[DONE]":
-                    await _let_end(answer)
-                    break
-                document = _json_line(data)
-                if document.get("error") or document.get("object") == "error":  # vLLM before 0.10
-                    raise self.refusal(500, data, prompt)
-                counts = document.get("usage") or counts
-                for choice in document.get("choices") or []:
-                    delta = choice.get("delta") or {}
-                    content, thought = delta.get("content"), delta.get("reasoning_content") or delta.get("reasoning")
-                    if piece := content if isinstance(content, str) else _text_of(content):
-                        written += 1
-                        yield piece
-                    elif thought or content:
-                        if isinstance(thought, str) and len(reasoning) < MAX_OUTPUT_CHARS:
-                            reasoning += thought
-                        yield ""
-                    reason = choice.get("finish_reason") or reason
-        if reason is None:
-            return
-        finished = finish_reason(reason)
-        if not written and re.fullmatch(r"\s*\{.*\}\s*", reasoning, re.S):
-            yield reasoning  # the badge's JSON went to the wrong place (maclocal-api 44)
-        counts = counts or {}
-        # llama-cpp-python counts only what it does not stream.
-        yield Usage(int(counts.get("prompt_tokens") or 0), int(counts.get("completion_tokens") or written), finished)
+    def read(self, record: dict[str, Any], prompt: Prompt) -> Record:
+        choice: dict[str, Any] = next(iter(record.get("choices") or []), {})
+        delta, usage = choice.get("delta") or {}, record.get("usage") or {}
+        content = delta.get("content") or ""
+        thought = delta.get("reasoning_content") or delta.get("reasoning") or content
+        if not isinstance(content, str):  # a list of parts, of which some are thoughts (Mistral)
+            texts = [part.get("text") for part in content if part.get("type", "text") in ("text", "output_text")]
+            content = "".join(filter(None, texts))
+        counts = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
+        return Record(content, str(thought), choice.get("finish_reason"), counts if usage else None)
 
     async def models(self) -> list[str]:
-        asked = await self.ask("/models")
-        if asked[0] in (404, 405, 501):  # a server that has no list is ready when it answers
+        status, document = await self.ask("/models")
+        if status in (404, 405, 501):  # a server that has no list is ready when it answers
             return [self.settings.model]
-        models = _models(asked, "data", "id")
+        models = self.listed(status, document, "data", "id")
         for model in models:
             meta = model.get("meta") or {}
             limit = model.get("max_model_len") or (meta.get("n_ctx") if isinstance(meta, dict) else None)
             if model["id"] == self.settings.model and isinstance(limit, int):
                 self.context = limit
-        return [str(model["id"]) for model in models]
-
-    def has_model(self, available: list[str]) -> bool:
-        return self.settings.model in available
-
-
-def _text_of(content: object) -> str:
-    """The text of a delta's content that is a list of parts, of which some are thoughts (Mistral)."""
-    parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
-    return "".join(str(part.get("text") or "") for part in parts if part.get("type", "text") in ("text", "output_text"))
+        return [model["id"] for model in models]
 
 
 CHILD_SAYS = "dccapi engine: "  # libraries write to the child's stdout too
@@ -2564,12 +2458,10 @@ class EmbeddedEngine(OpenAIEngine):
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         self._key = secrets.token_urlsafe(16)  # other users of this machine can reach the child's port
+        self._headers = {"authorization": f"Bearer {self._key}"}
         self._ready, self._ended = asyncio.Event(), asyncio.Event()
         self._not_started = ""  # why the last child did not start
         self._supervisor: asyncio.Task[None] | None = None
-
-    def headers(self) -> dict[str, str]:
-        return {"authorization": f"Bearer {self._key}"}
 
     def schema(self, schema: dict[str, Any]) -> dict[str, Any]:
         """With bounds on the texts, which llama.cpp's grammars take as long as they are short."""
@@ -2596,15 +2488,15 @@ class EmbeddedEngine(OpenAIEngine):
         await self._ready.wait()
         return self.base_url
 
-    async def _post(self, path: str, body: dict[str, Any], retry: bool) -> aiohttp.ClientResponse:
+    async def _post(self, body: dict[str, Any], retry: bool) -> aiohttp.ClientResponse:
         try:
-            return await super()._post(path, body, retry)
+            return await super()._post(body, retry)
         except EngineUnreachable:
             # It has just died, and its supervisor is about to hear of it: the next one will do.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(1):
                     await self._ended.wait()
-            return await super()._post(path, body, retry)
+            return await super()._post(body, retry)
 
     async def _supervise(self) -> None:
         delay = 0.5
@@ -2674,7 +2566,11 @@ def serve_embedded(path: str, context: int, slots: int, name: str) -> None:
     os._exit(0)  # llama.cpp's own end waits for running requests
 
 
-ENGINES: dict[str, type[HttpEngine]] = {"ollama": OllamaEngine, "openai": OpenAIEngine, "embedded": EmbeddedEngine}
+ENGINES: dict[str, Callable[[Settings], Engine]] = {
+    "ollama": OllamaEngine,
+    "openai": OpenAIEngine,
+    "embedded": EmbeddedEngine,
+}
 
 
 # ---- Handlers -------------------------------------------------------------------------------------------------------
@@ -3761,7 +3657,7 @@ mend_hypercorn()
 
 def create_app(settings: Settings) -> Guard:
     """The ASGI application: Guard, CORS, errors, Admission, routes, in this order."""
-    engine = cast(Engine, ENGINES[settings.engine](settings))
+    engine = ENGINES[settings.engine](settings)
     queue = GenerationQueue(settings, engine)
     api = Api(settings, queue, engine)
 

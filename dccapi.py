@@ -46,7 +46,7 @@ import weakref
 from collections import Counter as Counting
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from functools import partial
@@ -101,6 +101,8 @@ from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+import review
+
 __version__ = "0.2.0"
 
 HERE = Path(__file__).resolve().parent
@@ -110,8 +112,8 @@ log = logging.getLogger("dccapi")
 # ---- Settings -------------------------------------------------------------------------------------------------------
 
 MAX_FINISHED = 256  # finished generations that are remembered (contract 3.6)
-PARSERS = 4  # processes at most, of about 40 MB each; they are started when they are needed
-PARSE_TIMEOUT = 5  # seconds that the markup of one course may take
+READERS = 4  # processes at most, of about 40 MB each; they are started when they are needed
+READ_TIMEOUT = 5  # seconds that one document may take
 MAX_LINE = 4 * 2**20  # of an engine's answer; Ollama's last line carries the context, about 6 bytes a token
 MAX_OUTPUT_CHARS = 2**18  # of one generation: 4,096 tokens of 64 characters
 MAX_BLANK_RUN = 200  # white space in a row; models loop on it under `format` (ollama 2577)
@@ -340,9 +342,13 @@ class UriTooLong(ApiError, status=414):
 class UnsupportedMediaType(ApiError, status=415):
     text = "Send the body as application/json."
 class DocumentBroken(ApiError, status=422):
-    text = "The content cannot be read: its markup is too much for the parser. Send it as plain text."
+    text = "The document cannot be read: it is damaged, or too much for the parser. Send its text."
+class DocumentEncrypted(ApiError, status=422):
+    text = "The document is protected by a password. Send it without."
+class DocumentHasNoText(ApiError, status=422):
+    text = "The document holds no text, only pictures. Run text recognition (OCR) over it first."
 class DocumentTooSlow(ApiError, status=422):
-    text = "The content's markup takes too long to read. Send it as plain text."
+    text = "The document takes too long to read. Send its text, or a part of it."
 class InvalidRequest(ApiError, status=422):
     text = "The request is not valid. Correct the fields listed in `errors`."
 class TooManyRequests(ApiError, status=429):
@@ -434,11 +440,33 @@ def _invalid_request(
 
 # ---- The request ----------------------------------------------------------------------------------------------------
 
+# What may be chosen, and how a model is told what it means.
 CHOICES = {
-    "badge_style": ("Professional", "Academic", "Industry", "Technical", "Creative"),
-    "badge_tone": ("Authoritative", "Encouraging", "Detailed", "Concise", "Engaging"),
-    "badge_level": ("Beginner", "Intermediate", "Advanced", "Expert"),
-    "criterion_style": ("Task-Oriented", "Evidence-Based", "Outcome-Focused"),
+    "badge_style": {
+        "Professional": "skills for the job",
+        "Academic": "knowledge and theory",
+        "Industry": "the needs of the sector",
+        "Technical": "tools and methods",
+        "Creative": "ideas and original work",
+    },
+    "badge_tone": {
+        "Authoritative": "firm and formal",
+        "Encouraging": "warm",
+        "Detailed": "thorough",
+        "Concise": "brief",
+        "Engaging": "lively",
+    },
+    "badge_level": {
+        "Beginner": "first steps with guidance",
+        "Intermediate": "independent use",
+        "Advanced": "complex problems",
+        "Expert": "leading others",
+    },
+    "criterion_style": {
+        "Task-Oriented": "the tasks done",
+        "Evidence-Based": "the proof handed in",
+        "Outcome-Focused": "what learners can do afterwards",
+    },
 }
 OPTION_LABELS = {
     "badge_style": "Style",
@@ -549,6 +577,10 @@ class GenerateRequest(StreamOptions, BadgeOptions):
         given = self.model_dump(include={"temperature", "max_tokens", "top_p", "top_k", "repeat_penalty", "seed"})
         return given | {name: value for name, value in defaults.items() if name not in self.model_fields_set}
 
+    def given_texts(self) -> list[str]:
+        """What was said of the badge besides the course."""
+        return [text for name in OPTION_LABELS if (text := self.option(name))]
+
     @classmethod
     def unknown(cls, document: Mapping[str, Any]) -> list[str]:
         """The fields of a request that are not known, and ignored."""
@@ -578,51 +610,68 @@ def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 # ---- Prompt and badge: pure functions -------------------------------------------------------------------------------
 
-# Types and `required` only: `pattern` and `maxLength` break or slow llama.cpp's grammars (ollama 8325, 18226).
-BADGE_SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "properties": {
-        "badge_name": {"type": "string"},
-        "badge_description": {"type": "string"},
-        "criteria": {
-            "type": "object",
-            "properties": {"narrative": {"type": "string"}},
-            "required": ["narrative"],
-        },
-    },
-    "required": ["badge_name", "badge_description", "criteria"],
-}
 # Control tokens of chat templates (ChatML, Phi, Llama, Mistral, Gemma, Qwen, DeepSeek): tokenizers read them anywhere.
 CHAT_MARKS = (
     r"<(?=[|\uff5c][^<>\n]{1,60}>|/?(?:(?:start|end)_of_\w+|s|[be]os|unk|pad|think|tool_(?:call|response))>|</?SYS>>)"
     r"|\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|IMG)\])"
 )
-CLOSING = (
-    "Summarize the course above as a badge. Use a short title as badge_name. In badge_description, explain what this "
-    "course teaches and which topics it covers. In the criteria narrative, explain what learners do in this course and "
-    "what they are able to do at the end of it."
+# As a small model knows them: by their English names.
+LANGUAGES = dict(
+    re.findall(
+        r"(\w+):(\w+)",
+        "ar:Arabic bg:Bulgarian bn:Bengali ca:Catalan cs:Czech cy:Welsh da:Danish de:German el:Greek en:English "
+        "es:Spanish et:Estonian eu:Basque fa:Persian fi:Finnish fr:French ga:Irish gl:Galician he:Hebrew hi:Hindi "
+        "hr:Croatian hu:Hungarian id:Indonesian is:Icelandic it:Italian ja:Japanese ko:Korean lt:Lithuanian lv:Latvian "
+        "ms:Malay nb:Norwegian nl:Dutch nn:Norwegian no:Norwegian pl:Polish pt:Portuguese ro:Romanian ru:Russian "
+        "sk:Slovak sl:Slovenian sr:Serbian sv:Swedish sw:Swahili ta:Tamil th:Thai tr:Turkish uk:Ukrainian ur:Urdu "
+        "vi:Vietnamese zh:Chinese",
+    )
 )
+# The letters of scripts without spaces between words.
+UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
+FEWEST_WORDS = 100  # to which a course is condensed: less is no course
+SENTENCES = {"Concise": (2, 3), "Detailed": (4, 6)}  # of a description, by tone
+
+
+def repair_notes(repairs: Mapping[str, int]) -> tuple[dict[str, Any], ...]:
+    """For the review, when documents.py has undone what tools do to text."""
+    if not repairs:
+        return ()
+    text = ", ".join(f"{kind.replace('_', ' ')}: {count}" for kind, count in repairs.items())
+    message = "Damage in the text of the course was undone; compare the draft with the course itself."
+    return ({"code": "text_repaired", "field": "content", "text": text, "message": message},)
+
+
+def word_count(text: str) -> int:
+    """Two letters of a script without spaces are about a word."""
+    return len(text.split()) + len(UNSPACED.findall(text)) // 2
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a course says, as documents.py has read it."""
+
+    text: str
+    language: str = "und"  # BCP 47
+    notes: tuple[dict[str, Any], ...] = ()  # for the review: what was repaired or left out
 
 
 @dataclass(frozen=True)
 class Prompt:
     """What an engine is asked: the constant part first, so that its prefix cache serves it."""
 
+    request: GenerateRequest
+    course: Course
     system: str
     user: str
     schema: dict[str, Any]
     sampling: dict[str, Any]
-    request: GenerateRequest | None = None
-
-    @property
-    def kept(self) -> dict[str, Any]:
-        return _kept(self.request)
+    kept: dict[str, Any]  # the fields of the badge that are not asked for and come back as they were
 
     @property
     def institution(self) -> str:
         """The institution that the badge has to mention, or ""."""
-        name = (self.request.option("institution") if self.request else None) or ""
-        name = " ".join(_tidied(name).split())
+        name = " ".join(_tidied(self.request.option("institution") or "").split())
         return name if re.search(VISIBLE, name) and "badge_description" not in self.kept else ""
 
     @property
@@ -630,41 +679,74 @@ class Prompt:
         """No tokenizer makes fewer tokens than words."""
         return len(self.system.split()) + len(self.user.split())
 
-    @property
-    def content_words(self) -> int:
-        return len(self.user.partition("</course>")[0].split()) - 1
+    def check_length(self, context: int | None) -> None:
+        """Raise ContentTooLong where it cannot fit, and where it leaves an answer no room and can be condensed."""
+        if not context:
+            return
+        tokens = max(self.words * 4 // 3, len((self.system + self.user).encode()) // 4)
+        cannot_fit, room = self.words > context, context - min(self.sampling["max_tokens"], context // 4)
+        error = too_long(self, context) if cannot_fit or tokens > room else None
+        if error and (cannot_fit or self.can_be_condensed(error)):
+            raise error
+
+    def can_be_condensed(self, error: ContentTooLong) -> bool:
+        fits = error.members.get("content_words_that_fit", 0)
+        return self.request.long_content == "condense" and fits >= FEWEST_WORDS
 
 
-def _kept(request: GenerateRequest | None) -> dict[str, Any]:
-    """The fields of a badge that are not asked for and come back as they were."""
-    if not isinstance(request, RegenerateRequest):
-        return {}
-    return {name: text for name, text in request.badge.model_dump().items() if name != request.field}
-
-
-def build_prompt(request: GenerateRequest, content: str, system: str, defaults: Mapping[str, Any]) -> Prompt:
+def build_prompt(
+    request: GenerateRequest, course: Course, system: str, defaults: Mapping[str, Any], text: str | None = None
+) -> Prompt:
     """The course first, delimited, then the options: drafts of one course share the longest prefix.
 
-    Delimiters in the content and the marks of chat templates lose their bracket, so that no text can end itself and
-    turn into instructions.
+    `text` is what is left of a course that was too long. Delimiters in it and the marks of chat templates lose their
+    bracket, so that no text can end itself and turn into instructions.
     """
-    content = re.sub(r"(?i)<(?=\s*+/?\s*+course\b)", "\u2039", content)  # possessive: a linear pass
-    options = [f"{label}: {value}" for name, label in OPTION_LABELS.items() if (value := request.option(name))]
-    schema, closing = BADGE_SCHEMA, CLOSING
+    text = course.text if text is None else text
+    options = []
+    for name, label in OPTION_LABELS.items():
+        if value := request.option(name):
+            meaning = CHOICES.get(name, {}).get(value)
+            options.append(f"{label}: {value} ({meaning})" if meaning else f"{label}: {value}")
+    kept: dict[str, Any] = {}
     if isinstance(request, RegenerateRequest):
-        schema = {
-            "type": "object",
-            "properties": {request.field: BADGE_SCHEMA["properties"][request.field]},
-            "required": [request.field],
-        }
-        kept = _kept(request)
-        closing = (
-            f"This is the badge for the course above, without its {request.field}:\n{orjson.dumps(kept).decode()}\n"
-            f"Write only {request.field}, anew and to suit the rest, as a JSON object with that one field."
-        )
-    user = "\n".join(["<course>", content, "</course>", "", *options, closing])
+        kept = {name: part for name, part in request.badge.model_dump().items() if name != request.field}
+        options.append(f"This is the badge without what is to be written:\n{orjson.dumps(kept).decode()}")
+    tag = request.language or course.language
+    language = LANGUAGES.get(tag.partition("-")[0].lower(), tag)
+    schema, asked = _asked(request, word_count(text), [name for name in Badge.model_fields if name not in kept])
+    in_language = "" if language == "und" else f", in {language}"
+    closing = f"Write the badge for this course{in_language}: {'; '.join(asked)}."
+    text = re.sub(r"(?i)<(?=\s*+/?\s*+course\b)", "\u2039", text)  # possessive: a linear pass
+    user = "\n".join(["<course>", text, "</course>", "", *options, closing])
     user = re.sub(CHAT_MARKS, lambda mark: "\u2039" if mark[0] == "<" else "\uff3b", user)
-    return Prompt(system, user, schema, request.sampling(defaults), request)
+    return Prompt(request, course, system, user, schema, request.sampling(defaults), kept)
+
+
+def _asked(request: GenerateRequest, words: int, fields: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The schema of the fields that a model is to write, and words on each.
+
+    Texts are asked for as lists of sentences, as many as the course has matter for: small models pad a longer text with
+    inventions. Neither `pattern` nor `maxLength`, which break or slow grammars (ollama 8325, 18226).
+    """
+    few, many = (min(count, max(1, words // 8)) for count in SENTENCES.get(request.option("badge_tone") or "", (3, 4)))
+    most = max(2, min(12 if request.option("badge_tone") == "Detailed" else 8, words // 15))
+    least = min(4, most)
+    schemas: dict[str, dict[str, Any]] = {
+        "badge_name": {"type": "string"},
+        "badge_description": {"type": "array", "items": {"type": "string"}, "minItems": few, "maxItems": many},
+        "criteria": {"type": "array", "items": {"type": "string"}, "minItems": least, "maxItems": most},
+    }
+    sentences = {
+        "badge_name": "badge_name, a short title",
+        "badge_description": f"badge_description with {few} or {many} sentences that explain what this course teaches "
+        "and which topics it covers",
+        "criteria": f"criteria with {least} to {most} short items, each one task or skill of this course, in other "
+        "words than the description",
+    }
+    properties = {name: schemas[name] for name in fields}
+    schema = {"type": "object", "properties": properties, "required": list(fields)}
+    return schema, [sentences[name] for name in fields]
 
 
 def too_long(prompt: Prompt, limit: int | None, tokens: int | None = None, answer: int | None = None) -> ContentTooLong:
@@ -677,7 +759,7 @@ def too_long(prompt: Prompt, limit: int | None, tokens: int | None = None, answe
     about = "" if tokens else "about "
     if not tokens:
         tokens = max(prompt.words * 4 // 3, len(prompt.user.encode()) // 4 + instructions, (limit or 0) + 1)
-    words = max(prompt.content_words, len(prompt.user) // 12)  # not every script has spaces between them
+    words = word_count(prompt.user.partition("</course>")[0]) - 1
     members: dict[str, Any] = {"prompt_tokens": tokens, "content_words": words}
     has = f"The request has {about}{tokens} tokens"
     shorten = "Shorten the content, or write a badge for each part of the course."
@@ -729,6 +811,10 @@ def _says_nothing(text: str) -> bool:
     return re.sub(r"[\W_]+", "", text).casefold() in PLACEHOLDERS
 
 
+class TitleRefused(Exception):
+    """The title of a badge has no word of the course."""
+
+
 class BrokenBadge(Exception):
     """What is read is not the JSON of a badge."""
 
@@ -742,7 +828,9 @@ class BadgeReader:
     models forget it. Superfluous and missing commas, other fields and objects around the badge do not matter.
     """
 
-    def __init__(self, kept: Mapping[str, Any] = {}, institution: str = "") -> None:
+    def __init__(
+        self, kept: Mapping[str, Any] = {}, institution: str = "", title: Callable[[str], str | None] = str
+    ) -> None:
         self.fields: dict[str, list[str]] = {}  # texts in pieces
         self.tags: list[str] = []
         self.rest = ""  # what followed the object
@@ -750,7 +838,8 @@ class BadgeReader:
         self.plain = False  # whether the next piece continues a text, and may be taken as it is
         self.closing = ""  # what ends the text that is being written
         self.said: list[str] = []  # the pieces of that text
-        self.kept, self._institution = kept, institution
+        self.refused = False  # whether `title` found no title for what was written
+        self.kept, self._institution, self._title = kept, institution, title
         self._text, self._at = "", 0  # what was fed, and how far it is read
         self._ended = self._cut = False
         self._out = [orjson.dumps(dict(kept)).decode()[:-1]]
@@ -823,12 +912,17 @@ class BadgeReader:
 
     def _field(self, name: str, first: str) -> Iterator[None]:
         """A text, or a list of texts, of the badge."""
-        if first not in '"[' or (first == "[" and name == "badge_name"):
+        if name == "badge_name" and first == '"':
+            title = self._title((yield from self._string()).strip())
+            self.refused = title is None
+        if first not in '"[' or (first == "[" and name == "badge_name") or self.refused:
             raise BrokenBadge
         opening, self.closing = ('{"narrative": "', '"}') if name == "criteria" else ('"', '"')
         self._out.append((", " if self.fields or self.kept else "") + f'"{name}": {opening}')
         self.fields[name] = self.said = []
-        if first == '"':
+        if name == "badge_name":
+            self._write(cast(str, title))
+        elif first == '"':
             yield from self._string(write=True)
         else:
             self._at += 1
@@ -946,10 +1040,13 @@ class Draft:
     is told at the end. The badge is the last whole one that stands after the thoughts.
     """
 
-    def __init__(self, kept: Mapping[str, Any] = {}, institution: str = "") -> None:
+    def __init__(
+        self, kept: Mapping[str, Any] = {}, institution: str = "", title: Callable[[str], str | None] = str
+    ) -> None:
         self.badge: Badge | None = None  # once it is finished
         self.written: BadgeReader | None = None  # a whole badge that was told as it was written
-        self._new_reader = partial(BadgeReader, kept, institution)
+        self.refused = False  # whether a title was
+        self._new_reader = partial(BadgeReader, kept, institution, title)
         self._raw: list[str] = []
         self._outside = ""  # of any object: what may be the beginning of a mark
         self._reader: BadgeReader | None = None
@@ -974,6 +1071,7 @@ class Draft:
             if (reader := self._reader) is None:
                 return rendered
             text = reader.feed(piece)
+            self.refused = self.refused or reader.refused
             if not self._silent:
                 self._told, rendered = reader, rendered + text
             if not (reader.done or reader.broken):
@@ -1016,8 +1114,13 @@ class Draft:
         self.badge, rendered = self._last_whole("".join(self._raw), cut)
         if told is None or was_whole:
             return "" if was_whole else rendered
-        # Of fields that stand twice in an object the last counts.
-        return told.closing + (", " if told.fields or told.kept else "") + rendered[1:]
+        return self.joint_after() + rendered[1:]
+
+    def joint_after(self) -> str:
+        """What stands between what was told and the fields of another badge: of two with one name the last counts."""
+        if (told := self._told) is None:
+            return "{"
+        return told.closing + (", " if told.fields or told.kept else "")
 
     def _last_whole(self, text: str, cut: bool) -> tuple[Badge, str]:
         """The last whole badge after the thoughts, and its JSON. Raises InvalidModelOutput."""
@@ -1035,6 +1138,7 @@ class Draft:
             while end < len(text) and not (reader.done or reader.broken):
                 rendered += reader.feed(text[end : end + AT_ONCE])
                 end += AT_ONCE
+            self.refused = self.refused or reader.refused
             end = min(end, len(text)) - len(reader.rest)
             if (read := read + end - mark.start() + LONGEST_MARK) > MAX_READ:
                 raise InvalidModelOutput
@@ -1207,44 +1311,50 @@ def build_credential(request: dict[str, Any]) -> dict[str, Any]:
     return credential
 
 
-# ---- Course text: parsers in processes of their own -----------------------------------------------------------------
+# ---- Course text: processes that read it, and judge drafts beside it ------------------------------------------------
+
+DOCUMENT_ERRORS = {
+    error.code: error
+    for error in (DocumentBroken, DocumentEncrypted, DocumentHasNoText, DocumentTooSlow, UnsupportedMediaType)
+}
 
 
-class Parsers:
-    """Processes that run documents.py, which makes plain text of what people have.
+class Readers:
+    """Processes that run documents.py: documents and markup to plain text, long courses to shorter ones, reviews.
 
-    Markup can be made to take minutes and gigabytes, so none is parsed in the service. A parser that is too slow, or
-    whose client leaves, is killed; the next text starts another. One client has half of the parsers at most.
+    A document can be made to take minutes and gigabytes, so none is read in the service. A process that is too slow, or
+    whose client leaves, is killed; the next task starts another. One client has half of them at most.
     """
 
     def __init__(self) -> None:
         self._idle: list[asyncio.subprocess.Process] = []
-        self._free = asyncio.Semaphore(PARSERS)
+        self._free = asyncio.Semaphore(READERS)
         self._shares = weakref.WeakValueDictionary[str, asyncio.Semaphore]()
 
-    async def text(self, content: str, client: str) -> str:
-        """What a course says. Raises DocumentTooSlow and DocumentBroken."""
-        if UNMARKED.fullmatch(content):
-            return content.strip()
-        share = self._shares.setdefault(client, asyncio.Semaphore(PARSERS // 2))
+    async def ask(self, task: str, client: str, **arguments: Any) -> dict[str, Any]:
+        """What a task of documents.py says. Raises one of DOCUMENT_ERRORS."""
+        share = self._shares.setdefault(client, asyncio.Semaphore(READERS // 2))
         try:
-            async with share, self._free, asyncio.timeout(PARSE_TIMEOUT):
-                return str((await self._asked(content.encode("utf-8", "replace")))["text"])
+            async with share, self._free, asyncio.timeout(READ_TIMEOUT):
+                said = await self._asked(orjson.dumps({"task": task, **arguments}))
         except TimeoutError:
             raise DocumentTooSlow from None
         except (OSError, EOFError, ValueError):  # it ran into its limits
             raise DocumentBroken from None
+        if error := DOCUMENT_ERRORS.get(said.get("error", "")):
+            raise error(said.get("detail", ""))
+        return said
 
-    async def _asked(self, content: bytes) -> dict[str, Any]:
-        parser = self._idle.pop() if self._idle else await _started(str(HERE / "documents.py"))
-        stdin, stdout = cast(asyncio.StreamWriter, parser.stdin), cast(asyncio.StreamReader, parser.stdout)
+    async def _asked(self, question: bytes) -> dict[str, Any]:
+        reader = self._idle.pop() if self._idle else await _started(str(HERE / "documents.py"))
+        stdin, stdout = cast(asyncio.StreamWriter, reader.stdin), cast(asyncio.StreamReader, reader.stdout)
         try:
-            stdin.write(len(content).to_bytes(8) + content)
+            stdin.write(len(question).to_bytes(8) + question)
             await stdin.drain()
             answer = await stdout.readexactly(int.from_bytes(await stdout.readexactly(8)))
-            self._idle.append(parser)
+            self._idle.append(reader)
         except BaseException:
-            await _killed(parser)
+            await _killed(reader)
             raise
         return cast(dict[str, Any], orjson.loads(answer))
 
@@ -1294,6 +1404,7 @@ class Answer(BaseModel):
     usage: TokenUsage
     finish_reason: Literal["stop", "length"]
     request_id: str
+    review: dict[str, Any] | None = None  # None where the draft could not be reviewed
 
 
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
@@ -1344,36 +1455,6 @@ class Generation:
         return f"{self.id}.{number}"
 
 
-def conclude(generation: Generation, draft: Draft, usage: Usage, settings: Settings, limit: int | None) -> Answer:
-    """The answer in a finished draft, whose last text is logged. Raises InvalidModelOutput or ContentTooLong.
-
-    `limit` is what the context holds, where that is known.
-    """
-    prompt, reached_limit = generation.prompt, usage.finish_reason == "length"
-    try:
-        rest = draft.finish(cut=reached_limit)
-    except InvalidModelOutput:
-        if reached_limit and limit and usage.prompt_tokens + usage.completion_tokens >= limit - 1:
-            raise too_long(prompt, limit, usage.prompt_tokens) from None
-        if reached_limit:
-            raise InvalidModelOutput(
-                "The language model reached max_tokens before the badge was complete. Try again with more max_tokens."
-            ) from None
-        raise
-    if rest:
-        generation.append(rest)
-    badge = cast(Badge, draft.badge)
-    read, written = usage.prompt_tokens, usage.completion_tokens
-    return Answer(
-        response=badge,
-        achievement=build_achievement(badge, prompt.request, badge._tags),
-        model=settings.model,
-        usage=TokenUsage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written),
-        finish_reason=usage.finish_reason,
-        request_id=generation.request_id,
-    )
-
-
 @dataclass(eq=False)
 class Call:
     """One engine call: its times, and the deadlines that follow from them. Times are the event loop's.
@@ -1384,10 +1465,14 @@ class Call:
 
     generation: Generation
     started: float
+    asked: float  # when the engine was asked last
     begun: float = 0.0  # the first sign of life: a token, or a thought
     last: float = 0.0  # the last one
     first_token: float = 0.0
     beside: int = 0  # prompts of ours that the engine had to read at the same time
+
+    def asks(self, now: float) -> None:
+        self.asked, self.begun = now, 0.0
 
     def lives(self, now: float) -> None:
         self.begun = self.begun or now
@@ -1398,7 +1483,7 @@ class Call:
         allowance = settings.first_token_timeout * min(self.beside, settings.workers - 1)
         end = self.started + settings.generation_timeout + allowance, "GENERATION_TIMEOUT"
         if not self.begun:
-            return min((self.started + settings.first_token_timeout + allowance, "FIRST_TOKEN_TIMEOUT"), end)
+            return min((self.asked + settings.first_token_timeout + allowance, "FIRST_TOKEN_TIMEOUT"), end)
         return min((max(self.last, read_until) + settings.token_timeout, "TOKEN_TIMEOUT"), end)
 
 
@@ -1473,9 +1558,10 @@ class Metrics:
 class GenerationQueue:
     """Generations from arrival to the end of their keep: admission, order, workers, deadlines, drain."""
 
-    def __init__(self, settings: Settings, engine: Engine) -> None:
+    def __init__(self, settings: Settings, engine: Engine, readers: Readers) -> None:
         self.settings = settings
         self.engine = engine
+        self.readers = readers
         self.running: dict[Generation, Call] = {}
         self.draining = False
         self._waiting: dict[Generation, None] = {}  # in order; a client that leaves is taken out of the middle
@@ -1515,6 +1601,7 @@ class GenerationQueue:
         for timer in [*self._finished.values(), *filter(None, [self._telling])]:
             timer.cancel()
         await self.engine.stop()
+        await self.readers.stop()
 
     async def drain(self) -> None:
         """Admit nothing new, tell what waits, let what runs finish within `DRAIN_TIMEOUT`, tell the rest."""
@@ -1565,8 +1652,11 @@ class GenerationQueue:
     def submit(self, prompt: Prompt, client: str, request_id: str) -> Generation:
         """Put a generation in the queue. Raises ShuttingDown, TooManyRequests, QueueFull or ContentTooLong."""
         self.check_admission(client)
-        if self.engine.context and prompt.words > self.engine.context:
-            raise too_long(prompt, self.engine.context)
+        try:
+            prompt.check_length(self.engine.context)
+        except ContentTooLong as error:
+            if not prompt.can_be_condensed(error):
+                raise
         generation = Generation(prompt, client, request_id)
         self._known[generation.id] = generation
         self._waiting[generation] = None
@@ -1680,7 +1770,8 @@ class GenerationQueue:
     async def _run(self, generation: Generation) -> None:
         del self._waiting[generation]
         generation.state, generation.position = "running", 0
-        call = Call(generation, self._loop.time(), beside=sum(not other.begun for other in self.running.values()))
+        now = self._loop.time()
+        call = Call(generation, now, now, beside=sum(not other.begun for other in self.running.values()))
         for other in self.running.values():
             other.beside += not other.begun
         self.running[generation] = call
@@ -1722,24 +1813,123 @@ class GenerationQueue:
         )
 
     async def _generate(self, call: Call) -> Answer:
-        """Make the engine call and feed the log."""
-        generation = call.generation
-        prompt = generation.prompt
-        log.debug("generation %s: %d words to the engine, %s", generation.id[:8], prompt.words, prompt.sampling)
-        draft = Draft(prompt.kept, prompt.institution)
-        async with contextlib.aclosing(self.engine.stream(prompt)) as pieces:
-            usage = await self._relay(call, draft, pieces)
-        return conclude(generation, draft, usage, self.settings, self.engine.context)
+        """Ask the engine, and again for what it left undone, and put what it writes into the log."""
+        generation, spent = call.generation, Counting[str]()
+        prompt, title, joint = generation.prompt, self._title(generation.prompt, first=True), "{"
+        while True:
+            draft = Draft(prompt.kept, prompt.institution, title)
+            call.asks(self._loop.time())
+            try:
+                prompt.check_length(self.engine.context)
+                usage = await self._written(call, prompt, draft, joint, spent)
+                break
+            except ContentTooLong as error:
+                prompt = await self._condensed(prompt, error, generation)
+            except TitleRefused:
+                title, joint = self._title(prompt, first=False), draft.joint_after()
+        badge = cast(Badge, draft.badge)
+        review = await self._review(badge, prompt, generation.client)
+        return Answer(
+            response=badge,
+            achievement=build_achievement(badge, prompt.request, badge._tags),
+            model=self.settings.model,
+            usage=TokenUsage(**spent, total_tokens=spent.total()),
+            finish_reason=usage.finish_reason,
+            request_id=generation.request_id,
+            review=review,
+        )
 
-    async def _relay(self, call: Call, draft: Draft, pieces: AsyncIterator[str | Usage]) -> Usage:
+    async def _written(self, call: Call, prompt: Prompt, draft: Draft, joint: str, spent: Counting[str]) -> Usage:
+        """One engine call, whose tokens are logged. Raises ContentTooLong, TitleRefused and other ApiErrors."""
+        generation = call.generation
+        log.debug("generation %s: %d words to the engine, %s", generation.id[:8], prompt.words, prompt.sampling)
+        async with contextlib.aclosing(self.engine.stream(prompt)) as pieces:
+            usage = await self._relay(call, prompt, draft, joint, pieces)
+        spent.update(prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens)
+        reached_limit, limit = usage.finish_reason == "length", self.engine.context
+        try:
+            rest = draft.finish(cut=reached_limit)
+        except InvalidModelOutput:
+            if draft.refused:
+                raise TitleRefused from None
+            if reached_limit and limit and usage.prompt_tokens + usage.completion_tokens >= limit - 1:
+                raise too_long(prompt, limit, usage.prompt_tokens) from None
+            if reached_limit:
+                raise InvalidModelOutput(
+                    "The language model reached max_tokens before the badge was complete. Try again with more "
+                    "max_tokens."
+                ) from None
+            raise
+        if rest:
+            generation.append(joint + rest[1:] if rest[0] == "{" else rest)
+        return usage
+
+    def _title(self, prompt: Prompt, first: bool) -> Callable[[str], str | None]:
+        """What becomes of a title without a word of the course: the first is refused, the next becomes the course's.
+
+        A course may hold instructions to the model, which small models follow.
+        """
+        request, course = prompt.request, prompt.course
+        options = request.given_texts()
+        if request.language not in (None, course.language):
+            return str  # which has other words
+
+        def accepted(title: str) -> str | None:
+            if review.title_is_from_course(title, course.text, options):
+                return title
+            return None if first else review.title_of(course.text) or title
+
+        return accepted
+
+    async def _condensed(self, prompt: Prompt, error: ContentTooLong, generation: Generation) -> Prompt:
+        """The prompt for as much of the course as fits. Raises `error` where that is not wanted or cannot help."""
+        if generation.log or not prompt.can_be_condensed(error):
+            raise error
+        course, fits = prompt.course, error.members["content_words_that_fit"]
+        words = word_count(course.text)
+        characters = len(course.text) * fits // words
+        cut = await self.readers.ask(
+            "condense", generation.client, content=course.text, words=fits, characters=characters
+        )
+        said = f"The course was too long for the model, which has read {cut['words_kept']} of {cut['words']} words."
+        note = {"code": "condensed", "field": "content", "text": ", ".join(cut["left_out"]), "message": said}
+        notes = (*(one for one in course.notes if one["code"] != "condensed"), note)
+        shorter = build_prompt(
+            prompt.request, replace(course, notes=notes), prompt.system, self.engine.defaults, cut["text"]
+        )
+        if shorter.words >= prompt.words:
+            raise error
+        return shorter
+
+    async def _review(self, badge: Badge, prompt: Prompt, client: str) -> dict[str, Any] | None:
+        request, course = prompt.request, prompt.course
+        try:
+            return await self.readers.ask(
+                "review",
+                client,
+                badge=badge.model_dump(),
+                course=course.text,
+                options=request.given_texts(),
+                wanted_language=request.language,
+                tone=request.option("badge_tone"),
+                notes=course.notes,
+            )
+        except ApiError as error:  # a review never fails a request
+            log.warning("a draft could not be reviewed: %s", error.code)
+            return None
+
+    async def _relay(
+        self, call: Call, prompt: Prompt, draft: Draft, joint: str, pieces: AsyncIterator[str | Usage]
+    ) -> Usage:
         """Log what each piece of text adds to the badge; stop an engine that writes without end.
 
-        An empty piece is a sign of life: the model thinks.
+        An empty piece is a sign of life: the model thinks. `joint` stands in place of the bracket that opens the badge.
         """
         generation, now, feed = call.generation, self._loop.time, draft.feed
         # Eight pieces a token: some servers send their text letter by letter.
-        most = 8 * generation.prompt.sampling["max_tokens"]
+        most = 8 * prompt.sampling["max_tokens"]
         count = size = blank = 0
+        is_first = True
         async for piece in pieces:
             if isinstance(piece, Usage):
                 return piece
@@ -1748,13 +1938,18 @@ class GenerationQueue:
                 continue
             call.first_token = call.first_token or call.last
             if text := feed(piece[:MAX_OUTPUT_CHARS]):
-                generation.append(text)
+                if is_first:
+                    is_first, text = False, joint + text[1:]
+                if text:
+                    generation.append(text)
+            if draft.refused:
+                raise TitleRefused
             count += 1
             size += len(piece)
             blank = blank + len(piece) if piece.isspace() else 0
             if blank > MAX_BLANK_RUN or size > MAX_OUTPUT_CHARS or count > most:
                 if draft.written:
-                    return Usage(0, min(count, generation.prompt.sampling["max_tokens"]), "length")
+                    return Usage(0, min(count, prompt.sampling["max_tokens"]), "length")
                 raise InvalidModelOutput(
                     "The language model wrote without end and was stopped. Try again, with another seed or a higher "
                     "repeat_penalty."
@@ -2451,8 +2646,8 @@ class EmbeddedEngine(OpenAIEngine):
     extras: Mapping[str, Any] = {"dry_multiplier": 0.8, "dry_allowed_length": 3}
     texts: ClassVar = {
         "badge_name": {"pattern": r'^[^<>"\\{}]{3,80}$'},  # a title, not the course's delimiter
-        "badge_description": {"minLength": 40, "maxLength": 900},
-        "narrative": {"minLength": 40, "maxLength": 1400},
+        "badge_description": {"maxLength": 300},
+        "criteria": {"maxLength": 300},
     }
 
     def __init__(self, settings: Settings) -> None:
@@ -2466,7 +2661,7 @@ class EmbeddedEngine(OpenAIEngine):
     def schema(self, schema: dict[str, Any]) -> dict[str, Any]:
         """With bounds on the texts, which llama.cpp's grammars take as long as they are short."""
         bounded = {
-            name: self.schema(part) if "properties" in part else part | self.texts.get(name, {})
+            name: part | {"items": part["items"] | self.texts[name]} if "items" in part else part | self.texts[name]
             for name, part in schema["properties"].items()
         }
         return schema | {"properties": bounded}
@@ -2598,12 +2793,9 @@ DOCS_PAGE = """<!doctype html>
 class Api:
     """The handlers. Each is a few lines: read the request, submit or find a generation, choose its view."""
 
-    def __init__(self, settings: Settings, queue: GenerationQueue, engine: Engine) -> None:
-        self.settings = settings
-        self.queue = queue
-        self.engine = engine
+    def __init__(self, settings: Settings, queue: GenerationQueue) -> None:
+        self.settings, self.queue, self.engine, self.readers = settings, queue, queue.engine, queue.readers
         self._probe: asyncio.Task[list[str]] | None = None
-        self.parsers = Parsers()
         self.system_prompt = settings.system_prompt_file.read_text("utf-8").strip()
 
     def routes(self) -> list[Route]:
@@ -2718,10 +2910,11 @@ class Api:
         generation = self.queue.join(client, key, fingerprint) if key is not None else None
         if generation is None:
             with self.queue.preparing(client):
-                text = await self.parsers.text(body.content, client)
-            if not re.search(VISIBLE, text):
+                said = await self.readers.ask("text", client, content=body.content)
+            if not re.search(VISIBLE, said["text"]):
                 raise invalid_fields({("content",): "must hold text that can be seen, not only markup"})
-            prompt = build_prompt(body, text, self.system_prompt, self.engine.defaults)
+            course = Course(said["text"], said.get("language", "und"), repair_notes(said["repairs"]))
+            prompt = build_prompt(body, course, self.system_prompt, self.engine.defaults)
             # From here to `remember` nothing is awaited, or two requests with one key would make two generations.
             generation = self.queue.join(client, key, fingerprint) if key is not None else None
         if generation is None:
@@ -3658,8 +3851,8 @@ mend_hypercorn()
 def create_app(settings: Settings) -> Guard:
     """The ASGI application: Guard, CORS, errors, Admission, routes, in this order."""
     engine = ENGINES[settings.engine](settings)
-    queue = GenerationQueue(settings, engine)
-    api = Api(settings, queue, engine)
+    queue = GenerationQueue(settings, engine, Readers())
+    api = Api(settings, queue)
 
     @contextlib.asynccontextmanager
     async def lifespan(guard: Guard) -> AsyncIterator[None]:
@@ -3675,7 +3868,6 @@ def create_app(settings: Settings) -> Guard:
             yield
         finally:
             await queue.stop()
-            await api.parsers.stop()
 
     app: ASGIApp = Router(api.routes(), lifespan=lifespan, redirect_slashes=False)
     app = Admission(app, settings, queue)

@@ -256,10 +256,26 @@ def main() -> None:
     if sys.platform != "darwin":  # which knows no limit of memory
         resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     while head := sys.stdin.buffer.read(8):
-        said = plain_text(sys.stdin.buffer.read(int.from_bytes(head)).decode())
-        answer = orjson.dumps({"text": said.text, "repairs": said.repairs})
+        asked = orjson.loads(sys.stdin.buffer.read(int.from_bytes(head)))
+        answer = orjson.dumps(TASKS[asked.pop("task")](**asked))
         sys.stdout.buffer.write(len(answer).to_bytes(8) + answer)
         sys.stdout.buffer.flush()
+
+
+def _text(content: str) -> dict[str, Any]:
+    import review
+
+    said = plain_text(content)
+    return {"text": said.text, "repairs": said.repairs, "language": review.language_of(said.text)}
+
+
+def _review(**arguments: Any) -> dict[str, Any]:
+    import review
+
+    return review.review(**arguments)
+
+
+TASKS: dict[str, Any] = {"text": _text, "review": _review}
 
 
 if __name__ == "__main__":

@@ -508,14 +508,14 @@ async def test_the_models_own_context_rules_where_it_is_smaller_than_num_ctx() -
         service.engine.shown = {"model_info": {"general.architecture": "smol", "smol.context_length": 8192}}
         told, _ = await fails(service, 413, "content_too_long")
         assert (told["context_tokens"], told["prompt_tokens"]) == (8192, 8193)
-        problem_in(await ask(service, {"content": "knots " * 8193}), 413, "content_too_long")
+        problem_in(await ask(service, {"content": "knots " * 8193, "long_content": "refuse"}), 413, "content_too_long")
         assert len(service.engine.calls) == 2  # this one was not asked
         short = Script(prompt_eval_count=8100, eval_count=60)
         service.engine.script = lambda body, index: short
         await writes(service)
 
 
-LONG = {"content": "knots " * 1000}
+LONG = {"content": "knots " * 1000, "long_content": "refuse"}
 
 
 @pytest.mark.parametrize("facts", [{"max_model_len": 900}, {"meta": {"n_ctx": 900, "n_ctx_train": 131072}}, None])

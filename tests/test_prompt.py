@@ -58,7 +58,7 @@ async def test_content_cannot_close_its_delimiter(attack: str) -> None:
 )
 def test_a_prompt_is_built_in_linear_time(content: str) -> None:
     began = time.perf_counter()
-    prompt = dccapi.build_prompt(dccapi.GenerateRequest(content=content), content, "s", {})
+    prompt = dccapi.build_prompt(dccapi.GenerateRequest(content=content), dccapi.Course(content), "s", {})
     assert time.perf_counter() - began < 2  # 0.02 s here; the quadratic way takes minutes
     assert prompt.user.count("</course>") == 1
 

@@ -89,7 +89,7 @@ class GenerationMachine(RuleBasedStateMachine):
 
     @rule()
     def submit(self) -> None:
-        prompt = dccapi.Prompt("", "a", {}, {"max_tokens": 50})
+        prompt = dccapi.build_prompt(dccapi.GenerateRequest(content="a"), dccapi.Course("a"), "", {})
         self.made.append(self.queue.submit(prompt, "client", "request"))
         self.settle()
 
@@ -285,7 +285,7 @@ def test_an_event_is_read_back_as_it_was_written(data: dict[str, Any], id: str) 
 def test_accumulated_is_the_text_so_far_wherever_a_reader_starts(
     pieces: list[str], seen: int, accumulated: bool
 ) -> None:
-    prompt = dccapi.build_prompt(dccapi.GenerateRequest(**COURSE), COURSE["content"], "system", {})
+    prompt = dccapi.build_prompt(dccapi.GenerateRequest(**COURSE), dccapi.Course(COURSE["content"]), "system", {})
     generation = dccapi.Generation(prompt, "client", "request")
     for piece in pieces:
         generation.append(piece)

@@ -371,7 +371,7 @@ async def test_the_embedded_engine_is_started_again_and_knows_its_childs_line(
                 with pytest.raises(dccapi.EngineUnreachable, match="Too many open files"):
                     await engine.url()
                 await eventually(engine._ready.is_set)
-                prompt = dccapi.build_prompt(dccapi.GenerateRequest(**COURSE), COURSE["content"], "", {})
+                prompt = dccapi.build_prompt(dccapi.GenerateRequest(**COURSE), dccapi.Course(COURSE["content"]), "", {})
                 pieces = [piece async for piece in engine.stream(prompt)]
                 assert "".join(piece for piece in pieces if isinstance(piece, str)) == badge_json()
             finally:

@@ -312,7 +312,13 @@ def answered() -> Examples:
 
 
 def generation(log: list[str | Answer | dccapi.ApiError]) -> dccapi.Generation:
-    return dccapi.Generation(dccapi.Prompt("", "", {}, {}), "", REQUEST_ID, id=ID, log=log)
+    return dccapi.Generation(
+        dccapi.build_prompt(dccapi.GenerateRequest(content="x"), dccapi.Course("x"), "", {}),
+        "",
+        REQUEST_ID,
+        id=ID,
+        log=log,
+    )
 
 
 def events(seen: int, log: list[str | Answer | dccapi.ApiError]) -> str:

@@ -1894,9 +1894,8 @@ class GenerationQueue:
         said = f"The course was too long for the model, which has read {cut['words_kept']} of {cut['words']} words."
         note = {"code": "condensed", "field": "content", "text": ", ".join(cut["left_out"]), "message": said}
         notes = (*(one for one in course.notes if one["code"] != "condensed"), note)
-        shorter = build_prompt(
-            prompt.request, replace(course, notes=notes), prompt.system, self.engine.defaults, cut["text"]
-        )
+        course = replace(course, notes=notes)
+        shorter = build_prompt(prompt.request, course, prompt.system, self.engine.defaults, cut["text"])
         if shorter.words >= prompt.words:
             raise error
         return shorter

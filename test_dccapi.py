@@ -1009,15 +1009,16 @@ async def test_a_body_over_the_limit_is_a_413(path: str, declared: bool) -> None
 @BOTH_VIEWS
 async def test_content_that_cannot_fit_is_a_413_with_the_figures_before_any_engine_call(path: str) -> None:
     async with serving(num_ctx=512) as service:
-        problem = problem_in(
-            await ask(service, {"content": "word " * 600, "long_content": "refuse"}, path), 413, "content_too_long"
-        )
+        problem = problem_in(await ask(service, LONG, path), 413, "content_too_long")
     assert problem["context_tokens"] == 512
     assert problem["prompt_tokens"] > 600
     assert 600 <= problem["content_words"] < 700
     assert 0 <= problem["content_words_that_fit"] < 512
     assert "512" in problem["detail"]
     assert not service.engine.calls
+
+
+LONG = {"content": "word " * 600, "long_content": "refuse"}
 
 
 async def test_the_figures_of_a_413_ask_for_less_than_there_is() -> None:

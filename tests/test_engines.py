@@ -76,6 +76,9 @@ async def test_an_openai_server_is_asked_as_the_issue_says() -> None:
     assert "seed" not in await openai_asked({})
 
 
+LONG = {"content": "knots " * 200, "long_content": "refuse"}
+
+
 async def test_the_clients_sampling_wins_over_the_engines_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dccapi.OpenAIEngine, "defaults", {"repeat_penalty": 1.15})
     assert (await openai_asked({}))["repeat_penalty"] == 1.15
@@ -374,9 +377,7 @@ async def test_openais_end_without_a_finish_reason_is_an_engine_error() -> None:
 async def test_a_prompt_that_an_old_ollama_cut_silently_is_a_413_with_the_figures(read: int, written: int) -> None:
     script = Script(prompt_eval_count=read, eval_count=written)
     async with serving(script=script, num_ctx=2048) as service:
-        for told in await fails(
-            service, 413, "content_too_long", {"content": "knots " * 200, "long_content": "refuse"}
-        ):
+        for told in await fails(service, 413, "content_too_long", LONG):
             assert told["context_tokens"] == 2048
             assert told["prompt_tokens"] > 2048
 
@@ -384,17 +385,13 @@ async def test_a_prompt_that_an_old_ollama_cut_silently_is_a_413_with_the_figure
 @ENGINES
 async def test_a_count_below_the_number_of_words_says_nothing(engine: type[ScriptedEngine]) -> None:
     async with serving(engine(), Script(prompt_eval_count=9), num_ctx=2048) as service:
-        assert (await writes(service, {"content": "knots " * 200, "long_content": "refuse"}))["usage"][
-            "prompt_tokens"
-        ] == 9
+        assert (await writes(service, LONG))["usage"]["prompt_tokens"] == 9
 
 
 async def test_ollamas_context_error_is_a_413_with_the_figures() -> None:
     script = Script(status=400, error="the input length exceeds the context length")
     async with serving(script=script, num_ctx=2048) as service:
-        for told in await fails(
-            service, 413, "content_too_long", {"content": "knots " * 200, "long_content": "refuse"}
-        ):
+        for told in await fails(service, 413, "content_too_long", LONG):
             assert told["context_tokens"] == 2048
             assert told["prompt_tokens"] >= 200
             assert re.search(r"\b2048\b", told.get("detail") or told["error"])

@@ -312,8 +312,9 @@ def answered() -> Examples:
 
 
 def generation(log: list[str | Answer | dccapi.ApiError]) -> dccapi.Generation:
+    prompt = dccapi.build_prompt(dccapi.GenerateRequest(content="x"), dccapi.Course("x"), "", {})
     return dccapi.Generation(
-        dccapi.build_prompt(dccapi.GenerateRequest(content="x"), dccapi.Course("x"), "", {}),
+        prompt,
         "",
         REQUEST_ID,
         id=ID,

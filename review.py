@@ -32,6 +32,7 @@ ITEMS = (4, 12)  # of the criteria
 WORDS_FOR_AN_ITEM = 20  # a course of 60 words bears 3 items
 FEWEST_WORDS = 12  # of a description
 LOW_SUPPORT = 0.34
+LONG = 5  # keys of a sentence that should not stand in both texts
 SAME = 0.8  # two sentences that share more than this of their keys say the same
 LONGEST_SENTENCE = 400  # characters; a text without full stops is cut after as many
 LONGEST_TITLE = 100
@@ -154,7 +155,8 @@ def _stem(word: str) -> str:
     if "\uac00" <= word < "\ud7b0":  # the endings of Korean stand behind two syllables or more
         return word[:2]
     word = ARTICLE.sub("", word, count=1) if "\u0590" <= word < "\u0700" else word
-    return word if len(word) < 4 else word.rstrip("s")[:5].rstrip("eiy") or word
+    stem = word.rstrip("s")[:5] if len(word) > 3 else word
+    return stem.rstrip("eiy") if len(stem) > 3 else stem or word
 
 
 def _keys(token: str) -> Sequence[str]:
@@ -395,6 +397,12 @@ class Grounds:
                 yield "unsupported_name", name
 
 
+def _same(field: str, keys: Sequence[str], other_field: str, other: Sequence[str]) -> bool:
+    """Whether two sentences say the same. The criteria may have in a few words what the description tells."""
+    alike = len({*keys} & {*other}) > SAME * len({*keys, *other})
+    return alike and (field == other_field or len(keys) >= LONG)
+
+
 def _lengths(description: str, narrative: str, tone: str | None, course_size: int) -> Iterator[tuple[str, str]]:
     """The texts that are too short or too long: the code and the field."""
     fewest, most = SENTENCES.get((tone or "").lower(), (3, 4))
@@ -434,17 +442,17 @@ def review(
 
     sentences: list[dict[str, Any]] = []
     found: list[tuple[str, str, str]] = []
-    for at, ((field, text), keys) in enumerate(zip(said, meanings, strict=True)):
+    before: list[tuple[str, list[str]]] = []
+    for (field, text), keys in zip(said, meanings, strict=True):
         borne = [] if foreign else [key for key in keys if key in grounds.places]
         support = None if foreign or not keys else round(len(borne) / len(keys), 2)
         sentences.append({"field": field, "text": text, "support": support, "source": grounds.source(borne)})
         found += [(code, field, words) for code, words in grounds.lacks(text, language, foreign)]
         if support is not None and support < LOW_SUPPORT and len(keys) > 2:
             found.append(("low_support", field, text))
-        if len(keys) > 2 and any(
-            len({*keys} & {*one}) > SAME * len({*keys, *one}) for one in meanings[max(0, at - NEAR) : at]
-        ):
+        if any(_same(field, keys, *one) for one in before[-NEAR:]):
             found.append(("repeated", field, text))
+        before.append((field, keys))
 
     texts = {"badge_description": description, "criteria": narrative}
     for field, text in texts.items():

@@ -1418,9 +1418,10 @@ class Generation:
     of followers read it, each at its own pace; they are woken by an asyncio.Event of their own.
     """
 
-    prompt: Prompt
     client: str
     request_id: str
+    urgency: int = 3  # RFC 9218: the lower number first
+    prompt: Prompt | None = None  # once its course is read, until it has ended
     id: str = field(default_factory=lambda: secrets.token_urlsafe(16))
     log: list[str | Answer | ApiError] = field(default_factory=list)
     state: State = "queued"
@@ -1565,7 +1566,7 @@ class GenerationQueue:
         self.running: dict[Generation, Call] = {}
         self.draining = False
         self._waiting: dict[Generation, None] = {}  # in order; a client that leaves is taken out of the middle
-        self._preparing: Counting[str] = Counting()  # requests whose course is parsed, by client
+        self._starts = 0
         self._arrived = asyncio.Event()
         self._known: dict[str, Generation] = {}
         self._finished: OrderedDict[Generation, asyncio.TimerHandle] = OrderedDict()
@@ -1628,7 +1629,6 @@ class GenerationQueue:
         if self.draining:
             raise ShuttingDown
         active = sum(generation.client == client for generation in [*self.running, *self._waiting])
-        active += self._preparing[client]
         if active >= settings.max_per_client:
             raise TooManyRequests(
                 f"You have {active} generations in flight; {settings.max_per_client} are allowed. "
@@ -1638,31 +1638,25 @@ class GenerationQueue:
         if self.full:
             raise QueueFull(retry_after=self.estimated_wait(len(self._waiting) + 1))
 
-    @contextlib.contextmanager
-    def preparing(self, client: str) -> Iterator[None]:
-        """A request takes its place before its prompt is made. Raises ShuttingDown, TooManyRequests or QueueFull."""
+    def submit(self, client: str, request_id: str, urgency: int = 3) -> Generation:
+        """Give a generation its place, before its course is read. Raises ShuttingDown, TooManyRequests or QueueFull."""
         self.check_admission(client)
-        self._preparing[client] += 1
-        try:
-            yield
-        finally:
-            self._preparing[client] -= 1
-            self._preparing = +self._preparing  # without those that have none
+        generation = Generation(client, request_id, urgency)
+        self._known[generation.id] = generation
+        self._waiting[generation] = None
+        generation.position = generation.queued_position = self._position(self._in_order().index(generation) + 1)
+        self._renumber()  # others may stand behind it now
+        return generation
 
-    def submit(self, prompt: Prompt, client: str, request_id: str) -> Generation:
-        """Put a generation in the queue. Raises ShuttingDown, TooManyRequests, QueueFull or ContentTooLong."""
-        self.check_admission(client)
+    def ready(self, generation: Generation, prompt: Prompt) -> None:
+        """Its course is read. Raises ContentTooLong where that cannot fit, nor be condensed."""
         try:
             prompt.check_length(self.engine.context)
         except ContentTooLong as error:
             if not prompt.can_be_condensed(error):
                 raise
-        generation = Generation(prompt, client, request_id)
-        self._known[generation.id] = generation
-        self._waiting[generation] = None
-        generation.position = generation.queued_position = self._position(len(self._waiting))
+        generation.prompt = prompt
         self._arrived.set()
-        return generation
 
     def join(self, client: str, key: str, fingerprint: bytes) -> Generation | None:
         """The generation that this `Idempotency-Key` stands for; a failed one is forgotten, so a retry is a new try."""
@@ -1726,21 +1720,30 @@ class GenerationQueue:
 
     @property
     def full(self) -> bool:
-        coming = len(self._waiting) + self._preparing.total()
-        return coming >= self.settings.max_queue + self.settings.workers - len(self.running)
+        return len(self._waiting) >= self.settings.max_queue + self.settings.workers - len(self.running)
 
     def estimated_wait(self, position: int) -> float:
         """Seconds until the generation at this position runs, from the measured service time."""
         return round(position * (self._service_time or SERVICE_TIME) / self.settings.workers, 1)
 
+    def _in_order(self) -> list[Generation]:
+        return sorted(self._waiting, key=lambda generation: generation.urgency)
+
+    def _next(self) -> Generation | None:
+        """The first whose course is read; each eighth time the oldest, however urgent: a catalogue gets on as well."""
+        ready = [generation for generation in self._in_order() if generation.prompt]
+        if ready and self._starts % 8 == 7:
+            ready.sort(key=lambda generation: generation.created)
+        return ready[0] if ready else None
+
     def _renumber(self) -> None:
         """Tell the waiting their positions; a thousand of them twice a second, since each is a write."""
         if self._telling is None:
-            self._telling = asyncio.get_running_loop().call_later(len(self._waiting) / 2000, self._tell_positions)
+            self._telling = self._loop.call_later(len(self._waiting) / 2000, self._tell_positions)
 
     def _tell_positions(self) -> None:
         self._telling = None
-        for number, generation in enumerate(self._waiting, 1):
+        for number, generation in enumerate(self._in_order(), 1):
             generation.position = self._position(number)
             generation.wake()
 
@@ -1759,16 +1762,17 @@ class GenerationQueue:
 
     async def _work(self) -> None:
         while True:
-            while not self._waiting:
+            while (generation := self._next()) is None:
                 self._arrived.clear()
                 await self._arrived.wait()
             try:
-                await self._run(next(iter(self._waiting)))
+                await self._run(generation)
             except Exception as error:
                 log.error("a worker goes on after a fault: %s", described(error))
 
     async def _run(self, generation: Generation) -> None:
         del self._waiting[generation]
+        self._starts += 1
         generation.state, generation.position = "running", 0
         now = self._loop.time()
         call = Call(generation, now, now, beside=sum(not other.begun for other in self.running.values()))
@@ -1815,7 +1819,8 @@ class GenerationQueue:
     async def _generate(self, call: Call) -> Answer:
         """Ask the engine, and again for what it left undone, and put what it writes into the log."""
         generation, spent = call.generation, Counting[str]()
-        prompt, title, joint = generation.prompt, self._title(generation.prompt, first=True), "{"
+        prompt = cast(Prompt, generation.prompt)
+        title, joint = self._title(prompt, first=True), "{"
         while True:
             draft = Draft(prompt.kept, prompt.institution, title)
             call.asks(self._loop.time())
@@ -1871,8 +1876,9 @@ class GenerationQueue:
         """
         request, course = prompt.request, prompt.course
         options = request.given_texts()
-        if request.language not in (None, course.language):
-            return str  # which has other words
+        is_wanted = isinstance(request, RegenerateRequest) and not review.instructions_in(course.text)
+        if is_wanted or request.language not in (None, course.language) or word_count(course.text) < 8:
+            return str  # by a person who looks at it; in other words than the course's; there is nothing to compare
 
         def accepted(title: str) -> str | None:
             if review.title_is_from_course(title, course.text, options):
@@ -1964,7 +1970,7 @@ class GenerationQueue:
         )
         generation.position, generation.task = 0, None
         generation.append(outcome)
-        del generation.prompt  # up to MAX_BODY_BYTES, which no view needs
+        generation.prompt = None  # up to MAX_BODY_BYTES, which no view needs
         generation.size = 4096 + 2 * sum(map(sys.getsizeof, generation.log))  # the answer repeats the text
         if isinstance(outcome, Answer) and call:
             weight = 0.2 if self._service_time else 1.0
@@ -2908,20 +2914,24 @@ class Api:
         client, fingerprint = request.state.client, body.fingerprint()
         generation = self.queue.join(client, key, fingerprint) if key is not None else None
         if generation is None:
-            with self.queue.preparing(client):
-                said = await self.readers.ask("text", client, content=body.content)
-            if not re.search(VISIBLE, said["text"]):
-                raise invalid_fields({("content",): "must hold text that can be seen, not only markup"})
-            course = Course(said["text"], said.get("language", "und"), repair_notes(said["repairs"]))
-            prompt = build_prompt(body, course, self.system_prompt, self.engine.defaults)
-            # From here to `remember` nothing is awaited, or two requests with one key would make two generations.
-            generation = self.queue.join(client, key, fingerprint) if key is not None else None
-        if generation is None:
-            generation = self.queue.submit(prompt, client, request.state.request_id)
+            generation = self.queue.submit(client, request.state.request_id, urgency(request))
+            request.state.generation = generation
             if key is not None:
                 self.queue.remember(client, key, fingerprint, generation)
+            try:
+                self.queue.ready(generation, await self._prompt(body, client))
+            except BaseException as error:
+                self.queue.end(generation, error if isinstance(error, ApiError) else Cancelled())
+                raise
         request.state.generation = generation
         return generation
+
+    async def _prompt(self, body: GenerateRequest, client: str) -> Prompt:
+        said = await self.readers.ask("text", client, content=body.content)
+        if not re.search(VISIBLE, said["text"]):
+            raise invalid_fields({("content",): "must hold text that can be seen, not only markup"})
+        course = Course(said["text"], said["language"], repair_notes(said["repairs"]))
+        return build_prompt(body, course, self.system_prompt, self.engine.defaults)
 
     def _known(self, request: Request, of_anyone: bool = False) -> Generation:
         generation = self.queue.get(request.path_params["id"])
@@ -3095,6 +3105,12 @@ def validated(validate: Callable[[Any], Model], document: Any, unknown: Sequence
 def stream_options(request: Request) -> StreamOptions:
     """How the client wants its events, from the query."""
     return validated(StreamOptions.model_validate_strings, _given(request.query_params))
+
+
+def urgency(request: Request) -> int:
+    """From `Priority` (RFC 9218), 0 to 7; one that cannot be read is none."""
+    given = re.search(r"(?:^|[,\s])u=([0-7])(?![^,;\s])", request.headers.get("priority", ""))
+    return int(given[1]) if given else 3
 
 
 def idempotency_key(request: Request) -> str | None:

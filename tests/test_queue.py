@@ -68,7 +68,7 @@ class GenerationMachine(RuleBasedStateMachine):
         self.settings = dccapi.Settings(
             max_concurrent_requests=2, resume_grace=1000, max_queue=1000, max_per_client=1000
         )
-        self.queue = dccapi.GenerationQueue(self.settings, self.engine)  # type: ignore[arg-type]
+        self.queue = dccapi.GenerationQueue(self.settings, self.engine, dccapi.Readers())  # type: ignore[arg-type]
         self.run(self.queue.start())
         self.made: list[dccapi.Generation] = []
         self.seen: dict[str, list[Any]] = {}
@@ -90,7 +90,8 @@ class GenerationMachine(RuleBasedStateMachine):
     @rule()
     def submit(self) -> None:
         prompt = dccapi.build_prompt(dccapi.GenerateRequest(content="a"), dccapi.Course("a"), "", {})
-        self.made.append(self.queue.submit(prompt, "client", "request"))
+        self.made.append(self.queue.submit("client", "request"))
+        self.queue.ready(self.made[-1], prompt)
         self.settle()
 
     @rule(number=st.integers(0, 9), grace=st.sampled_from([0.0, 1000.0]), skip=st.integers(0, 3))
@@ -285,8 +286,7 @@ def test_an_event_is_read_back_as_it_was_written(data: dict[str, Any], id: str) 
 def test_accumulated_is_the_text_so_far_wherever_a_reader_starts(
     pieces: list[str], seen: int, accumulated: bool
 ) -> None:
-    prompt = dccapi.build_prompt(dccapi.GenerateRequest(**COURSE), dccapi.Course(COURSE["content"]), "system", {})
-    generation = dccapi.Generation(prompt, "client", "request")
+    generation = dccapi.Generation("client", "request")
     for piece in pieces:
         generation.append(piece)
     seen = min(seen, len(pieces))

@@ -312,9 +312,7 @@ def answered() -> Examples:
 
 
 def generation(log: list[str | Answer | dccapi.ApiError]) -> dccapi.Generation:
-    prompt = dccapi.build_prompt(dccapi.GenerateRequest(content="x"), dccapi.Course("x"), "", {})
     return dccapi.Generation(
-        prompt,
         "",
         REQUEST_ID,
         id=ID,

@@ -187,7 +187,7 @@ def said_in_html(text: str, marked: bool = False) -> str:
         node.insert_before("\n")
         node.insert_after("\n")
     for cell in tree.css("td,th"):
-        cell.insert_after(" | ")
+        cell.insert_after(CELL if marked else " | ")
     text = re.sub(r"(?<=\d)\ufdd0(?=\d)", " ", tree.body.text() if tree.body else "").replace("\ufdd0", "")
     text = re.sub(r"(?m)^ +| +$", "", re.sub(r"[ \t\xa0]+", " ", text))
     if marked:
@@ -197,7 +197,7 @@ def said_in_html(text: str, marked: bool = False) -> str:
 
 # Noncharacters that stand for marks while the text of HTML is put together: a row and a heading begin and end, an item
 # begins, one step of indentation.
-ROW, ROW_END, HEAD, HEAD_END, ITEM, STEP = "\ufdd2", "\ufdd3", "\ufdd4", "\ufdd5", "\ufdd6", "\ufdd7"
+ROW, ROW_END, HEAD, HEAD_END, ITEM, STEP, CELL = "\ufdd2\ufdd3\ufdd4\ufdd5\ufdd6\ufdd7\ufdd8"
 NOT_SAID = "nav,footer,button,select,input,textarea,[hidden]"
 
 
@@ -220,7 +220,7 @@ def _mark(tree: LexborHTMLParser) -> None:
         _wrap(node, ROW, ROW_END)
     for listing in tree.css("ul,ol"):
         depth = _lies_in(listing, "ul", "ol")
-        items = (item for item in listing.iter() if item.tag == "li")
+        items = (item for item in listing.iter() if item.tag == "li" and not _only_nests(item))
         for number, item in enumerate(items, int(listing.attributes.get("start") or 1)):
             item.insert_before(ITEM + STEP * depth + ("- " if listing.tag == "ul" else f"{number}. "))
 
@@ -228,6 +228,12 @@ def _mark(tree: LexborHTMLParser) -> None:
 def _wrap(node: Any, before: str, after: str) -> None:
     node.insert_before(before)
     node.insert_after(after)
+
+
+def _only_nests(item: Any) -> bool:
+    """Whether an item is there only for the list in it."""
+    first = next(item.iter(), None)
+    return first is not None and first.tag in ("ul", "ol") and not item.text(deep=False).strip()
 
 
 def _lies_in(node: Any, *tags: str) -> int:
@@ -244,19 +250,18 @@ def _lies_in(node: Any, *tags: str) -> int:
 def _with_marks(text: str) -> str:
     text = re.sub(f"{HEAD}([^{HEAD}{HEAD_END}]*){HEAD_END}", lambda head: f"\n\n{' '.join(head[1].split())}\n\n", text)
     text = re.sub(f"\n\n#+ *\n\n|[{HEAD}{HEAD_END}]", "\n\n", text)
-    text = re.sub(f"{ROW}([^{ROW}{ROW_END}]*){ROW_END}", lambda row: f"\n{_row(row[1].split(' | '))}\n", text)
+    text = re.sub(rf"\s*{ROW}([^{ROW}{ROW_END}]*){ROW_END}(?=(\s*{ROW})?)", _row, text)
+    text = re.sub(rf"{ITEM}{STEP}*\S+\s*(?=[{ITEM}#]|\Z)", "", text)  # an item that says nothing
     text = re.sub(rf"\s*{ITEM}({STEP}*)(\S+)\s*", lambda item: f"\n{item[1]}{item[2]} ", text)
-    text = re.sub(r"(?m)(?<=\|)\n+(?=.*\|$)", "\n", text)
-    return re.sub(f"[{ROW}{ROW_END}]", "\n", text).replace(STEP, "  ")
+    return re.sub(f"[{ROW}{ROW_END}{CELL}]", "\n", text).replace(STEP, "  ")
 
 
-def _row(cells: list[str]) -> str:
-    said = [_cell(cell) for cell in cells]
-    if sum(bool(cell) for cell in said) <= 1:
-        return "".join(said)
-    while said and not said[-1]:
-        said.pop()
-    return " | ".join(said)
+def _row(found: re.Match[str]) -> str:
+    """A line with the cells of a row; blank lines before and after the table."""
+    cells = [_cell(cell) for cell in found[1].split(CELL)]
+    line = " | ".join(cells[:-1]) if sum(map(bool, cells)) > 1 else "".join(cells)
+    before = "\n" if found.string[found.start() - 1 : found.start()] == ROW_END else "\n\n"
+    return before + line + ("" if found[2] else "\n\n")
 
 
 def _cell(text: str) -> str:
@@ -324,6 +329,8 @@ def whole_words(text: str) -> tuple[str, int]:
 
     def whole(found: re.Match[str]) -> str:
         first, second = found[1].casefold(), found[2].casefold()
+        if found.string[found.end() : found.end() + 1] == "-":  # free-for-all
+            return f"{found[1]}-{found[2]}"
         if first + second not in words:
             if f"{first}-{second}" in words or HYPHENATED.match(f"{first}-{second}"):
                 return f"{found[1]}-{found[2]}"
@@ -387,13 +394,13 @@ MARKED = (
 )
 CHARSET = re.compile(rb"""(?i)charset\s*=\s*["']?([\w.:-]+)|<\?xml[^>]*encoding=["']([\w.:-]+)""")
 REPAIRED = {
-    "mojibake": "garbled characters were put right",
-    "soft_hyphens": "soft hyphens were taken out",
-    "zero_width": "invisible characters were taken out",
-    "ligatures": "ligatures were written as letters",
-    "bullets": "bullets of symbol fonts were written as list marks",
-    "page_marks": "running headers, footers and page numbers were left out",
-    "hyphenation": "words that were broken at the end of a line were joined",
+    "mojibake": "Garbled characters were put right",
+    "soft_hyphens": "Soft hyphens were taken out",
+    "zero_width": "Invisible characters were taken out",
+    "ligatures": "Ligatures were written as letters",
+    "bullets": "Bullets of symbol fonts were written as list marks",
+    "page_marks": "Running headers, footers and page numbers were left out",
+    "hyphenation": "Words that were broken at the end of a line were joined",
 }
 
 
@@ -480,7 +487,9 @@ def document(path: str, name: str = "", media_type: str = "") -> dict[str, Any]:
     tidy = _tidied(found.text)
     if not re.search(VISIBLE, tidy.text):
         raise Refused("document_has_no_text")
-    notes = found.notes + [note("text_repaired", f"{count} {REPAIRED[kind]}.") for kind, count in tidy.repairs.items()]
+    notes = found.notes + [
+        note("text_repaired", f"{REPAIRED[kind]} ({count}).") for kind, count in tidy.repairs.items()
+    ]
     return {
         "content": tidy.text,
         "title": _title(found.title, tidy.text),
@@ -495,7 +504,9 @@ def _title(told: str, text: str) -> str | None:
     """The first heading, or what the document is called where it has none, or its first line where that is short."""
     heading = re.search(r"(?m)^#{1,6} (.*)", text[:3000])
     told = re.sub(
-        r"(?i)^microsoft word - |\.(?:docx?|pdf|pptx?|odt|tex|dvi|rtf)$|^(?:untitled|title)$", "", told.strip()
+        r"(?i)^microsoft word - |\.(?:docx?|pdf|pptx?|odt|tex|dvi|rtf)$|^(?:untitled|title|powerpoint presentation)$",
+        "",
+        told.strip(),
     )
     first = text.partition("\n")[0].strip("# *")
     found = heading[1] if heading else told or (first if len(first) <= 100 else "")

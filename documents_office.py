@@ -5,6 +5,7 @@ from __future__ import annotations
 import posixpath
 import re
 import zipfile
+from collections import Counter
 from html import escape
 from typing import ClassVar
 from xml.etree import ElementTree
@@ -75,6 +76,8 @@ class OdtHandler(Handler):
         self.style = ""
         self.open_tags: list[str] = []
         self.in_text = 0
+        self.depth, self.outermost = 0, ""  # of lists in each other, and the style of the outermost
+        self.counts: Counter[str] = Counter()  # of its items
 
     def open(self, tag: str, attributes: dict[str, str]) -> None:
         name = attributes.get("style-name", "")
@@ -85,7 +88,14 @@ class OdtHandler(Handler):
         elif tag == "list-level-style-number" and attributes.get("level") == "1" and attributes.get("num-format"):
             self.numbered.add(self.style)
         elif tag == "list":
-            self._opened("ol" if name in self.numbered else "ul")
+            goes_on = attributes.get("continue-numbering") == "true" or "continue-list" in attributes
+            if not self.depth:
+                self.outermost = name
+                if not goes_on:
+                    self.counts[name] = 0
+            self.depth += 1
+            numbered = name in self.numbered or (self.depth > 1 and not name and "ol" in self.open_tags)
+            self._opened("ol" if numbered else "ul", f' start="{self.counts[name] + 1}"' if self.depth == 1 else "")
         elif tag == "h" or (tag == "p" and name in self.titles):
             self._opened(f"h{min(6, int(attributes.get('outline-level') or 1))}")
         elif tag == "table-cell":
@@ -95,13 +105,16 @@ class OdtHandler(Handler):
         elif tag in ("s", "tab", "line-break"):
             self.html.append("<br>" if tag == "line-break" else " ")
         self.in_text += tag in ("p", "h")
+        if tag in ("p", "h") and self.depth == 1 and "li" in self.open_tags[-2:-1]:
+            self.counts[self.outermost] += 1
 
-    def _opened(self, tag: str) -> None:
+    def _opened(self, tag: str, attributes: str = "") -> None:
         self.open_tags.append(tag)
-        self.html.append(f"<{tag}>")
+        self.html.append(f"<{tag}{attributes}>")
 
     def shut(self, tag: str) -> None:
         self.in_text -= tag in ("p", "h")
+        self.depth -= tag == "list"
         if tag in ("list", "h", "table-cell", *self.TAGS) and self.open_tags:
             self.html.append(f"</{self.open_tags.pop()}>")
 

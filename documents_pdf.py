@@ -14,7 +14,7 @@ from unicodedata import normalize
 import pypdfium2
 import pypdfium2.raw as pdf
 
-from documents import BULLET, PAGE, Extract, Refused, note, whole_words
+from documents import BULLET, PAGE, REPAIRED, Extract, Refused, note, whole_words
 
 MAX_PAGES = 1000
 MAX_RULES = 5000  # lines and boxes drawn on a page; more are a picture
@@ -46,6 +46,7 @@ class Piece:
     def add(self, other: Piece) -> None:
         self.text = _joined(self.text, other.text)
         self.right, self.top = max(self.right, other.right), max(self.top, other.top)
+        self.size = max(self.size, other.size)  # that of a bullet may be smaller
         self.bottom, self.bold = min(self.bottom, other.bottom), self.bold and other.bold
 
 
@@ -81,7 +82,7 @@ def pdf_text(path: str) -> Extract:
         notes.append(note("left_out", f"Only the first {MAX_PAGES} of {len(document)} pages were read."))
     last, gone = _without_running_lines(pages)
     if gone:
-        notes.append(note("text_repaired", f"{gone} running headers, footers and page numbers were left out."))
+        notes.append(note("text_repaired", f"{REPAIRED['page_marks']} ({gone})."))
     lines = [line for rows, drawn in zip(pages, rules, strict=True) for line in _lines_of(rows, drawn)]
     text = _composed("\n".join([_paragraphs(lines), "", *last]))
     title = str(document.get_metadata_dict().get("Title") or "")
@@ -194,21 +195,16 @@ def _rows(words: list[Piece]) -> list[Row]:
 
 def _without_running_lines(pages: list[list[Row]]) -> tuple[list[str], int]:
     """Takes what stands at the top or bottom of several pages out; gives each such line once, and their number."""
-    places: dict[str, list[tuple[int, Row]]] = {}
+    places: dict[tuple[str, int], list[tuple[int, Row]]] = {}
     for number, rows in enumerate(pages):
         for row in {id(row): row for row in [*rows[:2], *rows[-3:]]}.values():
             line = " ".join(piece.text for piece in row)
             if len(line) < 160:
-                places.setdefault(re.sub(r"\d+", "#", line), []).append((number, row))
+                places.setdefault((re.sub(r"\d+", "#", line), round(row[0].middle / 4)), []).append((number, row))
     said, gone = [], 0
-    for line, found in places.items():
-        often = len({number for number, _ in found})
-        numbered = bool(PAGE.fullmatch(line.replace("#", "1")))
-        if (
-            often >= max(3, len(pages) / 3)
-            or (often >= 2 and ("#" in line or often == len(pages)))
-            or (numbered and len(line) <= 8 and len(pages) > 1)
-        ):
+    for (line, _), found in places.items():
+        numbered = len(line) <= 12 and bool(PAGE.fullmatch(line.replace("#", "1")))
+        if len(pages) > 1 and (numbered or len(found) >= min(3, len(pages))):
             for number, row in found:
                 pages[number] = [other for other in pages[number] if other is not row]
             gone += len(found)

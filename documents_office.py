@@ -71,7 +71,7 @@ class OdtHandler(Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        self.numbered: set[str] = set()  # styles of lists
+        self.numbered: set[tuple[str, str]] = set()  # styles of lists, and their levels
         self.titles = {"Title"}  # styles of paragraphs
         self.style = ""
         self.open_tags: list[str] = []
@@ -85,8 +85,8 @@ class OdtHandler(Handler):
             self.titles.add(attributes.get("name", ""))
         elif tag == "list-style":
             self.style = attributes.get("name", "")
-        elif tag == "list-level-style-number" and attributes.get("level") == "1" and attributes.get("num-format"):
-            self.numbered.add(self.style)
+        elif tag == "list-level-style-number" and attributes.get("num-format"):
+            self.numbered.add((self.style, attributes.get("level", "")))
         elif tag == "list":
             goes_on = attributes.get("continue-numbering") == "true" or "continue-list" in attributes
             if not self.depth:
@@ -94,7 +94,7 @@ class OdtHandler(Handler):
                 if not goes_on:
                     self.counts[name] = 0
             self.depth += 1
-            numbered = name in self.numbered or (self.depth > 1 and not name and "ol" in self.open_tags)
+            numbered = (name or self.outermost, str(self.depth)) in self.numbered
             self._opened("ol" if numbered else "ul", f' start="{self.counts[name] + 1}"' if self.depth == 1 else "")
         elif tag == "h" or (tag == "p" and name in self.titles):
             self._opened(f"h{min(6, int(attributes.get('outline-level') or 1))}")

@@ -6,6 +6,7 @@ import ctypes
 import itertools
 import math
 import re
+from bisect import bisect
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -111,16 +112,14 @@ def _words_on(page: Any) -> list[Piece]:
 
 def _with_accents(words: list[Piece]) -> list[Piece]:
     """Puts accents that old fonts of TeX print as characters of their own onto their letters."""
-    for accent in [word for word in words if word.text in ACCENTS]:
-        for word in words:
-            place = (accent.left + accent.right) / 2 - word.left
-            if (
-                word.text[0].isalpha()
-                and 0 < place < word.right - word.left
-                and abs(word.middle - accent.middle) < word.size
-            ):
-                at = int(place / (word.right - word.left) * len(word.text))
-                word.text = normalize("NFC", word.text[: at + 1] + ACCENTS[accent.text] + word.text[at + 1 :])
+    accents = [word for word in words if word.text in ACCENTS]
+    letters = [word for word in words if word.text[0].isalpha()]
+    for accent in accents[:500]:
+        middle = (accent.left + accent.right) / 2
+        for word in letters:
+            if word.left < middle < word.right and abs(word.middle - accent.middle) < word.size:
+                at = int((middle - word.left) / (word.right - word.left) * len(word.text)) + 1
+                word.text = normalize("NFC", word.text[:at] + ACCENTS[accent.text] + word.text[at:])
                 accent.text = ""
                 break
     return [word for word in words if word.text]
@@ -157,8 +156,11 @@ class Rules:
     def part_rows(self, upper: float, lower: float, place: float) -> bool:
         return any(left <= place <= right and lower < height < upper for height, left, right in self.across)
 
-    def part_cells(self, left: float, right: float, height: float) -> bool:
-        return any(left < place < right and bottom < height < top for place, bottom, top in self.down)
+    def columns_at(self, height: float) -> list[float]:
+        """The places of the lines between the cells of a table at this height; none outside of one."""
+        places = sorted(place for place, bottom, top in self.down if bottom < height < top)
+        apart = [place for number, place in enumerate(places) if not number or place - places[number - 1] > 4]
+        return apart if len(apart) >= 3 else []
 
 
 def _rules_on(page: Any) -> Rules:
@@ -221,6 +223,7 @@ class Line:
     bottom: float
     top: float
     end: float  # where its column ends
+    columns: list[float]  # the lines drawn between the cells, if any
 
     @property
     def text(self) -> str:
@@ -231,23 +234,32 @@ class Line:
         return self.cells[0].size
 
     @property
+    def rounded(self) -> float:
+        return round(self.size * 2) / 2
+
+    @property
     def bold(self) -> bool:
         return all(cell.bold for cell in self.cells)
 
 
 def _lines_of(rows: list[Row], rules: Rules) -> list[Line]:
-    return [line for column in _columns(rows) for line in _table_rows(column, rules)]
+    return [line for column in _columns(rows, rules) for line in _table_rows(column, rules)]
 
 
-def _columns(rows: list[Row]) -> list[list[Row]]:
+def _columns(rows: list[Row], rules: Rules) -> list[list[Row]]:
     """The rows of a page in reading order: where columns stand side by side, one after the other."""
     best: tuple[int, int, int, float] = (0, 0, 0, 0)
     lefts = Counter(round(piece.left / 3) for row in rows for piece in row)
+    tabled = [bool(rules.columns_at(row[0].middle)) for row in rows]
     for left, often in lefts.most_common(12):
         gutter = left * 3 - 3.0
         start = 0
         for end in range(len(rows) + 1) if often >= 4 else ():
-            if end == len(rows) or any(piece.left < gutter - 2 and piece.right > gutter for piece in rows[end]):
+            if (
+                end == len(rows)
+                or tabled[end]
+                or any(piece.left < gutter - 2 and piece.right > gutter for piece in rows[end])
+            ):
                 if end - start > best[0] and _are_columns(rows[start:end], gutter):
                     best = (end - start, start, end, gutter)
                 start = end + 1
@@ -257,7 +269,7 @@ def _columns(rows: list[Row]) -> list[list[Row]]:
     left_side = [side for row in rows[start:end] if (side := [piece for piece in row if piece.right <= gutter])]
     right_side = [side for row in rows[start:end] if (side := [piece for piece in row if piece.right > gutter])]
     parts = (rows[:start], left_side, right_side, rows[end:])
-    return [column for part in parts for column in _columns(part)]
+    return [column for part in parts for column in _columns(part, rules)]
 
 
 def _are_columns(rows: list[Row], gutter: float) -> bool:
@@ -281,77 +293,117 @@ def _table_rows(rows: list[Row], rules: Rules) -> list[Line]:
     end = max(piece.right for row in rows for piece in row)
     lines: list[Line] = []
     for row in rows:
-        cells = [row[0]]
-        for piece in row[1:]:
-            aligned = sum(lefts[round(piece.left / 4) + step] for step in (-1, 0, 1)) >= 2
-            apart = aligned or piece.left - cells[-1].right > 3 * piece.size
-            if apart and not (len(cells) == 1 and MARKER.fullmatch(cells[0].text)):
-                cells.append(piece)
-            else:
-                cells[-1].text += "\t"
-                cells[-1].add(piece)
-        line = Line(cells, min(piece.bottom for piece in row), max(piece.top for piece in row), end)
+        columns = rules.columns_at(row[0].middle)
+        cells = _cells_between(row, columns) if columns else _cells_by_gaps(row, lefts)
+        line = Line(cells, min(piece.bottom for piece in row), max(piece.top for piece in row), end, columns)
         if lines and _goes_on_in_cells(lines[-1], line, rules):
-            for cell in cells:
-                above = min(lines[-1].cells, key=lambda other: abs(other.left - cell.left))
-                above.text += ("\n" if above.text.endswith("-") else " ") + cell.text
-            lines[-1].bottom = line.bottom
+            _add_to_cells(lines[-1], line)
         else:
             lines.append(line)
     return lines
 
 
+def _cells_between(row: Row, columns: list[float]) -> Row:
+    cells: Row = []
+    for piece in row:
+        if cells and bisect(columns, cells[-1].left + 2) == bisect(columns, piece.left + 2):
+            cells[-1].add(piece)
+        else:
+            cells.append(piece)
+    return cells
+
+
+def _cells_by_gaps(row: Row, lefts: Counter[int]) -> Row:
+    """Pieces are cells where others begin at the same place, or far from what stands before them."""
+    cells = row[:1]
+    for piece in row[1:]:
+        aligned = sum(lefts[round(piece.left / 4) + step] for step in (-1, 0, 1)) >= 2
+        apart = aligned or piece.left - cells[-1].right > 3 * piece.size
+        if apart and not (len(cells) == 1 and MARKER.fullmatch(cells[0].text)):
+            cells.append(piece)
+        else:
+            cells[-1].text += "\t"
+            cells[-1].add(piece)
+    return cells
+
+
 def _goes_on_in_cells(row: Line, line: Line, rules: Rules) -> bool:
     """Whether a line is more of the text in the cells of the table's row above it."""
-    lefts = [cell.left for cell in row.cells]
-    if len(lefts) < 2 or row.bottom - line.top > 0.8 * line.size:
-        return False
-    if not all(min(abs(left - cell.left) for left in lefts) < 8 for cell in line.cells):
-        return False
     upper, lower = row.cells[0].middle, line.cells[0].middle
-    if rules.part_cells(lefts[0], lefts[1], lower):
-        return not rules.part_rows(upper, lower, lefts[0] + 2)
-    return abs(lefts[0] - line.cells[0].left) >= 8 and not rules.part_rows(upper, lower, lefts[0] + 2)
+    if row.columns or line.columns:
+        same = len(row.columns) == len(line.columns) and abs(row.columns[0] - line.columns[0]) < 3
+        return same and not rules.part_rows(upper, lower, row.columns[0] + 2)
+    lefts = [cell.left for cell in row.cells]
+    if len(lefts) < 2 or row.bottom - line.top > 0.8 * line.size or abs(lefts[0] - line.cells[0].left) < 8:
+        return False
+    aligned = all(min(abs(left - cell.left) for left in lefts) < 8 for cell in line.cells)
+    return aligned and not rules.part_rows(upper, lower, lefts[0] + 2)
+
+
+def _add_to_cells(row: Line, line: Line) -> None:
+    for cell in line.cells:
+        place = bisect(row.columns, cell.left + 2)
+        above = [other for other in row.cells if bisect(row.columns, other.left + 2) == place]
+        if above:
+            nearest = min(above, key=lambda other: abs(other.left - cell.left))
+            nearest.text += ("\n" if nearest.text.endswith("-") else " ") + cell.text
+        else:
+            row.cells.append(cell)
+    row.cells.sort(key=lambda cell: cell.left)
+    row.bottom = line.bottom
+
+
+class Sizes:
+    """What the sizes of the type say: which is the text's, and which lines are headings of which level."""
+
+    def __init__(self, lines: list[Line]) -> None:
+        sizes: Counter[float] = Counter()
+        for line in lines:
+            sizes[line.rounded] += len(line.text)
+        self.body = sizes.most_common(1)[0][0]
+        self.larger = sorted({size for size in sizes if size > 1.12 * self.body}, reverse=True)[:3]
+        self.all_bold = sum(len(line.text) for line in lines if line.bold) > 0.4 * sizes.total()
+
+    def level(self, line: Line, flows: bool) -> int:
+        """The level of a heading; 0 for text. A short line all in bold is one of the lowest level."""
+        text = line.text
+        if len(line.cells) > 1 or len(text) > 120 or len(re.findall(r"[^\W\d_]", text)) < 2 or BULLETS.match(text):
+            return 0
+        if line.rounded > 1.12 * self.body:
+            return 1 + sum(line.rounded < size for size in self.larger)
+        bold = line.bold and not self.all_bold and not flows and len(text) <= 80 and text[-1] not in ".,;"
+        return len(self.larger) + 1 if bold else 0
 
 
 def _paragraphs(lines: list[Line]) -> str:
     """The text of lines in reading order, with headings, lists and whole paragraphs."""
-    sizes: Counter[float] = Counter()
-    for line in lines:
-        sizes[round(line.size * 2) / 2] += len(line.text)
-    body = sizes.most_common(1)[0][0]
-    bold_text = sum(len(line.text) for line in lines if line.bold) > 0.4 * sizes.total()
-    ranks = sorted({size for size in sizes if size > 1.12 * body}, reverse=True)[:3]
+    sizes = Sizes(lines)
     said: list[str] = []
-    indents: list[float] = []
+    indents: list[float] = []  # of the lists that the line is in
     before: Line | None = None
     for line in lines:
-        text, size = line.text, round(line.size * 2) / 2
+        text = line.text
         flows = before is not None and _flows(before, line)
-        mark = BULLETS.match(line.cells[0].text)
-        level = 0
-        if len(line.cells) == 1 and not mark and len(text) <= 120 and len(re.findall(r"[^\W\d_]", text)) >= 2:
-            if size > 1.12 * body:
-                level = 1 + sum(size < rank for rank in ranks)
-            elif line.bold and not bold_text and not flows and len(text) <= 80 and text[-1] not in ".,;":
-                level = len(ranks) + 1
-        if level and said and said[-1].startswith("#" * level + " ") and flows:
-            said[-1] += f" {text}"
-        elif level:
-            said += ["", f"{'#' * level} {text}"]
-        elif mark:
+        mark, number = BULLETS.match(line.cells[0].text), NUMBERING.match(text)
+        if level := sizes.level(line, flows):
+            marks = "#" * level + " "
+            if flows and said[-1].startswith(marks):
+                said[-1] += f" {text}"
+            else:
+                said += ["", marks + text]
+        elif mark or number:
             while indents and line.cells[0].left < indents[-1] - 3:
                 indents.pop()
             if not indents or line.cells[0].left > indents[-1] + 3:
                 indents.append(line.cells[0].left)
-            said.append("  " * (len(indents) - 1) + "- " + text[mark.end() :].strip())
-        elif flows and said[-1] and not said[-1].startswith("#"):
+            said.append("  " * (len(indents) - 1) + (f"- {text[mark.end() :].strip()}" if mark else text))
+        elif flows and not said[-1].startswith("#"):
             broken = said[-1].endswith("-") and text[0].isalpha()
             said[-1] = f"{said[-1]}\n{text}" if broken else _joined(said[-1], text)
         else:
-            far = before is None or before.bottom - line.top > 0.7 * line.size or said[-1].startswith("#")
-            said += ["", text] if far else [text]
-        if not mark and not flows:
+            apart = before is None or before.bottom - line.top > 0.7 * line.size or said[-1].startswith("#")
+            said += ["", text] if apart else [text]
+        if not (mark or number or flows):
             indents = []
         before = line
     return "\n".join(said)

@@ -1,8 +1,9 @@
 """Plain text out of the course texts that people have: HTML, Markdown, text with the dirt of PDF files.
 
-A program of its own, not a part of the service: markup can be made to take minutes and gigabytes, so dccapi.py runs
-this file in processes with a limit of memory, and kills one that is too slow. `python documents.py` reads texts from
-stdin and writes what they say to stdout, each behind its length in eight bytes, until stdin ends.
+A program of its own, not a part of the service: documents can be made to take minutes and gigabytes, so dccapi.py runs
+this file in processes with limits of memory and time. `python documents.py` reads JSON from stdin, each behind its
+length in eight bytes, `{"task": one of TASKS, ...its arguments}`, and writes JSON to stdout in the same way: what the
+task returns, or `{"error", "detail"}`. It ends when stdin does.
 
 Text is taken for HTML or Markdown only where it shows that it is, and what tools did to it is undone only where no fact
 changes. Of text without markup and dirt every character stays.
@@ -10,11 +11,14 @@ changes. Of text without markup and dirt every character stays.
 
 from __future__ import annotations
 
+import codecs
 import itertools
 import re
 import resource
+import signal
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from html import unescape
 from typing import Any
 
@@ -132,7 +136,11 @@ def plain_text(content: str) -> CourseText:
         said = [found["inline"] or found["lines"].strip("\n") for found in code]
     else:
         said = [found[0] for found in code]
-    text = re.sub("\ufdd1(\\d+)\ufdd1", lambda found: said[int(found[1])], plain)
+    return _tidied(re.sub("\ufdd1(\\d+)\ufdd1", lambda found: said[int(found[1])], plain))
+
+
+def _tidied(text: str) -> CourseText:
+    """Without the dirt that tools leave, which is counted."""
     repairs = {"mojibake": badness(text)}
     if repairs["mojibake"]:
         text = re.sub(r".+", lambda line: fix_encoding(line[0]), text)
@@ -141,7 +149,7 @@ def plain_text(content: str) -> CourseText:
         text, count = re.subn(dirt, clean, text)
         repairs[kind] = repairs.get(kind, 0) + count
     text, repairs["page_marks"] = _without_page_marks(text)
-    text, repairs["hyphenation"] = _with_whole_words(text)
+    text, repairs["hyphenation"] = whole_words(text)
     return CourseText(text.strip(), {kind: count for kind, count in repairs.items() if count > 0})
 
 
@@ -156,9 +164,14 @@ def _without_html(text: str) -> str:
         escaped = "<" not in text and not re.search(rf"&(?!{ENTITY[1:]})|(?i:html)", text)
         if not _is_html(text) and (escaped or _is_html(bare)):
             text = bare
-    if "<" not in text or not _is_html(text):
-        return text
-    text = re.sub(rf"(?i)<(?!/?{NAME}(?:\s[^<>]*)?/?>|!doctype|!\[|\?xml)", "&lt;", re.sub(NO_TEXT, "", text))
+    return said_in_html(text) if "<" in text and _is_html(text) else text
+
+
+def said_in_html(text: str, marked: bool = False) -> str:
+    """The text of HTML, in which other text may stand, or of an HTML document: `marked`, as Markdown marks it."""
+    text = re.sub(NO_TEXT, "", text)
+    if not marked:
+        text = re.sub(rf"(?i)<(?!/?{NAME}(?:\s[^<>]*)?/?>|!doctype|!\[|\?xml)", "&lt;", text)
     tree = LexborHTMLParser(text)
     for node in tree.css("img"):
         node.replace_with(_formula(node.attributes.get("alt") or ""))
@@ -171,14 +184,93 @@ def _without_html(text: str) -> str:
         parts = [_operand(part) for part in said if part.strip()]
         if len(parts) == shape.count("{") and not re.match(r"\(.*[*\[®™]|(st|nd|rd|th|TM)$", parts[0]):
             node.replace_with(shape.format(*parts))
+    if marked:
+        _mark(tree)
     for node in tree.css(BLOCKS):
         node.insert_before("\n")
         node.insert_after("\n")
     for cell in tree.css("td,th"):
-        cell.insert_after(" | ")
+        cell.insert_after(CELL if marked else " | ")
     text = re.sub(r"(?<=\d)\ufdd0(?=\d)", " ", tree.body.text() if tree.body else "").replace("\ufdd0", "")
     text = re.sub(r"(?m)^ +| +$", "", re.sub(r"[ \t\xa0]+", " ", text))
+    if marked:
+        text = _with_marks(text)
     return re.sub(r"\n{3,}", "\n\n", text)
+
+
+# Noncharacters that stand for marks while the text of HTML is put together: a row and a heading begin and end, an item
+# begins, one step of indentation.
+ROW, ROW_END, HEAD, HEAD_END, ITEM, STEP, CELL = "\ufdd2\ufdd3\ufdd4\ufdd5\ufdd6\ufdd7\ufdd8"
+NOT_SAID = "nav,footer,button,select,input,textarea,[hidden]"
+
+
+def _mark(tree: LexborHTMLParser) -> None:
+    for node in tree.css(NOT_SAID):
+        node.decompose()
+    for node in tree.css("p"):  # a line all in bold is a heading of those who know no styles
+        if (
+            0 < len(line := node.text().strip()) < 80
+            and line[-1] not in ".,;:!?"
+            and not _lies_in(node, "td", "th", "li")
+        ):
+            bold = "".join(part.text() for part in node.css("strong,b")).strip()
+            if bold == line:
+                _wrap(node, HEAD + "## ", HEAD_END)
+    for level in range(1, 7):
+        for node in tree.css(f"h{level}"):
+            _wrap(node, HEAD + "#" * level + " ", HEAD_END)
+    for node in tree.css("tr"):
+        _wrap(node, ROW, ROW_END)
+    for listing in tree.css("ul,ol"):
+        depth = _lies_in(listing, "ul", "ol")
+        items = (item for item in listing.iter() if item.tag == "li" and not _only_nests(item))
+        for number, item in enumerate(items, int(listing.attributes.get("start") or 1)):
+            item.insert_before(ITEM + STEP * depth + ("- " if listing.tag == "ul" else f"{number}. "))
+
+
+def _wrap(node: Any, before: str, after: str) -> None:
+    node.insert_before(before)
+    node.insert_after(after)
+
+
+def _only_nests(item: Any) -> bool:
+    """Whether an item is there only for the list in it."""
+    first = next(item.iter(), None)
+    return first is not None and first.tag in ("ul", "ol") and not item.text(deep=False).strip()
+
+
+def _lies_in(node: Any, *tags: str) -> int:
+    """How many of these elements lie around a node; deeper nests than any document has are not counted out."""
+    count = 0
+    for _ in range(40):
+        node = node.parent
+        if node is None:
+            break
+        count += node.tag in tags
+    return min(count, 6)
+
+
+def _with_marks(text: str) -> str:
+    text = re.sub(f"{HEAD}([^{HEAD}{HEAD_END}]*){HEAD_END}", lambda head: f"\n\n{' '.join(head[1].split())}\n\n", text)
+    text = re.sub(f"\n\n#+ *\n\n|[{HEAD}{HEAD_END}]", "\n\n", text)
+    text = re.sub(rf"\s*{ROW}([^{ROW}{ROW_END}]*){ROW_END}(?=(\s*{ROW})?)", _row, text)
+    text = re.sub(rf"{ITEM}{STEP}*\S+\s*(?=[{ITEM}#]|\Z)", "", text)  # an item that says nothing
+    text = re.sub(rf"\s*{ITEM}({STEP}*)(\S+)\s*", lambda item: f"\n{item[1]}{item[2]} ", text)
+    return re.sub(f"[{ROW}{ROW_END}{CELL}]", "\n", text).replace(STEP, "  ")
+
+
+def _row(found: re.Match[str]) -> str:
+    """A line with the cells of a row; blank lines before and after the table."""
+    cells = [_cell(cell) for cell in found[1].split(CELL)]
+    line = " | ".join(cells[:-1]) if sum(map(bool, cells)) > 1 else "".join(cells)
+    before = "\n" if found.string[found.start() - 1 : found.start()] == ROW_END else "\n\n"
+    return before + line + ("" if found[2] else "\n\n")
+
+
+def _cell(text: str) -> str:
+    """The paragraphs and items of a cell on one line."""
+    parts = re.split(rf"\s*(?:\n|{ITEM}{STEP}*(?:-|\d+\.)(?=\s))\s*", text.strip())
+    return re.sub(r"(?<=[.;:,!?]); ", " ", "; ".join(" ".join(part.split()) for part in parts if part.strip()))
 
 
 def _operand(text: str) -> str:
@@ -234,12 +326,14 @@ def _without_page_marks(text: str) -> tuple[str, int]:
     return "\n".join(line for number, line in enumerate(lines) if number not in gone), len(gone)
 
 
-def _with_whole_words(text: str) -> tuple[str, int]:
+def whole_words(text: str) -> tuple[str, int]:
     """Without the hyphens of line ends, where the text or the parts tell that the word is written without one."""
     words = set(re.findall(r"\w+(?:-\w+)*", BROKEN.sub(" ", text).casefold())) if BROKEN.search(text) else set()
 
     def whole(found: re.Match[str]) -> str:
         first, second = found[1].casefold(), found[2].casefold()
+        if found.string[found.end() : found.end() + 1] == "-":  # free-for-all
+            return f"{found[1]}-{found[2]}"
         if first + second not in words:
             if f"{first}-{second}" in words or HYPHENATED.match(f"{first}-{second}"):
                 return f"{found[1]}-{found[2]}"
@@ -251,32 +345,284 @@ def _with_whole_words(text: str) -> tuple[str, int]:
     return plain, text.count("\n") - plain.count("\n")
 
 
-def main() -> None:
-    """Read texts from stdin and write what they say to stdout, each behind its length in eight bytes, until EOF."""
-    if sys.platform != "darwin":  # which knows no limit of memory
-        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
-    while head := sys.stdin.buffer.read(8):
-        asked = orjson.loads(sys.stdin.buffer.read(int.from_bytes(head)))
-        answer = orjson.dumps(TASKS[asked.pop("task")](**asked))
-        sys.stdout.buffer.write(len(answer).to_bytes(8) + answer)
-        sys.stdout.buffer.flush()
+# ---- Documents ------------------------------------------------------------------------------------------------------
+
+DETAILS = {
+    "document_broken": "The document is damaged and cannot be read. Open it, save it anew, and send it again.",
+    "document_encrypted": "The document is protected with a password. Remove the password and send it again.",
+    "document_has_no_text": "The document has no text; it may be a scan. Run OCR on it first, or paste its text.",
+    "document_too_slow": "The document takes too long to read. Send a shorter one, or paste its text.",
+    "unsupported_media_type": "Send a PDF, DOCX, PPTX, ODT, HTML, Markdown or plain text document.",
+}
+TOO_LARGE = "The document unpacks to more than can be read. Send a shorter one, or paste its text."
+# Of scripts without spaces, two letters are about a word.
+UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
+MAX_TEXT = 2**23  # bytes of a text document that are read
 
 
-def _text(content: str) -> dict[str, Any]:
-    import review
+class Refused(BaseException):
+    """A document that is not read, with the reason. No `except Exception` of a library stops it."""
 
+    def __init__(self, code: str, detail: str = "") -> None:
+        super().__init__(code)
+        self.code, self.detail = code, detail or DETAILS[code]
+
+
+@dataclass
+class Extract:
+    """What a reader finds in a document. The text has headings, lists and tables as Markdown writes them."""
+
+    text: str
+    title: str = ""
+    pages: int | None = None
+    notes: list[dict[str, str]] = field(default_factory=list)
+
+
+def note(code: str, message: str, text: str = "") -> dict[str, str]:
+    """As the notes of a review are."""
+    return {"code": code, "field": "content", "text": text, "message": message}
+
+
+# ---- Any document ---------------------------------------------------------------------------------------------------
+
+# What begins with these bytes is something else.
+KNOWN_BYTES = (
+    (b"{\\rtf", "This is RTF. Save it as DOCX or PDF and send that."),
+    (b"\x89PNG|\xff\xd8\xff|GIF8|II*\0|MM\0*|RIFF|BM", "This is a picture. Run OCR on it first, or paste its text."),
+)
+# What a text begins with tells its encoding; UTF-32 comes before UTF-16, whose mark is the beginning of its own.
+MARKED = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+CHARSET = re.compile(rb"""(?i)charset\s*=\s*["']?([\w.:-]+)|<\?xml[^>]*encoding=["']([\w.:-]+)""")
+REPAIRED = {
+    "mojibake": "Garbled characters were put right",
+    "soft_hyphens": "Soft hyphens were taken out",
+    "zero_width": "Invisible characters were taken out",
+    "ligatures": "Ligatures were written as letters",
+    "bullets": "Bullets of symbol fonts were written as list marks",
+    "page_marks": "Running headers, footers and page numbers were left out",
+    "hyphenation": "Words that were broken at the end of a line were joined",
+}
+
+
+def kind_of(path: str) -> str:
+    """The kind of a document by its content. Its name and media type only tell text from text."""
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    if b"%PDF-" in head[:1024]:
+        return "pdf"
+    if head.startswith(b"PK\x03\x04"):
+        import documents_office
+
+        if kind := documents_office.Package(path).kind():
+            return kind
+        raise Refused(
+            "unsupported_media_type", "This is an archive or a spreadsheet. " + DETAILS["unsupported_media_type"]
+        )
+    if head.startswith(b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"):
+        with open(path, "rb") as file:
+            if "EncryptedPackage".encode("utf-16-le") in file.read(2**24):
+                raise Refused("document_encrypted")
+        raise Refused(
+            "unsupported_media_type", "This is of an old Office version. Save it as DOCX, PPTX or PDF and send that."
+        )
+    for starts, detail in KNOWN_BYTES:
+        if head.startswith(tuple(starts.split(b"|"))):
+            raise Refused("unsupported_media_type", detail)
+    return "text"
+
+
+def decoded(data: bytes, charset: str = "") -> str:
+    """The text of bytes in any usual encoding. What bears no text at all is refused."""
+    guesses = [encoding for bom, encoding in MARKED if data.startswith(bom)][:1]
+    if not guesses and 0.3 * len(data) < data.count(0) < 0.6 * len(data):
+        guesses = ["utf-16-le" if data[1::2].count(0) > data[::2].count(0) else "utf-16-be"]
+    declared = CHARSET.search(data[:2048])
+    guesses += ["utf-8", charset, (declared[1] or declared[2]).decode("ascii", "ignore") if declared else ""]
+    for guess in filter(None, guesses):
+        try:
+            text = data.decode(guess)
+            break
+        except (LookupError, ValueError):
+            continue
+    else:
+        import charset_normalizer
+
+        best = charset_normalizer.from_bytes(data[: 2**18]).best()
+        text = data.decode(best.encoding if best else "cp1252", "replace")
+    if len(re.findall(r"[\x00-\x08\x0e-\x1a\x1c-\x1f\ufffd]", text)) > len(text) / 200:
+        raise Refused("unsupported_media_type")
+    return text.lstrip("\ufeff")
+
+
+def text_of_file(path: str, name: str, media_type: str) -> Extract:
+    with open(path, "rb") as file:
+        data = file.read(MAX_TEXT + 1)
+    charset = re.search(r"(?i)charset=\"?([\w.:-]+)", media_type)
+    text = re.sub(r"\r\n?", "\n", decoded(data[:MAX_TEXT], charset[1] if charset else ""))
+    notes = [note("left_out", f"Only the first {MAX_TEXT} bytes were read.")] if len(data) > MAX_TEXT else []
+    markdown = re.search(r"(?i)\.(?:md|markdown|txt|rst)$", name) or re.search("markdown|plain", media_type)
+    if re.match(r"(?i)\s*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)*<(?:!doctype html|html)\b", text) or (
+        not markdown and _is_html(text)
+    ):
+        title = re.search(r"(?is)<title\b[^>]*>(.*?)</title>", text)
+        return Extract(said_in_html(text, marked=True), unescape(title[1]) if title else "", None, notes)
+    if front := FRONT_MATTER.match(text):
+        text = "\n".join([*TOLD_IN_FRONT.findall(front[1]), "", text[front.end() :]])
+    return Extract(text, "", None, notes)
+
+
+def document(path: str, name: str = "", media_type: str = "") -> dict[str, Any]:
+    """What a document of any kind says, with its headings, lists and tables."""
+    kind = kind_of(path)
+    if kind == "pdf":
+        import documents_pdf
+
+        found = documents_pdf.pdf_text(path)
+    elif kind in ("docx", "pptx", "odt"):
+        import documents_office
+
+        found = documents_office.READERS[kind](path)
+    else:
+        found = text_of_file(path, name, media_type)
+    tidy = _tidied(found.text)
+    if not re.search(VISIBLE, tidy.text):
+        raise Refused("document_has_no_text")
+    notes = found.notes + [
+        note("text_repaired", f"{REPAIRED[kind]} ({count}).") for kind, count in tidy.repairs.items()
+    ]
+    return {
+        "content": tidy.text,
+        "title": _title(found.title, tidy.text),
+        "language": language_of(tidy.text),
+        "pages": found.pages,
+        "words": len(tidy.text.split()) + len(UNSPACED.findall(tidy.text)) // 2,
+        "notes": notes,
+    }
+
+
+def _title(told: str, text: str) -> str | None:
+    """The first heading, or what the document is called where it has none, or its first line where that is short."""
+    heading = re.search(r"(?m)^#{1,6} (.*)", text[:3000])
+    told = re.sub(
+        r"(?i)^microsoft word - |\.(?:docx?|pdf|pptx?|odt|tex|dvi|rtf)$|^(?:untitled|title|powerpoint presentation)$",
+        "",
+        told.strip(),
+    )
+    first = text.partition("\n")[0].strip("# *")
+    found = heading[1] if heading else told or (first if len(first) <= 100 else "")
+    return " ".join(found.split())[:200] or None
+
+
+def language_of(text: str) -> str:
+    """The BCP 47 tag of a text's language; "und" if it is not known."""
+    try:
+        import review
+    except ImportError:  # beside this file stands no review.py
+        return "und"
+    return str(review.language_of(text))
+
+
+# ---- The program ----------------------------------------------------------------------------------------------------
+
+MAX_SECONDS = {"document": 20}  # of processor time; others have 5
+
+
+def text(content: str) -> dict[str, Any]:
     said = plain_text(content)
-    return {"text": said.text, "repairs": said.repairs, "language": review.language_of(said.text)}
+    return {"text": said.text, "repairs": said.repairs, "language": language_of(said.text)}
 
 
-def _review(**arguments: Any) -> dict[str, Any]:
+def condense(**arguments: Any) -> dict[str, Any]:
+    import condense
+
+    return condense.condense(**arguments)
+
+
+def review(**arguments: Any) -> dict[str, Any]:
     import review
 
     return review.review(**arguments)
 
 
-TASKS: dict[str, Any] = {"text": _text, "review": _review}
+TASKS: dict[str, Callable[..., dict[str, Any]]] = {
+    "text": text,
+    "document": document,
+    "condense": condense,
+    "review": review,
+}
+
+
+def answer_to(request: dict[str, Any]) -> Any:
+    """The result of a task, or why there is none."""
+    name = str(request.pop("task"))
+    try:
+        _allow(MAX_SECONDS.get(name, 5))
+        return TASKS[name](**request)
+    except Refused as refused:
+        return {"error": refused.code, "detail": refused.detail}
+    except MemoryError:
+        return {"error": "document_broken", "detail": TOO_LARGE}
+    except Exception:  # a parser met what it was not made for
+        return {"error": "document_broken", "detail": DETAILS["document_broken"]}
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def _allow(seconds: int) -> None:
+    """Sets the processor time of a task. Python is interrupted after it; C code that goes on is killed by SIGXCPU."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + seconds + 3, resource.RLIM_INFINITY))
+    signal.setitimer(signal.ITIMER_PROF, seconds, 0.5)
+
+
+def _too_slow(*_: object) -> None:
+    raise Refused("document_too_slow")
+
+
+def _confine() -> None:
+    """Limits what a document that takes over a parser can do: memory, files, network, other programs."""
+    if sys.platform != "darwin":  # which knows no limit of memory
+        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # of files: libraries try whether they can write one
+    signal.signal(signal.SIGPROF, _too_slow)
+    sys.addaudithook(_refuse)
+
+
+# A socket alone reaches nobody, and urllib3 binds one when it is imported.
+FORBIDDEN = (
+    "socket.connect",
+    "socket.send",
+    "socket.get",
+    "subprocess.",
+    "os.exec",
+    "os.posix_spawn",
+    "os.system",
+    "os.fork",
+)
+
+
+def _refuse(event: str, _: object) -> None:
+    if event.startswith(FORBIDDEN):
+        raise PermissionError(event)
+
+
+def main() -> None:
+    """Reads requests from stdin, writes answers to stdout, each behind its length in eight bytes, until EOF."""
+    _confine()
+    while head := sys.stdin.buffer.read(8):
+        answer = orjson.dumps(answer_to(orjson.loads(sys.stdin.buffer.read(int.from_bytes(head)))))
+        sys.stdout.buffer.write(len(answer).to_bytes(8) + answer)
+        sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":
-    main()
+    import documents  # the readers know this file by its name, so that is the one to run
+
+    documents.main()

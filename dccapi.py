@@ -3209,40 +3209,56 @@ class Exchange:
         self._headers = dict(scope["headers"])
         self._peer = peer_at(scope.get("client"), settings)
         self._body: bytes | ApiError = b""
-        self._is_delivered = self._is_over = False
-        self.gone = False
+        self._arrived = asyncio.Event()  # the body, or why it is refused
+        self._is_http1 = scope["http_version"].startswith("1")
+        self._is_delivered = self._is_over = self.gone = False
         self.status = 0
         given = self._headers.get(b"x-request-id", b"").decode("latin-1")
         self._id = given if re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given) else uuid.uuid4().hex
         scope["state"] = {"request_id": self._id}
 
     async def run(self, app: ASGIApp) -> None:
+        task = cast(asyncio.Task[None], asyncio.current_task())
+        watch = asyncio.create_task(self._watch(task))
         cost = REQUEST_COST + sum(len(name) + len(value) for name, value in self._scope["headers"])
         self._peer.hold(cost)
         try:
-            await self._take_body()
+            await asyncio.sleep(0)  # the watch looks first: what was reset before it starts is not executed
+            if self._is_http1:
+                # h11 closes a connection whose request was not read to its end, and the answer is lost with it.
+                await self._arrived.wait()
+            await app(self._scope, self.receive, self.send)
+        except asyncio.CancelledError:
             if not self.gone:
-                await self._answer(app)
+                watch.cancel()  # the connection is being torn down, so no http.disconnect will end it
+                raise
+            task.uncancel()
         finally:
+            self._is_over = True
             self._peer.hold(-cost)
 
-    async def _take_body(self) -> None:
-        """Read the body within its bounds.
+    async def _watch(self, task: asyncio.Task[None]) -> None:
+        """Take all that the client sends, or Hypercorn would stop reading; when it is gone, end its request."""
+        if await self._take_body():
+            self._arrived.set()
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
+        # Hypercorn says so after every response too, while it tidies up in the last `send`: that must not be cancelled.
+        if not self._is_over:
+            self.gone = True
+            task.cancel()
 
-        Over HTTP/1.1 a body that is refused is read as well: h11 closes a connection whose request was not read to its
-        end, and the answer is lost with it.
-        """
+    async def _take_body(self) -> bool:
+        """Read the body within its bounds, over HTTP/1.1 one that is refused as well. False if the client left."""
         declared = self._headers.get(b"content-length", b"")
         refusal = self._refusal(int(declared) if declared.isdigit() else 0)
-        reads_on = self._scope["http_version"].startswith("1")
         body, size, more = bytearray(), 0, True
         try:
             async with asyncio.timeout(self._settings.body_timeout):
-                while more and (not refusal or (reads_on and size <= 16 * self._settings.max_body_bytes)):
+                while more and (not refusal or (self._is_http1 and size <= 16 * self._settings.max_body_bytes)):
                     message = await self._receive()
                     if message["type"] == "http.disconnect":
-                        self.gone = True
-                        return
+                        return False
                     more = message.get("more_body", False)
                     size += len(message["body"])
                     if not refusal:
@@ -3254,39 +3270,18 @@ class Exchange:
         finally:
             self._peer.hold(-len(body))
         self._body = refusal or bytes(body)
+        return True
 
     def _refusal(self, size: int) -> ApiError | None:
         if size > self._settings.max_body_bytes:
             return BodyTooLarge(f"A body may have {self._settings.max_body_bytes} bytes.")
         return QueueFull("Too many requests have arrived in part. Send each at once.") if self._peer.is_full else None
 
-    async def _answer(self, app: ASGIApp) -> None:
-        task = cast(asyncio.Task[None], asyncio.current_task())
-        watch = asyncio.create_task(self._watch(task))
-        try:
-            await asyncio.sleep(0)  # the watch looks first: what was reset before it starts is not executed
-            await app(self._scope, self.receive, self.send)
-        except asyncio.CancelledError:
-            if not self.gone:
-                watch.cancel()  # the connection is being torn down, so no http.disconnect will end it
-                raise
-            task.uncancel()
-        finally:
-            self._is_over = True
-
-    async def _watch(self, task: asyncio.Task[None]) -> None:
-        """End the request, wherever it waits, when the client is gone; take what else it sends, or nothing is read."""
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-        # Hypercorn says so after every response too, while it tidies up in the last `send`: that must not be cancelled.
-        if not self._is_over:
-            self.gone = True
-            task.cancel()
-
     async def receive(self) -> Message:
         """The whole body as one message. Raises why it was refused."""
         if self._is_delivered:
             await asyncio.Event().wait()  # for ever: disconnection arrives as cancellation
+        await self._arrived.wait()
         if isinstance(self._body, ApiError):
             raise self._body
         self._is_delivered = True
@@ -3477,13 +3472,15 @@ class GuardedH2Protocol(H2Protocol):
         """Not needed."""
 
     async def _handle_events(self, events: list[h2.events.Event]) -> None:
+        reset = {event.stream_id for event in events if isinstance(event, h2.events.StreamReset)}
         self._peer.busy += 1
         try:
             for number, event in enumerate(events):
                 if number % 4 == 0:
                     for _ in range(self._peer.busy):  # all others go on, and of this address one connection at a time
                         await asyncio.sleep(0)
-                if not self.closed:
+                is_reset = isinstance(event, h2.events.RequestReceived) and event.stream_id in reset
+                if not is_reset and not self.closed:  # such a request is not executed
                     await self._handle_event(event)
         finally:
             self._peer.busy -= 1
@@ -3620,18 +3617,24 @@ class Connection(socket.socket):
 class Listener(socket.socket):
     """A listening socket that bounds connections, before TLS begins: at a bound the oldest idle one makes room."""
 
-    settings: Settings
-    bound: int
-    accepted = 0
+    def __init__(self, plain: socket.socket, settings: Settings, limit: int) -> None:
+        super().__init__(fileno=plain.detach())
+        self.setblocking(False)
+        # The rest of the file descriptors is for the engine, the parsers and files.
+        self._bounds = settings.max_connections_per_client, limit - min(256, limit // 4)
+        self._settings, self._accepted = settings, 0
+        with contextlib.suppress(OSError, AttributeError, OverflowError):  # Linux alone has it, for TCP alone
+            # Connections inherit it: the kernel ends one whose client takes nothing of what waits for it.
+            self.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(settings.token_timeout * 1000))
 
     def accept(self) -> tuple[socket.socket, Any]:
-        self.accepted += 1
-        if self.accepted % 16 == 0:
+        self._accepted += 1
+        if self._accepted % 16 == 0:
             raise BlockingIOError  # those that were ended are closed first
         accepted, address = super().accept()
         connection = Connection(fileno=accepted.detach())
-        connection.peers = (peer_at(address, self.settings), peer_of(""))
-        for peer, bound in zip(connection.peers, (self.settings.max_connections_per_client, self.bound), strict=True):
+        connection.peers = (peer_at(address, self._settings), peer_of(""))
+        for peer, bound in zip(connection.peers, self._bounds, strict=True):
             if len(peer.connections) >= bound:
                 warn_once(f"{bound} connections are open: idle or new ones are closed", time.monotonic() // 60)
                 idle = next((other for other in peer.connections if other.idle), None)
@@ -3717,18 +3720,6 @@ def file_descriptors() -> int:
     return limit
 
 
-def listener(plain: socket.socket, settings: Settings, limit: int) -> socket.socket:
-    """The same listening socket, with bounds."""
-    bounded = Listener(fileno=plain.detach())
-    bounded.setblocking(False)
-    bounded.settings = settings
-    bounded.bound = limit - min(256, limit // 4)  # the rest is for the engine, the parsers and files
-    with contextlib.suppress(OSError, AttributeError, OverflowError):  # Linux alone has it, for TCP alone
-        # Connections inherit it: the kernel ends one whose client takes nothing of what waits for it.
-        bounded.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(settings.token_timeout * 1000))
-    return bounded
-
-
 def give_memory_back() -> None:
     """glibc keeps what a flood made it take until it is asked, which costs under a millisecond."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another libc
@@ -3754,8 +3745,8 @@ async def serve_until_drained(
     set_up(config, guard.settings)
     guard.addresses = addresses(config)
     sockets, limit = sockets or config.create_sockets(), file_descriptors()
-    secure = [listener(plain, guard.settings, limit) for plain in sockets.secure_sockets]
-    cleartext = [listener(plain, guard.settings, limit) for plain in sockets.insecure_sockets]
+    for several in (sockets.secure_sockets, sockets.insecure_sockets):
+        several[:] = [Listener(plain, guard.settings, limit) for plain in several]
     loop = asyncio.get_running_loop()
     asked = asyncio.ensure_future((shutdown_trigger or asyncio.Event().wait)())
     for sign in (signal.SIGTERM, signal.SIGINT):
@@ -3775,7 +3766,7 @@ async def serve_until_drained(
             loop.call_later(CLOSE_TIMEOUT, connection.end)
 
     try:
-        await worker_serve(app, config, sockets=Sockets(secure, cleartext, []), shutdown_trigger=drained)
+        await worker_serve(app, config, sockets=sockets, shutdown_trigger=drained)
     finally:
         asked.cancel()
 
@@ -3824,8 +3815,7 @@ def create_app(settings: Settings) -> Guard:
             await queue.stop()
             await api.parsers.stop()
 
-    app: ASGIApp = Router(api.routes(), lifespan=lifespan, redirect_slashes=False)
-    app = Admission(app, settings, queue)
+    app: ASGIApp = Admission(Router(api.routes(), lifespan=lifespan, redirect_slashes=False), settings, queue)
     app = ExceptionMiddleware(app, {Exception: as_problem, HTTPException: as_problem})
     app = CORSMiddleware(
         app,
@@ -3884,18 +3874,15 @@ def is_public(address: str) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     """`python dccapi.py`: serve; with `engine`: be the child process of the embedded engine."""
     parser = argparse.ArgumentParser(prog="dccapi.py", description="Open Badges 3.0 drafts from course descriptions")
-    parser.add_argument(
-        "--config", default=str(HERE / "hypercorn.toml"), help="Hypercorn's settings (default %(default)s)"
-    )
+    parser.add_argument("--config", default=str(HERE / "hypercorn.toml"), help="Hypercorn's settings (%(default)s)")
     parser.add_argument("--bind", action="append", help="cleartext address, instead of the file's")
     parser.add_argument("--tls-bind", default="0.0.0.0:8443", help="TLS address (default %(default)s)")
     parser.add_argument("--certs", type=Path, default=HERE / "certs", help="where cert.pem and key.pem are")
     commands = parser.add_subparsers(dest="command")
     child = commands.add_parser("engine", help="serve a GGUF to the process that started this one")
     child.add_argument("path")
-    child.add_argument("--context", type=int, required=True)
-    child.add_argument("--slots", type=int, required=True)
-    child.add_argument("--name", required=True)
+    for name, kind in (("--context", int), ("--slots", int), ("--name", str)):
+        child.add_argument(name, type=kind, required=True)
     options = parser.parse_args(arguments)
     if options.command == "engine":
         serve_embedded(options.path, options.context, options.slots, options.name)
@@ -3916,10 +3903,8 @@ def serve(options: argparse.Namespace) -> None:
     try:
         sockets = config.create_sockets()
     except OSError as error:
-        at = ", ".join(addresses(config))
-        raise SystemExit(
-            f"dccapi: cannot listen on {at}: {error.strerror}. Free it, or choose another: --bind"
-        ) from None
+        fault = f"cannot listen on {', '.join(addresses(config))}: {error.strerror}"
+        raise SystemExit(f"dccapi: {fault}. Free it, or choose another: --bind") from None
     asyncio.run(serve_until_drained(ASGIWrapper(cast(Any, create_app(settings))), config, sockets=sockets))
 
 

@@ -261,6 +261,19 @@ async def test_requests_that_arrive_in_part_are_held_within_a_bound(monkeypatch:
         assert (await connection.response(await connection.request("POST", "/generate", body=COURSE))).status == 200
 
 
+async def test_free_memory_is_given_back_while_the_service_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Libc:
+        trimmed = 0
+
+        def malloc_trim(self, kept: int) -> None:
+            Libc.trimmed += kept == 0
+
+    monkeypatch.setattr(dccapi, "TRIM_INTERVAL", 0.01)
+    monkeypatch.setattr(dccapi.ctypes, "CDLL", lambda name: Libc())
+    async with serving():
+        await eventually(lambda: Libc.trimmed > 2, what="another trimming")
+
+
 # --- GOAWAY ---
 
 

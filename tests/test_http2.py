@@ -126,9 +126,8 @@ def protocol_of(connection: H2Client, kind: type = dccapi.GuardedH2Protocol) -> 
 
 
 def served_connections() -> list[Any]:
-    return [
-        thing for thing in gc.get_objects() if type(thing) is dccapi.PromptTCPServer and not thing.reader.at_eof()
-    ]
+    found = [thing for thing in gc.get_objects() if type(thing) is dccapi.PromptTCPServer]
+    return [thing for thing in found if not thing.writer.transport.is_closing()]
 
 
 async def test_a_slow_reader_holds_one_write_at_a_time_and_misses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

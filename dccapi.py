@@ -3424,7 +3424,7 @@ def _ip(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 # lets the application run ahead of a closed window         operators: 65 MB a stream               28  run_ahead
 # visits each stream for each frame, and takes 1,000        pages with many streams                  7  priority_frames
 # takes any number of resets, and executes what was reset   everyone, in a flood       146          32  resets, reset
-# accepts more connections than it has file descriptors     everyone, in a flood                51  file_descriptors
+# accepts more connections than it has file descriptors     everyone, in a flood                70  file_descriptors
 # lets a head take for ever                                 operators: open files                   11  never_ends
 # ends the streams of a client that says GOAWAY             clients behind some proxies              7  goaway
 # leaves a response open that the application gave up       clients that wait                        2  given_up_open

@@ -53,7 +53,6 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, cast
-from urllib.parse import urlsplit
 
 import aiohttp
 import h2.connection
@@ -63,6 +62,7 @@ import h2.exceptions
 import h11
 import hypercorn.asyncio
 import hypercorn.asyncio.run
+import hypercorn.asyncio.tcp_server
 import hypercorn.protocol
 import orjson
 import pydantic_core
@@ -127,6 +127,7 @@ REQUEST_COST = 16 * 2**10  # bytes that a request takes besides what was sent
 RECEIVED_AT_ONCE = 1024  # bytes of HTTP/2 that are dealt with before other connections get their turn
 CLOSE_TIMEOUT = 2  # seconds that the closing of a connection may take
 MAX_FINISHED_BYTES = 64 * 2**20  # that they take together
+TRIM_INTERVAL = 30  # seconds between two times that free memory is given back
 WRONG_KEYS = 20  # a minute of one address, before the answers to more are delayed
 LOOPBACK_PAGE = r"https?://(?:(?:[\w-]+\.)*localhost|127(?:\.\d{1,3}){3}|\[::1\])(?::\d+)?"
 # A page whose name was pointed at this machine has a name with dots (DNS rebinding).
@@ -3122,23 +3123,39 @@ def idempotency_key(request: Request) -> str | None:
 
 # ---- Guard: what stands between Hypercorn and the app ---------------------------------------------------------------
 
-SECURITY_HEADERS = [
+DEFAULT_HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
     (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
+    (b"cache-control", b"no-store"),
 ]
 
 
+class Allowance:
+    """So many at once, and after them so many a second."""
+
+    def __init__(self, at_once: float, per_second: float) -> None:
+        self._at_once, self._per_second = at_once, per_second
+        self._left, self._counted_at = at_once, time.monotonic()
+
+    def spend(self) -> bool:
+        """Count one. Whether it was allowed."""
+        now = time.monotonic()
+        refilled = self._left + (now - self._counted_at) * self._per_second
+        self._left, self._counted_at = max(min(self._at_once, refilled), 0) - 1, now
+        return self._left >= 0
+
+
 class Peer:
-    """What one address, or all of them under the empty one, has open, has sent in part, and may still reset."""
+    """What one address, or all of them under the empty one, has open, has sent in part, and may still do."""
 
     def __init__(self, address: str) -> None:
-        self.connections: dict[Connection, None] = {}  # the one that is idle for longest first
-        self.held = 0
+        share = 1 if address else 8
+        self.connections: dict[Connection, None] = {}  # the oldest first
+        self.held = 0  # bytes of requests
         self.busy = 0  # HTTP/2 connections in the middle of what they have received
-        self._share = 1 if address else 8
-        self._resets = float(RESETS_AT_ONCE * self._share)
-        self._counted_at = time.monotonic()
+        self.resets = Allowance(RESETS_AT_ONCE * share, RESETS_PER_SECOND * share)
+        self.wrong_keys = Allowance(WRONG_KEYS, WRONG_KEYS / 60)
 
     @property
     def is_full(self) -> bool:
@@ -3148,68 +3165,45 @@ class Peer:
         self.held += size
         peer_of("").held += size
 
-    def too_many_resets(self) -> bool:
-        """Count one."""
-        now = time.monotonic()
-        refill = (now - self._counted_at) * RESETS_PER_SECOND * self._share
-        self._resets = max(min(RESETS_AT_ONCE * self._share, self._resets + refill), 0) - 1
-        self._counted_at = now
-        return self._resets < 0
-
 
 peer_of = functools.lru_cache(MAX_PEERS)(Peer)
 
 
+def peer_at(client: object, settings: Settings) -> Peer:
+    """Who is at the other end: an address, or one connection of a proxy, which stands for many clients."""
+    if not isinstance(client, tuple):
+        return Peer("a Unix domain socket")
+    host, port = client[:2]
+    return peer_of(f"{host} {port}" if _is_proxy(host, settings) else host)
+
+
 @functools.lru_cache(8)
-def warn_once(text: str, minute: int) -> None:
+def warn_once(text: str, minute: float) -> None:
     """One line a minute for what an attack makes happen a thousand times a second."""
     log.warning(text)
-
-
-def this_minute() -> int:
-    return int(time.monotonic() // 60)
 
 
 class Guard:
     """Outermost ASGI layer: reads every body within bounds, ends what nobody waits for, and marks every response."""
 
     def __init__(self, app: ASGIApp, settings: Settings, queue: GenerationQueue) -> None:
-        self.app = app
-        self.settings = settings
-        self.queue = queue
+        self.app, self.settings, self.queue = app, settings, queue
         self.addresses = ["the addresses that its server names"]  # `serve_until_drained` knows them
-        self._pumps: set[asyncio.Task[None]] = set()  # each ends with its stream: Hypercorn says http.disconnect
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["app"] = self
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        exchange = Exchange(scope, receive, send, self.settings)
-        scope["state"] = {"request_id": exchange.request_id}
-        pump = asyncio.create_task(exchange.pump())
-        self._pumps.add(pump)
-        pump.add_done_callback(self._pumps.discard)
-        started = time.monotonic()
-        exchange.peer.hold(exchange.cost)
+        exchange, started = Exchange(scope, receive, send, self.settings), time.monotonic()
         try:
-            await asyncio.sleep(0)  # the pump looks first: what was reset before it starts is not executed
-            await self.app(scope, exchange.receive, exchange.send)
-        except asyncio.CancelledError:
-            if not exchange.gone:
-                pump.cancel()  # the connection is being torn down, so no http.disconnect will end it
-                raise
-            exchange.task.uncancel()
+            await exchange.run(self.app)
         finally:
-            exchange.over = True
-            exchange.peer.hold(-exchange.cost)
             # The pattern of the path, and no query: either may hold a course or a key put there by mistake.
             path = scope["route"].path if "route" in scope else "a path that is not known"
-            log.debug(
-                f"{scope['method']} {path} over HTTP/{scope['http_version']}: {exchange.status} "
-                f"{'(the client left) ' if exchange.gone else ''}in {time.monotonic() - started:.3f} s, "
-                f"for {scope['state'].get('client', 'unknown')}"
-            )
+            end = "the client left" if exchange.gone else exchange.status
+            took = time.monotonic() - started
+            log.debug(f"{scope['method']} {path} over HTTP/{scope['http_version']}: {end} after {took:.3f} s")
 
 
 class Exchange:
@@ -3218,92 +3212,94 @@ class Exchange:
     def __init__(self, scope: Scope, receive: Receive, send: Send, settings: Settings) -> None:
         self._scope, self._receive, self._send, self._settings = scope, receive, send, settings
         self._headers = dict(scope["headers"])
-        self.peer: Peer = scope.get("state", {}).get("peer") or Peer("unknown")
-        self.cost = REQUEST_COST + sum(len(name) + len(value) for name, value in scope["headers"])
-        self._body: bytes | ApiError | None = None
-        self._arrived = asyncio.Event()  # the body, or the reason why it never will
-        self._drained = asyncio.Event()  # no more of the body is waited for
-        self._delivered = self._ending = False
-        self.task = cast(asyncio.Task[None], asyncio.current_task())
-        self.gone = self.over = False
+        self._peer = peer_at(scope.get("client"), settings)
+        self._body: bytes | ApiError = b""
+        self._arrived = asyncio.Event()  # the body, or why it is refused
+        self._is_http1 = scope["http_version"].startswith("1")
+        self._is_delivered = self._is_over = self.gone = False
         self.status = 0
         given = self._headers.get(b"x-request-id", b"").decode("latin-1")
-        self.request_id = given if re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given) else uuid.uuid4().hex
+        self._id = given if re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given) else uuid.uuid4().hex
+        scope["state"] = {"request_id": self._id}
 
-    async def pump(self) -> None:
-        """Take every message from Hypercorn, which would stop reading the connection otherwise; notice the end."""
-        limit = self._settings.max_body_bytes
-        too_large = BodyTooLarge(f"A body may have {limit} bytes.")
+    async def run(self, app: ASGIApp) -> None:
+        task = cast(asyncio.Task[None], asyncio.current_task())
+        watch = asyncio.create_task(self._watch(task))
+        cost = REQUEST_COST + sum(len(name) + len(value) for name, value in self._scope["headers"])
+        self._peer.hold(cost)
+        try:
+            await asyncio.sleep(0)  # the watch looks first: what was reset before it starts is not executed
+            if self._is_http1:
+                # h11 closes a connection whose request was not read to its end, and the answer is lost with it.
+                await self._arrived.wait()
+            await app(self._scope, self.receive, self.send)
+        except asyncio.CancelledError:
+            if not self.gone:
+                watch.cancel()  # the connection is being torn down, so no http.disconnect will end it
+                raise
+            task.uncancel()
+        finally:
+            self._is_over = True
+            self._peer.hold(-cost)
+
+    async def _watch(self, task: asyncio.Task[None]) -> None:
+        """Take all that the client sends, or Hypercorn would stop reading; when it is gone, end its request."""
+        if await self._take_body():
+            self._arrived.set()
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
+        # Hypercorn says so after every response too, while it tidies up in the last `send`: that must not be cancelled.
+        if not self._is_over:
+            self.gone = True
+            task.cancel()
+
+    async def _take_body(self) -> bool:
+        """Read the body within its bounds, over HTTP/1.1 one that is refused as well. False if the client left."""
         declared = self._headers.get(b"content-length", b"")
-        if declared.isdigit() and int(declared) > limit:
-            self._settle(too_large)
-        body = bytearray()
-        size = 0
-        held = 0
+        refusal = self._refusal(int(declared) if declared.isdigit() else 0)
+        body, size, more = bytearray(), 0, True
         try:
             async with asyncio.timeout(self._settings.body_timeout):
-                more = True
-                while more and size <= 16 * limit:
+                while more and (not refusal or (self._is_http1 and size <= 16 * self._settings.max_body_bytes)):
                     message = await self._receive()
                     if message["type"] == "http.disconnect":
-                        self._disconnected()
-                        return
-                    size += len(message["body"])
+                        return False
                     more = message.get("more_body", False)
-                    if size <= limit and self._body is None:
+                    size += len(message["body"])
+                    if not refusal:
                         body += message["body"]
-                        held += len(message["body"])
-                        self.peer.hold(len(message["body"]))
-                        if self.peer.is_full:
-                            self._settle(QueueFull("Too many requests have arrived in part. Send each at once."))
-                    else:
-                        body.clear()
-                        self._settle(too_large)
-            self._settle(bytes(body))
+                        self._peer.hold(len(message["body"]))
+                        refusal = self._refusal(size)
         except TimeoutError:
-            self._settle(BodyTimeout())
+            refusal = refusal or BodyTimeout()
         finally:
-            self.peer.hold(-held)
-        self._drained.set()
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-        self._disconnected()
+            self._peer.hold(-len(body))
+        self._body = refusal or bytes(body)
+        return True
 
-    def _settle(self, body: bytes | ApiError) -> None:
-        if self._body is None:
-            self._body = body
-            self._arrived.set()
-
-    def _disconnected(self) -> None:
-        """The client is gone: end its request wherever it waits."""
-        # Hypercorn says so after every response too, while it tidies up in the last `send`: that must not be cancelled.
-        if not self._ending and not self.over:
-            self.gone = True
-            self.task.cancel()
+    def _refusal(self, size: int) -> ApiError | None:
+        if size > self._settings.max_body_bytes:
+            return BodyTooLarge(f"A body may have {self._settings.max_body_bytes} bytes.")
+        return QueueFull("Too many requests have arrived in part. Send each at once.") if self._peer.is_full else None
 
     async def receive(self) -> Message:
-        """The whole body as one message. Raises BodyTooLarge or BodyTimeout."""
-        if self._delivered:
+        """The whole body as one message. Raises why it was refused."""
+        if self._is_delivered:
             await asyncio.Event().wait()  # for ever: disconnection arrives as cancellation
         await self._arrived.wait()
         if isinstance(self._body, ApiError):
             raise self._body
-        self._delivered = True
-        return {"type": "http.request", "body": self._body or b"", "more_body": False}
+        self._is_delivered = True
+        return {"type": "http.request", "body": self._body, "more_body": False}
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             names = {name for name, _ in message["headers"]}
-            marks = [(b"x-request-id", self.request_id.encode()), *SECURITY_HEADERS, (b"cache-control", b"no-store")]
+            marks = [(b"x-request-id", self._id.encode()), *DEFAULT_HEADERS]
             message["headers"] = [*message["headers"], *(mark for mark in marks if mark[0] not in names)]
         elif not message.get("more_body"):
-            if self._scope["http_version"].startswith("1") and not self._drained.is_set():
-                # h11 closes a connection whose request was not read to its end, and the answer is lost with it.
-                await self._send({**message, "more_body": True})
-                await self._drained.wait()
-                message = {"type": "http.response.body", "body": b""}
-            self._ending = True
+            self._is_over = True
         await self._send(message)
 
 
@@ -3311,11 +3307,7 @@ class Admission:
     """Finds out who asks, by key or else by address, and refuses who may not (contract 3.4)."""
 
     def __init__(self, app: ASGIApp, settings: Settings, queue: GenerationQueue) -> None:
-        self.app = app
-        self.settings = settings
-        self.queue = queue
-        self._wrong: Counting[str] = Counting()  # keys in this minute, by address
-        self._minute = 0
+        self.app, self.settings, self.queue = app, settings, queue
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -3331,7 +3323,7 @@ class Admission:
         if settings.allows("*"):
             return
         here = _ip((scope.get("server") or ("",))[0])
-        is_open = here and here.is_loopback and not settings.keys and not _is_proxy(_peer(scope), settings)
+        is_open = here and here.is_loopback and not settings.keys and not _is_proxy(_host(scope), settings)
         if is_open and not re.fullmatch(LOCAL_HOST, host):
             raise Forbidden("This machine has another name: ask at localhost, or set API_KEYS or TRUSTED_PROXIES here.")
         site = headers.get("sec-fetch-site", "same-origin" if origin is None else "")
@@ -3345,23 +3337,15 @@ class Admission:
         """Who is asking, for MAX_PER_CLIENT. Raises UriTooLong or Unauthorized."""
         if len(scope["query_string"]) > MAX_QUERY:
             raise UriTooLong
-        path, address = _short_path(scope), _address(scope, headers, self.settings)
-        name = _key_name(headers, self.settings.keys)
+        path, address, given = _short_path(scope), _address(scope, headers, self.settings), _given_key(headers)
+        # Every key is compared, in constant time each.
+        names = [name for name, key in self.settings.keys.items() if hmac.compare_digest(given, key)]
         is_open = not self.settings.keys or path in OPEN_PATHS or path.startswith("/docs/")
-        if name is None and not is_open and not self._is_capability(scope["method"], path):
-            if _given_key(headers):
-                await self._slow_down(address)
+        if not names and not is_open and not self._is_capability(scope["method"], path):
+            if given and not peer_of(address).wrong_keys.spend():
+                await asyncio.sleep(1)  # who guesses keys waits
             raise Unauthorized(headers={"www-authenticate": 'Bearer realm="dccapi"'})
-        return name or address
-
-    async def _slow_down(self, address: str) -> None:
-        """Make who guesses keys wait."""
-        if self._minute != (minute := int(time.monotonic() // 60)) or len(self._wrong) >= 10_000:
-            self._minute = minute
-            self._wrong.clear()
-        self._wrong[address] += 1
-        if self._wrong[address] > WRONG_KEYS:
-            await asyncio.sleep(1)
+        return names[0] if names else address
 
     def _is_capability(self, method: str, path: str) -> bool:
         """Whether it is the unguessable URL of a generation's events: an EventSource cannot send a key."""
@@ -3395,7 +3379,7 @@ def _short_path(scope: Scope) -> str:
 
 def _prefix(scope: Scope, headers: Headers, settings: Settings) -> str:
     """What the path has before it where clients ask: a trusted proxy's X-Forwarded-Prefix, or Hypercorn's root_path."""
-    prefix = headers.get("x-forwarded-prefix", "") if _is_proxy(_peer(scope), settings) else ""
+    prefix = headers.get("x-forwarded-prefix", "") if _is_proxy(_host(scope), settings) else ""
     is_path = re.fullmatch(r"(/[\w.~%-]+)+/?", prefix, re.ASCII)
     return (prefix if is_path else cast(str, scope.get("root_path", ""))).rstrip("/")
 
@@ -3405,18 +3389,9 @@ def _given_key(headers: Headers) -> bytes:
     return (token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")).encode("latin-1")
 
 
-def _key_name(headers: Headers, keys: Mapping[str, bytes]) -> str | None:
-    """Whose key the request bears. Every key is compared, in constant time each."""
-    given, found = _given_key(headers), None
-    for name, key in keys.items():
-        if hmac.compare_digest(hashlib.sha256(given).digest(), hashlib.sha256(key).digest()):
-            found = name
-    return found
-
-
 def _address(scope: Scope, headers: Headers, settings: Settings) -> str:
     """The client's address; from X-Forwarded-For only behind a proxy in TRUSTED_PROXIES, the last that is none."""
-    address = _peer(scope)
+    address = _host(scope)
     for hop in reversed(",".join(headers.getlist("x-forwarded-for")).split(",")):
         if not _is_proxy(address, settings) or not hop.strip():
             break
@@ -3424,12 +3399,12 @@ def _address(scope: Scope, headers: Headers, settings: Settings) -> str:
     return str(_ip(address) or address)
 
 
-def _peer(scope: Scope) -> str:
+def _host(scope: Scope) -> str:
     return cast(str, (scope.get("client") or ("unknown",))[0])
 
 
 def _is_proxy(address: str, settings: Settings) -> bool:
-    ip = _ip(address)
+    ip = _ip(address) if settings.proxies else None
     return ip is not None and any(ip in network for network in settings.proxies)
 
 
@@ -3451,21 +3426,21 @@ def _ip(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 # it                                                        noticed by                 issue     lines  test
 # dies of DATA for a stream that was answered already       siblings of a refusal      334, 365      2  data_after
 # stops reading behind ten messages that nobody reads       siblings of an upload                Guard  nobody_reads
-# lets the application run ahead of a closed window         operators: 65 MB a stream               24  run_ahead
+# lets the application run ahead of a closed window         operators: 65 MB a stream               28  run_ahead
 # visits each stream for each frame, and takes 1,000        pages with many streams                  7  priority_frames
-# takes any number of resets, and executes what was reset   everyone, in a flood       146          47  resets, reset
-# accepts more connections than it has file descriptors     everyone, in a flood                59  file_descriptors
-# lets a head take for ever                                 operators: open files                16  never_ends
-# ends the streams of a client that says GOAWAY             clients behind some proxies          8  goaway
-# leaves a response open that the application gave up       clients that wait                       10  given_up_open
-# never ends a connection whose last stream was reset       operators: open files                    2  idle_again
-# dies of a path or method that is not ASCII                siblings of the request                  7  strange_request
+# takes any number of resets, and executes what was reset   everyone, in a flood       146          32  resets, reset
+# accepts more connections than it has file descriptors     everyone, in a flood                70  file_descriptors
+# lets a head take for ever                                 operators: open files                   11  never_ends
+# ends the streams of a client that says GOAWAY             clients behind some proxies              7  goaway
+# leaves a response open that the application gave up       clients that wait                        2  given_up_open
+# never ends a connection whose last stream was reset       operators: open files                    5  idle_again
+# dies of a path or method that is not ASCII                siblings of the request                  8  strange_request
 # reads no further behind an HTTP/1.1 request               workers without a client                20  sent_more
-# loses the frames of a task that is cancelled at its lock  siblings of the stream                  10  its_frames
-# keeps a connection that its client has closed             operators: open files                    6  client_closed
-# keeps a connection whose client takes nothing, for ever   operators: memory                        4  takes_nothing
-# logs tracebacks of nonsense, and of closing TLS           operators                  202, 264      5  nonsense, abrupt
-# waits for ever at SIGTERM, or cuts what runs              everyone, at a restart     308, 374     24  stop, signalled
+# loses the frames of a task that is cancelled at its lock  siblings of the stream                   4  its_frames
+# keeps a connection that its client has closed             operators: open files                    5  client_closed
+# keeps a connection whose client takes nothing, for ever   operators: memory                        2  takes_nothing
+# logs tracebacks of nonsense, and of closing TLS           operators                  202, 264      8  nonsense, abrupt
+# waits for ever at SIGTERM, or cuts what runs              everyone, at a restart     308, 374     20  stop, signalled
 # takes unknown settings in silence                         operators with a typo                    3  unknown_key
 
 
@@ -3491,71 +3466,71 @@ class GuardedH2Protocol(H2Protocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.priority: Any = NoPriorities()
-        self._peer: Peer = cast(Any, self.connection_state).get("peer") or Peer("unknown")
+        self._settings: Settings = cast(Any, self.config).settings
+        self._peer = peer_at(self.client, self._settings)
         self._is_leaving = False
+        self.priority: Any = NoPriorities()
         self.connection.state_machine._transitions = STAYS_OPEN
         self.connection.clear_outbound_data_buffer = lambda: None  # type: ignore[method-assign]
 
     async def send_task(self) -> None:
         """Not needed."""
 
-    async def initiate(self, headers: Any = None, settings: Any = None) -> None:
-        await super().initiate(headers, settings)
-        if headers is None:
-            await self.send(Updated(idle=True))  # the preface is no request
-
-    async def handle(self, event: ConnectionEvent) -> None:
-        if not isinstance(event, RawData):
-            await super().handle(event)
-            return
-        self._peer.busy += 1
-        try:
-            for start in range(0, len(event.data), RECEIVED_AT_ONCE):
-                await self._take_turns()
-                if not self.closed:
-                    await super().handle(RawData(event.data[start : start + RECEIVED_AT_ONCE]))
-        finally:
-            self._peer.busy -= 1
-
-    async def _take_turns(self) -> None:
-        """Let everyone else go on, and of this address one connection at a time."""
-        for _ in range(self._peer.busy):
-            await asyncio.sleep(0)
-
     async def _handle_events(self, events: list[h2.events.Event]) -> None:
         reset = {event.stream_id for event in events if isinstance(event, h2.events.StreamReset)}
-        for number, event in enumerate(events, 1):
-            if number % 4 == 0:
-                await self._take_turns()
-            refusal = None
-            if isinstance(event, h2.events.RequestReceived):
-                if event.stream_id in reset:
-                    continue  # it is not executed
-                if self._peer.is_full:
-                    refusal = h2.errors.ErrorCodes.REFUSED_STREAM
-                elif not _is_request(dict(event.headers)):
-                    refusal = h2.errors.ErrorCodes.PROTOCOL_ERROR
-            is_reset = refusal is not None or isinstance(event, h2.events.StreamReset)
-            if refusal is not None:
-                await self._reset(cast(Any, event).stream_id, refusal)
-            elif isinstance(event, h2.events.DataReceived) and event.stream_id not in self.streams:
-                self.connection.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
-            elif isinstance(event, h2.events.ConnectionTerminated) and not event.error_code and self.streams:
-                self._is_leaving = True
-            else:
-                await super()._handle_events([event])
-            if is_reset and any(peer.too_many_resets() for peer in (self._peer, peer_of(""))):
-                warn_once(f"connections are closed: over {RESETS_AT_ONCE} streams were reset", this_minute())
-                self.connection.close_connection(h2.errors.ErrorCodes.ENHANCE_YOUR_CALM)
-                await self._flush()
-                await self.handle(Closed())
-                await self.send(Closed())
-                return
-            if is_reset and self.idle and not self.closed:
-                # Hypercorn says so only after a response.
-                await self.send(Closed() if self._is_leaving else Updated(idle=True))
+        self._peer.busy += 1
+        try:
+            for number, event in enumerate(events):
+                if number % 4 == 0:
+                    for _ in range(self._peer.busy):  # all others go on, and of this address one connection at a time
+                        await asyncio.sleep(0)
+                is_reset = isinstance(event, h2.events.RequestReceived) and event.stream_id in reset
+                if not is_reset and not self.closed:  # such a request is not executed
+                    await self._handle_event(event)
+        finally:
+            self._peer.busy -= 1
         await self._flush()
+        await self._rest()
+
+    async def _handle_event(self, event: h2.events.Event) -> None:
+        if isinstance(event, h2.events.RequestReceived) and self._peer.is_full:
+            await self._reset(event.stream_id, h2.errors.ErrorCodes.REFUSED_STREAM)
+        elif isinstance(event, h2.events.RequestReceived) and not _is_readable(event.headers):
+            await self._reset(event.stream_id, h2.errors.ErrorCodes.PROTOCOL_ERROR)
+        elif isinstance(event, h2.events.DataReceived) and event.stream_id not in self.streams:
+            self.connection.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+        elif isinstance(event, h2.events.ConnectionTerminated) and not event.error_code and self.streams:
+            self._is_leaving = True
+        else:
+            await super()._handle_events([event])
+            if isinstance(event, h2.events.StreamReset):
+                await self._count_reset()
+
+    async def _reset(self, stream_id: int, code: h2.errors.ErrorCodes) -> None:
+        with contextlib.suppress(h2.exceptions.ProtocolError):  # it is closed already
+            self.connection.reset_stream(stream_id, code)
+        await self._flush()
+        await self._count_reset()
+
+    async def _count_reset(self) -> None:
+        if self._peer.resets.spend() and peer_of("").resets.spend():
+            return
+        warn_once(f"connections are closed: over {RESETS_AT_ONCE} streams were reset", time.monotonic() // 60)
+        with contextlib.suppress(h2.exceptions.ProtocolError):
+            self.connection.close_connection(h2.errors.ErrorCodes.ENHANCE_YOUR_CALM)
+        await self._flush()
+        await self.handle(Closed())
+        await self.send(Closed())
+
+    async def _close_stream(self, stream_id: int) -> None:
+        self.stream_buffers.pop(stream_id, None)
+        await super()._close_stream(stream_id)
+        await self._rest()
+
+    async def _rest(self) -> None:
+        """Hypercorn does so only after a response."""
+        if self.idle and not self.closed:
+            await self.send(Closed() if self._is_leaving else Updated(idle=True))
 
     async def stream_send(self, event: StreamEvent) -> None:
         try:
@@ -3569,12 +3544,10 @@ class GuardedH2Protocol(H2Protocol):
                 if isinstance(event, StreamClosed) and event.stream_id in self.stream_buffers:
                     await self._reset(event.stream_id, h2.errors.ErrorCodes.CANCEL)  # the application gave it up
                 await super().stream_send(event)
-                if self._is_leaving and self.idle:
-                    await self.send(Closed())
         except h2.exceptions.ProtocolError:
             pass  # the stream or the connection was closed in the meantime
         except TimeoutError:
-            log.info("a stream was reset: its client took nothing for %g s", cast(Any, self.config).stream_timeout)
+            log.info("a stream was reset: its client took nothing for %g s", self._settings.token_timeout)
             await self._reset(event.stream_id, h2.errors.ErrorCodes.CANCEL)
             await self._close_stream(event.stream_id)
 
@@ -3589,7 +3562,7 @@ class GuardedH2Protocol(H2Protocol):
                 data = data[size:]
                 continue
             await self._flush()
-            async with asyncio.timeout(cast(Any, self.config).stream_timeout):
+            async with asyncio.timeout(self._settings.token_timeout):
                 while stream_id in self.streams and self.connection.local_flow_control_window(stream_id) <= 0:
                     await self.has_data.clear()
                     await self.has_data.wait()
@@ -3597,21 +3570,10 @@ class GuardedH2Protocol(H2Protocol):
             await asyncio.sleep(0)  # tokens that other streams send in this round of the event loop leave in one write
         await self._flush()
 
-    async def _reset(self, stream_id: int, code: h2.errors.ErrorCodes) -> None:
-        with contextlib.suppress(h2.exceptions.ProtocolError):  # it is closed already
-            self.connection.reset_stream(stream_id, code)
-        await self._flush()
 
-    async def _close_stream(self, stream_id: int) -> None:
-        self.stream_buffers.pop(stream_id, None)
-        await super()._close_stream(stream_id)
-
-
-def _is_request(fields: Mapping[bytes, bytes]) -> bool:
-    """Whether Hypercorn can read it: its path and method as ASCII, or it raises and the connection ends."""
-    return all(fields.get(name, "\x80".encode()).isascii() for name in (b":path", b":method")) and (
-        fields[b":method"] != b"CONNECT" or b":protocol" in fields
-    )
+def _is_readable(headers: Sequence[tuple[bytes, bytes]]) -> bool:
+    """Whether Hypercorn can read it, or raises, which ends the connection."""
+    return all(value.isascii() and value != b"CONNECT" for name, value in headers if name in (b":path", b":method"))
 
 
 class GuardedH11Protocol(H11Protocol):
@@ -3621,15 +3583,11 @@ class GuardedH11Protocol(H11Protocol):
         super().__init__(*args, **kwargs)
         connection = cast(Any, self.connection)
         next_event = connection.next_event
-        self.has_begun = False  # a head to arrive
         # At PAUSED, when anything follows the request, Hypercorn waits for the answer's end in the task that reads.
         connection.next_event = lambda: h11.NEED_DATA if (event := next_event()) is h11.PAUSED else event
 
     async def handle(self, event: ConnectionEvent) -> None:
         await super().handle(event)
-        had_begun, self.has_begun = self.has_begun, self.stream is None and bool(self.connection.trailing_data[0])
-        if self.has_begun and not had_begun and self.keep_alive_requests:
-            await self.send(Updated(idle=True))  # it has HEAD_TIMEOUT, no longer keep_alive_timeout
         if len(self.connection.trailing_data[0]) > self.config.h11_max_incomplete_size:
             await super().handle(Closed())
             await self.send(Closed())
@@ -3646,68 +3604,57 @@ class Connection(socket.socket):
     idle = True
     peers: tuple[Peer, ...] = ()
 
-    def rest(self, idle: bool) -> None:
-        self.idle = idle
-        for peer in self.peers:
-            if self in peer.connections:
-                peer.connections[self] = peer.connections.pop(self)
+    def end(self) -> None:
+        """Shut it down, which wakes the task that reads it, and count it no more."""
+        self._forget()
+        with contextlib.suppress(OSError):
+            self.shutdown(socket.SHUT_RDWR)
 
-    def forget(self) -> None:
+    def close(self) -> None:
+        self._forget()
+        super().close()
+
+    def _forget(self) -> None:
         for peer in self.peers:
             peer.connections.pop(self, None)
 
-    def close(self) -> None:
-        self.forget()
-        super().close()
-
 
 class Listener(socket.socket):
-    """A listening socket that bounds connections: at a bound the one that is idle for longest makes room.
+    """A listening socket that bounds connections, before TLS begins: at a bound the oldest idle one makes room."""
 
-    It decides before TLS begins. A proxy has no bound of its own.
-    """
-
-    settings: Settings
-    bound: int
-    accepted = 0
+    def __init__(self, plain: socket.socket, settings: Settings, limit: int) -> None:
+        super().__init__(fileno=plain.detach())
+        self.setblocking(False)
+        # The rest of the file descriptors is for the engine, the parsers and files.
+        self._bounds = settings.max_connections_per_client, limit - min(256, limit // 4)
+        self._settings, self._accepted = settings, 0
+        with contextlib.suppress(OSError, AttributeError, OverflowError):  # Linux alone has it, for TCP alone
+            # Connections inherit it: the kernel ends one whose client takes nothing of what waits for it.
+            self.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(settings.token_timeout * 1000))
 
     def accept(self) -> tuple[socket.socket, Any]:
-        self.accepted += 1
-        if self.accepted % 16 == 0:
-            raise BlockingIOError  # those that were accepted get their turn
+        self._accepted += 1
+        if self._accepted % 16 == 0:
+            raise BlockingIOError  # those that were ended are closed first
         accepted, address = super().accept()
         connection = Connection(fileno=accepted.detach())
-        host = address[0] if isinstance(address, tuple) else ""
-        peer = Peer(host) if not host or _is_proxy(host, self.settings) else peer_of(host)
-        for one, bound in ((peer, self.settings.max_connections_per_client), (peer_of(""), self.bound)):
-            if len(one.connections) >= bound:
-                warn_once(f"{bound} connections are open: idle or new ones are closed", this_minute())
-                idle = next((other for other in one.connections if other.idle), None)
+        connection.peers = (peer_at(address, self._settings), peer_of(""))
+        for peer, bound in zip(connection.peers, self._bounds, strict=True):
+            if len(peer.connections) >= bound:
+                warn_once(f"{bound} connections are open: idle or new ones are closed", time.monotonic() // 60)
+                idle = next((other for other in peer.connections if other.idle), None)
                 if idle is None:
                     connection.close()
                     raise ConnectionAbortedError
-                idle.forget()
-                with contextlib.suppress(OSError):
-                    idle.shutdown(socket.SHUT_RDWR)
-        connection.peers = (peer, peer_of(""))
-        for one in connection.peers:
-            one.connections[connection] = None
+                idle.end()
+            peer.connections[connection] = None
         return connection, address
 
 
 class PromptTCPServer(TCPServer):
     """Hypercorn's connection, which is forgotten as soon as its client has left, and not after keep_alive_timeout."""
 
-    connections: ClassVar[set[PromptTCPServer]] = set()
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._socket = getattr(self.writer.get_extra_info("socket"), "_sock", None)
-        if isinstance(self._socket, Connection):
-            self.state = {**self.state, "peer": self._socket.peers[0]}
-
     async def run(self) -> None:
-        self.connections.add(self)
         try:
             await super().run()
         except* OSError:
@@ -3715,8 +3662,6 @@ class PromptTCPServer(TCPServer):
         except* Exception as errors:
             log.warning("a connection was ended by %s", type(errors.exceptions[0]).__name__)
             log.debug(described(errors.exceptions[0]))
-        finally:
-            self.connections.discard(self)
 
     async def _read_data(self) -> None:
         await super()._read_data()
@@ -3725,42 +3670,51 @@ class PromptTCPServer(TCPServer):
     async def _idle_timeout(self) -> None:
         if self.reader.at_eof() or self.writer.transport.is_closing():
             return
-        protocol, config = cast(Any, self.protocol).protocol, cast(Any, self.config)
-        waits_for_head = not protocol.keep_alive_requests or getattr(protocol, "has_begun", False)
+        config, is_new = cast(Any, self.config), not self.protocol.protocol.keep_alive_requests
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(config.head_timeout if waits_for_head else config.keep_alive_timeout):
+            async with asyncio.timeout(config.settings.head_timeout if is_new else config.keep_alive_timeout):
                 await self.context.terminated.wait()
         self.loop.call_later(CLOSE_TIMEOUT, self.writer.transport.abort)  # TLS waits for the client's word
         await asyncio.shield(self._initiate_server_close())
 
     async def protocol_send(self, event: ConnectionEvent) -> None:
-        if isinstance(event, RawData):
-            # Before Hypercorn waits for its lock: a task that is cancelled there would take its frames along.
-            if not self.writer.transport.is_closing():
-                self.writer.write(event.data)
-            event = RawData(b"")
-        if isinstance(event, Updated) and isinstance(self._socket, Connection):
-            self._socket.rest(event.idle)
         try:
-            await super().protocol_send(event)
+            if isinstance(event, RawData):
+                # Without Hypercorn's lock: a task that is cancelled there would take its frames along.
+                if not self.writer.transport.is_closing():
+                    self.writer.write(event.data)
+                await self.writer.drain()
+            elif isinstance(event, Updated):
+                await self._rest(event.idle)
+            else:
+                await super().protocol_send(event)
         except OSError:
             await self.protocol.handle(Closed())
+
+    async def _rest(self, idle: bool) -> None:
+        connection = getattr(self.writer.get_extra_info("socket"), "_sock", None)
+        if isinstance(connection, Connection):
+            connection.idle = idle
+        if not idle or self.idle_task._handle is None:  # else its time is running
+            await super().protocol_send(Updated(idle))
 
 
 def set_up(config: Config, settings: Settings) -> None:
     """Give Hypercorn what its configuration leaves open, from our settings and from hypercorn.toml."""
+    unknown = {name for name in vars(config) if not hasattr(Config, name)} - Config.__annotations__.keys()
+    if unknown:
+        raise SystemExit(f"dccapi: Hypercorn has no setting named {', '.join(sorted(unknown))}")
     if config.workers > 1:
         raise SystemExit("dccapi: one worker process only: each would have a queue and generations of its own")
     for name, value in vars(Config.from_toml(HERE / "hypercorn.toml")).items():
         if not name.startswith("_") and name not in vars(config):
             setattr(config, name, value)
-    cast(Any, config).stream_timeout = settings.token_timeout
-    cast(Any, config).head_timeout = settings.head_timeout
+    cast(Any, config).settings = settings
     config.ssl_handshake_timeout = min(config.ssl_handshake_timeout, settings.head_timeout)
 
 
-def listeners(sockets: Sockets, settings: Settings) -> Sockets:
-    """The same sockets, which keep the connections below the number of file descriptors."""
+def file_descriptors() -> int:
+    """How many this process may have, once it has asked for as many as it can get."""
     limit = 1024
     with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has none; macOS names more than it gives
         import resource
@@ -3768,25 +3722,13 @@ def listeners(sockets: Sockets, settings: Settings) -> Sockets:
         limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         limit = hard if hard != resource.RLIM_INFINITY else 2**20
-
-    def bounded(plain: socket.socket) -> socket.socket:
-        listener = Listener(fileno=plain.detach())
-        listener.setblocking(False)
-        listener.settings = settings
-        listener.bound = limit - min(256, limit // 4)  # the rest is for the engine, the parsers and files
-        return listener
-
-    peer_of.cache_clear()
-    return Sockets([*map(bounded, sockets.secure_sockets)], [*map(bounded, sockets.insecure_sockets)], [])
+    return limit
 
 
-async def give_memory_back() -> None:
+def give_memory_back() -> None:
     """glibc keeps what a flood made it take until it is asked, which costs under a millisecond."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another libc
-        trim = ctypes.CDLL(None).malloc_trim
-        while True:
-            await asyncio.sleep(30)
-            trim(0)
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 async def serve_until_drained(
@@ -3805,40 +3747,33 @@ async def serve_until_drained(
     if not isinstance(guard, Guard):
         await worker_serve(app, config, sockets=sockets, shutdown_trigger=shutdown_trigger)
         return
-    unknown = {name for name in vars(config) if not hasattr(Config, name)} - Config.__annotations__.keys()
-    if unknown:
-        raise SystemExit(f"dccapi: Hypercorn has no setting named {', '.join(sorted(unknown))}")
-    guard.addresses = addresses(config)
     set_up(config, guard.settings)
-    sockets = listeners(sockets or config.create_sockets(), guard.settings)
-    for listening in sockets.secure_sockets + sockets.insecure_sockets:
-        with contextlib.suppress(OSError, AttributeError, OverflowError):  # Linux alone has it, for TCP alone
-            # Connections inherit it: the kernel ends one whose client takes nothing of what waits for it.
-            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(guard.settings.token_timeout * 1000))
+    guard.addresses = addresses(config)
+    sockets, limit = sockets or config.create_sockets(), file_descriptors()
+    for several in (sockets.secure_sockets, sockets.insecure_sockets):
+        several[:] = [Listener(plain, guard.settings, limit) for plain in several]
     loop = asyncio.get_running_loop()
-    stopping = asyncio.Event()
-    trimming = asyncio.ensure_future(give_memory_back())
     asked = asyncio.ensure_future((shutdown_trigger or asyncio.Event().wait)())
-    asked.add_done_callback(lambda _: stopping.set())
-    for sign in (signal.SIGTERM,) if shutdown_trigger else (signal.SIGTERM, signal.SIGINT):
+    for sign in (signal.SIGTERM, signal.SIGINT):
         with contextlib.suppress(RuntimeError, ValueError):  # on Windows, or not in the main thread
             if not shutdown_trigger or signal.getsignal(sign) is signal.SIG_DFL:
-                loop.add_signal_handler(sign, stopping.set)
+                loop.add_signal_handler(sign, asked.cancel)
 
     async def drained() -> None:
-        await stopping.wait()
+        while not asked.done():
+            await asyncio.wait({asked}, timeout=TRIM_INTERVAL)
+            give_memory_back()
         if not shutdown_trigger or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a process of our own
             # The next Ctrl-C ends it. One Ctrl-C may arrive twice, from the terminal and from a parent.
             loop.call_later(0.5, signal.signal, signal.SIGINT, signal.SIG_DFL)
         await guard.queue.drain()
-        for connection in PromptTCPServer.connections:  # Python 3.12 and later wait for each without end
-            loop.call_later(CLOSE_TIMEOUT, connection.writer.transport.abort)
+        for connection in peer_of("").connections:  # Python 3.12 and later wait for each without end
+            loop.call_later(CLOSE_TIMEOUT, connection.end)
 
     try:
         await worker_serve(app, config, sockets=sockets, shutdown_trigger=drained)
     finally:
         asked.cancel()
-        trimming.cancel()
 
 
 def mend_hypercorn() -> None:
@@ -3846,8 +3781,8 @@ def mend_hypercorn() -> None:
     if (found := version("hypercorn")) != "0.18.0":
         raise SystemExit(f"dccapi: needs Hypercorn 0.18.0, whose faults it mends, not {found}: `make install`")
     for place, name, ours in (
-        (Config, "stream_timeout", 30.0),  # settings of our own: TOKEN_TIMEOUT for the streams of a connection
-        (Config, "head_timeout", 10.0),
+        (Config, "settings", Settings.model_construct()),  # ours, for the connections; another app has the defaults
+        (hypercorn.asyncio.tcp_server, "MAX_RECV", RECEIVED_AT_ONCE),
         (hypercorn.protocol, "H2Protocol", GuardedH2Protocol),
         (hypercorn.protocol, "H11Protocol", GuardedH11Protocol),
         (hypercorn.asyncio.run, "TCPServer", PromptTCPServer),
@@ -3884,8 +3819,7 @@ def create_app(settings: Settings) -> Guard:
         finally:
             await queue.stop()
 
-    app: ASGIApp = Router(api.routes(), lifespan=lifespan, redirect_slashes=False)
-    app = Admission(app, settings, queue)
+    app: ASGIApp = Admission(Router(api.routes(), lifespan=lifespan, redirect_slashes=False), settings, queue)
     app = ExceptionMiddleware(app, {Exception: as_problem, HTTPException: as_problem})
     app = CORSMiddleware(
         app,
@@ -3910,13 +3844,9 @@ class LogFormatter(logging.Formatter):
         fields: dict[str, Any] = getattr(record, "fields", {})
         if not self._json:
             return super().format(record) + "".join(f" {name}={value}" for name, value in fields.items())
-        document = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname,
-            "logger": record.name,
-            "message": record.getMessage(),
-            **fields,
-        }
+        moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        document = {"time": moment, "level": record.levelname, "logger": record.name}
+        document |= {"message": record.getMessage(), **fields}
         if record.exc_info:
             document["exception"] = self.formatException(record.exc_info)
         return orjson.dumps(document).decode()
@@ -3939,13 +3869,7 @@ def addresses(config: Config) -> list[str]:
 
 def is_public(address: str) -> bool:
     """Whether others than this machine can reach it."""
-    host = urlsplit(address).hostname
-    if host is None:  # ":8001" is every address
-        return "://" in address
-    try:
-        return not ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host not in ("localhost", "unix", "fd")
+    return not re.fullmatch(f"{LOOPBACK_PAGE}|http://(unix|fd):.*", address)
 
 
 # ---- Main -----------------------------------------------------------------------------------------------------------
@@ -3954,18 +3878,15 @@ def is_public(address: str) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     """`python dccapi.py`: serve; with `engine`: be the child process of the embedded engine."""
     parser = argparse.ArgumentParser(prog="dccapi.py", description="Open Badges 3.0 drafts from course descriptions")
-    parser.add_argument(
-        "--config", default=str(HERE / "hypercorn.toml"), help="Hypercorn's settings (default %(default)s)"
-    )
+    parser.add_argument("--config", default=str(HERE / "hypercorn.toml"), help="Hypercorn's settings (%(default)s)")
     parser.add_argument("--bind", action="append", help="cleartext address, instead of the file's")
     parser.add_argument("--tls-bind", default="0.0.0.0:8443", help="TLS address (default %(default)s)")
     parser.add_argument("--certs", type=Path, default=HERE / "certs", help="where cert.pem and key.pem are")
     commands = parser.add_subparsers(dest="command")
     child = commands.add_parser("engine", help="serve a GGUF to the process that started this one")
     child.add_argument("path")
-    child.add_argument("--context", type=int, required=True)
-    child.add_argument("--slots", type=int, required=True)
-    child.add_argument("--name", required=True)
+    for name, kind in (("--context", int), ("--slots", int), ("--name", str)):
+        child.add_argument(name, type=kind, required=True)
     options = parser.parse_args(arguments)
     if options.command == "engine":
         serve_embedded(options.path, options.context, options.slots, options.name)
@@ -3986,10 +3907,8 @@ def serve(options: argparse.Namespace) -> None:
     try:
         sockets = config.create_sockets()
     except OSError as error:
-        at = ", ".join(addresses(config))
-        raise SystemExit(
-            f"dccapi: cannot listen on {at}: {error.strerror}. Free it, or choose another: --bind"
-        ) from None
+        fault = f"cannot listen on {', '.join(addresses(config))}: {error.strerror}"
+        raise SystemExit(f"dccapi: {fault}. Free it, or choose another: --bind") from None
     asyncio.run(serve_until_drained(ASGIWrapper(cast(Any, create_app(settings))), config, sockets=sockets))
 
 

@@ -84,6 +84,7 @@ async def serving(
         config.errorlog = None
         if tls:
             config.certfile, config.keyfile = certificate()
+        dccapi.peer_of.cache_clear()
         stop = asyncio.Event()
         server = asyncio.create_task(hypercorn.asyncio.serve(app, config, shutdown_trigger=stop.wait))
         # Hypercorn's last step of a start.

@@ -174,7 +174,7 @@ async def test_behind_a_trusted_proxy_the_bound_on_connections_is_not_the_proxys
     for proxies, left in (("127.0.0.1", 9), ("", 3)):
         async with serving(max_connections_per_client=3, trusted_proxies=proxies) as service:
             opened = [await asyncio.open_connection("127.0.0.1", service.port) for _ in range(9)]
-            await eventually(lambda: len(dccapi.PromptTCPServer.connections) == left, what="the bound")  # noqa: B023
+            await eventually(lambda: len(dccapi.peer_of("").connections) == left, what="the bound")  # noqa: B023
             for _, writer in opened:
                 writer.transport.abort()
 
@@ -188,11 +188,10 @@ async def test_behind_a_trusted_proxy_the_bound_on_connections_is_not_the_proxys
     [
         b"",
         b"GET /livez HTTP/1.1\r\nx: ",
-        b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\nGET /livez HTTP/1.1\r\nx: ",
         PREFACE,
         PREFACE + frame(1, 1, b"\x82", 1),
     ],
-    ids=["silence", "no end", "no end of the second", "a preface", "no END_HEADERS"],
+    ids=["silence", "no end", "a preface", "no END_HEADERS"],
 )
 async def test_a_head_that_never_ends_ends_its_connection(beginning: bytes, tls: bool) -> None:
     context = trusting_tls() if tls else None
@@ -260,6 +259,19 @@ async def test_requests_that_arrive_in_part_are_held_within_a_bound(monkeypatch:
             if stream:
                 connection.reset(stream)
         assert (await connection.response(await connection.request("POST", "/generate", body=COURSE))).status == 200
+
+
+async def test_free_memory_is_given_back_while_the_service_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Libc:
+        trimmed = 0
+
+        def malloc_trim(self, kept: int) -> None:
+            Libc.trimmed += kept == 0
+
+    monkeypatch.setattr(dccapi, "TRIM_INTERVAL", 0.01)
+    monkeypatch.setattr(dccapi.ctypes, "CDLL", lambda name: Libc())
+    async with serving():
+        await eventually(lambda: Libc.trimmed > 2, what="another trimming")
 
 
 # --- GOAWAY ---

@@ -14,6 +14,7 @@ Routes, each under /api/v1 and at the root:
     DELETE /generations/{id}                                      cancel
     POST   /regenerate-field                                      the badge with one field written anew
     POST   /credentials                                           an unsigned OpenBadgeCredential; no engine involved
+    POST   /extract                                               the text of a document; no engine involved
     GET    /health, /livez, /readyz, /metrics                     state
     GET    /, /demo, /docs, /openapi.json                         the demo page, the documentation
 
@@ -39,6 +40,7 @@ import secrets
 import signal
 import socket
 import sys
+import tempfile
 import time
 import traceback
 import uuid
@@ -92,7 +94,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic_settings import BaseSettings, SettingsConfigDict
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.exceptions import ExceptionMiddleware
@@ -113,7 +115,7 @@ log = logging.getLogger("dccapi")
 
 MAX_FINISHED = 256  # finished generations that are remembered (contract 3.6)
 READERS = 4  # processes at most, of about 40 MB each; they are started when they are needed
-READ_TIMEOUT = 5  # seconds that one document may take
+TEXT_TIMEOUT, DOCUMENT_TIMEOUT = 5, 30  # seconds that the markup of a course, or a document, may take
 MAX_LINE = 4 * 2**20  # of an engine's answer; Ollama's last line carries the context, about 6 bytes a token
 MAX_OUTPUT_CHARS = 2**18  # of one generation: 4,096 tokens of 64 characters
 MAX_BLANK_RUN = 200  # white space in a row; models loop on it under `format` (ollama 2577)
@@ -121,8 +123,8 @@ MAX_QUERY = 32 * 2**10  # bytes; Hypercorn refuses headers over 64 KiB
 MAX_WRITE = 64 * 2**10  # bytes that one write of an event stream may hold, so also what one stream can buffer
 RESETS_AT_ONCE, RESETS_PER_SECOND = 1000, 33  # nghttp2's own limits (nghttp2_option_set_stream_reset_rate_limit)
 MAX_PEERS = 10_000  # addresses that are remembered
-MAX_HELD = 64 * 2**20  # bytes of requests under way and of bodies that have not arrived whole
-MAX_HELD_OF_ONE = MAX_HELD // 4  # address
+MAX_HELD = 96 * 2**20  # bytes of requests under way and of bodies that have not arrived whole
+MAX_HELD_OF_ONE = MAX_HELD // 3  # address
 REQUEST_COST = 16 * 2**10  # bytes that a request takes besides what was sent
 RECEIVED_AT_ONCE = 1024  # bytes of HTTP/2 that are dealt with before other connections get their turn
 CLOSE_TIMEOUT = 2  # seconds that the closing of a connection may take
@@ -166,6 +168,7 @@ class Settings(BaseSettings):
     head_timeout: Seconds = 10
     max_connections_per_client: Count = 256
     max_body_bytes: Count = 262144
+    max_upload_bytes: Count = 20971520
     resume_grace: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10
     result_ttl: Seconds = 300
     drain_timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 30
@@ -1335,8 +1338,9 @@ class Readers:
     async def ask(self, task: str, client: str, **arguments: Any) -> dict[str, Any]:
         """What a task of documents.py says. Raises one of DOCUMENT_ERRORS."""
         share = self._shares.setdefault(client, asyncio.Semaphore(READERS // 2))
+        seconds = DOCUMENT_TIMEOUT if task == "document" else TEXT_TIMEOUT
         try:
-            async with share, self._free, asyncio.timeout(READ_TIMEOUT):
+            async with share, self._free, asyncio.timeout(seconds):
                 said = await self._asked(orjson.dumps({"task": task, **arguments}))
         except TimeoutError:
             raise DocumentTooSlow from None
@@ -1673,6 +1677,15 @@ class GenerationQueue:
 
     def get(self, id: str) -> Generation | None:
         return self._known.get(id)
+
+    @contextlib.contextmanager
+    def reading(self, client: str) -> Iterator[None]:
+        """A document is read without a generation; it counts as one in flight."""
+        generation = self.submit(client, "")
+        try:
+            yield
+        finally:
+            del self._waiting[generation], self._known[generation.id]
 
     # -- following and leaving
 
@@ -2815,6 +2828,7 @@ class Api:
             "/generate-badge-suggestions/stream": stream,
             "/regenerate-field": {"POST": self.regenerate_field},
             "/credentials": {"POST": self.credentials},
+            "/extract": {"POST": self.extract},
             "/generations/{id}": {"GET": self.generation, "DELETE": self.cancel},
             "/generations/{id}/events": {"GET": self.generation_events, "HEAD": self.no_events},
             "/health": {"GET": self.health},
@@ -2877,6 +2891,39 @@ class Api:
         """An unsigned OpenBadgeCredential."""
         return as_json(build_credential(await json_body(request)))
 
+    async def extract(self, request: Request) -> Response:
+        """The text of a document; no engine involved."""
+        with self.queue.reading(request.state.client):
+            if not _is_multipart(request):
+                name, media_type = "", request.headers.get("content-type", "")
+                return as_json(await self._read(request.stream(), name, media_type, request.state.client))
+            _, said = await self._form(request)
+        if said is None:
+            raise invalid_fields({("file",): "is missing; send the document in it"})
+        return as_json(said)
+
+    async def _form(self, request: Request) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """The fields of a form, and what the document in its part `file` says."""
+        try:
+            form = await request.form(max_files=1, max_fields=64, max_part_size=self.settings.max_body_bytes)
+        except HTTPException as error:
+            raise invalid_fields({("body",): f"is no form with one file: {error.detail}"}) from None
+        fields, said = {name: value for name, value in form.items() if isinstance(value, str)}, None
+        for name, value in form.items():
+            if isinstance(value, UploadFile) and name == "file":
+                chunks = iter_file(value)
+                said = await self._read(chunks, value.filename or "", value.content_type or "", request.state.client)
+        await form.close()
+        return fields, said
+
+    async def _read(self, chunks: AsyncIterator[bytes], name: str, media_type: str, client: str) -> dict[str, Any]:
+        """What documents.py reads in a document, which it finds in a file."""
+        with tempfile.NamedTemporaryFile(prefix="dccapi-") as file:
+            async for chunk in chunks:
+                file.write(chunk)
+            file.flush()
+            return await self.readers.ask("document", client, path=file.name, name=name, media_type=media_type)
+
     async def generation(self, request: Request) -> Response:
         """State and result of a generation."""
         generation = self._known(request)
@@ -2904,13 +2951,26 @@ class Api:
         key = idempotency_key(request)
         if key is None:
             self.queue.check_admission(request.state.client)
-        document = await json_body(request)
+        notes: Sequence[dict[str, Any]] = ()
+        validate: Callable[[Any], GenerateRequest] = model.model_validate
+        if _is_multipart(request):
+            with self.queue.reading(request.state.client):
+                document, said = await self._form(request)
+            validate = partial(model.model_validate_strings, strict=False)
+            for name in {"badge", "badge_configuration"} & document.keys():
+                document[name] = json_object(document[name])
+            if said is not None:
+                document, notes = document | {"content": said["content"]}, said["notes"]
+        else:
+            document = await json_body(request)
         request.state.ignored = model.unknown(document)
-        body = validated(model.model_validate, document, request.state.ignored)
+        body = validated(validate, document, request.state.ignored)
         body = body.model_copy(update=stream_options(request).model_dump(exclude_unset=True))
-        return body, await self._submitted(request, body, key)
+        return body, await self._submitted(request, body, key, notes)
 
-    async def _submitted(self, request: Request, body: GenerateRequest, key: str | None = None) -> Generation:
+    async def _submitted(
+        self, request: Request, body: GenerateRequest, key: str | None = None, notes: Sequence[dict[str, Any]] = ()
+    ) -> Generation:
         """A new generation, or the one that this `Idempotency-Key` stands for."""
         client, fingerprint = request.state.client, body.fingerprint()
         generation = self.queue.join(client, key, fingerprint) if key is not None else None
@@ -2920,18 +2980,18 @@ class Api:
             if key is not None:
                 self.queue.remember(client, key, fingerprint, generation)
             try:
-                self.queue.ready(generation, await self._prompt(body, client))
+                self.queue.ready(generation, await self._prompt(body, client, notes))
             except BaseException as error:
                 self.queue.end(generation, error if isinstance(error, ApiError) else Cancelled())
                 raise
         request.state.generation = generation
         return generation
 
-    async def _prompt(self, body: GenerateRequest, client: str) -> Prompt:
+    async def _prompt(self, body: GenerateRequest, client: str, notes: Sequence[dict[str, Any]]) -> Prompt:
         said = await self.readers.ask("text", client, content=body.content)
         if not re.search(VISIBLE, said["text"]):
             raise invalid_fields({("content",): "must hold text that can be seen, not only markup"})
-        course = Course(said["text"], said["language"], repair_notes(said["repairs"]))
+        course = Course(said["text"], said["language"], (*notes, *repair_notes(said["repairs"])))
         return build_prompt(body, course, self.system_prompt, self.engine.defaults)
 
     def _known(self, request: Request, of_anyone: bool = False) -> Generation:
@@ -2976,8 +3036,16 @@ class Api:
             "multiplexing_enabled": settings.enable_multiplexing,
             "version": __version__,
             "error": error.detail if error else self.engine.remark or None,
+            "content_words_that_fit": self._words_that_fit(),
+            "skills": None,
         }
         return as_json(health, 503 if error else 200)
+
+    def _words_that_fit(self) -> int | None:
+        """About how many words of a course the model's context holds beside instructions and an answer."""
+        if not (context := self.engine.context):
+            return None
+        return max(0, context - min(1024, context // 4) - len(self.system_prompt.encode()) // 4 - 200) * 3 // 4
 
     async def livez(self, request: Request) -> Response:
         return as_json({"status": "alive"})
@@ -3094,6 +3162,23 @@ async def json_body(request: Request) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise invalid_fields({("body",): "must be a JSON object"})
     return document
+
+
+def json_object(text: str) -> Any:
+    """A field of a form that holds JSON; what is none is left to the validation."""
+    try:
+        return orjson.loads(text)
+    except ValueError:
+        return text
+
+
+def _is_multipart(request: Request) -> bool:
+    return request.headers.get("content-type", "").lower().startswith("multipart/form-data")
+
+
+async def iter_file(file: UploadFile) -> AsyncIterator[bytes]:
+    while chunk := await file.read(MAX_WRITE):
+        yield chunk
 
 
 def validated(validate: Callable[[Any], Model], document: Any, unknown: Sequence[str] = ()) -> Model:
@@ -3213,7 +3298,13 @@ class Exchange:
         self._scope, self._receive, self._send, self._settings = scope, receive, send, settings
         self._headers = dict(scope["headers"])
         self._peer = peer_at(scope.get("client"), settings)
-        self._body: bytes | ApiError = b""
+        self._refused: ApiError | None = None
+        self._size = self._held = 0
+        # What is larger than an ordinary body is not held in memory.
+        self._body = tempfile.SpooledTemporaryFile(max_size=settings.max_body_bytes)  # noqa: SIM115 - closed in `run`
+        media_type = self._headers.get(b"content-type", b"").lower()
+        is_upload = media_type.startswith(b"multipart/form-data") or _short_path(scope) == "/extract"
+        self._limit = settings.max_upload_bytes if is_upload else settings.max_body_bytes
         self._arrived = asyncio.Event()  # the body, or why it is refused
         self._is_http1 = scope["http_version"].startswith("1")
         self._is_delivered = self._is_over = self.gone = False
@@ -3241,6 +3332,7 @@ class Exchange:
         finally:
             self._is_over = True
             self._peer.hold(-cost)
+            self._body.close()
 
     async def _watch(self, task: asyncio.Task[None]) -> None:
         """Take all that the client sends, or Hypercorn would stop reading; when it is gone, end its request."""
@@ -3256,47 +3348,61 @@ class Exchange:
     async def _take_body(self) -> bool:
         """Read the body within its bounds, over HTTP/1.1 one that is refused as well. False if the client left."""
         declared = self._headers.get(b"content-length", b"")
-        refusal = self._refusal(int(declared) if declared.isdigit() else 0)
-        body, size, more = bytearray(), 0, True
+        refused = self._refusal(int(declared) if declared.isdigit() else 0)
+        loop, settings, more, size = asyncio.get_running_loop(), self._settings, True, 0
         try:
-            async with asyncio.timeout(self._settings.body_timeout):
-                while more and (not refusal or (self._is_http1 and size <= 16 * self._settings.max_body_bytes)):
+            async with asyncio.timeout(settings.body_timeout) as deadline:
+                while more and (not refused or (self._is_http1 and size <= 16 * self._limit)):
                     message = await self._receive()
                     if message["type"] == "http.disconnect":
                         return False
-                    more = message.get("more_body", False)
-                    size += len(message["body"])
-                    if not refusal:
-                        body += message["body"]
-                        self._peer.hold(len(message["body"]))
-                        refusal = self._refusal(size)
+                    more, chunk = message.get("more_body", False), message["body"]
+                    if size // settings.max_body_bytes < (size + len(chunk)) // settings.max_body_bytes < 100:
+                        deadline.reschedule(loop.time() + settings.body_timeout)  # an upload goes on
+                    size += len(chunk)
+                    refused = refused or self._refusal(size)
+                    if not refused:
+                        self._body.write(chunk)
+                        self._hold(size)
         except TimeoutError:
-            refusal = refusal or BodyTimeout()
+            refused = refused or BodyTimeout()
         finally:
-            self._peer.hold(-len(body))
-        self._body = refusal or bytes(body)
+            self._hold(0)
+        self._refused, self._size = refused, size
+        self._body.seek(0)
         return True
 
+    def _hold(self, size: int) -> None:
+        """Count what of the body is in memory."""
+        size = size if size <= self._settings.max_body_bytes else 0
+        self._peer.hold(size - self._held)
+        self._held = size
+
     def _refusal(self, size: int) -> ApiError | None:
-        if size > self._settings.max_body_bytes:
-            return BodyTooLarge(f"A body may have {self._settings.max_body_bytes} bytes.")
+        if size > self._limit:
+            return BodyTooLarge(f"A body may have {self._limit} bytes here.")
         return QueueFull("Too many requests have arrived in part. Send each at once.") if self._peer.is_full else None
 
     async def receive(self) -> Message:
-        """The whole body as one message. Raises why it was refused."""
+        """The body once it is there, in pieces. Raises why it was refused."""
         if self._is_delivered:
             await asyncio.Event().wait()  # for ever: disconnection arrives as cancellation
         await self._arrived.wait()
-        if isinstance(self._body, ApiError):
-            raise self._body
-        self._is_delivered = True
-        return {"type": "http.request", "body": self._body, "more_body": False}
+        if self._refused:
+            raise self._refused
+        chunk = self._body.read(self._settings.max_body_bytes)
+        self._is_delivered = self._body.tell() >= self._size
+        return {"type": "http.request", "body": chunk, "more_body": not self._is_delivered}
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             names = {name for name, _ in message["headers"]}
             marks = [(b"x-request-id", self._id.encode()), *DEFAULT_HEADERS]
+            if ignored := [
+                name for name in self._scope["state"].get("ignored", ()) if re.fullmatch(r"[!-+.-~]+", name)
+            ]:
+                marks.append((b"x-ignored-fields", ", ".join(ignored[:20]).encode()))
             message["headers"] = [*message["headers"], *(mark for mark in marks if mark[0] not in names)]
         elif not message.get("more_body"):
             self._is_over = True
@@ -3312,6 +3418,7 @@ class Admission:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             headers = Headers(scope=scope)
+            scope["path"] = scope["path"].rstrip("/") or "/"
             scope["state"]["prefix"] = _prefix(scope, headers, self.settings)
             self._check_site(scope, headers)
             scope["state"]["client"] = await self._client(scope, headers)

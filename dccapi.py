@@ -3399,9 +3399,8 @@ class Exchange:
             self.status = message["status"]
             names = {name for name, _ in message["headers"]}
             marks = [(b"x-request-id", self._id.encode()), *DEFAULT_HEADERS]
-            if ignored := [
-                name for name in self._scope["state"].get("ignored", ()) if re.fullmatch(r"[!-+.-~]+", name)
-            ]:
+            ignored = [name for name in self._scope["state"].get("ignored", ()) if re.fullmatch(r"[!-+.-~]+", name)]
+            if ignored:
                 marks.append((b"x-ignored-fields", ", ".join(ignored[:20]).encode()))
             message["headers"] = [*message["headers"], *(mark for mark in marks if mark[0] not in names)]
         elif not message.get("more_body"):

@@ -168,17 +168,10 @@ def _without_html(text: str) -> str:
 
 
 def said_in_html(text: str, marked: bool = False) -> str:
-<<<<<<< HEAD
     """The text of HTML, in which other text may stand, or of an HTML document: `marked`, as Markdown marks it."""
     text = re.sub(NO_TEXT, "", text)
     if not marked:
         text = re.sub(rf"(?i)<(?!/?{NAME}(?:\s[^<>]*)?/?>|!doctype|!\[|\?xml)", "&lt;", text)
-=======
-    """The text of HTML; `marked` keeps headings, lists and tables as Markdown writes them."""
-    if marked and _depth(text) > MAX_NESTS:
-        raise Refused("document_broken")
-    text = re.sub(rf"(?i)<(?!/?{NAME}(?:\s[^<>]*)?/?>|!doctype|!\[|\?xml)", "&lt;", re.sub(NO_TEXT, "", text))
->>>>>>> docs15
     tree = LexborHTMLParser(text)
     for node in tree.css("img"):
         node.replace_with(_formula(node.attributes.get("alt") or ""))
@@ -211,18 +204,9 @@ ROW, ROW_END, HEAD, HEAD_END, ITEM, STEP, CELL = "\ufdd2\ufdd3\ufdd4\ufdd5\ufdd6
 NOT_SAID = "nav,footer,button,select,input,textarea,[hidden]"
 
 
-def _depth(html: str) -> int:
-    tags = re.finditer(r"(?i)<(/?)(?:div|section|article|ul|ol|table|blockquote|span|font|b|i)\b", html)
-    return max(
-        itertools.accumulate((-1 if tag[1] else 1 for tag in tags), lambda depth, step: max(0, depth + step)), default=0
-    )
-
-
 def _mark(tree: LexborHTMLParser) -> None:
     for node in tree.css(NOT_SAID):
         node.decompose()
-    for node in tree.css("br"):
-        node.replace_with("\n")
     for node in tree.css("p"):  # a line all in bold is a heading of those who know no styles
         if (
             0 < len(line := node.text().strip()) < 80
@@ -364,21 +348,16 @@ def whole_words(text: str) -> tuple[str, int]:
 # ---- Documents ------------------------------------------------------------------------------------------------------
 
 DETAILS = {
-    "document_broken": "The document is damaged, or too large to read. Save it anew and send that, or paste its text.",
+    "document_broken": "The document is damaged and cannot be read. Open it, save it anew, and send it again.",
     "document_encrypted": "The document is protected with a password. Remove the password and send it again.",
     "document_has_no_text": "The document has no text; it may be a scan. Run OCR on it first, or paste its text.",
     "document_too_slow": "The document takes too long to read. Send a shorter one, or paste its text.",
     "unsupported_media_type": "Send a PDF, DOCX, PPTX, ODT, HTML, Markdown or plain text document.",
 }
 TOO_LARGE = "The document unpacks to more than can be read. Send a shorter one, or paste its text."
-<<<<<<< HEAD
 # Of scripts without spaces, two letters are about a word.
 UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
 MAX_TEXT = 2**23  # bytes of a text document that are read
-=======
-MAX_TEXT = 2**22  # bytes of a text document that are read
-MAX_NESTS = 400  # elements of HTML in each other; a parser takes the square of their number
->>>>>>> docs15
 
 
 class Refused(BaseException):
@@ -475,8 +454,7 @@ def decoded(data: bytes, charset: str = "") -> str:
         import charset_normalizer
 
         best = charset_normalizer.from_bytes(data[: 2**18]).best()
-        encoding = best.encoding if best and best.encoding not in ("latin_1", "iso8859_1") else "cp1252"
-        text = data.decode(encoding, "replace").replace("¤", "€")  # one byte of ISO 8859-1 and 8859-15
+        text = data.decode(best.encoding if best else "cp1252", "replace")
     if len(re.findall(r"[\x00-\x08\x0e-\x1a\x1c-\x1f\ufffd]", text)) > len(text) / 200:
         raise Refused("unsupported_media_type")
     return text.lstrip("\ufeff")

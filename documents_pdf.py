@@ -401,14 +401,9 @@ def _paragraphs(lines: list[Line]) -> str:
             broken = said[-1].endswith("-") and text[0].isalpha()
             said[-1] = f"{said[-1]}\n{text}" if broken else _joined(said[-1], text)
         else:
-<<<<<<< HEAD
             in_table = before is not None and len(before.cells) > 1 and len(line.cells) > 1
             room = (2.5 if in_table else 0.7) * line.size
             apart = before is None or before.bottom - line.top > room or said[-1].startswith("#")
-=======
-            gap = before.bottom - line.top if before else 0.0
-            apart = gap > 0.7 * line.size or gap < -line.size or not said or said[-1].startswith("#")
->>>>>>> docs15
             said += ["", text] if apart else [text]
         if not (mark or number or flows):
             indents = []

@@ -3301,7 +3301,7 @@ class Exchange:
         self._refused: ApiError | None = None
         self._size = self._held = 0
         # What is larger than an ordinary body is not held in memory.
-        self._body = tempfile.SpooledTemporaryFile(max_size=settings.max_body_bytes)  # noqa: SIM115 - closed in `run`
+        self._body = tempfile.SpooledTemporaryFile(max_size=settings.max_body_bytes)  # noqa: SIM115 - closed in `_watch`
         media_type = self._headers.get(b"content-type", b"").lower()
         is_upload = media_type.startswith(b"multipart/form-data") or _short_path(scope) == "/extract"
         self._limit = settings.max_upload_bytes if is_upload else settings.max_body_bytes
@@ -3332,14 +3332,14 @@ class Exchange:
         finally:
             self._is_over = True
             self._peer.hold(-cost)
-            self._body.close()
 
     async def _watch(self, task: asyncio.Task[None]) -> None:
         """Take all that the client sends, or Hypercorn would stop reading; when it is gone, end its request."""
-        if await self._take_body():
-            self._arrived.set()
-            while (await self._receive())["type"] != "http.disconnect":
-                pass
+        with self._body:
+            if await self._take_body():
+                self._arrived.set()
+                while (await self._receive())["type"] != "http.disconnect":
+                    pass
         # Hypercorn says so after every response too, while it tidies up in the last `send`: that must not be cancelled.
         if not self._is_over:
             self.gone = True
@@ -3361,7 +3361,7 @@ class Exchange:
                         deadline.reschedule(loop.time() + settings.body_timeout)  # an upload goes on
                     size += len(chunk)
                     refused = refused or self._refusal(size)
-                    if not refused:
+                    if not refused and not self._is_over:
                         self._body.write(chunk)
                         self._hold(size)
         except TimeoutError:

@@ -100,7 +100,8 @@ def language_of(text: str) -> str:
     if letters < 12:
         return "und"
     best = _detector().detect(sample, model="lite", k=1)[0]
-    sure = best["score"] > (0.4 if letters >= 20 else 0.75)
+    # A few words of English look like other languages, not the other way round.
+    sure = best["score"] > (0.4 if letters >= 20 or best["lang"] == "en" else 0.85)
     return str(best["lang"]) if sure and best["lang"] in KNOWN.split() else "und"
 
 
@@ -124,6 +125,8 @@ TOKEN = re.compile(
     rf"[A-Za-z]++(?!\w)[+#]*|\d+(?:[.,]\d+)*|{LETTER}(?:[^\W_\u3041-\u309f{UNSPACED}]+|[\u0300-\u036f\u0900-\u0dff]+)*+[+#]*"
     rf"|(?:(?![的了和是在与及对将会以为或])[{UNSPACED}])+|[%€$°]"
 )
+# The same for text that is all ASCII, which most is: half the time of a long course.
+ASCII_TOKEN = re.compile(r"[A-Za-z][A-Za-z0-9]*[+#]*|[0-9]+(?:[.,][0-9]+)*|[%$]")
 ARTICLE = re.compile(r"(?:[وفبك]?ال|لل|[ובהלמש](?=[א-ת]))(?=\w{3})")  # written in one with a word of Arabic or Hebrew
 ITEM = r"[ \t]*(?:[-*•·]|\d{1,2}[.)])[ \t]+"
 # A full stop ends no sentence inside a number, before a small letter and behind an abbreviation; a long line that goes
@@ -151,6 +154,10 @@ def _items(narrative: str) -> list[str]:
     return [*_sentences(before), *(item.strip() for item in items if item.strip())]
 
 
+def _tokens(text: str) -> list[str]:
+    return (ASCII_TOKEN if text.isascii() else TOKEN).findall(text)
+
+
 def _stem(word: str) -> str:
     if "\uac00" <= word < "\ud7b0":  # the endings of Korean stand behind two syllables or more
         return word[:2]
@@ -174,7 +181,7 @@ def _meaning(text: str) -> list[str]:
     """The keys of the words that carry meaning, each once."""
     words = [
         word.lower()
-        for word in TOKEN.findall(text)
+        for word in _tokens(text)
         if len(word) > 3 or word > "\u02ff" or word[0].isdecimal() or word[:2].isupper() or word.lower() in NUMBER_WORDS
     ]
     return [*dict.fromkeys(chain.from_iterable(map(_keys, words)))]
@@ -182,7 +189,7 @@ def _meaning(text: str) -> list[str]:
 
 def _size(text: str) -> int:
     """Its words; of an unspaced text about as many."""
-    return sum(len(token) // 2 or 1 if IS_UNSPACED.match(token) else 1 for token in TOKEN.findall(text))
+    return sum(len(token) // 2 or 1 if IS_UNSPACED.match(token) else 1 for token in _tokens(text))
 
 
 def _counts(text: str) -> Iterator[tuple[str, str, str]]:
@@ -300,6 +307,8 @@ TITLE = re.compile(
 def _is_order(sentence: str) -> bool:
     low = sentence.lower()
     for verbs, nouns, earlier in TELLING:
+        if not any(verb in low for verb in verbs.split("|")):
+            continue
         columns = (f"{NOT_BEFORE}(?:{verbs}){NOT_BEHIND}", nouns, earlier)
         places = [found.start() for column in columns if (found := re.search(column, low))]
         if len(places) == len(columns) and max(places) - min(places) <= 80:
@@ -314,7 +323,8 @@ def _split(course: str) -> tuple[list[str], list[str]]:
     """
     told, taught, follows = [], [], False
     lower = course.lower()
-    beginnings = [one for one in BEGINNINGS if one in lower]
+    letters = set(lower)  # most beginnings are in other scripts
+    beginnings = [one for one in BEGINNINGS if letters.issuperset(one) and one in lower]
     for piece in _pieces(course):
         low = piece.lower() if beginnings else ""
         if any(one in low for one in beginnings) and _is_order(piece):
@@ -335,7 +345,7 @@ def instructions_in(course: str) -> list[str]:
 def title_is_from_course(title: str, course: str, options: Iterable[str] = ()) -> bool:
     """Whether a word of the title is in the course or an option; what speaks to a model is no part of a course."""
     wanted = {*_meaning(title)}
-    tokens = chain.from_iterable(TOKEN.findall(text.lower()) for text in chain(_split(course)[1], options))
+    tokens = chain.from_iterable(_tokens(text.lower()) for text in chain(_split(course)[1], options))
     return not wanted or any(not wanted.isdisjoint(_keys(token)) for token in tokens)
 
 
@@ -360,12 +370,11 @@ class Grounds:
         self.sentences = sentences
         self.places: dict[str, list[int]] = {}  # the sentences that have a key
         self.counts: dict[str, set[str]] = {}  # the numbers of a unit
-        self.vocabulary: set[str] = set()
-        keys = functools.cache(_keys)
+        tokens = [_tokens(sentence.lower()) for sentence in sentences]
+        self.vocabulary = set(chain.from_iterable(tokens))
+        keys = {token: found for token in self.vocabulary if (found := wanted.intersection(_keys(token)))}
         for place, sentence in enumerate(sentences):
-            tokens = TOKEN.findall(sentence.lower())
-            self.vocabulary.update(tokens)
-            found = wanted.intersection(chain.from_iterable(map(keys, tokens)))
+            found = set(chain.from_iterable(keys[token] for token in keys.keys() & tokens[place]))
             for key in found:
                 places = self.places.setdefault(key, [])
                 if len(places) < MOST_PLACES:

@@ -380,6 +380,8 @@ def test_a_course_has_a_title_of_its_own(course: str, title: str) -> None:
         ("Corso di cucina italiana per principianti.", "it"),
         ("日本語の基礎を学ぶコースです。", "ja"),
         ("溶接の基礎", "ja"),
+        ("Introduction to Python", "en"),
+        ("Fotografia Digitale", "und"),  # a few words might be Catalan
         ("焊接基础", "zh"),
         ("دورة في أساسيات البرمجة للمبتدئين", "ar"),
         ("קורס מבוא לתכנות למתחילים", "he"),

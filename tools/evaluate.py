@@ -15,6 +15,7 @@ import asyncio
 import dataclasses
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -218,26 +219,31 @@ def compared(rows: Sequence[Row], old: Mapping[str, Any]) -> list[str]:
 # ---------------------------------------------------------------- the run
 
 
-async def evaluate(url: str, courses: Sequence[Mapping[str, Any]], seed: int = 1) -> list[Row]:
-    rows = []
+def saved(rows: Sequence[Row], file: Path) -> None:
+    document = {"shares": shares(rows), "rows": [dataclasses.asdict(row) for row in rows]}
+    file.write_text(json.dumps(document, ensure_ascii=False, indent=1) + "\n", "utf-8")
+
+
+async def evaluate(url: str, courses: Sequence[Mapping[str, Any]], seed: int, file: Path | None) -> list[Row]:
+    """Each row is saved as it comes: a run that is broken off leaves what it has."""
+    rows: list[Row] = []
     print(HEAD, flush=True)
     async with connected(url) as http:
         for course in courses:
             row = await drafted(http, course, seed)
             print(line(row), flush=True)
             rows.append(row)
+            if file:
+                saved(rows, file)
     return rows
 
 
-def report(rows: Sequence[Row], file: Path | None, against: Path | None) -> None:
+def report(rows: Sequence[Row], against: Mapping[str, Any] | None) -> None:
     print()
     for name, value in shares(rows).items():
         print(f"{name:<34}{'-' if value is None else value:>10}")
     if against:
-        print(f"\nChanged since {against}:", *compared(rows, json.loads(against.read_text("utf-8"))), sep="\n  ")
-    if file:
-        document = {"shares": shares(rows), "rows": [dataclasses.asdict(row) for row in rows]}
-        file.write_text(json.dumps(document, ensure_ascii=False, indent=1) + "\n", "utf-8")
+        print("\nChanged:", *compared(rows, against), sep="\n  ")
 
 
 def courses_in(file: Path) -> list[dict[str, Any]]:
@@ -258,11 +264,16 @@ async def main(arguments: Sequence[str] | None = None) -> int:
     courses = courses_in(given.courses)
     if given.only:
         courses = [course for course in courses if course["id"] in given.only.split(",")]
+    against = json.loads(given.against.read_text("utf-8")) if given.against else None  # before --json may replace it
     async with service(given.url, given.model) as url:
-        rows = await evaluate(url, courses, given.seed)
-    report(rows, given.json, given.against)
+        rows = await evaluate(url, courses, given.seed, given.json)
+    report(rows, against)
     return 0 if rows and all(row.answered for row in rows) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(asyncio.run(main()))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the service that was started ends with us then as well
+    try:
+        sys.exit(asyncio.run(main()))
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -76,6 +76,13 @@ async def test_what_changed_since_an_earlier_run_is_said(
     assert "usable: 1.0 -> 0.0" in changes
 
 
+def test_sentences_of_criteria_that_are_no_list_count_as_said() -> None:
+    badge = json.loads(badge_json("Knots", SAID, "Bakers knead sourdough overnight. Check the harness."))
+    row = evaluate.judged({"content": KNOTS}, {"response": badge}, 1)
+    assert (row.items, row.said, row.supported) == (0, 5, 4)
+    assert evaluate.shares([row])["sentences supported"] == 0.8
+
+
 async def test_a_service_that_is_not_there_is_a_row_without_an_answer(courses: Path, tmp_path: Path) -> None:
     url = "http://127.0.0.1:1"
     assert await evaluate.main(["--url", url, "--courses", str(courses), "--json", str(tmp_path / "new.json")]) == 1

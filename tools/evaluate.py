@@ -54,7 +54,8 @@ class Row:
     language: str = ""
     right_language: bool = False
     support: float | None = None
-    supported: int = 0  # sentences and items without a doubt about what they say
+    said: int = 0  # sentences of both texts
+    supported: int = 0  # those without a doubt about what they say
     notes: list[str] = field(default_factory=list)  # codes and fields
     tokens: int = 0
     badge: dict[str, Any] = field(default_factory=dict)
@@ -99,6 +100,7 @@ def judged(course: Mapping[str, Any], answer: Mapping[str, Any], seconds: float)
         language=found["language"],
         right_language=found["language"].partition("-")[0] == wanted.partition("-")[0],
         support=found["support"],
+        said=len(supported),
         supported=sum(supported),
         notes=[f"{note['code']}:{note['field']}" for note in found["notes"]],
         tokens=(answer.get("usage") or {}).get("completion_tokens", 0),
@@ -160,7 +162,7 @@ def shares(rows: Sequence[Row]) -> dict[str, float | None]:
         known = [value for value in found if value is not None]
         return round(sum(known) / len(known), 3) if known else None
 
-    said = sum(row.sentences + row.items for row in done)
+    said = sum(row.said for row in done)
     return {
         "answered": share([row.answered for row in rows]),
         "usable": share([row.usable for row in done]),

@@ -1752,7 +1752,9 @@ class GenerationQueue:
 
     def _renumber(self) -> None:
         """Tell the waiting their positions; a thousand of them twice a second, since each is a write."""
-        if self._telling is None:
+        if len(self._waiting) <= 64:
+            self._tell_positions()
+        elif self._telling is None:
             self._telling = self._loop.call_later(len(self._waiting) / 2000, self._tell_positions)
 
     def _tell_positions(self) -> None:
@@ -1895,7 +1897,7 @@ class GenerationQueue:
             return str  # by a person who looks at it; in other words than the course's; there is nothing to compare
 
         def accepted(title: str) -> str | None:
-            if review.title_is_from_course(title, course.text, options):
+            if _says_nothing(title) or review.title_is_from_course(title, course.text, options):
                 return title
             return None if first else review.title_of(course.text) or title
 
@@ -3417,7 +3419,8 @@ class Admission:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             headers = Headers(scope=scope)
-            scope["path"] = scope["path"].rstrip("/") or "/"
+            if _short_path(scope) != "/":
+                scope["path"] = scope["path"].rstrip("/")
             scope["state"]["prefix"] = _prefix(scope, headers, self.settings)
             self._check_site(scope, headers)
             scope["state"]["client"] = await self._client(scope, headers)

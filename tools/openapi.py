@@ -60,6 +60,25 @@ class Health(BaseModel):
     multiplexing_enabled: bool
     version: str
     error: str | None
+    content_words_that_fit: int | None
+    skills: list[dict[str, Any]] | None
+
+
+class Extracted(BaseModel):
+    """What a document says, with headings, lists and tables as Markdown writes them."""
+
+    content: str
+    title: str | None
+    language: str
+    pages: int | None
+    words: int
+    notes: list[dict[str, Any]]
+
+
+class UploadedDocument(BaseModel):
+    """A form with one document, or a document's own bytes with their Content-Type."""
+
+    file: str = Field(json_schema_extra={"format": "binary"})
 
 
 class Problem(BaseModel):
@@ -170,10 +189,16 @@ class Samples(RootModel[str]):
 
 
 # Schemas of requests say what is taken, those of answers what is given. Those of credentials stand in a file.
-ASKED = (GenerateRequest, RegenerateRequest)
-ANSWERED = (Answer, Accepted, GenerationState, Health, Status, Problem, Event, *EVENTS)
+ASKED = (GenerateRequest, RegenerateRequest, UploadedDocument)
+ANSWERED = (Answer, Accepted, GenerationState, Extracted, Health, Status, Problem, Event, *EVENTS)
 PAGES = (Links, Document, Page, Samples)
-MEDIA_TYPES = {"Event": "text/event-stream", "Page": "text/html", "Samples": "text/plain"}  # else JSON
+# Others are JSON.
+MEDIA_TYPES = {
+    "UploadedDocument": "multipart/form-data",
+    "Event": "text/event-stream",
+    "Page": "text/html",
+    "Samples": "text/plain",
+}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The operations
@@ -209,6 +234,7 @@ STREAM = "A badge as Server-Sent Events."
 EVENTSOURCE = "The same for an EventSource; one that comes back goes on where it was."
 REGENERATE = "The badge with one field written anew, answered as /generate answers."
 CREDENTIALS = "An unsigned OpenBadgeCredential; no engine is involved."
+EXTRACT = "The text of a document (PDF, DOCX, PPTX, ODT, HTML, Markdown, text); no engine is involved."
 CANCEL = "Cancel a generation; its state stays to be seen."
 FOLLOW = "The events from the start, or after Last-Event-ID. This address needs no key: nobody can guess it."
 HEALTH = "Engine, model and queue; 503 when no badge could be written now."
@@ -227,6 +253,7 @@ OPERATIONS = (
     ),
     Operation("post", "/regenerate-field", "Badges", REGENERATE, WRITTEN, WRITING, POSTED, "RegenerateRequest"),
     Operation("post", "/credentials", "Badges", CREDENTIALS, AWARDED, body="CredentialRequest"),
+    Operation("post", "/extract", "Badges", EXTRACT, {"200": ["Extracted"]}, "429 503", body="UploadedDocument"),
     Operation("get", "/generations/{id}", "Badges", "State and result of a generation.", {"200": ["GenerationState"]}),
     Operation("delete", "/generations/{id}", "Badges", CANCEL, {"204": []}),
     Operation("get", "/generations/{id}/events", "Badges", FOLLOW, RESUMED, "422", RESUME),
@@ -258,6 +285,27 @@ AWARD = {
     "issuer": {"id": "https://example.edu", "name": "Example University"},
     "valid_from": "2026-01-31T12:00:00Z",
 }
+EXTRACTED: dict[str, Any] = {
+    "content": "# Knots for climbers\n\nFigure eight, clove hitch, prusik.",
+    "title": "Knots for climbers",
+    "language": "en",
+    "pages": None,
+    "words": 9,
+    "notes": [],
+}
+REVIEW: dict[str, Any] = {
+    "language": "en",
+    "support": 0.9,
+    "sentences": [
+        {
+            "field": "badge_description",
+            "text": BADGE.badge_description,
+            "support": 0.9,
+            "source": "Knots for climbers: figure eight, clove hitch, prusik.",
+        }
+    ],
+    "notes": [],
+}
 PARAMETERS = {
     "content": COURSE["content"],
     "id": ID,
@@ -275,6 +323,7 @@ def asked() -> Examples:
         "GenerateRequest": {"short": COURSE, "with options": {**COURSE, **OPTIONS}},
         "RegenerateRequest": {"a name": {**COURSE, "badge": AWARD["badge"], "field": "badge_name"}},
         "CredentialRequest": {"a badge": AWARD},
+        "UploadedDocument": {"a text": {"file": COURSE["content"]}},
     }
 
 
@@ -287,6 +336,7 @@ def answered() -> Examples:
         usage=dccapi.TokenUsage(prompt_tokens=540, completion_tokens=96, total_tokens=636),
         finish_reason="stop",
         request_id=REQUEST_ID,
+        review=REVIEW,
     )
     credential = dccapi.build_credential(AWARD) | {"id": URN}
     credential["credentialSubject"]["achievement"]["id"] = URN
@@ -302,6 +352,7 @@ def answered() -> Examples:
             "a badge": "retry: 1000\n\n" + events(0, ['{"badge_name": "Kn', "ots", answer]),
             "an error": events(2, ['{"badge_name": "Kn', "ots", dccapi.EngineTimeout()]),
         },
+        "Extracted": {"a text": EXTRACTED},
         "Health": {"busy": health()},
         "Status": {"up": {"status": "alive"}, "ready": {"status": "ready"}},
         "Samples": {"a gauge": "# TYPE dccapi_queue_depth gauge\ndccapi_queue_depth 3.0\n"},
@@ -344,6 +395,7 @@ def health() -> dict[str, Any]:
         "queue_status": "busy",
         "multiplexing_enabled": True,
         "version": dccapi.__version__,
+        "content_words_that_fit": 3500,
     }
 
 
@@ -469,7 +521,7 @@ def operation(one: Operation, schemas: dict[str, Any], examples: Examples) -> di
     if one.body:
         described["requestBody"] = {
             "required": True,
-            "content": content("application/json", one.body, examples[one.body]),
+            "content": content(MEDIA_TYPES.get(one.body, "application/json"), one.body, examples[one.body]),
         }
     if one.path in dccapi.OPEN_PATHS:
         described["security"] = []

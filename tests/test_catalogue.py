@@ -423,7 +423,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 async def test_check_tells_what_is_read_and_how_long_all_takes(tmp_path: Path) -> None:
-    rows = [["id", "content", "Größe"], ["1", "Übung im Klettern"], ["2", "Übung im Klettern"], ["3", ""]]
+    rows = [["id", "content", "Größe"], ["1", "Übung: Climbing Knots"], ["2", "Übung: Climbing Knots"], ["3", ""]]
     rows += [[f"{number}", f"{KNOTS} {number}"] for number in range(4, 9)]
     path, drafts = table(tmp_path / "courses.csv", rows, "cp1252", ";"), tmp_path / "drafts.jsonl"
     async with serving(script=Script(first_delay=0.01)) as service:

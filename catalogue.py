@@ -23,6 +23,7 @@ import codecs
 import contextlib
 import csv
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -650,18 +651,20 @@ class Run:
         def interrupted() -> None:
             if self._stopping.is_set() and this:
                 this.cancel()
+            else:
+                self.progress.say("Finishing what is being written; Ctrl-C again stops now.")
             self._stopping.set()
-            self.progress.say("Finishing what is being written; Ctrl-C again stops now.")
 
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, interrupted)
         showing = asyncio.create_task(self.progress.keep_showing())
+        refused: Sequence[BaseException] = ()
         try:
             async with asyncio.TaskGroup() as group:
                 for _ in range(in_flight):
                     group.create_task(self._work(courses))
-        except* Refused as refused:
-            raise refused.exceptions[0] from None
+        except* Refused as group:  # raising here would raise a group
+            refused = group.exceptions
         except* OSError as errors:
             self.progress.say(f"{self.drafts.path} cannot be written: {errors.exceptions[0]}.")
         except* asyncio.CancelledError:
@@ -671,6 +674,8 @@ class Run:
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.remove_signal_handler(number)
             self.progress.show(last=True)
+        if refused:
+            raise refused[0]
 
     async def _work(self, courses: Iterator[Course]) -> None:
         """The workers share the iterator: each takes the next course."""
@@ -733,10 +738,12 @@ async def run(options: argparse.Namespace) -> int:
     async with connected(options) as client:
         if options.check:
             print(f"{catalogue.table.path}: {catalogue.table.kind}; {count:,} rows, each with an id of its own")
+            say_what_is_read(catalogue)
         health = await health_of(client)
         model, in_flight = str(health["target_model"]), options.in_flight or int(health["max_concurrent_requests"])
-        if options.check:
-            say_what_is_read(catalogue, health.get("content_words_that_fit"))
+        if options.check and (fits := health.get("content_words_that_fit")):
+            long = [course.id for course in catalogue.courses() if len(course.content.split()) > fits]
+            print(f"Longer than the {fits:,} words that fit, so condensed: {len(long):,}", few(long))
         with Drafts(options.drafts) as drafts, contextlib.closing(catalogue.courses()) as courses:
             marks = catalogue.fingerprints(model)
             before = sum(drafts.has(id, mark) for id, mark in marks.items())
@@ -749,16 +756,16 @@ async def run(options: argparse.Namespace) -> int:
             await task.write(islice((course for course in todo if course.content.strip()), 3), in_flight)
     if progress.written:
         each = progress.seconds / progress.written
-        left = progress.total - before - progress.done + before
+        left = progress.total - progress.done
         hours = each * left / in_flight / 3600
         print(f"{progress.written} were written, in {each:.1f} s each. The {left:,} that are left take about", end=" ")
         print(f"{hours:,.1f} hours with {in_flight} in flight, until {clock(hours * 3600)} if they begin now.")
-    return 3 if progress.failed or progress.done == before < count else 0
+    return 3 if progress.failed else 0
 
 
-def say_what_is_read(catalogue: Catalogue, words_that_fit: int | None) -> None:
+def say_what_is_read(catalogue: Catalogue) -> None:
     """What a run would read, for people to see whether the columns and letters are right."""
-    empty, long, same, strange = [], [], [], dict[str, None]()
+    empty, same, strange = [], [], dict[str, None]()
     contents: dict[bytes, str] = {}
     for course in catalogue.courses():
         text = course.content.strip()
@@ -767,8 +774,6 @@ def say_what_is_read(catalogue: Catalogue, words_that_fit: int | None) -> None:
             empty.append(course.id)
         elif first != course.id:
             same.append(f"{course.id} (as {first})")
-        if words_that_fit and len(text.split()) > words_that_fit:
-            long.append(course.id)
         if len(strange) < 8:
             strange |= dict.fromkeys(re.findall(r"\w*[^\W\x00-\x7f]\w*", text)[:8])
     roles = {column: f"{column} = {name}" for column, name in catalogue.options.items()}
@@ -777,8 +782,6 @@ def say_what_is_read(catalogue: Catalogue, words_that_fit: int | None) -> None:
     print("Words with other letters than a to z:", " ".join(list(strange)[:8]) or "none")
     print(f"Without content: {len(empty):,}", few(empty))
     print(f"With the content of another: {len(same):,}", few(same))
-    if words_that_fit:
-        print(f"Longer than the {words_that_fit:,} words that fit, so condensed: {len(long):,}", few(long))
 
 
 # ---- Export and accept ----------------------------------------------------------------------------------------------
@@ -984,16 +987,27 @@ def beside(requests: Path) -> Path:
     return requests.with_name(f"{requests.stem}.courses.jsonl")
 
 
+@functools.cache
+def system_prompt() -> str:
+    import dccapi
+
+    return dccapi.load_settings().system_prompt_file.read_text("utf-8").strip()
+
+
 def prompt_of(request: dict[str, Any]) -> Any:
-    """The prompt as the service makes it. Raises dccapi.ApiError, or ValueError where the request is not valid."""
+    """The prompt as the service makes it. Raises Problem."""
     import dccapi
     import documents
 
-    asked = dccapi.GenerateRequest.model_validate(request)
+    try:
+        asked = dccapi.validated(dccapi.GenerateRequest.model_validate, request)
+    except dccapi.ApiError as error:
+        raise Problem(error.status, {"error_code": error.code, "detail": error.detail}) from None
     said = documents.TASKS["text"](content=asked.content)
+    if not re.search(dccapi.VISIBLE, said["text"]):
+        raise Problem(422, {"detail": "The content is only markup."})
     course = dccapi.Course(said["text"], said["language"], dccapi.repair_notes(said["repairs"]))
-    system = dccapi.load_settings().system_prompt_file.read_text("utf-8").strip()
-    return dccapi.build_prompt(asked, course, system, {})
+    return dccapi.build_prompt(asked, course, system_prompt(), {})
 
 
 def prepare(options: argparse.Namespace) -> int:
@@ -1005,8 +1019,8 @@ def prepare(options: argparse.Namespace) -> int:
         for course in catalogue.courses():
             try:
                 prompt = prompt_of(course.request)
-            except ValueError as error:
-                bad.append(f"{course.line} ({' '.join(str(error).splitlines()[1:3])})")
+            except Problem as problem:
+                bad.append(f"{course.line} ({problem})")
                 continue
             sampling = {name: prompt.sampling[name] for name in ("temperature", "top_p", "max_tokens", "seed")}
             schema = {"name": "badge", "schema": prompt.schema}

@@ -19,6 +19,7 @@ from typing import Any
 
 import openpyxl
 import pytest
+from starlette.datastructures import Headers
 
 import catalogue
 import dccapi
@@ -226,14 +227,15 @@ async def test_each_course_gets_a_line_at_the_catalogues_priority(
 
 def note_headers(monkeypatch: pytest.MonkeyPatch, seen: list[tuple[str | None, ...]]) -> None:
     """Keep what each course's request says."""
-    posted = dccapi.Api._posted
+    call = dccapi.Guard.__call__
 
-    async def noting(self: Any, request: Any, model: Any) -> Any:
-        headers = request.headers
-        seen.append((headers.get("priority"), request.scope["http_version"], headers.get("idempotency-key")))
-        return await posted(self, request, model)
+    async def noting(guard: dccapi.Guard, scope: Any, receive: Any, send: Any) -> None:
+        if scope.get("method") == "POST":
+            headers = Headers(scope=scope)
+            seen.append((headers.get("priority"), scope["http_version"], headers.get("idempotency-key")))
+        await call(guard, scope, receive, send)
 
-    monkeypatch.setattr(dccapi.Api, "_posted", noting)
+    monkeypatch.setattr(dccapi.Guard, "__call__", noting)
 
 
 async def test_a_second_run_writes_what_changed_and_what_failed_only(tmp_path: Path) -> None:
@@ -331,6 +333,18 @@ async def test_a_key_that_is_missing_stops_the_run(tmp_path: Path) -> None:
     async with serving(api_keys="lms:sesame") as service:
         assert "wants a key" in await run(service, path, drafts, code=2)
         await run(service, path, drafts, "--api-key", "sesame")
+
+
+async def test_a_service_that_refuses_all_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def forbidden(*_: Any) -> Any:
+        raise catalogue.Problem(403, {"detail": "This key may not."})
+
+    monkeypatch.setattr(catalogue, "generate", forbidden)
+    async with serving() as service:
+        arguments = ["run", str(courses(tmp_path, 9)), str(tmp_path / "drafts.jsonl"), "--server", service.url]
+        with pytest.raises(catalogue.Refused, match="This key may not"):
+            await catalogue.run(catalogue.parser().parse_args(arguments))
+    assert not (tmp_path / "drafts.jsonl").read_text()
 
 
 async def test_patience_has_an_end(tmp_path: Path) -> None:
@@ -439,6 +453,17 @@ async def test_check_tells_what_is_read_and_how_long_all_takes(tmp_path: Path) -
         assert words in said
     assert re.search(r"3 were written, in \d+\.\d s each. The 5 that are left take about 0\.0 hours with 4 in", said)
     assert len(lines(drafts)) == 3
+
+
+async def test_check_tells_what_is_read_where_no_service_answers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalogue, "START_PATIENCE", 0)
+    nobody = f"http://127.0.0.1:{testkit.free_port()}"
+    arguments = ["run", str(courses(tmp_path, 9)), str(tmp_path / "drafts.jsonl"), "--check", "--server", nobody]
+    with pytest.raises(catalogue.Refused, match="No dccapi answers"):
+        await catalogue.run(catalogue.parser().parse_args(arguments))
+    assert "9 rows" in capsys.readouterr().out
 
 
 # ---- Review ---------------------------------------------------------------------------------------------------------

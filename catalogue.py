@@ -595,14 +595,16 @@ class Progress:
         if not self.written or elapsed <= 0:
             return said
         rate = self.written / elapsed
-        return f"{said}, {rate * 3600:,.0f} courses an hour, ends {clock(self.left / rate)}"
+        return f"{said}, {rate * 3600:,.0f} an hour, ends {clock(self.left / rate)}"
 
     def show(self, last: bool = False) -> None:
         if not self.is_terminal:
             print(self.text(), file=sys.stderr, flush=True)
             return
-        share = (self.done + self.failed) / max(1, self.total)
-        bar = f"[{'#' * int(share * 20):.<20}] {self.text()}"[: shutil.get_terminal_size().columns - 1]
+        text, columns = self.text(), shutil.get_terminal_size().columns - 1
+        width = max(0, min(20, columns - len(text) - 1))
+        filled = width * (self.done + self.failed) // max(1, self.total)
+        bar = f"{'#' * filled}{'.' * (width - filled)} {text}"[:columns]
         print(f"\r\x1b[K{bar}", end="\n" if last else "", file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:

@@ -12,6 +12,7 @@ import random
 import re
 import signal
 import sys
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
@@ -464,6 +465,21 @@ async def test_check_tells_what_is_read_where_no_service_answers(
     with pytest.raises(catalogue.Refused, match="No dccapi answers"):
         await catalogue.run(catalogue.parser().parse_args(arguments))
     assert "9 rows" in capsys.readouterr().out
+
+
+def test_progress_fits_the_terminal_with_the_time_of_the_end(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    progress = catalogue.Progress(10_000, 4_000, started=time.monotonic() - 3600, is_terminal=True)
+    for _ in range(2_000):
+        progress.count(draft("a"))
+    progress.show(last=True)
+    said = capsys.readouterr().err.removeprefix("\r\x1b[K")
+    assert re.fullmatch(
+        r"#+\.+ 6,000 of 10,000 done, 0 failed, 4,000 left, 2,000 an hour, ends (\w+ \d+ \w+ )?\d\d:\d\d\n", said
+    )
+    assert len(said) <= 80
 
 
 # ---- Review ---------------------------------------------------------------------------------------------------------

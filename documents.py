@@ -1,8 +1,12 @@
-"""Plain text out of the course texts that people have: HTML, Markdown, text with the dirt of PDF files.
+"""What documents and marked-up texts say, as plain text or with headings, lists and tables as Markdown writes them.
 
-A program of its own, not a part of the service: markup can be made to take minutes and gigabytes, so dccapi.py runs
-this file in processes with a limit of memory, and kills one that is too slow. `python documents.py` reads texts from
-stdin and writes what they say to stdout, each behind its length in eight bytes, until stdin ends.
+A program of its own, not a part of the service: documents can be made to take minutes and gigabytes, so dccapi.py runs
+this file in processes with limits, and kills one that is too slow. `python documents.py` reads tasks from stdin and
+writes their results to stdout until stdin ends. Each is JSON behind its length in eight bytes: `{"task": NAME, …}`, and
+the result of the function of that name in TASKS, or `{"error": CODE, "detail": SENTENCE}`.
+
+documents_pdf.py and documents_office.py read the formats whose parsers are large, condense.py shortens long courses;
+each is imported when it is first asked for, so that a process that only makes plain text stays small.
 
 Text is taken for HTML or Markdown only where it shows that it is, and what tools did to it is undone only where no fact
 changes. Of text without markup and dirt every character stays.

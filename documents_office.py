@@ -14,7 +14,7 @@ import mammoth
 
 from documents import TOO_LARGE, Extract, Refused, said_in_html
 
-MAX_PARTS, MAX_XML = 10_000, 16 * 2**20  # files in a ZIP archive, and bytes of XML when it is unpacked
+MAX_PARTS, MAX_XML = 10_000, 12 * 2**20  # files in a ZIP archive, and bytes of XML when it is unpacked
 MAX_NESTS = 2000  # elements of XML in each other
 
 

@@ -1,4 +1,4 @@
-"""What /extract reads in a document, and what it answers to those that are made to do harm. Documents.py is asked itself."""
+"""What is read in documents of every kind, and what is answered to those that are made to do harm."""
 
 from __future__ import annotations
 
@@ -86,8 +86,9 @@ def test_no_task_opens_a_connection_starts_a_program_or_writes_a_file() -> None:
 
 SYLLABUS = """# Welding 101: Joining Metals
 
-This course introduces arc and gas welding to people who have never held a torch. Students learn how heat changes metal, \
-how to prepare a joint, and how to judge a finished weld by eye and with simple tests, so that they can work safely in a shop.
+This course introduces arc and gas welding to people who have never held a torch. Students learn how heat changes \
+metal, how to prepare a joint, and how to judge a finished weld by eye and with simple tests, so that they can work \
+safely in a shop.
 
 ## Learning outcomes
 1. Set up an arc welder for mild steel.
@@ -124,7 +125,8 @@ def test_docx_keeps_headings_lists_and_tables(reader: Child, tmp_path: Path) -> 
     body = paragraph("Knots", "T") + paragraph("Outcomes", "H1") + paragraph("tie a bowline", numbering="1")
     body += paragraph("untie it", numbering="1") + paragraph("Weeks", "H2") + paragraph("first", numbering="2")
     body += docx_table([["Week", "Topic"], ["1", "Hitches | bends"], ["", ""]])
-    body += "<w:p><w:r><w:rPr><w:b/></w:rPr><w:t>Grading</w:t></w:r></w:p><w:p><w:del><w:r><w:delText>gone</w:delText></w:r></w:del></w:p>"
+    body += "<w:p><w:r><w:rPr><w:b/></w:rPr><w:t>Grading</w:t></w:r></w:p>"
+    body += "<w:p><w:del><w:r><w:delText>gone</w:delText></w:r></w:del></w:p>"
     answer = read(reader, tmp_path / "file", docx(body))
     assert answer["content"] == (
         "# Knots\n\n# Outcomes\n- tie a bowline\n- untie it\n\n## Weeks\n1. first\n\n"
@@ -133,10 +135,9 @@ def test_docx_keeps_headings_lists_and_tables(reader: Child, tmp_path: Path) -> 
 
 
 def test_odt_leaves_comments_and_deleted_text_out(reader: Child, tmp_path: Path) -> None:
-    body = (
-        '<text:tracked-changes><text:p>old</text:p></text:tracked-changes><text:h text:outline-level="2">Knots</text:h>'
-    )
-    body += "<text:p>Tie<text:s/>a<office:annotation><text:p>why?</text:p></office:annotation><text:tab/>bowline &lt;b&gt;</text:p>"
+    body = "<text:tracked-changes><text:p>old</text:p></text:tracked-changes>"
+    body += '<text:h text:outline-level="2">Knots</text:h><text:p>Tie<text:s/>a'
+    body += "<office:annotation><text:p>why?</text:p></office:annotation><text:tab/>bowline &lt;b&gt;</text:p>"
     answer = read(reader, tmp_path / "file", odt(body))
     assert answer["content"] == "## Knots\n\nTie a bowline <b>"
 
@@ -161,9 +162,9 @@ def test_slides_come_in_order_with_title_nested_points_and_notes(reader: Child, 
 
 def test_html_loses_its_navigation_and_keeps_its_structure(reader: Child, tmp_path: Path) -> None:
     page = (
-        "<!doctype html><html><head><title>T</title><style>p {}</style></head><body><nav>Home</nav><h1>Knots\n &amp; hitches</h1>"
-        "<p>Tie<br>them</p><ol start=3><li><p>bowline</p><ul><li>slow</ul><li>hitch</ol><table><tr><th>Week<th>Topic"
-        "<tr><td><p>1</p><td><ul><li>bends<li>hitches</ul></table><script>x()</script><footer>Imprint</footer></body></html>"
+        "<!doctype html><html><head><title>T</title><style>p {}</style></head><body><nav>Home</nav>"
+        "<h1>Knots\n &amp; hitches</h1><p>Tie<br>them</p><ol start=3><li><p>bowline</p><ul><li>slow</ul><li>hitch</ol><table><tr><th>Week<th>Topic"
+        "<tr><td><p>1</p><td><ul><li>bends<li>hitches</ul></table><script>x()</script><footer>Imprint</footer>"
     )
     answer = read(reader, tmp_path / "file", page.encode(), "x.txt", "text/plain")
     assert answer["content"] == (
@@ -185,7 +186,7 @@ TEXTS = {
     "utf-16": "Сварка для начинающих: основы дуги",
     "utf-16-le": "Soudage pour débutants, les bases de l'arc électrique",
     "utf-32": "Soudage pour débutants",
-    "cp1252": "Le café des étudiants – “soudage” à l’arc électrique, où l’on apprend à préparer une pièce de métal.",
+    "cp1252": "Le café des étudiants – “soudage” à l’arc électrique, où l’on prépare une pièce de métal.",
     "iso8859-15": "Hitsauksen perusteet: opiskelija osaa hitsata terästä kaarella ja arvioida hitsin laadun, hinta 50 €.",
     "cp1250": "Podstawy spawania: student potrafi przygotować złącze, ocenić jakość spoiny i pracować bezpiecznie.",
     "cp1251": "Основы сварки: студент умеет подготовить соединение, оценить качество шва и работать безопасно.",
@@ -259,7 +260,8 @@ def test_running_lines_go_and_hyphenation_is_undone_across_pages(reader: Child, 
     )
     assert answer["content"] == (
         "Learners tie the bowline and explain why it holds, and then they understand how a rope ages in the sun and the "
-        "rain of many summers in the mountains, where nobody is there to help them when it breaks.\n\nThe end.\n\nGuide to Knots"
+        "rain of many summers in the mountains, where nobody is there to help them when it breaks.\n\n"
+        "The end.\n\nGuide to Knots"
     )
     assert [note["code"] for note in answer["notes"]] == ["text_repaired", "text_repaired"]
 
@@ -276,8 +278,8 @@ def test_a_table_without_lines_is_a_table(reader: Child, tmp_path: Path) -> None
 
 
 def test_a_page_that_lies_on_its_side_is_read(reader: Child, tmp_path: Path) -> None:
-    turned = one_page(b"BT /F1 12 Tf 0 1 -1 0 200 100 Tm (Knots for climbers) Tj 0 -20 Td (Sailors too.) Tj ET")
-    assert read(reader, tmp_path / "file", turned)["content"] == "Knots for climbers\nSailors too."
+    turned = one_page(b"BT /F1 12 Tf 0 1 -1 0 200 100 Tm (Knots for climbers) Tj 0 -40 Td (Sailors too.) Tj ET")
+    assert read(reader, tmp_path / "file", turned)["content"] == "Knots for climbers\n\nSailors too."
 
 
 def test_pages_without_text_are_told(reader: Child, tmp_path: Path) -> None:
@@ -290,6 +292,7 @@ def test_pages_without_text_are_told(reader: Child, tmp_path: Path) -> None:
 
 KNOTS = b"BT /F1 12 Tf 72 700 Td (Knots for climbers) Tj ET"
 PAGE = b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] >>"
+ITSELF = b"/XObject << /X 6 0 R >>"
 CATALOG = b"<< /Type /Catalog /Pages 2 0 R >>"
 LAUGHS = "".join(
     f'<!ENTITY {name} "{f"&{before};" * 10}">' for before, name in zip("abcdefgh", "bcdefghi", strict=True)
@@ -361,8 +364,8 @@ HOSTILE: dict[str, tuple[Any, set[str]]] = {
     ),
     "too many parts": (lambda: packed({f"{n}.xml": "" for n in range(11_000)}), {BROKEN}),
     "a bomb in a page": (lambda: one_page(KNOTS, bomb=600), {BROKEN, SLOW}),
-    "text without end": (lambda: one_page(b"BT /F1 9 Tf " + b"(abc def) Tj 0 -1 Td " * 2_000_000 + b"ET"), {BROKEN, SLOW}),
-    "lines without end": (lambda: one_page(KNOTS + b"0 0 m 9 9 l S " * 1_000_000), {BROKEN, SLOW}),
+    "text without end": (lambda: one_page(b"BT /F1 9 Tf " + b"(abc) Tj 0 -1 Td " * 2_000_000), {BROKEN, SLOW}),
+    "lines without end": (lambda: one_page(KNOTS + b"0 0 m 9 9 l S " * 1_000_000), {BROKEN, SLOW, ""}),
     "a million objects": (
         lambda: pdf_of([CATALOG, b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>", PAGE, *[b"[1 2]"] * 10**6]), {NO_TEXT},
     ),
@@ -371,8 +374,7 @@ HOSTILE: dict[str, tuple[Any, set[str]]] = {
         lambda: docx("<w:tbl><w:tr><w:tc>" * 9000 + paragraph("x") + "</w:tc></w:tr></w:tbl>" * 9000), {BROKEN},
     ),
     "ODT of nested lists": (
-        lambda: odt("<text:list><text:list-item>" * 9000 + "<text:p>x</text:p>" + "</text:list-item></text:list>" * 9000),
-        {BROKEN},
+        lambda: odt("<text:list><text:list-item>" * 9000 + "x" + "</text:list-item></text:list>" * 9000), {BROKEN},
     ),
     "slides of nested groups": (
         lambda: pptx(("<p:grpSp>" * 100_000 + shape("Knots") + "</p:grpSp>" * 100_000, "")), {BROKEN},
@@ -383,8 +385,8 @@ HOSTILE: dict[str, tuple[Any, set[str]]] = {
     "a form in itself": (
         lambda: one_page(
             KNOTS + b" /X Do",
-            stream(b"/X Do /X Do", b"/Type /XObject /Subtype /Form /BBox [0 0 1 1] /Resources << /XObject << /X 6 0 R >> >>"),
-            resources=b"/XObject << /X 6 0 R >>",
+            stream(b"/X Do /X Do", b"/Type /XObject /Subtype /Form /BBox [0 0 1 1] /Resources << %s >>" % ITSELF),
+            resources=ITSELF,
         ),
         {BROKEN, SLOW, ""},
     ),

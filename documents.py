@@ -222,6 +222,8 @@ def _limit(html: str) -> None:
 def _mark(tree: LexborHTMLParser) -> None:
     for node in tree.css(NOT_SAID):
         node.decompose()
+    for node in tree.css("br"):
+        node.replace_with("\n")
     for node in tree.css("p"):  # a line all in bold is a heading of those who know no styles
         if (
             0 < len(line := node.text().strip()) < 80
@@ -474,7 +476,8 @@ def decoded(data: bytes, charset: str = "") -> str:
         import charset_normalizer
 
         best = charset_normalizer.from_bytes(data[: 2**18]).best()
-        text = data.decode(best.encoding if best else "cp1252", "replace")
+        encoding = best.encoding if best and best.encoding not in ("latin_1", "iso8859_1") else "cp1252"
+        text = data.decode(encoding, "replace").replace("¤", "€")  # one byte in ISO 8859-1 and 8859-15
     if len(re.findall(r"[\x00-\x08\x0e-\x1a\x1c-\x1f\ufffd]", text)) > len(text) / 200:
         raise Refused("unsupported_media_type")
     return text.lstrip("\ufeff")

@@ -182,12 +182,15 @@ def pdf_of(objects: list[bytes], root: int = 1) -> bytes:
     return bytes(out)
 
 
-def stream(data: bytes, more: bytes = b"") -> bytes:
-    packed_data = zlib.compress(data, 9)
+def stream(data: bytes, more: bytes = b"", bomb: int = 0) -> bytes:
+    """A stream of a PDF; a bomb has so many megabytes of white space after its data."""
+    packer = zlib.compressobj(9)
+    packed_data = packer.compress(data) + packer.flush(zlib.Z_FULL_FLUSH)
+    packed_data += (packer.compress(b" " * 2**20) + packer.flush(zlib.Z_FULL_FLUSH)) * bomb + packer.flush()
     return b"<< /Length %d /Filter /FlateDecode %s >>\nstream\n%s\nendstream" % (len(packed_data), more, packed_data)
 
 
-def one_page(content: bytes, *objects: bytes, resources: bytes = b"") -> bytes:
+def one_page(content: bytes, *objects: bytes, resources: bytes = b"", bomb: int = 0) -> bytes:
     """A PDF of one page; its own objects begin with number 6."""
     return pdf_of(
         [
@@ -195,7 +198,7 @@ def one_page(content: bytes, *objects: bytes, resources: bytes = b"") -> bytes:
             b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
             b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents 4 0 R "
             b"/Resources << /Font << /F1 5 0 R >> %s >> >>" % resources,
-            stream(content),
+            stream(content, bomb=bomb),
             b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
             *objects,
         ]

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -29,16 +30,19 @@ OLE = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
 class Child:
     """A process of documents.py, spoken to as dccapi.py does."""
 
-    def __init__(self) -> None:
+    def __init__(self, program: Path) -> None:
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen([sys.executable, HERE / "documents.py"], stdin=pipe, stdout=pipe)
+        self.process = subprocess.Popen([sys.executable, program], stdin=pipe, stdout=pipe)
 
-    def ask(self, task: str, **arguments: Any) -> Any:
+    def send(self, task: str, **arguments: Any) -> None:
         request = orjson.dumps({"task": task, **arguments})
         assert self.process.stdin is not None
-        assert self.process.stdout is not None
         self.process.stdin.write(len(request).to_bytes(8) + request)
         self.process.stdin.flush()
+
+    def ask(self, task: str, **arguments: Any) -> Any:
+        self.send(task, **arguments)
+        assert self.process.stdout is not None
         head = self.process.stdout.read(8)
         if len(head) < 8:
             return {"died": self.process.wait()}
@@ -58,8 +62,8 @@ class Child:
 
 
 @contextmanager
-def child() -> Iterator[Child]:
-    running = Child()
+def child(program: Path = HERE / "documents.py") -> Iterator[Child]:
+    running = Child(program)
     try:
         yield running
     finally:

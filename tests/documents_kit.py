@@ -30,7 +30,7 @@ OLE = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
 class Child:
     """A process of documents.py, spoken to as dccapi.py does."""
 
-    def __init__(self, program: Path) -> None:
+    def __init__(self, program: Path = HERE / "documents.py") -> None:
         pipe = subprocess.PIPE
         self.process = subprocess.Popen([sys.executable, program], stdin=pipe, stdout=pipe)
 

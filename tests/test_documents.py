@@ -435,12 +435,20 @@ def test_a_hostile_document_is_refused_with_its_reason(reader: Child, tmp_path: 
     assert reader.peak() < 96 * 2**20  # the document was another process's
 
 
-def test_a_document_that_takes_too_long_is_told_so(tmp_path: Path) -> None:
-    (tmp_path / "documents.py").write_text(
-        (HERE / "documents.py").read_text().replace('{"document": 15}', '{"document": 1}')
-    )
+ENDLESS = {
+    "Python": "while True:\n        pass",
+    "C": "import collections\n    collections.deque(itertools.count(), 0)",
+}
+
+
+@pytest.mark.parametrize("language", ENDLESS)
+def test_a_document_that_takes_too_long_is_told_so(tmp_path: Path, language: str) -> None:
+    source = (HERE / "documents.py").read_text().replace('{"document": 15}', '{"document": 1}')
+    source = source.replace("kind = kind_of(path)", ENDLESS[language])
+    (tmp_path / "documents.py").write_text(source)
     with child(tmp_path / "documents.py") as running:
-        assert read(running, tmp_path / "file", b"<html>" + b"<p><b>x</b></p>" * 49_000)["error"] == SLOW
+        assert read(running, tmp_path / "file", b"Knots")["error"] == SLOW
+        assert running.ask("text", content="Next")["text"] == "Next"
 
 
 async def test_a_process_that_is_killed_takes_that_of_its_document_along(tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ changes. Of text without markup and dirt every character stays.
 from __future__ import annotations
 
 import codecs
+import ctypes
 import itertools
+import os
 import re
 import resource
 import signal
@@ -170,7 +172,9 @@ def _without_html(text: str) -> str:
 def said_in_html(text: str, marked: bool = False) -> str:
     """The text of HTML, in which other text may stand, or of an HTML document: `marked`, as Markdown marks it."""
     text = re.sub(NO_TEXT, "", text)
-    if not marked:
+    if marked:
+        _limit(text)
+    else:
         text = re.sub(rf"(?i)<(?!/?{NAME}(?:\s[^<>]*)?/?>|!doctype|!\[|\?xml)", "&lt;", text)
     tree = LexborHTMLParser(text)
     for node in tree.css("img"):
@@ -204,9 +208,22 @@ ROW, ROW_END, HEAD, HEAD_END, ITEM, STEP, CELL = "\ufdd2\ufdd3\ufdd4\ufdd5\ufdd6
 NOT_SAID = "nav,footer,button,select,input,textarea,[hidden]"
 
 
+def _limit(html: str) -> None:
+    """Refuses documents of more elements, or deeper ones, than can be read in time."""
+    depth = 0
+    for tag in TAGS.finditer(html) if html.count("<") < 2 * MAX_ELEMENTS else ():
+        depth = max(0, depth - 1) if tag[1] else depth + 1
+        if depth > MAX_DEPTH:
+            raise Refused("document_broken", TOO_LARGE)
+    if len(html) > 4 * MAX_TEXT or html.count("<") >= 2 * MAX_ELEMENTS:
+        raise Refused("document_broken", TOO_LARGE)
+
+
 def _mark(tree: LexborHTMLParser) -> None:
     for node in tree.css(NOT_SAID):
         node.decompose()
+    for node in tree.css("br"):
+        node.replace_with("\n")
     for node in tree.css("p"):  # a line all in bold is a heading of those who know no styles
         if (
             0 < len(line := node.text().strip()) < 80
@@ -357,7 +374,12 @@ DETAILS = {
 TOO_LARGE = "The document unpacks to more than can be read. Send a shorter one, or paste its text."
 # Of scripts without spaces, two letters are about a word.
 UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
-MAX_TEXT = 2**23  # bytes of a text document that are read
+MAX_TEXT = 2**21  # characters of a document that are read: about 700 pages
+MAX_ELEMENTS, MAX_DEPTH = 100_000, 500  # of HTML, whose tree takes time and memory
+# HTML need not say where these end.
+TAGS = re.compile(
+    r"<(/?)(?!(?:p|li|dt|dd|t[rhd]|thead|tbody|tfoot|option|br|hr|img|input|meta|link|col|wbr)\b)[a-zA-Z]"
+)
 
 
 class Refused(BaseException):
@@ -454,7 +476,8 @@ def decoded(data: bytes, charset: str = "") -> str:
         import charset_normalizer
 
         best = charset_normalizer.from_bytes(data[: 2**18]).best()
-        text = data.decode(best.encoding if best else "cp1252", "replace")
+        encoding = best.encoding if best and best.encoding not in ("latin_1", "iso8859_1") else "cp1252"
+        text = data.decode(encoding, "replace").replace("¤", "€")  # one byte in ISO 8859-1 and 8859-15
     if len(re.findall(r"[\x00-\x08\x0e-\x1a\x1c-\x1f\ufffd]", text)) > len(text) / 200:
         raise Refused("unsupported_media_type")
     return text.lstrip("\ufeff")
@@ -462,19 +485,18 @@ def decoded(data: bytes, charset: str = "") -> str:
 
 def text_of_file(path: str, name: str, media_type: str) -> Extract:
     with open(path, "rb") as file:
-        data = file.read(MAX_TEXT + 1)
+        data = file.read(4 * MAX_TEXT)
     charset = re.search(r"(?i)charset=\"?([\w.:-]+)", media_type)
-    text = re.sub(r"\r\n?", "\n", decoded(data[:MAX_TEXT], charset[1] if charset else ""))
-    notes = [note("left_out", f"Only the first {MAX_TEXT} bytes were read.")] if len(data) > MAX_TEXT else []
+    text = re.sub(r"\r\n?", "\n", decoded(data, charset[1] if charset else ""))
     markdown = re.search(r"(?i)\.(?:md|markdown|txt|rst)$", name) or re.search("markdown|plain", media_type)
     if re.match(r"(?i)\s*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)*<(?:!doctype html|html)\b", text) or (
         not markdown and _is_html(text)
     ):
         title = re.search(r"(?is)<title\b[^>]*>(.*?)</title>", text)
-        return Extract(said_in_html(text, marked=True), unescape(title[1]) if title else "", None, notes)
+        return Extract(said_in_html(text, marked=True), unescape(title[1]) if title else "")
     if front := FRONT_MATTER.match(text):
         text = "\n".join([*TOLD_IN_FRONT.findall(front[1]), "", text[front.end() :]])
-    return Extract(text, "", None, notes)
+    return Extract(text)
 
 
 def document(path: str, name: str = "", media_type: str = "") -> dict[str, Any]:
@@ -490,7 +512,9 @@ def document(path: str, name: str = "", media_type: str = "") -> dict[str, Any]:
         found = documents_office.READERS[kind](path)
     else:
         found = text_of_file(path, name, media_type)
-    tidy = _tidied(found.text)
+    if len(found.text) > MAX_TEXT:
+        found.notes.append(note("left_out", f"Only the first {MAX_TEXT:,} characters were read."))
+    tidy = _tidied(found.text[:MAX_TEXT])
     if not re.search(VISIBLE, tidy.text):
         raise Refused("document_has_no_text")
     notes = found.notes + [
@@ -530,7 +554,7 @@ def language_of(text: str) -> str:
 
 # ---- The program ----------------------------------------------------------------------------------------------------
 
-MAX_SECONDS = {"document": 20}  # of processor time; others have 5
+MAX_SECONDS = {"document": 15}  # of processor time; others have 5
 
 
 def text(content: str) -> dict[str, Any]:
@@ -558,20 +582,60 @@ TASKS: dict[str, Callable[..., dict[str, Any]]] = {
 }
 
 
-def answer_to(request: dict[str, Any]) -> Any:
-    """The result of a task, or why there is none."""
-    name = str(request.pop("task"))
+def answered(request: dict[str, Any]) -> bytes:
+    """The answer to a request. Each document is read in a process of its own: parsers in C end that, not this one,
+    and keep no memory."""
+    return _answered_apart(request) if request.get("task") == "document" else orjson.dumps(result_of(request))
+
+
+def result_of(request: dict[str, Any]) -> dict[str, Any]:
+    """What a task returns, or why it does not."""
+    name = request.pop("task", None)
     try:
         _allow(MAX_SECONDS.get(name, 5))
         return TASKS[name](**request)
     except Refused as refused:
-        return {"error": refused.code, "detail": refused.detail}
+        return _error(refused.code, refused.detail)
     except MemoryError:
-        return {"error": "document_broken", "detail": TOO_LARGE}
+        return _error("document_broken", TOO_LARGE)
     except Exception:  # a parser met what it was not made for
-        return {"error": "document_broken", "detail": DETAILS["document_broken"]}
+        return _error("document_broken")
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def _error(code: str, detail: str = "") -> dict[str, Any]:
+    return {"error": code, "detail": detail or DETAILS[code]}
+
+
+def _answered_apart(request: dict[str, Any]) -> bytes:
+    outlet, inlet = os.pipe()
+    if not (process := os.fork()):
+        try:
+            os.close(outlet)
+            _end_with_parent()
+            answer = orjson.dumps(result_of(request))
+            with open(inlet, "wb") as pipe:
+                pipe.write(answer)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    os.close(inlet)
+    with open(outlet, "rb") as pipe:
+        answer = pipe.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    if status == 0:
+        return answer
+    slow = status == -signal.SIGXCPU
+    return orjson.dumps(_error("document_too_slow") if slow else _error("document_broken", TOO_LARGE))
+
+
+def _end_with_parent() -> None:
+    """The service kills the process that it has started. Where there is no prctl, the limits end this one."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() == 1:  # it is dead already
+            os._exit(1)
 
 
 def _allow(seconds: int) -> None:
@@ -604,7 +668,6 @@ FORBIDDEN = (
     "os.exec",
     "os.posix_spawn",
     "os.system",
-    "os.fork",
 )
 
 
@@ -617,7 +680,7 @@ def main() -> None:
     """Reads requests from stdin, writes answers to stdout, each behind its length in eight bytes, until EOF."""
     _confine()
     while head := sys.stdin.buffer.read(8):
-        answer = orjson.dumps(answer_to(orjson.loads(sys.stdin.buffer.read(int.from_bytes(head)))))
+        answer = answered(orjson.loads(sys.stdin.buffer.read(int.from_bytes(head))))
         sys.stdout.buffer.write(len(answer).to_bytes(8) + answer)
         sys.stdout.buffer.flush()
 

@@ -12,9 +12,10 @@ from xml.etree import ElementTree
 
 import mammoth
 
-from documents import TOO_LARGE, Extract, Refused, said_in_html
+from documents import MAX_DEPTH, TOO_LARGE, Extract, Refused, said_in_html
 
-MAX_PARTS, MAX_XML = 10_000, 48 * 2**20  # files in a ZIP archive, and bytes of XML when it is unpacked
+MAX_PARTS, MAX_XML = 10_000, 16 * 2**20  # files in a ZIP archive, and bytes of XML when it is unpacked
+MAX_XML_ELEMENTS = 250_000  # of one part
 
 
 DOCX_STYLES = "p[style-name='Title'] => h1:fresh\np[style-name='Subtitle'] => h2:fresh"
@@ -31,8 +32,13 @@ class Handler:
     def __init__(self) -> None:
         self.html: list[str] = []
         self.skipping = 0
+        self.depth_now = self.elements = 0
 
     def start(self, tag: str, attributes: dict[str, str]) -> None:
+        self.depth_now += 1
+        self.elements += 1
+        if self.depth_now > MAX_DEPTH or self.elements > MAX_XML_ELEMENTS:
+            raise Refused("document_broken", TOO_LARGE)
         tag = tag.partition("}")[2]
         if self.skipping or tag in self.SKIPPED:
             self.skipping += 1
@@ -40,6 +46,7 @@ class Handler:
             self.open(tag, {name.partition("}")[2] or name: value for name, value in attributes.items()})
 
     def end(self, tag: str) -> None:
+        self.depth_now -= 1
         if self.skipping:
             self.skipping -= 1
         else:
@@ -278,6 +285,9 @@ def _number(digits: str | None) -> int | None:
 
 def docx_text(path: str) -> Extract:
     package = Package(path)
+    for name in package.names:
+        if name.endswith((".xml", ".rels")) and not name.startswith("customXml/"):
+            package.read(name, Handler())  # mammoth keeps all of it, and takes entities for what they say
     with open(path, "rb") as file:
         html = mammoth.convert_to_html(file, style_map=DOCX_STYLES, convert_image=lambda _: []).value
     html = re.sub(r'<sup><a href="#(?:foot|end)note-\d+"[^<>]*>(\[\d+\])</a></sup>', r" \1", html)

@@ -403,7 +403,8 @@ def _paragraphs(lines: list[Line]) -> str:
         else:
             in_table = before is not None and len(before.cells) > 1 and len(line.cells) > 1
             room = (2.5 if in_table else 0.7) * line.size
-            apart = before is None or before.bottom - line.top > room or said[-1].startswith("#")
+            gap = before.bottom - line.top if before else 0.0
+            apart = gap > room or gap < -line.size or not said or said[-1].startswith("#")
             said += ["", text] if apart else [text]
         if not (mark or number or flows):
             indents = []

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -29,16 +30,19 @@ OLE = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
 class Child:
     """A process of documents.py, spoken to as dccapi.py does."""
 
-    def __init__(self) -> None:
+    def __init__(self, program: Path = HERE / "documents.py") -> None:
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen([sys.executable, HERE / "documents.py"], stdin=pipe, stdout=pipe)
+        self.process = subprocess.Popen([sys.executable, program], stdin=pipe, stdout=pipe)
 
-    def ask(self, task: str, **arguments: Any) -> Any:
+    def send(self, task: str, **arguments: Any) -> None:
         request = orjson.dumps({"task": task, **arguments})
         assert self.process.stdin is not None
-        assert self.process.stdout is not None
         self.process.stdin.write(len(request).to_bytes(8) + request)
         self.process.stdin.flush()
+
+    def ask(self, task: str, **arguments: Any) -> Any:
+        self.send(task, **arguments)
+        assert self.process.stdout is not None
         head = self.process.stdout.read(8)
         if len(head) < 8:
             return {"died": self.process.wait()}
@@ -58,8 +62,8 @@ class Child:
 
 
 @contextmanager
-def child() -> Iterator[Child]:
-    running = Child()
+def child(program: Path = HERE / "documents.py") -> Iterator[Child]:
+    running = Child(program)
     try:
         yield running
     finally:
@@ -182,12 +186,15 @@ def pdf_of(objects: list[bytes], root: int = 1) -> bytes:
     return bytes(out)
 
 
-def stream(data: bytes, more: bytes = b"") -> bytes:
-    packed_data = zlib.compress(data, 9)
+def stream(data: bytes, more: bytes = b"", bomb: int = 0) -> bytes:
+    """A stream of a PDF; a bomb has so many megabytes of white space after its data."""
+    packer = zlib.compressobj(9)
+    packed_data = packer.compress(data) + packer.flush(zlib.Z_FULL_FLUSH)
+    packed_data += (packer.compress(b" " * 2**20) + packer.flush(zlib.Z_FULL_FLUSH)) * bomb + packer.flush()
     return b"<< /Length %d /Filter /FlateDecode %s >>\nstream\n%s\nendstream" % (len(packed_data), more, packed_data)
 
 
-def one_page(content: bytes, *objects: bytes, resources: bytes = b"") -> bytes:
+def one_page(content: bytes, *objects: bytes, resources: bytes = b"", bomb: int = 0) -> bytes:
     """A PDF of one page; its own objects begin with number 6."""
     return pdf_of(
         [
@@ -195,7 +202,7 @@ def one_page(content: bytes, *objects: bytes, resources: bytes = b"") -> bytes:
             b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
             b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents 4 0 R "
             b"/Resources << /Font << /F1 5 0 R >> %s >> >>" % resources,
-            stream(content),
+            stream(content, bomb=bomb),
             b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
             *objects,
         ]

@@ -1907,17 +1907,16 @@ class GenerationQueue:
         """The prompt for as much of the course as fits. Raises `error` where that is not wanted or cannot help."""
         if generation.log or not prompt.can_be_condensed(error):
             raise error
-        course, fits = prompt.course, error.members["content_words_that_fit"]
-        words = word_count(course.text)
-        characters = len(course.text) * fits // words
-        cut = await self.readers.ask(
-            "condense", generation.client, content=course.text, words=fits, characters=characters
-        )
+        course, content = prompt.course, prompt.request.content
+        content = course.text if "</" in content else content  # Markdown still has its headings
+        fits = error.members["content_words_that_fit"]
+        characters = len(content) * fits // word_count(content)
+        cut = await self.readers.ask("condense", generation.client, content=content, words=fits, characters=characters)
+        text = (await self.readers.ask("text", generation.client, content=cut["text"]))["text"]
         said = f"The course was too long for the model, which has read {cut['words_kept']} of {cut['words']} words."
         note = {"code": "condensed", "field": "content", "text": ", ".join(cut["left_out"]), "message": said}
-        notes = (*(one for one in course.notes if one["code"] != "condensed"), note)
-        course = replace(course, notes=notes)
-        shorter = build_prompt(prompt.request, course, prompt.system, self.engine.defaults, cut["text"])
+        course = replace(course, notes=(*(one for one in course.notes if one["code"] != "condensed"), note))
+        shorter = build_prompt(prompt.request, course, prompt.system, self.engine.defaults, text)
         if shorter.words >= prompt.words:
             raise error
         return shorter

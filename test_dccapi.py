@@ -1174,7 +1174,7 @@ async def test_a_healthy_service_says_so(tmp_path: Path) -> None:
         "target_model": "phi4badges", "model_available": True, "model_path": None, "system_prompt_loaded": True,
         "system_prompt_preview": "ü" * 200, "active_requests": 0, "max_concurrent_requests": 4, "queued_requests": 0,
         "max_queue": 64, "queue_status": "ready", "multiplexing_enabled": True, "version": dccapi.__version__,
-        "error": None,
+        "error": None, "content_words_that_fit": 3577, "skills": None,
     }  # fmt: skip
     assert health["ollama_url"] == service.engine.url
     assert not service.engine.calls

@@ -139,7 +139,7 @@ lint: install
 
 lock:
 	@echo "Writing requirements.lock and requirements-dev.lock"
-	@$(UV) $(COMPILE) $(ARGS) --extra embedded --extra certs --output-file requirements.lock pyproject.toml >/dev/null
+	@$(UV) $(COMPILE) $(ARGS) --extra embedded --extra certs --extra catalogue --output-file requirements.lock pyproject.toml >/dev/null
 	@$(UV) $(COMPILE) $(ARGS) --all-extras --constraint requirements.lock --output-file requirements-dev.lock pyproject.toml >/dev/null
 	@if grep -nE '://|--(extra-)?index-url|--find-links' requirements.lock requirements-dev.lock; then \
 	    echo 'The locks must not name any address.' >&2; exit 1; \

@@ -1220,6 +1220,8 @@ def build_achievement(badge: Badge, request: GenerateRequest | None = None, tags
     if re.fullmatch(r"https?://[^/?#]+([/?][^#]*)?(#[^#]*)?", url) and not re.search(r"%(?![0-9A-Fa-f]{2})", url):
         achievement["creator"] = {"id": url, "type": ["Profile"], "url": url}
         achievement["creator"] |= {"name": name} if re.search(VISIBLE, name) else {}
+    if url and request and request.course_id:
+        achievement["id"] = uuid.uuid5(uuid.NAMESPACE_URL, f"{url.rstrip('/')}/{request.course_id}").urn
     if shown := [tag for tag in dict.fromkeys(tags) if re.search(VISIBLE, tag)]:
         achievement["tag"] = shown
     return cast(dict[str, Any], _tidied(achievement))

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 from unicodedata import normalize
 
@@ -71,6 +72,7 @@ GO = {
         "policies, course policy, late policy, attendance policy, grading policy, policy on, contact, "
         "office hour, instructor, teaching staff, teaching assistant, calendar, important date, due date, dates, "
         "deadline, key date, reading list, readings, recommended reading, required reading, further reading, "
+        "required text, texts, "
         "bibliograph, textbook, references, grading, grades, grade scale, marking scheme, attendance, absence, "
         "late work, late submission, make-up, plagiar, academic integrity, academic honesty, "
         "academic misconduct, cheating, accommodation, disability service, students with disabilit, "
@@ -82,7 +84,7 @@ GO = {
     ),
     "es": (
         "políticas, normas, normativa, contacto, tutoría, profesor, docente, calendario, fecha, plazo, "
-        "bibliograf, lectura, referencia, calificaci, escala de calific, asistencia, plagio, "
+        "bibliograf, lectura, textos, referencia, calificaci, escala de calific, asistencia, plagio, "
         "integridad académica, honestidad académica, discapacidad, derechos de autor, matrícula, inscripci, "
         "horario, aula, anexo, índice, agradecimiento"
     ),
@@ -147,7 +149,8 @@ STAYS, GOES = _beginnings(STAY), _beginnings(GO)
 # What stands in sentences that tell when, where and whom to ask, and in tables of marks.
 NOISE = re.compile(
     r"https?://|www\.|\w@\w|\b\d{1,2}[:.h]\d{2}\b|[$€£¥]\s?\d|\+?\d[\d ()/-]{7,}\d|\b\d{1,2}[./-]\d{1,2}[./-]\d{2,4}\b"
-    r"|\bISBN\b|\bdoi\b|\b\d{1,3}\s?%?\s?[-–]\s?\d{1,3}\s?%|\b[A-F][+-]?\s?[|=:]\s?\d|©"
+    r"|\bISBN\b|\bdoi\b|\bet al\b|\bPress\b|\((?:19|20)\d\d[a-z]?\)"
+    r"|\b\d{1,3}\s?%?\s?[-–]\s?\d{1,3}\s?%|\b[A-F][+-]?\s?[|=:]\s?\d|©"
 )
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
 TOKEN = re.compile(rf"(?=([{UNSPACED}]{{2}}))|([^\W\d_{UNSPACED}]{{4,}})")
@@ -229,9 +232,9 @@ def condense(content: str, words: int, characters: int | None = None) -> dict[st
 def _sections(content: str) -> list[Section]:
     sections = [Section("", 1)]  # what stands before the first heading tells what the course is
     above: list[tuple[int, int]] = []  # the levels and weights of the headings that the next one may stand under
-    lines = [*re.finditer(r"(\s*?(?:\n|\A)[ \t]*)(\S[^\n]*)", content)]
+    lines = [*re.finditer(r"(\s*?(?:\n|\A)[^\S\n]*)(\S[^\n]*)", content.rstrip())]
     often = Counter(line[2].strip() for line in lines)
-    for line, after in zip(lines, [*lines[1:], None], strict=True):
+    for line, after in zip_longest(lines, lines[1:]):
         before, text = line[1], line[2].rstrip()
         level = _heading_level(before, text, after)
         if level and often[text] <= 2:  # "Back to top" is none
@@ -258,7 +261,12 @@ def _heading_level(before: str, text: str, after: re.Match[str] | None) -> int:
     apart = not before or before.count("\n") > 1
     if number := NUMBERED.match(text):
         return number[1].count(".") + 1 if apart else 0
-    if ITEM.match(text) or not re.match(r"[\w¿¡«\"“(]", text) or not re.search(r"[^\W\d_]{2}", text):
+    if (
+        ITEM.match(text)
+        or NOISE.search(text)
+        or not re.match(r"[\w¿¡«\"“(]", text)
+        or not re.search(r"[^\W\d_]{2}", text)
+    ):
         return 0
     known = _weight(text) and (text[0].isupper() or not text[0].isascii()) and len(text.split()) <= 6
     return 9 if known or (apart and (len(text) <= 50 or after[1].count("\n") == 1)) else 0

@@ -15,6 +15,11 @@ import mammoth
 from documents import MAX_DEPTH, TOO_LARGE, Extract, Refused, said_in_html
 
 MAX_PARTS, MAX_XML = 10_000, 16 * 2**20  # files in a ZIP archive, and bytes of XML when it is unpacked
+KINDS = {
+    "odt": rb"\A\s*application/vnd\.oasis\.opendocument\.text",
+    "docx": rb"wordprocessingml\.(?:document|template)\.main|ms-word\.\w+\.macroEnabled\w*\.main",
+    "pptx": rb"presentationml\.(?:presentation|slideshow|template)\.main|ms-powerpoint\.\w+\.macroEnabled\.main",
+}
 MAX_XML_ELEMENTS = 250_000  # of one part
 
 
@@ -241,15 +246,9 @@ class Package:
         self.names = {part.filename for part in parts}
 
     def kind(self) -> str:
-        """pdf, docx, pptx or odt, by what the package says of itself."""
+        """docx, pptx or odt, by what the package says of itself; slides may hold documents of other kinds."""
         types = b"".join(self.archive.read(name) for name in ("mimetype", "[Content_Types].xml") if name in self.names)
-        kinds = (b"opendocument.text", b"wordprocessingml", b"presentationml")
-        found = [kind for kind in kinds if kind in types]
-        return (
-            {b"opendocument.text": "odt", b"wordprocessingml": "docx", b"presentationml": "pptx"}[found[0]]
-            if found
-            else ""
-        )
+        return next((kind for kind, shape in KINDS.items() if re.search(shape, types)), "")
 
     def read(self, name: str, handler: Handler) -> str:
         parser = ElementTree.XMLParser(target=handler)

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from condense import condense
@@ -103,6 +103,8 @@ def test_a_script_without_spaces_is_cut_by_characters() -> None:
 
 
 @settings(max_examples=200, deadline=None)
+@example("", 0, 0)
+@example(" \n", 0, 0)
 @given(
     text=st.text(st.sampled_from("ab .!\n#-|:：。結び目9@%"), max_size=400),
     words=st.integers(0, 60),
@@ -123,6 +125,16 @@ def test_twenty_thousand_words_are_condensed_at_once() -> None:
     start = time.process_time()
     assert condense(course, 3000, 20_000)["words_kept"] > 2500
     assert time.process_time() - start < 1
+
+
+@pytest.mark.parametrize(
+    "piece", ["\n", "\x0b", " \n", "a. ", "9 ", "(", "# ", "a\n\n", "結", ":", "| ", "a", "A-F: 9 "]
+)
+def test_no_text_takes_the_square_of_its_length(piece: str) -> None:
+    start = time.process_time()
+    condense("Knots.\n" + piece * (300_000 // len(piece)), 10, 1000)
+    condense("Knots.\n" + piece * (300_000 // len(piece)) + "end", 10, 1000)
+    assert time.process_time() - start < 4
 
 
 def test_a_process_of_documents_condenses() -> None:

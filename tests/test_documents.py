@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -162,6 +164,17 @@ def test_slides_come_in_order_with_title_nested_points_and_notes(reader: Child, 
         "## Plan\n\nWeek | Topic\n1 | Hitches\n\nA picture"
     )
     assert (answer["title"], answer["pages"]) == ("Knots", 2)
+
+
+def test_slides_that_hold_a_word_document_are_slides(reader: Child, tmp_path: Path) -> None:
+    slides = pptx((shape("Knots"), ""))
+    types = "application/vnd.openxmlformats-officedocument.wordprocessingml.document"
+    with zipfile.ZipFile(io.BytesIO(slides)) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    parts["[Content_Types].xml"] = parts["[Content_Types].xml"].replace(
+        b"<Default", f'<Default Extension="docx" ContentType="{types}"/><Default'.encode(), 1
+    )
+    assert read(reader, tmp_path / "file", packed({**parts}))["content"] == "Knots"
 
 
 def test_html_loses_its_navigation_and_keeps_its_structure(reader: Child, tmp_path: Path) -> None:

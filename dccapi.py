@@ -2907,16 +2907,17 @@ class Api:
 
     async def _form(self, request: Request) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """The fields of a form, and what the document in its part `file` says."""
+        fields, said = {}, None
         try:
-            form = await request.form(max_files=1, max_fields=64, max_part_size=self.settings.max_body_bytes)
+            async with request.form(max_files=1, max_fields=64, max_part_size=self.settings.max_body_bytes) as form:
+                for name, value in form.items():
+                    if isinstance(value, str):
+                        fields[name] = value
+                    elif name == "file":
+                        chunks, file_name, media_type = iter_file(value), value.filename or "", value.content_type or ""
+                        said = await self._read(chunks, file_name, media_type, request.state.client)
         except HTTPException as error:
             raise invalid_fields({("body",): f"is no form with one file: {error.detail}"}) from None
-        fields, said = {name: value for name, value in form.items() if isinstance(value, str)}, None
-        for name, value in form.items():
-            if isinstance(value, UploadFile) and name == "file":
-                chunks = iter_file(value)
-                said = await self._read(chunks, value.filename or "", value.content_type or "", request.state.client)
-        await form.close()
         return fields, said
 
     async def _read(self, chunks: AsyncIterator[bytes], name: str, media_type: str, client: str) -> dict[str, Any]:
@@ -3303,8 +3304,6 @@ class Exchange:
         self._peer = peer_at(scope.get("client"), settings)
         self._refused: ApiError | None = None
         self._size = self._held = 0
-        # What is larger than an ordinary body is not held in memory.
-        self._body = tempfile.SpooledTemporaryFile(max_size=settings.max_body_bytes)  # noqa: SIM115 - closed in `_watch`
         media_type = self._headers.get(b"content-type", b"").lower()
         is_upload = media_type.startswith(b"multipart/form-data") or _short_path(scope) == "/extract"
         self._limit = settings.max_upload_bytes if is_upload else settings.max_body_bytes
@@ -3338,7 +3337,8 @@ class Exchange:
 
     async def _watch(self, task: asyncio.Task[None]) -> None:
         """Take all that the client sends, or Hypercorn would stop reading; when it is gone, end its request."""
-        with self._body:
+        # What is larger than an ordinary body is not held in memory.
+        with tempfile.SpooledTemporaryFile(max_size=self._settings.max_body_bytes) as self._body:
             if await self._take_body():
                 self._arrived.set()
                 while (await self._receive())["type"] != "http.disconnect":

@@ -727,7 +727,7 @@ def build_prompt(
     return Prompt(request, course, system, user, schema, request.sampling(defaults), kept)
 
 
-def _asked(request: GenerateRequest, words: int, fields: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+def _asked(request: GenerateRequest, words: int, fields: list[str]) -> tuple[dict[str, Any], list[str]]:
     """The schema of the fields that a model is to write, and words on each.
 
     Texts are asked for as lists of sentences, as many as the course has matter for: small models pad a longer text with
@@ -740,6 +740,7 @@ def _asked(request: GenerateRequest, words: int, fields: Sequence[str]) -> tuple
         "badge_name": {"type": "string"},
         "badge_description": {"type": "array", "items": {"type": "string"}, "minItems": few, "maxItems": many},
         "criteria": {"type": "array", "items": {"type": "string"}, "minItems": least, "maxItems": most},
+        "skills": {"type": "array", "items": {"type": "string"}, "minItems": min(3, least), "maxItems": 8},
     }
     sentences = {
         "badge_name": "badge_name, a short title",
@@ -747,10 +748,22 @@ def _asked(request: GenerateRequest, words: int, fields: Sequence[str]) -> tuple
         "and which topics it covers",
         "criteria": f"criteria with {least} to {most} short items, each one task or skill of this course, in other "
         "words than the description",
+        "skills": "skills with the short names of up to 8 skills of this course",
     }
+    fields = [*fields, "skills"] if request.skills and "criteria" in fields and "badge_name" in fields else fields
     properties = {name: schemas[name] for name in fields}
-    schema = {"type": "object", "properties": properties, "required": list(fields)}
+    schema = {"type": "object", "properties": properties, "required": fields}
     return schema, [sentences[name] for name in fields]
+
+
+def skills_in(tags: Sequence[str], prompt: Prompt) -> list[str]:
+    """The skills among what a model named: short, each once, with a word of the course, at most 8."""
+    names = {" ".join(tag.split()).strip(" .,;:-*•"): None for tag in tags if len(tag) <= 80 and len(tag.split()) <= 6}
+    unique = {name.casefold(): name for name in reversed(names)}
+    in_course = partial(review.title_is_from_course, course=prompt.course.text, options=prompt.request.given_texts())
+    other_language = prompt.request.language not in (None, prompt.course.language)
+    found = [name for name in names if unique.get(name.casefold()) == name and (other_language or in_course(name))]
+    return found[:8] if prompt.request.skills else []
 
 
 def too_long(prompt: Prompt, limit: int | None, tokens: int | None = None, answer: int | None = None) -> ContentTooLong:
@@ -1222,7 +1235,7 @@ def build_achievement(badge: Badge, request: GenerateRequest | None = None, tags
         achievement["creator"] |= {"name": name} if re.search(VISIBLE, name) else {}
     if url and request and request.course_id:
         achievement["id"] = uuid.uuid5(uuid.NAMESPACE_URL, f"{url.rstrip('/')}/{request.course_id}").urn
-    if shown := [tag for tag in dict.fromkeys(tags) if re.search(VISIBLE, tag)]:
+    if shown := [tag for tag in tags if re.search(VISIBLE, tag)]:
         achievement["tag"] = shown
     return cast(dict[str, Any], _tidied(achievement))
 
@@ -1854,7 +1867,7 @@ class GenerationQueue:
         review = await self._review(badge, prompt, generation.client)
         return Answer(
             response=badge,
-            achievement=build_achievement(badge, prompt.request, badge._tags),
+            achievement=build_achievement(badge, prompt.request, skills_in(badge._tags, prompt)),
             model=self.settings.model,
             usage=TokenUsage(**spent, total_tokens=spent.total()),
             finish_reason=usage.finish_reason,
@@ -2670,6 +2683,7 @@ class EmbeddedEngine(OpenAIEngine):
         "badge_name": {"pattern": r'^[^<>"\\{}]{3,80}$'},  # a title, not the course's delimiter
         "badge_description": {"maxLength": 300},
         "criteria": {"maxLength": 300},
+        "skills": {"maxLength": 60},
     }
 
     def __init__(self, settings: Settings) -> None:

@@ -59,7 +59,7 @@ async def test_ollama_is_asked_as_the_issue_says() -> None:
     assert body["keep_alive"] == -1  # Ollama takes bare seconds as a number only
     assert (await asked(COURSE))["keep_alive"] == "30m"
     schema = json.dumps(body["format"])
-    assert body["format"]["required"] == ["badge_name", "badge_description", "criteria"]
+    assert body["format"]["required"] == ["badge_name", "badge_description", "criteria", "skills"]
     assert body["format"]["properties"]["criteria"]["items"] == {"type": "string"}
     assert not [word for word in ("pattern", "maxLength", "minLength") if word in schema]
 
@@ -71,7 +71,7 @@ async def test_an_openai_server_is_asked_as_the_issue_says() -> None:
     assert body["stream"] is True
     assert body["stream_options"] == {"include_usage": True}
     assert body["response_format"]["type"] == "json_schema"
-    assert body["response_format"]["json_schema"]["schema"]["required"] == list(dccapi.Badge.model_fields)
+    assert body["response_format"]["json_schema"]["schema"]["required"] == [*dccapi.Badge.model_fields, "skills"]
     assert [message["role"] for message in body["messages"]] == ["system", "user"]
     assert "seed" not in await openai_asked({})
 

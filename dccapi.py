@@ -809,8 +809,6 @@ _CLOSES = rf"</(?:seed:)?(?:{_THOUGHT})>|\[/THINK\]|◁/think▷|<\|end_(?:of_th
 _OPENS += r"|<\|channel\|?>\s*(?:analysis|commentary|thought)"
 _CLOSES += r"|<\|channel\|?>\s*final|assistantfinal|<channel\|>"
 THOUGHTS_END = re.compile(rf"(?i){_CLOSES}")
-# One line of plain English has nothing that a parser could take out.
-UNMARKED = re.compile(r"[\w ,.;:!?'\"()/%+-]*", re.ASCII)
 MARK = re.compile(rf"(?i)(?P<closes>{_CLOSES})|(?P<opens>{_OPENS})|(?P<object>\{{\s*(?:\"|\Z))")
 LONGEST_MARK = 64
 AT_ONCE = 4096  # characters

@@ -90,7 +90,7 @@ THOUGHTS = {  # what stands before the badge, with a first idea for {}
     "prose before and between": "Sure.\n<think>A <think> in it. {}</think>\nHere it is:\n",
 }
 THINK_WORDS = {
-    "badge_name": "The <think> Tag",
+    "badge_name": "The <think> Tag of Knots",
     "badge_description": 'Says "</think>", [/THINK] and assistantfinal {"aloud"}.',
     "criteria": {"narrative": "- <|channel|>final: ◁/think▷\n- <thinking> in {braces} and \\backslashes\\"},
 }
@@ -614,6 +614,7 @@ async def test_an_engine_that_is_stuck_ends_within_its_bounds() -> None:
         streams = [await connection.request("POST", "/generate", body=COURSE) for _ in range(10)]
         told = [(await connection.response(stream)).json()["detail"] for stream in streams]
         await service.idle(0.5)
+    told.sort(key=lambda one: "FIRST_TOKEN_TIMEOUT" in one)
     assert "GENERATION_TIMEOUT" in told[0]  # others were read all the time
     assert all("FIRST_TOKEN_TIMEOUT" in one for one in told[1:])
     assert time.monotonic() - started < 8

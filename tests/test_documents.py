@@ -57,7 +57,7 @@ def test_every_task_is_answered_in_a_frame_and_a_fault_ends_no_process(reader: C
     assert reader.ask("text", content="<p>Knots &amp; hitches</p>") == {
         "text": "Knots & hitches",
         "repairs": {},
-        "language": "und",
+        "language": "en",
     }
     assert reader.ask("text", content="oﬃce")["repairs"] == {"ligatures": 1}
     assert reader.ask("document", path="/nowhere/at/all")["error"] == BROKEN

@@ -230,11 +230,11 @@ async def test_forty_slow_texts_of_one_client_do_not_delay_another() -> None:
 
 async def test_a_text_that_is_parsed_too_long_is_a_422_and_its_parser_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     parsers = spied(monkeypatch)
-    monkeypatch.setattr(dccapi, "PARSE_TIMEOUT", 0.001)
+    monkeypatch.setattr(dccapi, "TEXT_TIMEOUT", 0.001)
     async with serving() as service:
         response = await ask(service, {"content": "<p>Knots</p>"})
         assert (response.status, response.json()["error_code"]) == (422, "document_too_slow")
-        monkeypatch.setattr(dccapi, "PARSE_TIMEOUT", 5)
+        monkeypatch.setattr(dccapi, "TEXT_TIMEOUT", 5)
         assert (await ask(service, {"content": "<p>Knots</p>"})).status == 200
         assert parsers[0].returncode is not None or len(parsers) == 1
 
@@ -262,6 +262,7 @@ async def test_what_is_parsed_counts_as_in_flight_and_ends_with_its_client(
         assert (await ask(service)).status == 429
         connection.reset(stream)
         await eventually(lambda: parsers[0].returncode is not None, what="the end of the parser")
+        monkeypatch.setattr(dccapi, "HERE", HERE)
         assert (await ask(service)).status == 200
 
 
@@ -290,7 +291,7 @@ async def test_finished_generations_keep_no_course_and_a_bounded_number_of_bytes
             assert (await ask(service, body)).status == 200
         kept = list(service.queue._finished)
         assert len(kept) == 3
-        assert not [one for one in kept if hasattr(one, "prompt")]
+        assert not [one for one in kept if one.prompt]
         monkeypatch.setattr(dccapi, "MAX_FINISHED_BYTES", 2 * kept[0].size + 1)
         assert (await ask(service, body)).status == 200
         assert len(service.queue._finished) == 2
@@ -311,7 +312,7 @@ async def test_a_generation_that_succeeded_as_it_was_cancelled_has_succeeded_for
         assert len(service.engine.calls) == 1
 
 
-@pytest.mark.parametrize("place", ["_supervise", "_finish", "_log", "_has_read"])
+@pytest.mark.parametrize("place", ["_supervise", "_finish", "_log"])
 async def test_a_worker_survives_a_fault_of_its_bookkeeping(place: str) -> None:
     lines: list[str] = []
     with logging_into(lines):

@@ -1912,7 +1912,11 @@ class GenerationQueue:
         def accepted(title: str) -> str | None:
             if _says_nothing(title) or review.title_is_from_course(title, course.text, options):
                 return title
-            return None if first else review.title_of(course.text) or title
+            if first:
+                return None
+            own = review.title_of(course.text)
+            # The beginning of a text without a heading is a poor title.
+            return own if len(own) <= 60 or review.instructions_in(course.text) else title
 
         return accepted
 

@@ -342,11 +342,17 @@ def instructions_in(course: str) -> list[str]:
     return _split(course)[0]
 
 
+SHORT_WORDS = frozenset(
+    "A An And At By Con Das De Der Des Di Die Du El For I In La Las Le Les Los Of On The To Und".split()  # noqa: SIM905
+)
+
+
 def title_is_from_course(title: str, course: str, options: Iterable[str] = ()) -> bool:
     """Whether a word of the title is in the course or an option; what speaks to a model is no part of a course."""
     wanted = {*_meaning(title)}
-    tokens = chain.from_iterable(_tokens(text.lower()) for text in chain(_split(course)[1], options))
-    return not wanted or any(not wanted.isdisjoint(_keys(token)) for token in tokens)
+    names = {word for word in _tokens(title) if len(word) < 4 and word[0].isupper()} - SHORT_WORDS  # Git, R, SQL
+    tokens = chain.from_iterable(_tokens(text) for text in chain(_split(course)[1], options))
+    return not wanted or any(token in names or not wanted.isdisjoint(_keys(token.lower())) for token in tokens)
 
 
 def title_of(course: str) -> str:

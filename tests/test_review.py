@@ -452,3 +452,9 @@ def test_a_badge_of_many_sentences_takes_linear_time() -> None:
         badge("Climbers tie knots. " * 1000, "- Climbers tie 12 knots\n" * 500), "Knots for climbers. " * 11_000
     )
     assert time.process_time() - began < 2
+
+
+def test_a_short_name_in_a_title_is_a_word_of_the_course() -> None:
+    course = "In this lesson we use Git from the Unix Shell, and keep the history of a report."
+    assert review.title_is_from_course("Git Basics", course)
+    assert not review.title_is_from_course("The Basics", course)

@@ -3709,11 +3709,16 @@ class GuardedH11Protocol(H11Protocol):
         super().__init__(*args, **kwargs)
         connection = cast(Any, self.connection)
         next_event = connection.next_event
+        self.has_begun = False  # a head to arrive
         # At PAUSED, when anything follows the request, Hypercorn waits for the answer's end in the task that reads.
         connection.next_event = lambda: h11.NEED_DATA if (event := next_event()) is h11.PAUSED else event
 
     async def handle(self, event: ConnectionEvent) -> None:
         await super().handle(event)
+        had_begun, self.has_begun = self.has_begun, self.stream is None and bool(self.connection.trailing_data[0])
+        if self.has_begun and not had_begun and self.keep_alive_requests:
+            for idle in (False, True):  # from now on it has HEAD_TIMEOUT, and no longer keep_alive_timeout
+                await self.send(Updated(idle=idle))
         if len(self.connection.trailing_data[0]) > self.config.h11_max_incomplete_size:
             await super().handle(Closed())
             await self.send(Closed())
@@ -3796,9 +3801,10 @@ class PromptTCPServer(TCPServer):
     async def _idle_timeout(self) -> None:
         if self.reader.at_eof() or self.writer.transport.is_closing():
             return
-        config, is_new = cast(Any, self.config), not self.protocol.protocol.keep_alive_requests
+        config, protocol = cast(Any, self.config), cast(Any, self.protocol).protocol
+        waits_for_head = not protocol.keep_alive_requests or getattr(protocol, "has_begun", False)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(config.settings.head_timeout if is_new else config.keep_alive_timeout):
+            async with asyncio.timeout(config.settings.head_timeout if waits_for_head else config.keep_alive_timeout):
                 await self.context.terminated.wait()
         self.loop.call_later(CLOSE_TIMEOUT, self.writer.transport.abort)  # TLS waits for the client's word
         await asyncio.shield(self._initiate_server_close())

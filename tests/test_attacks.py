@@ -188,10 +188,11 @@ async def test_behind_a_trusted_proxy_the_bound_on_connections_is_not_the_proxys
     [
         b"",
         b"GET /livez HTTP/1.1\r\nx: ",
+        b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\nGET /livez HTTP/1.1\r\nx: ",
         PREFACE,
         PREFACE + frame(1, 1, b"\x82", 1),
     ],
-    ids=["silence", "no end", "a preface", "no END_HEADERS"],
+    ids=["silence", "no end", "no end of the second", "a preface", "no END_HEADERS"],
 )
 async def test_a_head_that_never_ends_ends_its_connection(beginning: bytes, tls: bool) -> None:
     context = trusting_tls() if tls else None

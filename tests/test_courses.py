@@ -170,6 +170,9 @@ async def test_a_title_that_obeys_the_course_is_asked_for_again_in_the_same_work
         *tokens, final = await watch(service, INJECTED)
         assert len(service.engine.calls) == 2
     assert json.loads("".join(token["content"] for token in tokens)) == final["content"] == json.loads(badge_json())
+    assert service.engine.calls[0].body["prompt"] in service.engine.calls[1].body["prompt"]  # and more
+    assert final["usage"]["prompt_tokens"] == 2 * 467
+    assert final["usage"]["completion_tokens"] > 9
     assert "instructions_in_course" in {note["code"] for note in final["review"]["notes"]}
 
 

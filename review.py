@@ -274,12 +274,15 @@ ORDERS = re.compile(
         | everything\s+(?:above|before|you\s(?:were|have\sbeen)) )
     | \b(?:answer|reply|respond|write|output|use|set|return|give|choose|say)\b.{1,60}
         \b(?:as|for|to)\s+(?:the\s+)?badge[\s_](?:name|title)
-    | \b(?:name|call|title)\s+(?:the|this|your)\s+badge\s+["'“«]?(?-i:[A-Z])
+    | \b(?:name|call|title)\s+(?:(?:the|this|your|all|every|any|each)\s+)*badges?\s+["'“«]?(?-i:[A-Z])
+    | \bbadge\b.{0,30}\b(?:its|the)\s+(?:name|title)\s+(?:must|should|shall|has\sto|is\sto)\s+be\b
+    | \bdisregard\s+(?:the|this)\s+(?:course|text|content|syllabus)\b
+    | \b(?:do\snot|don't|never)\s+use\s+(?:the|this)\s+(?:course(?:'s)?\s+)?(?:title|name)\b
     | \bbadge[\s_](?:name|title)\s+(?:must|should|shall|has\sto)\b | \bbadge_(?:name|description)\b
     | \bbadge\s+(?:must|should|shall)\s+be\s+(?:named|called|titled)
     | \btitle\s+of\s+(?:the|this)\s+badge\s+(?:is|must|should)\b
     | \b(?:instead\sof|(?:do\snot|don't|never)\s+(?:write|create|generate))\s+(?:writing\s+)?(?:a|the|this)\s+badge\b
-    | \byou\sare\snow\s+(?: (?-i:[A-Z]{3,}) | no\slonger | free\b | in\s+\w+\s+mode
+    | \byou\sare\snow\s+(?: (?-i:[A-Z]{3,}|[A-Z]\w*(?:Bot|GPT|AI)\b) | no\slonger | free\b | in\s+\w+\s+mode
         | an?\s+(?:\w+[\s-]){0,3}(?:bot|chatbot|ai|(?:language|ai)\smodel|ai\sassistant|pirate|poet)\b )
     | \b(?:note|message|instruction)s?\s+(?:to|for)\s+(?:the\s+|any\s+)?(?:ai|llm|language\smodel|chatbot)s?\s*[:,.!]
     | \bif\syou\sare\san?\s+(?:ai|llm|(?:large\s)?language\smodel|chatbot)\b | \bnew\s(?:system\s)?instructions?\s*:
@@ -293,7 +296,19 @@ ORDERS = re.compile(
 # What a sentence must have, in small letters, to be looked at: a long course costs little.
 BEGINNINGS = [
     *{verb for verbs, _, _ in TELLING for verb in verbs.split("|")},
-    *("disregard", "forget", "overrid", "bypass", "badge", "you are now", "if you are a", "new instr", "new system"),
+    *(
+        "disregard",
+        "forget",
+        "overrid",
+        "bypass",
+        "badge",
+        "you are now",
+        "use the ",
+        "use this ",
+        "if you are a",
+        "new instr",
+        "new system",
+    ),
     *("to ai", "for ai", "the ai", "any ai", "llm", "language model", "chatbot", "prompt", "<|", "<<", "inst]"),
     *("system:", "insignia", "abzeichen", "distintivo", "medalha", "バッジ", "徽章"),
 ]
@@ -348,10 +363,15 @@ SHORT_WORDS = frozenset(
 
 
 def title_is_from_course(title: str, course: str, options: Iterable[str] = ()) -> bool:
-    """Whether a word of the title is in the course or an option; what speaks to a model is no part of a course."""
+    """Whether a word of the title is in the course or an option, and none of it only in what speaks to a model."""
     wanted = {*_meaning(title)}
+    orders, taught = _split(course)
+    if orders and (ordered := wanted & {key for text in orders for key in _meaning(text)}):
+        said = {key for text in chain(taught, options) for key in _meaning(text)}
+        if ordered - said:
+            return False
     names = {word for word in _tokens(title) if len(word) < 4 and word[0].isupper()} - SHORT_WORDS  # Git, R, SQL
-    tokens = chain.from_iterable(_tokens(text) for text in chain(_split(course)[1], options))
+    tokens = chain.from_iterable(_tokens(text) for text in chain(taught, options))
     return not wanted or any(token in names or not wanted.isdisjoint(_keys(token.lower())) for token in tokens)
 
 

@@ -115,6 +115,7 @@ log = logging.getLogger("dccapi")
 
 MAX_FINISHED = 256  # finished generations that are remembered (contract 3.6)
 READERS = 4  # processes at most, of about 40 MB each; they are started when they are needed
+OVERTAKEN_AFTER = 0.5  # seconds that the queue waits for a course to be read
 TEXT_TIMEOUT, DOCUMENT_TIMEOUT = 5, 30  # seconds that the markup of a course, or a document, may take
 MAX_LINE = 4 * 2**20  # of an engine's answer; Ollama's last line carries the context, about 6 bytes a token
 MAX_OUTPUT_CHARS = 2**18  # of one generation: 4,096 tokens of 64 characters
@@ -1237,7 +1238,7 @@ def build_achievement(badge: Badge, request: GenerateRequest | None = None, tags
         achievement["creator"] |= {"name": name} if re.search(VISIBLE, name) else {}
     if url and request and request.course_id:
         achievement["id"] = uuid.uuid5(uuid.NAMESPACE_URL, f"{url.rstrip('/')}/{request.course_id}").urn
-    if shown := [tag for tag in tags if re.search(VISIBLE, tag)]:
+    if shown := [tag for tag in dict.fromkeys(tags) if re.search(VISIBLE, tag)]:
         achievement["tag"] = shown
     return cast(dict[str, Any], _tidied(achievement))
 
@@ -1740,6 +1741,7 @@ class GenerationQueue:
             generation.task.cancel()
         else:
             self._waiting.pop(generation, None)
+            self._arrived.set()
             self._finish(generation, reason)
             self._renumber()
 
@@ -1761,11 +1763,17 @@ class GenerationQueue:
         return sorted(self._waiting, key=lambda generation: generation.urgency)
 
     def _next(self) -> Generation | None:
-        """The first whose course is read; each eighth time the oldest, however urgent: a catalogue gets on as well."""
-        ready = [generation for generation in self._in_order() if generation.prompt]
-        if ready and self._starts % 8 == 7:
-            ready.sort(key=lambda generation: generation.created)
-        return ready[0] if ready else None
+        """The next in order; each eighth time the oldest, however urgent: a catalogue gets on as well.
+
+        One whose course takes long to read is overtaken, but not by what came at the same moment.
+        """
+        order = self._in_order() if self._starts % 8 != 7 else list(self._waiting)
+        for generation in order:
+            if generation.prompt:
+                return generation
+            if time.monotonic() - generation.created < OVERTAKEN_AFTER:
+                return None
+        return None
 
     def _renumber(self) -> None:
         """Tell the waiting their positions; a thousand of them twice a second, since each is a write."""
@@ -1797,7 +1805,9 @@ class GenerationQueue:
         while True:
             while (generation := self._next()) is None:
                 self._arrived.clear()
-                await self._arrived.wait()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(OVERTAKEN_AFTER if self._waiting else None):
+                        await self._arrived.wait()
             try:
                 await self._run(generation)
             except Exception as error:

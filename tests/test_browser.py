@@ -399,6 +399,8 @@ async def test_stop_ends_the_engine_call_and_leaves_the_other_drafts_alone() -> 
     async with serving(script=SLOW) as service, demo_at(service.url + "/") as page:
         await write(page, 2)
         await states(page, "Writing", "Writing")
+        for number in (1, 2):
+            await expect(card(page, number).locator(".name textarea")).not_to_have_value("")
         await card(page, 2).get_by_role("button", name="Stop").click()
         await states(page, "Writing", "Stopped")
         stopped = [call for call in service.engine.calls if call.closed_by_client.is_set()]
@@ -549,7 +551,7 @@ async def test_one_field_is_written_anew_and_can_be_put_back() -> None:
 
 
 async def test_a_refused_request_is_told_once_at_the_form() -> None:
-    async with serving(script=drafts(), num_ctx=500) as service, demo_at(service.url + "/") as page:
+    async with serving(script=drafts(prompt_eval_count=200), num_ctx=400) as service, demo_at(service.url + "/") as page:
         await page.click("#write")
         await expect(page.locator("#form-error")).to_contain_text("Paste a course description")
         await expect(page.locator("#content")).to_be_focused()

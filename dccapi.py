@@ -1931,9 +1931,10 @@ class GenerationQueue:
                 return title
             if first:
                 return None
-            own = review.title_of(course.text)
+            own = " ".join(NOT_TEXT.sub("", review.title_of(course.text)).split())
             # The beginning of a text without a heading is a poor title.
-            return own if len(own) <= 60 or review.instructions_in(course.text) else title
+            is_title = len(own) <= 60 or review.instructions_in(course.text)
+            return own if is_title and not _says_nothing(own) else title
 
         return accepted
 
@@ -3336,6 +3337,7 @@ class Exchange:
         self._headers = dict(scope["headers"])
         self._peer = peer_at(scope.get("client"), settings)
         self._refused: ApiError | None = None
+        self._body: Any = None  # a file, once something of it has come
         self._size = self._held = 0
         media_type = self._headers.get(b"content-type", b"").lower()
         is_upload = media_type.startswith(b"multipart/form-data") or _short_path(scope) == "/extract"
@@ -3370,12 +3372,14 @@ class Exchange:
 
     async def _watch(self, task: asyncio.Task[None]) -> None:
         """Take all that the client sends, or Hypercorn would stop reading; when it is gone, end its request."""
-        # What is larger than an ordinary body is not held in memory.
-        with tempfile.SpooledTemporaryFile(max_size=self._settings.max_body_bytes) as self._body:
+        try:
             if await self._take_body():
                 self._arrived.set()
                 while (await self._receive())["type"] != "http.disconnect":
                     pass
+        finally:
+            if self._body:
+                self._body.close()
         # Hypercorn says so after every response too, while it tidies up in the last `send`: that must not be cancelled.
         if not self._is_over:
             self.gone = True
@@ -3397,7 +3401,9 @@ class Exchange:
                         deadline.reschedule(loop.time() + settings.body_timeout)  # an upload goes on
                     size += len(chunk)
                     refused = refused or self._refusal(size)
-                    if not refused and not self._is_over:
+                    if chunk and not refused and not self._is_over:
+                        # What is larger than an ordinary body is not held in memory.
+                        self._body = self._body or tempfile.SpooledTemporaryFile(settings.max_body_bytes)  # noqa: SIM115
                         self._body.write(chunk)
                         self._hold(size)
         except TimeoutError:
@@ -3405,7 +3411,8 @@ class Exchange:
         finally:
             self._hold(0)
         self._refused, self._size = refused, size
-        self._body.seek(0)
+        if self._body:
+            self._body.seek(0)
         return True
 
     def _hold(self, size: int) -> None:
@@ -3426,8 +3433,8 @@ class Exchange:
         await self._arrived.wait()
         if self._refused:
             raise self._refused
-        chunk = self._body.read(self._settings.max_body_bytes)
-        self._is_delivered = self._body.tell() >= self._size
+        chunk = self._body.read(self._settings.max_body_bytes) if self._body else b""
+        self._is_delivered = not self._body or self._body.tell() >= self._size
         return {"type": "http.request", "body": chunk, "more_body": not self._is_delivered}
 
     async def send(self, message: Message) -> None:

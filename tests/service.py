@@ -292,6 +292,11 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def engines_of(pid: int) -> list[int]:
+    """The embedded engine's child processes, without those that read courses."""
+    return [child for child in children(pid) if b"\0engine\0" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
 def runs(pid: int) -> bool:
     """A zombie that nobody has waited for does not run."""
     try:

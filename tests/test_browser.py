@@ -551,7 +551,10 @@ async def test_one_field_is_written_anew_and_can_be_put_back() -> None:
 
 
 async def test_a_refused_request_is_told_once_at_the_form() -> None:
-    async with serving(script=drafts(prompt_eval_count=200), num_ctx=400) as service, demo_at(service.url + "/") as page:
+    async with (
+        serving(script=drafts(prompt_eval_count=200), num_ctx=400) as service,
+        demo_at(service.url + "/") as page,
+    ):
         await page.click("#write")
         await expect(page.locator("#form-error")).to_contain_text("Paste a course description")
         await expect(page.locator("#content")).to_be_focused()

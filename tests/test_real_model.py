@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 import dccapi
-from service import COURSE, COURSES, HERE, MODEL, children, commands, events_of, named, needs_model, runs, texts_of
+from service import COURSE, COURSES, HERE, MODEL, commands, engines_of, events_of, named, needs_model, runs, texts_of
 from testkit import H2Client, Server, eventually, free_port
 
 pytestmark = pytest.mark.slow
@@ -57,8 +57,10 @@ async def test_a_course_over_the_context_is_refused_with_the_figures() -> None:
     port = free_port()
     async with embedded(port, NUM_CTX="1024"), await H2Client.connect("127.0.0.1", port) as connection:
         for content in ("プログラミング入門。" * 300, "word " * 2000):
+            body = {"content": content, "long_content": "refuse"}
             answer = await connection.response(
-                await connection.request("POST", "/generate", body={"content": content}), timeout=120
+                await connection.request("POST", "/generate", body=body),
+                timeout=120,
             )
             assert (answer.status, answer.json()["error_code"]) == (413, "content_too_long")
             assert answer.json()["prompt_tokens"] > answer.json()["context_tokens"] == 1024
@@ -71,14 +73,14 @@ async def test_a_killed_engine_ends_its_generation_and_the_next_one_works() -> N
     async with embedded(port) as server, await H2Client.connect("127.0.0.1", port) as connection:
         stream = await connection.request("POST", "/generate/stream", body=COURSE)
         await anext(event async for event in connection.events(stream, 60) if named([event], "token"))
-        (child,) = children(server.pid)
+        (child,) = engines_of(server.pid)
         os.kill(child, signal.SIGKILL)
         last = (await events_of(connection, stream))[-1]["data"]
         assert (last["type"], last["error_code"]) == ("error", "engine_error")
         body = COURSE | {"seed": 1}
         answer = await connection.response(await connection.request("POST", "/generate", body=body), timeout=120)
         assert answer.status == 200
-        assert children(server.pid) != [child]
+        assert engines_of(server.pid) != [child]
 
 
 @needs_model
@@ -86,7 +88,7 @@ async def test_a_killed_engine_ends_its_generation_and_the_next_one_works() -> N
 async def test_the_child_ends_with_us(sign: signal.Signals) -> None:
     port = free_port()
     async with embedded(port) as server:
-        (child,) = children(server.pid)
+        (child,) = engines_of(server.pid)
         assert runs(child)
         os.kill(server.pid, sign)
         await server.wait()

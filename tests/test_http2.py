@@ -239,7 +239,7 @@ async def test_ten_thousand_resets_cost_the_others_nothing() -> None:
         await watcher
         assert connections > 5, "a connection that resets over a thousand streams is closed"
         assert slowest < 0.5
-        assert peak - before < 64 * 1024
+        assert peak - before < 96 * 1024
         await eventually(lambda: ollama.open_calls == 0)
         async with asyncio.timeout(10):
             while True:

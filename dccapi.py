@@ -2162,7 +2162,7 @@ async def event_stream(
     chunk = b"retry: 1000\n\n"
     while True:
         changed.clear()
-        if queue.beats != beats:
+        if queue.beats != beats and not encoder.ended:
             beats = queue.beats
             chunk += b": heartbeat\n\n"
         if generation.position != position and generation.outcome is None:

@@ -1678,8 +1678,9 @@ class GenerationQueue:
         except ContentTooLong as error:
             if not prompt.can_be_condensed(error):
                 raise
-        generation.prompt = prompt
-        self._arrived.set()
+        if generation.outcome is None:  # it may have been ended meanwhile
+            generation.prompt = prompt
+            self._arrived.set()
 
     def join(self, client: str, key: str, fingerprint: bytes) -> Generation | None:
         """The generation that this `Idempotency-Key` stands for; a failed one is forgotten, so a retry is a new try."""
@@ -1703,7 +1704,9 @@ class GenerationQueue:
         try:
             yield
         finally:
-            del self._waiting[generation], self._known[generation.id]
+            if generation.outcome is None:  # a drain may have ended it
+                del self._waiting[generation], self._known[generation.id]
+                self._renumber()
 
     # -- following and leaving
 
@@ -1946,8 +1949,12 @@ class GenerationQueue:
         content = course.text if "</" in content else content  # Markdown still has its headings
         fits = error.members["content_words_that_fit"]
         characters = len(content) * fits // word_count(content)
-        cut = await self.readers.ask("condense", generation.client, content=content, words=fits, characters=characters)
-        text = (await self.readers.ask("text", generation.client, content=cut["text"]))["text"]
+        ask = partial(self.readers.ask, client=generation.client)
+        try:
+            cut = await ask("condense", content=content, words=fits, characters=characters)
+            text = (await ask("text", content=cut["text"]))["text"]
+        except ApiError:
+            raise error from None
         said = f"The course was too long for the model, which has read {cut['words_kept']} of {cut['words']} words."
         note = {"code": "condensed", "field": "content", "text": ", ".join(cut["left_out"]), "message": said}
         course = replace(course, notes=(*(one for one in course.notes if one["code"] != "condensed"), note))
@@ -3397,12 +3404,12 @@ class Exchange:
                     if message["type"] == "http.disconnect":
                         return False
                     more, chunk = message.get("more_body", False), message["body"]
-                    if size // settings.max_body_bytes < (size + len(chunk)) // settings.max_body_bytes < 100:
+                    if not refused and size // settings.max_body_bytes < (size + len(chunk)) // settings.max_body_bytes:
                         deadline.reschedule(loop.time() + settings.body_timeout)  # an upload goes on
                     size += len(chunk)
                     refused = refused or self._refusal(size)
                     if chunk and not refused and not self._is_over:
-                        # What is larger than an ordinary body is not held in memory.
+                        # What is larger than an ordinary body is not held in memory. `_watch` closes it.
                         self._body = self._body or tempfile.SpooledTemporaryFile(settings.max_body_bytes)  # noqa: SIM115
                         self._body.write(chunk)
                         self._hold(size)

@@ -53,7 +53,7 @@ STOP_WORDS = set(
     sont leur leurs cette plus elle être sans mais aussi cours capable einen einem einer eines eine sind wird werden
     nach auch oder über durch unter sich dass diese dieser nicht kurs lernende teilnehmende della delle degli dello alla
     alle nella sono questo questa corso anche pelo pela está seus suas aluno alunos deze zijn wordt worden naar voor
-    door cursus deelnemers sekä myös kurssi kurssin kurssilla osaa eller kursen""".split()  # noqa: SIM905
+    door cursus deelnemers sekä myös kurssi kurssin kurssilla osaa eller kursen""".split()  # noqa: SIM905 - a list of so many is no text
 )
 # From two on: in most languages "one" is an article as well.
 NUMBER_WORDS = {
@@ -363,6 +363,7 @@ def instructions_in(course: str) -> list[str]:
 
 
 SHORT_WORDS = frozenset(
+    # One string reads better than a list.
     "A An And At By Con Das De Der Des Di Die Du El For I In La Las Le Les Los Of On The To Und".split()  # noqa: SIM905
 )
 

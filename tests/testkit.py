@@ -48,7 +48,7 @@ def rss_kib(pid: int) -> int:
     Those that read documents are left out: how many there are depends on what was asked.
     """
     try:
-        if b"documents.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
+        if b"-m\0reader" in Path(f"/proc/{pid}/cmdline").read_bytes():
             return 0
         own = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())  # none once it is a zombie
         children = " ".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")).split()

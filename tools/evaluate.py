@@ -2,7 +2,7 @@
 
 Each course is sent to a running service (`--url`) or to one that this starts with the embedded engine (`--model`), one
 at a time, over HTTP/2. A row for each course is printed as it comes, and shares of all at the end. The judgement is the
-answer's own `review`; where an older service has none, review.py reckons it.
+answer's own `review`; where an older service has none, `reader` reckons it.
 
 A file of courses has a JSON object a line: `content`; `id`, `title` and `lang` if there are any; and every other field
 of a request under `options`.
@@ -29,7 +29,7 @@ import httpx
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from review import language_of, review
+from reader.review import language_of, review
 from testkit import Server, free_port
 
 HERE = Path(__file__).resolve().parents[1]  # the checkout

@@ -1,35 +1,22 @@
 """Plain text out of the course texts that people have: HTML, Markdown, text with the dirt of PDF files.
 
-A program of its own, not a part of the service: documents can be made to take minutes and gigabytes, so dccapi.py runs
-this file in processes with limits of memory and time. `python documents.py` reads JSON from stdin, each behind its
-length in eight bytes, `{"task": one of TASKS, ...its arguments}`, and writes JSON to stdout in the same way: what the
-task returns, or `{"error", "detail"}`. It ends when stdin does.
-
 Text is taken for HTML or Markdown only where it shows that it is, and what tools did to it is undone only where no fact
 changes. Of text without markup and dirt every character stays.
 """
 
 from __future__ import annotations
 
-import codecs
-import ctypes
 import itertools
-import os
 import re
-import resource
-import signal
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import unescape
 from typing import Any
 
-import orjson
 from ftfy import fix_encoding
 from ftfy.badness import badness
 from selectolax.lexbor import LexborHTMLParser
 
-MAX_MEMORY = 2**29  # bytes of one process
+from reader.extract import TOO_LARGE, Refused
 
 # One character that can be seen: neither control nor space nor format character.
 VISIBLE = r"[^\x00-\x20\x7f-\xa0\xad\u1680\u2000-\u200f\u2028-\u202f\u205f-\u206f\u3000\ufeff]"
@@ -65,6 +52,12 @@ FORMULAS = {
     "sup": "^{0}\ufdd0", "sub": "_{0}\ufdd0", "msup": "{0}^{1}", "msub": "{0}_{1}", "msubsup": "{0}_{1}^{2}",
     "mfrac": " {0}/{1} ", "msqrt": "√{0}", "mroot": "{0}^(1/{1})", "munder": "{0}_{1}", "munderover": "{0}_{1}^{2}",
 }  # fmt: skip
+MAX_TEXT = 2**21  # characters of a document that are read: about 700 pages
+MAX_ELEMENTS, MAX_DEPTH = 100_000, 500  # of HTML, whose tree takes time and memory
+# HTML need not say where these end.
+TAGS = re.compile(
+    r"<(/?)(?!(?:p|li|dt|dd|t[rhd]|thead|tbody|tfoot|option|br|hr|img|input|meta|link|col|wbr)\b)[a-zA-Z]"
+)
 
 # A block of `key: value` lines with small letters; others between rulers are courses.
 FRONT_MATTER = re.compile(r"\A---[ \t]*\n(?=[a-z])((?:[a-z][\w-]*:.*\n|[ \t#-].*\n)*?)---[ \t]*\n")
@@ -138,10 +131,10 @@ def plain_text(content: str) -> CourseText:
         said = [found["inline"] or found["lines"].strip("\n") for found in code]
     else:
         said = [found[0] for found in code]
-    return _tidied(re.sub("\ufdd1(\\d+)\ufdd1", lambda found: said[int(found[1])], plain))
+    return tidied(re.sub("\ufdd1(\\d+)\ufdd1", lambda found: said[int(found[1])], plain))
 
 
-def _tidied(text: str) -> CourseText:
+def tidied(text: str) -> CourseText:
     """Without the dirt that tools leave, which is counted."""
     repairs = {"mojibake": badness(text)}
     if repairs["mojibake"]:
@@ -155,7 +148,7 @@ def _tidied(text: str) -> CourseText:
     return CourseText(text.strip(), {kind: count for kind, count in repairs.items() if count > 0})
 
 
-def _is_html(text: str) -> bool:
+def is_html(text: str) -> bool:
     text = re.sub(NO_TEXT, "", text)
     return bool(re.match(IS_HTML, text) or (re.search(HAS_HTML, text) and not re.search(TELLS_OF_HTML, text)))
 
@@ -164,9 +157,9 @@ def _without_html(text: str) -> str:
     for _ in range(2 if "&" in text else 0):  # it may have been escaped, even twice
         bare = re.sub(ENTITY, lambda found: unescape(found[0]), text)
         escaped = "<" not in text and not re.search(rf"&(?!{ENTITY[1:]})|(?i:html)", text)
-        if not _is_html(text) and (escaped or _is_html(bare)):
+        if not is_html(text) and (escaped or is_html(bare)):
             text = bare
-    return said_in_html(text) if "<" in text and _is_html(text) else text
+    return said_in_html(text) if "<" in text and is_html(text) else text
 
 
 def said_in_html(text: str, marked: bool = False) -> str:
@@ -360,332 +353,3 @@ def whole_words(text: str) -> tuple[str, int]:
 
     plain = BROKEN.sub(whole, text)
     return plain, text.count("\n") - plain.count("\n")
-
-
-# ---- Documents ------------------------------------------------------------------------------------------------------
-
-DETAILS = {
-    "document_broken": "The document is damaged and cannot be read. Open it, save it anew, and send it again.",
-    "document_encrypted": "The document is protected with a password. Remove the password and send it again.",
-    "document_has_no_text": "The document has no text; it may be a scan. Run OCR on it first, or paste its text.",
-    "document_too_slow": "The document takes too long to read. Send a shorter one, or paste its text.",
-    "unsupported_media_type": "Send a PDF, DOCX, PPTX, ODT, HTML, Markdown or plain text document.",
-}
-TOO_LARGE = "The document unpacks to more than can be read. Send a shorter one, or paste its text."
-# Of scripts without spaces, two letters are about a word.
-UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
-MAX_TEXT = 2**21  # characters of a document that are read: about 700 pages
-MAX_ELEMENTS, MAX_DEPTH = 100_000, 500  # of HTML, whose tree takes time and memory
-# HTML need not say where these end.
-TAGS = re.compile(
-    r"<(/?)(?!(?:p|li|dt|dd|t[rhd]|thead|tbody|tfoot|option|br|hr|img|input|meta|link|col|wbr)\b)[a-zA-Z]"
-)
-
-
-class Refused(BaseException):
-    """A document that is not read, with the reason. No `except Exception` of a library stops it."""
-
-    def __init__(self, code: str, detail: str = "") -> None:
-        super().__init__(code)
-        self.code, self.detail = code, detail or DETAILS[code]
-
-
-@dataclass
-class Extract:
-    """What a reader finds in a document. The text has headings, lists and tables as Markdown writes them."""
-
-    text: str
-    title: str = ""
-    pages: int | None = None
-    notes: list[dict[str, str]] = field(default_factory=list)
-
-
-def note(code: str, message: str, text: str = "") -> dict[str, str]:
-    """As the notes of a review are."""
-    return {"code": code, "field": "content", "text": text, "message": message}
-
-
-# ---- Any document ---------------------------------------------------------------------------------------------------
-
-# What begins with these bytes is something else.
-KNOWN_BYTES = (
-    (b"{\\rtf", "This is RTF. Save it as DOCX or PDF and send that."),
-    (b"\x89PNG|\xff\xd8\xff|GIF8|II*\0|MM\0*|RIFF|BM", "This is a picture. Run OCR on it first, or paste its text."),
-)
-# What a text begins with tells its encoding; UTF-32 comes before UTF-16, whose mark is the beginning of its own.
-MARKED = (
-    (codecs.BOM_UTF8, "utf-8"),
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
-CHARSET = re.compile(rb"""(?i)charset\s*=\s*["']?([\w.:-]+)|<\?xml[^>]*encoding=["']([\w.:-]+)""")
-REPAIRED = {
-    "mojibake": "Garbled characters were put right",
-    "soft_hyphens": "Soft hyphens were taken out",
-    "zero_width": "Invisible characters were taken out",
-    "ligatures": "Ligatures were written as letters",
-    "bullets": "Bullets of symbol fonts were written as list marks",
-    "page_marks": "Running headers, footers and page numbers were left out",
-    "hyphenation": "Words that were broken at the end of a line were joined",
-}
-
-
-def kind_of(path: str) -> str:
-    """The kind of a document by its content. Its name and media type only tell text from text."""
-    with open(path, "rb") as file:
-        head = file.read(4096)
-    if b"%PDF-" in head[:1024]:
-        return "pdf"
-    if head.startswith(b"PK\x03\x04"):
-        import documents_office
-
-        if kind := documents_office.Package(path).kind():
-            return kind
-        raise Refused(
-            "unsupported_media_type", "This is an archive or a spreadsheet. " + DETAILS["unsupported_media_type"]
-        )
-    if head.startswith(b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"):
-        with open(path, "rb") as file:
-            if "EncryptedPackage".encode("utf-16-le") in file.read(2**24):
-                raise Refused("document_encrypted")
-        raise Refused(
-            "unsupported_media_type", "This is of an old Office version. Save it as DOCX, PPTX or PDF and send that."
-        )
-    for starts, detail in KNOWN_BYTES:
-        if head.startswith(tuple(starts.split(b"|"))):
-            raise Refused("unsupported_media_type", detail)
-    return "text"
-
-
-def decoded(data: bytes, charset: str = "") -> str:
-    """The text of bytes in any usual encoding. What bears no text at all is refused."""
-    guesses = [encoding for bom, encoding in MARKED if data.startswith(bom)][:1]
-    if not guesses and 0.3 * len(data) < data.count(0) < 0.6 * len(data):
-        guesses = ["utf-16-le" if data[1::2].count(0) > data[::2].count(0) else "utf-16-be"]
-    declared = CHARSET.search(data[:2048])
-    guesses += ["utf-8", charset, (declared[1] or declared[2]).decode("ascii", "ignore") if declared else ""]
-    for guess in filter(None, guesses):
-        try:
-            text = data.decode(guess)
-            break
-        except (LookupError, ValueError):
-            continue
-    else:
-        import charset_normalizer
-
-        best = charset_normalizer.from_bytes(data[: 2**18]).best()
-        encoding = best.encoding if best and best.encoding not in ("latin_1", "iso8859_1") else "cp1252"
-        text = data.decode(encoding, "replace").replace("¤", "€")  # one byte in ISO 8859-1 and 8859-15
-    if len(re.findall(r"[\x00-\x08\x0e-\x1a\x1c-\x1f\ufffd]", text)) > len(text) / 200:
-        raise Refused("unsupported_media_type")
-    return text.lstrip("\ufeff")
-
-
-def text_of_file(path: str, name: str, media_type: str) -> Extract:
-    with open(path, "rb") as file:
-        data = file.read(4 * MAX_TEXT)
-    charset = re.search(r"(?i)charset=\"?([\w.:-]+)", media_type)
-    text = re.sub(r"\r\n?", "\n", decoded(data, charset[1] if charset else ""))
-    markdown = re.search(r"(?i)\.(?:md|markdown|txt|rst)$", name) or re.search("markdown|plain", media_type)
-    if re.match(r"(?i)\s*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)*<(?:!doctype html|html)\b", text) or (
-        not markdown and _is_html(text)
-    ):
-        title = re.search(r"(?is)<title\b[^>]*>(.*?)</title>", text)
-        return Extract(said_in_html(text, marked=True), unescape(title[1]) if title else "")
-    if front := FRONT_MATTER.match(text):
-        text = "\n".join([*TOLD_IN_FRONT.findall(front[1]), "", text[front.end() :]])
-    return Extract(text)
-
-
-def document(path: str, name: str = "", media_type: str = "") -> dict[str, Any]:
-    """What a document of any kind says, with its headings, lists and tables."""
-    kind = kind_of(path)
-    if kind == "pdf":
-        import documents_pdf
-
-        found = documents_pdf.pdf_text(path)
-    elif kind in ("docx", "pptx", "odt"):
-        import documents_office
-
-        found = documents_office.READERS[kind](path)
-    else:
-        found = text_of_file(path, name, media_type)
-    if len(found.text) > MAX_TEXT:
-        found.notes.append(note("left_out", f"Only the first {MAX_TEXT:,} characters were read."))
-    tidy = _tidied(found.text[:MAX_TEXT])
-    if not re.search(VISIBLE, tidy.text):
-        raise Refused("document_has_no_text")
-    notes = found.notes + [
-        note("text_repaired", f"{REPAIRED[kind]} ({count}).") for kind, count in tidy.repairs.items()
-    ]
-    return {
-        "content": tidy.text,
-        "title": _title(found.title, tidy.text),
-        "language": language_of(tidy.text),
-        "pages": found.pages,
-        "words": len(tidy.text.split()) + len(UNSPACED.findall(tidy.text)) // 2,
-        "notes": notes,
-    }
-
-
-def _title(told: str, text: str) -> str | None:
-    """The first heading, or what the document is called where it has none, or its first line where that is short."""
-    heading = re.search(r"(?m)^#{1,6} (.*)", text[:3000])
-    told = re.sub(
-        r"(?i)^microsoft word - |\.(?:docx?|pdf|pptx?|odt|tex|dvi|rtf)$|^(?:untitled|title|powerpoint presentation)$",
-        "",
-        told.strip(),
-    )
-    first = text.partition("\n")[0].strip("# *")
-    found = heading[1] if heading else told or (first if len(first) <= 100 else "")
-    return " ".join(found.split())[:200] or None
-
-
-def language_of(text: str) -> str:
-    """The BCP 47 tag of a text's language; "und" if it is not known."""
-    try:
-        import review
-    except ImportError:  # beside this file stands no review.py
-        return "und"
-    return str(review.language_of(text))
-
-
-# ---- The program ----------------------------------------------------------------------------------------------------
-
-MAX_SECONDS = {"document": 15}  # of processor time; others have 5
-
-
-def text(content: str) -> dict[str, Any]:
-    said = plain_text(content)
-    return {"text": said.text, "repairs": said.repairs, "language": language_of(said.text)}
-
-
-def condense(**arguments: Any) -> dict[str, Any]:
-    import condense
-
-    return condense.condense(**arguments)
-
-
-def review(**arguments: Any) -> dict[str, Any]:
-    import review
-
-    return review.review(**arguments)
-
-
-TASKS: dict[str, Callable[..., dict[str, Any]]] = {
-    "text": text,
-    "document": document,
-    "condense": condense,
-    "review": review,
-}
-
-
-def answered(request: dict[str, Any]) -> bytes:
-    """The answer to a request. Each document is read in a process of its own: parsers in C end that, not this one,
-    and keep no memory."""
-    return _answered_apart(request) if request.get("task") == "document" else orjson.dumps(result_of(request))
-
-
-def result_of(request: dict[str, Any]) -> dict[str, Any]:
-    """What a task returns, or why it does not."""
-    name = request.pop("task", None)
-    try:
-        _allow(MAX_SECONDS.get(name, 5))
-        return TASKS[name](**request)
-    except Refused as refused:
-        return _error(refused.code, refused.detail)
-    except MemoryError:
-        return _error("document_broken", TOO_LARGE)
-    except Exception:  # a parser met what it was not made for
-        return _error("document_broken")
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-
-
-def _error(code: str, detail: str = "") -> dict[str, Any]:
-    return {"error": code, "detail": detail or DETAILS[code]}
-
-
-def _answered_apart(request: dict[str, Any]) -> bytes:
-    outlet, inlet = os.pipe()
-    if not (process := os.fork()):
-        try:
-            os.close(outlet)
-            _end_with_parent()
-            answer = orjson.dumps(result_of(request))
-            with open(inlet, "wb") as pipe:
-                pipe.write(answer)
-            os._exit(0)
-        finally:
-            os._exit(1)
-    os.close(inlet)
-    with open(outlet, "rb") as pipe:
-        answer = pipe.read()
-    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    if status == 0:
-        return answer
-    slow = status == -signal.SIGXCPU
-    return orjson.dumps(_error("document_too_slow") if slow else _error("document_broken", TOO_LARGE))
-
-
-def _end_with_parent() -> None:
-    """The service kills the process that it has started. Where there is no prctl, the limits end this one."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() == 1:  # it is dead already
-            os._exit(1)
-
-
-def _allow(seconds: int) -> None:
-    """Sets the processor time of a task. Python is interrupted after it; C code that goes on is killed by SIGXCPU."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + seconds + 3, resource.RLIM_INFINITY))
-    signal.setitimer(signal.ITIMER_PROF, seconds, 0.5)
-
-
-def _too_slow(*_: object) -> None:
-    raise Refused("document_too_slow")
-
-
-def _confine() -> None:
-    """Limits what a document that takes over a parser can do: memory, files, network, other programs."""
-    if sys.platform != "darwin":  # which knows no limit of memory
-        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # of files: libraries try whether they can write one
-    signal.signal(signal.SIGPROF, _too_slow)
-    sys.addaudithook(_refuse)
-
-
-# A socket alone reaches nobody, and urllib3 binds one when it is imported.
-FORBIDDEN = (
-    "socket.connect",
-    "socket.send",
-    "socket.get",
-    "subprocess.",
-    "os.exec",
-    "os.posix_spawn",
-    "os.system",
-)
-
-
-def _refuse(event: str, _: object) -> None:
-    if event.startswith(FORBIDDEN):
-        raise PermissionError(event)
-
-
-def main() -> None:
-    """Reads requests from stdin, writes answers to stdout, each behind its length in eight bytes, until EOF."""
-    _confine()
-    while head := sys.stdin.buffer.read(8):
-        answer = answered(orjson.loads(sys.stdin.buffer.read(int.from_bytes(head))))
-        sys.stdout.buffer.write(len(answer).to_bytes(8) + answer)
-        sys.stdout.buffer.flush()
-
-
-if __name__ == "__main__":
-    import documents  # the readers know this file by its name, so that is the one to run
-
-    documents.main()

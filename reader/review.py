@@ -1,6 +1,6 @@
 """What arithmetic finds in a badge: the words, numbers and names that its course does not have (contract 3.2).
 
-`review` and `language_of` run in the processes of documents.py. `instructions_in`, `title_is_from_course` and
+`review` and `language_of` run in the processes of `reader`. `instructions_in`, `title_is_from_course` and
 `title_of` run in the service itself: the library that tells languages is loaded by the first `language_of`.
 
 Words are compared by keys. The key of a word is its stem, cut so that inflected forms agree; that of a number is its

@@ -12,7 +12,8 @@ from xml.etree import ElementTree
 
 import mammoth
 
-from documents import MAX_DEPTH, TOO_LARGE, Extract, Refused, said_in_html
+from reader.course_text import MAX_DEPTH, said_in_html
+from reader.extract import TOO_LARGE, Extract, Refused
 
 MAX_PARTS, MAX_XML = 10_000, 16 * 2**20  # files in a ZIP archive, and bytes of XML when it is unpacked
 KINDS = {

@@ -15,7 +15,8 @@ from unicodedata import normalize
 import pypdfium2
 import pypdfium2.raw as pdf
 
-from documents import BULLET, PAGE, REPAIRED, Extract, Refused, note, whole_words
+from reader.course_text import BULLET, PAGE, whole_words
+from reader.extract import REPAIRED, Extract, Refused, note
 
 MAX_PAGES = 1000
 MAX_RULES = 5000  # lines and boxes drawn on a page; more are a picture

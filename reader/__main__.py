@@ -1,0 +1,147 @@
+"""The program that reads for the service. Documents can be made to take minutes and gigabytes, so none is read there.
+
+`python -m reader` reads JSON from stdin, each behind its length in eight bytes, `{"task": one of TASKS, ...its
+arguments}`, and writes JSON to stdout in the same way: what the task returns, or `{"error", "detail"}`. It ends when
+stdin does. Its memory, its processor time, its files and its network are limited.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import orjson
+
+from reader.condense import condense
+from reader.course_text import plain_text
+from reader.documents import document
+from reader.extract import DETAILS, TOO_LARGE, Refused
+from reader.review import language_of, review
+
+MAX_MEMORY = 2**29  # bytes of one process
+MAX_SECONDS = {"document": 15}  # of processor time; others have 5
+
+
+def text(content: str) -> dict[str, Any]:
+    said = plain_text(content)
+    return {"text": said.text, "repairs": said.repairs, "language": language_of(said.text)}
+
+
+TASKS: dict[str, Callable[..., dict[str, Any]]] = {
+    "text": text,
+    "document": document,
+    "condense": condense,
+    "review": review,
+}
+
+
+def answered(request: dict[str, Any]) -> bytes:
+    """The answer to a request. Each document is read in a process of its own: parsers in C end that, not this one,
+    and keep no memory."""
+    return _answered_apart(request) if request.get("task") == "document" else orjson.dumps(result_of(request))
+
+
+def result_of(request: dict[str, Any]) -> dict[str, Any]:
+    """What a task returns, or why it does not."""
+    name = request.pop("task", None)
+    try:
+        _allow(MAX_SECONDS.get(name, 5))
+        return TASKS[name](**request)
+    except Refused as refused:
+        return _error(refused.code, refused.detail)
+    except MemoryError:
+        return _error("document_broken", TOO_LARGE)
+    except Exception:  # a parser met what it was not made for
+        return _error("document_broken")
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def _error(code: str, detail: str = "") -> dict[str, Any]:
+    return {"error": code, "detail": detail or DETAILS[code]}
+
+
+def _answered_apart(request: dict[str, Any]) -> bytes:
+    outlet, inlet = os.pipe()
+    if not (process := os.fork()):
+        try:
+            os.close(outlet)
+            _end_with_parent()
+            answer = orjson.dumps(result_of(request))
+            with open(inlet, "wb") as pipe:
+                pipe.write(answer)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    os.close(inlet)
+    with open(outlet, "rb") as pipe:
+        answer = pipe.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    if status == 0:
+        return answer
+    slow = status == -signal.SIGXCPU
+    return orjson.dumps(_error("document_too_slow") if slow else _error("document_broken", TOO_LARGE))
+
+
+def _end_with_parent() -> None:
+    """The service kills the process that it has started. Where there is no prctl, the limits end this one."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() == 1:  # it is dead already
+            os._exit(1)
+
+
+def _allow(seconds: int) -> None:
+    """Sets the processor time of a task. Python is interrupted after it; C code that goes on is killed by SIGXCPU."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + seconds + 3, resource.RLIM_INFINITY))
+    signal.setitimer(signal.ITIMER_PROF, seconds, 0.5)
+
+
+def _too_slow(*_: object) -> None:
+    raise Refused("document_too_slow")
+
+
+def _confine() -> None:
+    """Limits what a document that takes over a parser can do: memory, files, network, other programs."""
+    if sys.platform != "darwin":  # which knows no limit of memory
+        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # of files: libraries try whether they can write one
+    signal.signal(signal.SIGPROF, _too_slow)
+    sys.addaudithook(_refuse)
+
+
+# A socket alone reaches nobody, and urllib3 binds one when it is imported.
+FORBIDDEN = (
+    "socket.connect",
+    "socket.send",
+    "socket.get",
+    "subprocess.",
+    "os.exec",
+    "os.posix_spawn",
+    "os.system",
+)
+
+
+def _refuse(event: str, _: object) -> None:
+    if event.startswith(FORBIDDEN):
+        raise PermissionError(event)
+
+
+def main() -> None:
+    """Reads requests from stdin, writes answers to stdout, each behind its length in eight bytes, until EOF."""
+    _confine()
+    while head := sys.stdin.buffer.read(8):
+        answer = answered(orjson.loads(sys.stdin.buffer.read(int.from_bytes(head))))
+        sys.stdout.buffer.write(len(answer).to_bytes(8) + answer)
+        sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -2860,7 +2860,7 @@ class Api:
 
     def __init__(self, settings: Settings, queue: GenerationQueue) -> None:
         self.settings, self.queue, self.engine, self.readers = settings, queue, queue.engine, queue.readers
-        self._probe: asyncio.Task[list[str]] | None = None
+        self._probe: asyncio.Task[list[str] | ApiError] | None = None
         self.system_prompt = settings.system_prompt_file.read_text("utf-8").strip()
 
     def routes(self) -> list[Route]:
@@ -3115,15 +3115,21 @@ class Api:
     async def _state(self) -> tuple[list[str], ApiError | None]:
         """The engine's models, and why no badge could be written now. Probes at the same time share one question."""
         if self._probe is None or self._probe.done():
-            self._probe = asyncio.create_task(self.engine.models(), name="probe")
-        try:
-            available = await asyncio.shield(self._probe)
-        except ApiError as error:
-            return [], error
+            self._probe = asyncio.create_task(self._probed(), name="probe")
+        available = await asyncio.shield(self._probe)
+        if isinstance(available, ApiError):
+            return [], available
         if self.queue.draining:
             return available, ShuttingDown()
         missing = f"The engine has no model {self.settings.model}. Create it, or set MODEL_NAME to one it has."
         return available, None if self.engine.has_model(available) else ModelMissing(missing)
+
+    async def _probed(self) -> list[str] | ApiError:
+        """An error is returned, not raised: whoever asked may have left, and asyncio logs what nobody takes."""
+        try:
+            return await self.engine.models()
+        except ApiError as error:
+            return error
 
     # -- pages
 

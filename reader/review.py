@@ -357,6 +357,11 @@ def _split(course: str) -> tuple[list[str], list[str]]:
     return [*dict.fromkeys(told)], taught
 
 
+def sentences_of(course: str) -> list[str]:
+    """The sentences of a course without those that speak to a model."""
+    return [sentence for piece in _split(course)[1] for sentence in _sentences(piece)]
+
+
 def instructions_in(course: str) -> list[str]:
     """The sentences of a course that speak to a model."""
     return _split(course)[0]

@@ -15,7 +15,7 @@ NAMED_OTHERWISE = {"model_name": "phi4badges", "system_prompt_file": "SYSTEM_PRO
 
 def documented() -> dict[str, str]:
     """Variable to default, as docs/settings.md has them."""
-    found = {}
+    found: dict[str, str] = {}
     for line in (HERE / "docs/settings.md").read_text("utf-8").splitlines():
         if line.startswith("| `"):
             _, names, defaults = line.split("|")[:3]

@@ -13,6 +13,9 @@ INSTALLED := .venv/.installed$(of_python)
 CANDIDATES := $(if $(PYTHON),"$(PYTHON)",python3.13 python3.12 python3.11 python3)
 IS_USABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 
+# Where `make demo` listens: HOST=0.0.0.0 lets other machines in.
+HOST := 127.0.0.1
+
 # The model of `make model` and `make demo`: 135m, or 1.5b for drafts worth reading.
 MODEL := 135m
 SMALL_MODEL := model/SmolLM2-135M-Instruct.Q4_1.gguf
@@ -37,7 +40,7 @@ COMPILE := pip compile --no-config --quiet --universal --python-version 3.11 --g
 help:
 	@echo "make install  .venv with all that running and testing need (PYTHON=… picks the Python)"
 	@echo "make demo     engine, API and a self-signed certificate with the small bundled model; Ctrl-C ends it"
-	@echo "              (MODEL=1.5b: with a larger one, 1.1 GB once, for drafts worth reading)"
+	@echo "              (MODEL=1.5b: with a larger one, 1.1 GB once, for drafts worth reading; HOST=0.0.0.0: for other machines too)"
 	@echo "make run      the API against the configured engine (Ollama unless ENGINE says otherwise)"
 	@echo "make test     every test (ARGS=… goes to pytest)"
 	@echo "make quick    the tests without browser, containers, nginx, real model and load: under 90 seconds"
@@ -123,7 +126,8 @@ certs: $(RUNNABLE)
 # exec: no shell stands between Ctrl-C and the service.
 demo: $(RUNNABLE) model certs
 	@echo "Open https://localhost:8443/ (HTTP/2) or http://localhost:8001/; Ctrl-C ends it"
-	@ENGINE=embedded MODEL_PATH=$(MODEL_FILE) exec $(VENV_PYTHON) dccapi.py
+	@ENGINE=embedded MODEL_PATH=$(MODEL_FILE) exec $(VENV_PYTHON) dccapi.py \
+	    --bind $(HOST):8001 --tls-bind $(HOST):8443
 
 run: $(RUNNABLE)
 	@exec $(VENV_PYTHON) dccapi.py

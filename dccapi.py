@@ -3339,7 +3339,7 @@ class Peer:
         share = 1 if address else 8
         self.connections: dict[Connection, None] = {}  # the oldest first
         self.held = 0  # bytes of requests
-        self.busy = 0  # HTTP/2 connections in the middle of what they have received
+        self.turn = asyncio.Lock()  # of an HTTP/2 connection in the middle of what it has received
         self.resets = Allowance(RESETS_AT_ONCE * share, RESETS_PER_SECOND * share)
         self.wrong_keys = Allowance(WRONG_KEYS, WRONG_KEYS / 60)
 
@@ -3693,17 +3693,13 @@ class GuardedH2Protocol(H2Protocol):
 
     async def _handle_events(self, events: list[h2.events.Event]) -> None:
         reset = {event.stream_id for event in events if isinstance(event, h2.events.StreamReset)}
-        self._peer.busy += 1
-        try:
-            for number, event in enumerate(events):
-                if number % 4 == 0:
-                    for _ in range(self._peer.busy):  # all others go on, and of this address one connection at a time
-                        await asyncio.sleep(0)
-                is_reset = isinstance(event, h2.events.RequestReceived) and event.stream_id in reset
-                if not is_reset and not self.closed:  # such a request is not executed
-                    await self._handle_event(event)
-        finally:
-            self._peer.busy -= 1
+        for number, event in enumerate(events):
+            if number % 4 == 0 and not self.closed:
+                async with self._peer.turn:
+                    await asyncio.sleep(0)  # all others go on, and of this address one connection at a time
+            is_reset = isinstance(event, h2.events.RequestReceived) and event.stream_id in reset
+            if not is_reset and not self.closed:  # such a request is not executed
+                await self._handle_event(event)
         await self._flush()
         await self._rest()
 

@@ -99,6 +99,23 @@ async def test_a_request_that_is_reset_before_it_starts_is_not_executed(monkeypa
     assert len(executed) <= 10, "only where a request and its reset were torn apart"
 
 
+async def test_connections_whose_clients_have_left_are_gone_soon_however_many_they_are() -> None:
+    heads, resets = requests_and_resets(100)
+    async with serving() as service:
+        began = time.process_time()
+        for _ in range(200):
+            _, writer = await asyncio.open_connection("127.0.0.1", service.port)
+            writer.write(PREFACE + b"".join(heads + resets))
+            await asyncio.sleep(0)
+            writer.close()
+
+        def served() -> int:
+            return sum("_server_callback" in repr(task) for task in asyncio.all_tasks())
+
+        await eventually(lambda: not served(), 20, "the end of every connection")
+        assert time.process_time() - began < 3
+
+
 async def test_streams_that_the_server_has_to_reset_count_too() -> None:
     strange = [(":method", "GET"), (":scheme", "http"), (":authority", "x"), (":path", "/caf\u00e9")]
     encoder = Encoder()

@@ -1,0 +1,3 @@
+'use strict';
+
+// ---- skills of a badge

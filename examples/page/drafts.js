@@ -47,6 +47,7 @@ function makeCard(draft) {
   const actions = {
     export: () => openExport(draft), again: () => again(draft), stop: () => stop(draft),
     copy: () => copy(Object.keys(FIELDS).map(name => draft.fields[name]).join('\n\n')),
+    design: () => openDesign(draft),
     svg: () => download(new Blob([svgText(draft)], {type: 'image/svg+xml'}), fileName(draft, 'svg')),
     png: async () => download(await pngOf(draft), fileName(draft, 'png')),
     remove: () => removeDrafts([draft], `Draft ${draft.number} removed.`),
@@ -55,7 +56,7 @@ function makeCard(draft) {
     const name = button.dataset.do;
     card.act[name] = button;
     button.onclick = actions[name];
-    button.append(of({svg: 'image of ', png: 'image of '}[name] ?? ''));
+    button.append(of({design: 'the image of ', svg: 'image of ', png: 'image of '}[name] ?? ''));
   }
   cards.set(draft.id, card);
   return card;
@@ -103,16 +104,16 @@ function drawActions(draft, card, busy) {
   act.stop.disabled = draft.stopping;
   act.again.hidden = act.copy.hidden = act.export.hidden = busy;
   act.export.disabled = act.copy.disabled = !isWhole(draft);
-  act.svg.disabled = act.png.disabled = isLive(draft) || !draft.fields.name.trim();
+  act.design.disabled = act.svg.disabled = act.png.disabled = isLive(draft) || !draft.fields.name.trim();
   if (focused === act.stop && act.stop.hidden) (act.export.disabled ? act.again : act.export).focus();
 }
 
 function drawArt(draft, card) {
   // Drawn once the name stands: it would be redrawn with every token of it otherwise.
   const ready = draft.fields.name.trim() && (!isLive(draft) || draft.fields.description) && rewrites.get(draft.id)?.field !== 'name';
-  const art = artOf(draft), key = ready ? JSON.stringify(art) : 'ghost';
+  const art = artOf(draft), key = ready ? artKey(art) : 'ghost';
   if (card.drawn === key || (card.drawn && !ready && rewrites.has(draft.id))) return;
-  const drawn = ready ? drawBadge(art) : drawGhost(art.level);
+  const drawn = ready ? drawBadge(art) : drawGhost(art);
   if (card.drawn === 'ghost') drawn.classList.add('struck');
   card.drawn = key;
   card.art.replaceChildren(drawn);

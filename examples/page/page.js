@@ -119,7 +119,7 @@ function askForKey(refused) {
 // ---- writing drafts
 
 function newDraft(batch, number, seed) {
-  return {id: uid(), batch, number, created: state.batches[batch].created, seed, ...blank()};
+  return {id: uid(), batch, number, created: state.batches[batch].created, seed, art: store.read('design') ?? undefined, ...blank()};
 }
 
 function blank() {
@@ -485,12 +485,7 @@ function listen() {
     store.write('form', null);
     toast('Everything is forgotten.');
   };
-  $('export').addEventListener('input', debounced(250, () => preview()));
-  $('export-copy').onclick = () => takeExport(copy);
-  $('export').addEventListener('submit', event => {
-    event.preventDefault();
-    takeExport((text, name) => download(new Blob([text], {type: 'application/json'}), name));
-  });
+  listenToExport();
   for (const button of document.querySelectorAll('[data-close]')) button.onclick = () => button.closest('dialog').close();
   $('cards').addEventListener('focusout', () => setTimeout(render));
   document.addEventListener('visibilitychange', () => { if (!document.hidden) checkHealth(); });
@@ -499,6 +494,7 @@ function listen() {
 }
 
 buildForm();
+buildDesign();
 $('empty-art').append(drawBadge({name: 'Your first badge', level: 'Advanced'}));
 loadDrafts();
 listen();

@@ -215,16 +215,13 @@ const exportFormat = () => new FormData($('export').querySelector('form')).get('
 const tellExport = text => { $('export-told').textContent = text; };
 const SAVES = {word: 'Download for Word', print: 'Print…', csv: 'Download CSV'};
 
-/** An address as people write it, with its scheme. */
-const webAddress = text => /^[\p{L}\p{N}-]+(\.[\p{L}\p{N}-]+)+([/?#:]\S*)?$/u.test(text.trim()) ? `https://${text.trim()}` : text.trim();
-
 async function exported() {
   const format = exportFormat(), draft = exporting;
   const badge = badgeOf(draft);
   if (format === 'badge') return badge;
   const {name, description, criteria} = draft.fields;
   const achievement = draft.achievement && {...draft.achievement, name, description, criteria: {narrative: criteria}};
-  const issuer = format === 'credential' ? {id: webAddress($('issuer-id').value), name: $('issuer-name').value.trim()} : {id: 'did:example:issuer', name: 'Issuer'};
+  const issuer = format === 'credential' ? {id: completedUrl($('issuer-id').value), name: $('issuer-name').value.trim()} : {id: 'did:example:issuer', name: 'Issuer'};
   if (!issuer.id || !issuer.name) throw new Problem('Name the issuer and its web address: a credential says who awards it.', {code: 'no_issuer'});
   const image = $('export').querySelector('[name=image]').checked ? `data:image/svg+xml;base64,${base64(svgText(draft))}` : undefined;
   const recipient = format === 'credential' && $('recipient').value.trim() || undefined;
@@ -308,7 +305,7 @@ function listenToExport() {
     if (!systems.open && inside) $('export').querySelector('[value=word]').checked = true;
     preview();
   });
-  $('issuer-id').addEventListener('change', () => { $('issuer-id').value = webAddress($('issuer-id').value); });
+  $('issuer-id').addEventListener('change', () => { $('issuer-id').value = completedUrl($('issuer-id').value); });
   $('export-copy').onclick = () => takeExport(text => copy(text, tellExport));
   $('export').addEventListener('submit', event => { event.preventDefault(); saveExport(); });
   addEventListener('beforeprint', () => { // the browser's own Print

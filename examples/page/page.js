@@ -1,7 +1,6 @@
 'use strict';
 
 const BASE = new URL('.', location.href);
-const KEPT = 24; // drafts that the browser keeps
 const FIELDS = {
   name: {label: 'Name', key: 'badge_name'},
   description: {label: 'Description', key: 'badge_description'},
@@ -13,10 +12,26 @@ const CHOICES = {
   badge_tone: ['Authoritative', 'Encouraging', 'Detailed', 'Concise', 'Engaging'],
   criterion_style: ['Task-Oriented', 'Evidence-Based', 'Outcome-Focused'],
 };
+// What a number may be, in the words of its label.
 const SAMPLING = {
-  temperature: 'Temperature, 0 to 2', top_p: 'Top p, 0 to 1', top_k: 'Top k, 1 to 100',
-  repeat_penalty: 'Repeat penalty, 0 to 2', max_tokens: 'Longest, in tokens', seed: 'Seed',
+  temperature: {label: 'Temperature', least: 0, most: 2}, top_p: {label: 'Top p', least: 0, most: 1},
+  top_k: {label: 'Top k', least: 1, most: 100, isWhole: true}, repeat_penalty: {label: 'Repeat penalty', least: 0, most: 2},
+  longest: {label: 'Longest draft, in words', least: 20, most: 2000, isWhole: true}, seed: {label: 'Seed', isWhole: true},
 };
+const LANGUAGES = { // of the badge, each by its own name
+  en: 'English', ar: 'العربية', bg: 'Български', ca: 'Català', cs: 'Čeština', cy: 'Cymraeg', da: 'Dansk', de: 'Deutsch', el: 'Ελληνικά',
+  es: 'Español', et: 'Eesti', fa: 'فارسی', fi: 'Suomi', fr: 'Français', ga: 'Gaeilge', he: 'עברית', hi: 'हिन्दी', hr: 'Hrvatski',
+  hu: 'Magyar', id: 'Bahasa Indonesia', it: 'Italiano', ja: '日本語', ko: '한국어', lt: 'Lietuvių', lv: 'Latviešu', nb: 'Norsk bokmål',
+  nl: 'Nederlands', pl: 'Polski', pt: 'Português', ro: 'Română', ru: 'Русский', sk: 'Slovenčina', sl: 'Slovenščina', sr: 'Српски',
+  sv: 'Svenska', sw: 'Kiswahili', ta: 'தமிழ்', th: 'ไทย', tr: 'Türkçe', uk: 'Українська', ur: 'اردو', vi: 'Tiếng Việt', zh: '中文',
+};
+// The drafts of a course differ on purpose. The first is written as the service writes without further words.
+const EMPHASES = [
+  {name: 'Balanced', warmer: 0},
+  {name: 'Skills and tools', warmer: .2, words: 'Put the skills that learners show, and the tools and methods that the course names, first. Name the badge after the main skill.'},
+  {name: 'What was done', warmer: .3, words: 'Put what learners do and hand in during the course first: exercises, projects, tests. Name the badge after what learners do.'},
+  {name: 'Use afterwards', warmer: .4, words: 'Put what learners can do with it afterwards first, as far as the course says so. Name the badge after the field of work or study.'},
+];
 const SAMPLES = [
   {
     title: 'Incident command',
@@ -56,7 +71,7 @@ Esta lección te guía a través de los principios básicos de los sistemas de a
 const LIVE = ['sending', 'queued', 'writing'];
 
 // What the page knows. A draft and its batch (the request that its drafts share) are plain records that storage can hold.
-const state = {drafts: [], batches: {}, health: {}, protocol: '', error: []};
+const state = {drafts: [], batches: {}, health: {}, protocol: '', error: [], loaded: false, unkept: ''};
 const cards = new Map(); // draft id: its elements
 const sources = new Map(); // draft id: EventSource
 const rewrites = new Map(); // draft id: {field, controller}
@@ -65,9 +80,9 @@ const rewrites = new Map(); // draft id: {field, controller}
 // ---- the service
 
 class Problem extends Error {
-  constructor(detail, {status = 0, code = '', errors = [], retryAfter = 0} = {}) {
+  constructor(detail, {status = 0, code = '', errors = [], retryAfter = 0, fits = 0} = {}) {
     super(detail);
-    Object.assign(this, {status, code, errors, retryAfter});
+    Object.assign(this, {status, code, errors, retryAfter, fits});
   }
 }
 
@@ -75,7 +90,7 @@ async function problemIn(response) {
   const body = await response.json().catch(() => ({}));
   const detail = body.detail || `The service answered ${response.status}. Try again in a moment.`;
   const retryAfter = Number(response.headers.get('Retry-After')) || 0;
-  return new Problem(detail, {status: response.status, code: body.error_code, errors: body.errors, retryAfter});
+  return new Problem(detail, {status: response.status, code: body.error_code, errors: body.errors, retryAfter, fits: body.content_words_that_fit});
 }
 
 const storedKey = () => store.read('key', sessionStorage) || store.read('key') || '';
@@ -89,6 +104,8 @@ async function api(path, {method = 'GET', body, headers = {}, signal} = {}) {
       if (error.name === 'AbortError') throw error;
       throw new Problem(`${location.host} does not answer. Check your connection and that the service runs, then try again.`, {code: 'unreachable'});
     });
+    const ignored = response.headers.get('X-Ignored-Fields');
+    if (ignored) console.info(`The service does not know and has ignored: ${ignored}`);
     if (response.ok) return response;
     const problem = await problemIn(response);
     if (response.status !== 401) throw problem;
@@ -119,32 +136,43 @@ function askForKey(refused) {
 // ---- writing drafts
 
 function newDraft(batch, number, seed) {
-  return {id: uid(), batch, number, created: state.batches[batch].created, seed, art: store.read('design') ?? undefined, ...blank()};
+  return {id: uid(), batch, number, created: state.batches[batch].created, seed, emphasis: number - 1, favourite: false, art: store.read('design') ?? undefined, ...blank()};
 }
 
 function blank() {
   return {
-    state: 'sending', run: uid(), generation: null, position: 0, wait: 0, tokens: 0, started: 0, firstToken: 0, seconds: 0,
-    fields: {name: '', description: '', criteria: ''}, achievement: null, finish: '', error: null, lost: false, stopping: false, bare: false,
+    state: 'sending', run: uid(), owner: TAB, generation: null, position: 0, wait: 0, waitSince: 0, tokens: 0, started: 0, firstToken: 0, seconds: 0,
+    fields: {name: '', description: '', criteria: ''}, achievement: null, review: null, accepted: [], finish: '', error: null,
+    lost: false, lostSince: 0, stopping: false, bare: false,
   };
 }
 
+/** What is asked of the service for a draft: the form's request with the draft's emphasis. */
+function bodyOf(draft) {
+  const {words, warmer} = EMPHASES[draft.emphasis] ?? EMPHASES[0], request = requestOf(draft);
+  const body = {...request, seed: draft.seed};
+  if (words) body.custom_instructions = [request.custom_instructions, words].filter(Boolean).join('\n');
+  if (warmer && request.temperature === undefined) body.temperature = .2 + warmer;
+  return body;
+}
+
 async function writeDrafts() {
-  const {request, count} = readForm();
   state.error = [];
+  completeUrls();
+  const {request, count} = readForm(), faults = faultsOfForm();
   if (!request.content) return refuseForm(new Problem('Paste a course description first, or take a sample.', {errors: [{loc: ['content'], msg: ''}]}));
+  if (faults.length) return refuseForm(new Problem('', {errors: faults}));
   markInvalid([]);
   const {seed = randomSeed(), ...shared} = request;
   const batch = uid();
-  state.batches[batch] = {request: shared, created: Date.now()};
+  state.batches[batch] = {request: shared, created: Date.now(), title: courseTitle(shared.content)};
   const drafts = Array.from({length: count}, (_, index) => newDraft(batch, index + 1, seed + index));
   state.drafts = [...drafts, ...state.drafts];
-  state.drafts.slice(KEPT).forEach(dropDraft);
-  render();
+  draw();
   if ($('drafts-title').getBoundingClientRect().top > innerHeight * .7) $('drafts-title').scrollIntoView({behavior: 'smooth'});
   // The first one tells whether the request is in order; four equal complaints would help nobody.
   const problem = await send(drafts[0]);
-  if (problem && [400, 401, 413, 422].includes(problem.status)) {
+  if (problem && ([400, 401, 413, 422].includes(problem.status) || problem.code === 'unreachable')) {
     drafts.forEach(dropDraft);
     return refuseForm(problem);
   }
@@ -152,13 +180,21 @@ async function writeDrafts() {
   drafts.slice(1).filter(draft => draft.state === 'sending').forEach(send);
 }
 
+/** The course's first line that says something, as the heading of its drafts. */
+function courseTitle(content) {
+  const plain = content.slice(0, 5000).replace(/<(script|style|head)\b[\s\S]*?<\/\1>|<!--[\s\S]*?-->|<[^>]*>/gi, '\n').replace(/^[\s#>*=-]+/gm, '');
+  const line = plain.split('\n').map(line => line.replace(/[*_`]{2,}/g, '').trim()).find(line => /[\p{L}\p{N}]/u.test(line)) ?? 'Course';
+  return line.length > 80 ? `${line.slice(0, 80).replace(/\s+\S*$/, '')}…` : line;
+}
+
 /** Ask for a generation. The key makes a repetition, after a reload or a cut, find the same one again. */
 async function send(draft) {
   const run = draft.run;
+  draft.owner = TAB;
   save(draft);
   render();
   try {
-    const body = {...requestOf(draft), seed: draft.seed};
+    const body = bodyOf(draft);
     const response = await api('generate', {method: 'POST', body, headers: {Prefer: 'respond-async', 'Idempotency-Key': run}});
     const {id} = await response.json();
     if (draft.run !== run) return void api(`generations/${id}`, {method: 'DELETE'}).catch(() => {});
@@ -173,9 +209,18 @@ async function send(draft) {
   }
 }
 
+function unfollow(id) {
+  sources.get(id)?.close();
+  sources.delete(id);
+}
+
 /** Show a generation's events as they come; the EventSource resumes by itself after a cut. */
 function follow(draft) {
-  sources.get(draft.id)?.close();
+  unfollow(draft.id);
+  if (draft.owner !== TAB) {
+    draft.owner = TAB;
+    save(draft);
+  }
   const source = new EventSource(new URL(`generations/${draft.generation}/events?partial=true&accumulated=false`, BASE));
   sources.set(draft.id, source);
   const on = (name, handle) => source.addEventListener(name, event => {
@@ -184,10 +229,11 @@ function follow(draft) {
     if (data.type !== 'final' && data.type !== 'error') draft.tokens = Number(event.lastEventId.split('.').pop());
     draft.lost = false;
     handle(data);
+    if (isLive(draft)) tellSoon(draft);
     render();
   });
   on('queue', data => {
-    Object.assign(draft, {position: data.position, wait: data.estimated_wait, state: data.position ? 'queued' : 'writing'});
+    Object.assign(draft, {position: data.position, wait: data.estimated_wait, waitSince: Date.now(), state: data.position ? 'queued' : 'writing'});
     if (!data.position) draft.started ||= Date.now();
   });
   on('partial', data => {
@@ -196,6 +242,7 @@ function follow(draft) {
   on('message', data => {
     if (data.type === 'token' && !draft.firstToken) {
       draft.firstToken = Date.now();
+      if (draft.started) learnPace({reading: (draft.firstToken - draft.started) / 1000});
       save(draft);
     }
     if (data.type === 'final') finish(draft, data);
@@ -203,7 +250,8 @@ function follow(draft) {
   });
   source.onopen = () => { draft.lost = false; render(); };
   source.onerror = () => {
-    draft.lost = true;
+    if (!draft.lost) Object.assign(draft, {lost: true, lostSince: Date.now()});
+    checkHealthSoon();
     render();
     if (source.readyState === EventSource.CLOSED) lookUp(draft);
   };
@@ -232,9 +280,14 @@ const badgeOf = draft => ({
   badge_name: draft.fields.name, badge_description: draft.fields.description, criteria: {narrative: draft.fields.criteria},
 });
 
+/** With a word in each part: a draft that was stopped lacks some, and one of them can be written anew all the same. */
+function wholeBadgeOf(draft) {
+  const text = name => draft.fields[name].trim() || 'Not written yet.';
+  return {badge_name: text('name').slice(0, 120), badge_description: text('description'), criteria: {narrative: text('criteria')}};
+}
+
 function end(draft, outcome) {
-  sources.get(draft.id)?.close();
-  sources.delete(draft.id);
+  unfollow(draft.id);
   const seconds = draft.started ? (Date.now() - draft.started) / 1000 : 0;
   Object.assign(draft, {seconds, rate: rateOf(draft), lost: false, stopping: false, ...outcome});
   save(draft);
@@ -244,8 +297,9 @@ function end(draft, outcome) {
 
 function finish(draft, final) {
   draft.tokens = final.usage.completion_tokens;
-  end(draft, {state: 'done', fields: fieldsOf(final.content), achievement: final.achievement, finish: final.finish_reason, error: null});
-  announce(`Draft ${draft.number} is finished: ${draft.fields.name}`);
+  learnPace({tokens: draft.tokens, rate: rateOf(draft)});
+  end(draft, {state: 'done', review: final.review ?? null, accepted: [], fields: fieldsOf(final.content), achievement: final.achievement, finish: final.finish_reason, error: null});
+  announce(`Draft ${draft.number} is written: ${draft.fields.name}`);
 }
 
 function fail(draft, problem) {
@@ -261,12 +315,13 @@ async function stop(draft) {
   draft.stopping = true;
   render();
   if (!draft.generation) return; // `send` comes back here when there is something to stop
-  if (!sources.has(draft.id)) follow(draft);
+  if (!sources.has(draft.id) && !isElsewhere(draft)) follow(draft);
   try {
     await api(`generations/${draft.generation}`, {method: 'DELETE'});
   } catch (problem) {
     draft.stopping = false;
     if (problem.status === 404) lookUp(draft);
+    else if (problem.code === 'unreachable' && draft.lost) fail(draft, new Problem('', {code: 'cancelled'}));
     else toast(problem.message);
     render();
   }
@@ -274,14 +329,14 @@ async function stop(draft) {
 
 function again(draft) {
   const before = structuredClone(draft);
-  Object.assign(draft, blank(), {seed: randomSeed()});
+  Object.assign(draft, blank(), {seed: randomSeed(), favourite: draft.favourite});
   send(draft);
   draw(); // now, or there is no Stop yet to take the focus
   cards.get(draft.id).act.stop.focus();
   if (isWhole(before)) {
     toast(`Draft ${draft.number} is being written again.`, async () => {
       if (isLive(draft)) stop(draft);
-      sources.get(draft.id)?.close();
+      unfollow(draft.id);
       Object.assign(draft, before);
       save(draft);
       render();
@@ -291,14 +346,14 @@ function again(draft) {
 
 /** Write one field anew to suit the rest. */
 async function rewrite(draft, field) {
-  const before = draft.fields[field];
+  const before = draft.fields[field], review = draft.review;
   const controller = new AbortController();
   rewrites.set(draft.id, {field, controller});
   draft.error = null;
   draw();
   cards.get(draft.id).act.stop.focus();
   try {
-    const body = {...requestOf(draft), seed: randomSeed(), badge: badgeOf(draft), field: FIELDS[field].key};
+    const body = {...bodyOf(draft), seed: randomSeed(), badge: wholeBadgeOf(draft), field: FIELDS[field].key};
     const headers = {Accept: 'text/event-stream'};
     const response = await api('regenerate-field?partial=true&accumulated=false', {method: 'POST', body, headers, signal: controller.signal});
     let final;
@@ -309,9 +364,15 @@ async function rewrite(draft, field) {
       if (badge) draft.fields[field] = fieldsOf(badge)[field];
       render();
     }
+    if (final) draft.review = final.review ?? null;
     if (!final) throw new Problem('The connection was cut while the field was written. Try again.');
     announce(`${FIELDS[field].label} of draft ${draft.number} is written anew.`);
-    toast(`${FIELDS[field].label} written anew.`, () => { draft.fields[field] = before; save(draft); render(); });
+    toast(`${FIELDS[field].label} written anew.`, () => {
+      draft.fields[field] = before;
+      draft.review = review;
+      save(draft);
+      render();
+    });
   } catch (problem) {
     draft.fields[field] = before;
     if (problem.name !== 'AbortError') {
@@ -344,27 +405,60 @@ function readForm() {
   form.delete('count');
   const request = {};
   for (const [name, value] of form) if (value.trim()) request[name] = name in SAMPLING ? Number(value) : value.trim();
+  if (request.longest) request.max_tokens = Math.min(4096, Math.ceil(request.longest) * 2 + 60); // two for a word, in most languages fewer
+  delete request.longest;
   return {request, count};
 }
 
+/** What the page can tell by itself, in the words of its labels. */
+function faultsOfForm() {
+  const faults = [];
+  for (const [name, {least = 0, most = 2 ** 53, isWhole}] of Object.entries(SAMPLING)) {
+    const control = $(name), value = Number(control.value);
+    if (!control.value && !control.validity.badInput) continue;
+    const fits = !control.validity.badInput && value >= least && value <= most && (!isWhole || Number.isInteger(value));
+    const range = most < 2 ** 53 ? `${least} to ${most}` : `${least} up`;
+    if (!fits) faults.push({loc: [name], msg: `write a ${isWhole ? 'whole ' : ''}number from ${range}.`});
+  }
+  const url = $('institute_url').value.trim();
+  if (url && !/^https?:\/\/[^\s"<>\\^`{|}]+$/.test(url)) faults.push({loc: ['institute_url'], msg: 'write a web address, for example https://example.edu.'});
+  return faults;
+}
+
 function refuseForm(problem) {
-  markInvalid(problem.errors);
-  const faults = problem.errors.filter(fault => fault.msg).map(fault => `${labelOf(fault.loc.at(-1))}: ${fault.msg}`);
-  state.error = [problem.message, ...faults];
+  const errors = problem.errors ?? [];
+  markInvalid(errors);
+  const faults = errors.filter(fault => fault.msg).map(fault => `${labelOf(fault.loc.at(-1))}: ${wordsOf(fault)}`);
+  const tooLong = problem.fits ? `The course description is too long for this model, which reads about ${problem.fits.toLocaleString('en')} words. Shorten it, or take a part of it.` : '';
+  state.error = faults.length ? faults : [tooLong || problem.message];
   render();
   const first = $('composer').querySelector('[aria-invalid=true]') ?? (problem.status === 413 ? $('content') : null);
   first?.closest('details')?.setAttribute('open', '');
   first?.focus();
 }
 
-const labelOf = name => document.querySelector(`label[for="${CSS.escape(name)}"]`)?.textContent ?? String(name);
+/** A fault as the service words it, without the field's name in front, which the label says. */
+function wordsOf({loc, msg}) {
+  const words = msg.replace(new RegExp(`^${loc.map(String).join('\\.')}:\\s*`), '').trim();
+  return /[.!?]$/.test(words) ? words : `${words}.`;
+}
+
+const controlOf = name => ({max_tokens: 'longest', course_input: 'content'})[name] ?? String(name);
+const labelOf = name => document.querySelector(`label[for="${CSS.escape(controlOf(name))}"]`)?.textContent ?? String(name);
 
 function markInvalid(errors) {
-  const names = errors.map(fault => fault.loc.at(-1));
+  const names = errors.map(fault => controlOf(fault.loc.at(-1)));
   for (const control of $('composer').querySelectorAll('[name]')) {
     if (names.includes(control.name)) control.setAttribute('aria-invalid', 'true');
     else control.removeAttribute('aria-invalid');
   }
+}
+
+/** `example.edu` is meant as https://example.edu. */
+const completedUrl = text => /^(?!\w+:)[\p{L}\p{N}-]+(\.[\p{L}\p{N}-]+)+(:\d+)?([/?#]\S*)?$/u.test(text.trim()) ? `https://${text.trim()}` : text.trim();
+
+function completeUrls() {
+  $('institute_url').value = completedUrl($('institute_url').value);
 }
 
 function setContent(text, source) {
@@ -384,7 +478,7 @@ function formChanged() {
   const told = names => names.map(name => request[name]).filter(value => value !== undefined).join(', ');
   const chosen = told(['badge_style', 'badge_tone', 'criterion_style']) + (request.custom_instructions ? ', with instructions' : '');
   setText($('options-told'), chosen.replace(/^, /, ''));
-  setText($('sampling-told'), Object.keys(SAMPLING).some(name => name in request) ? 'changed' : '');
+  setText($('sampling-told'), Object.keys(SAMPLING).some(name => $(name).value) ? 'changed' : '');
   store.write('form', {values: Object.fromEntries(new FormData($('composer'))), source: $('source').textContent});
   render();
 }
@@ -393,7 +487,9 @@ function buildForm() {
   for (const [name, choices] of Object.entries(CHOICES)) {
     $(name).append(element('option', {value: '', textContent: 'Not specified'}), ...choices.map(choice => element('option', {textContent: choice})));
   }
-  for (const [name, label] of Object.entries(SAMPLING)) {
+  $('language').append(element('option', {value: '', textContent: 'As the course'}));
+  for (const [tag, name] of Object.entries(LANGUAGES)) $('language').append(element('option', {value: tag, lang: tag, textContent: name}));
+  for (const [name, {label}] of Object.entries(SAMPLING)) {
     const input = element('input', {id: name, name, type: 'number', step: 'any', inputMode: 'decimal', placeholder: 'Default'});
     $('sampling').append(element('div', {}, element('label', {htmlFor: name, textContent: label}), input));
   }
@@ -419,7 +515,7 @@ async function checkHealth() {
   if (document.hidden) return;
   const key = storedKey();
   try {
-    const response = await fetch(new URL('health', BASE), {headers: key ? {Authorization: `Bearer ${key}`} : {}, cache: 'no-store'});
+    const response = await fetch(new URL('health', BASE), {headers: key ? {Authorization: `Bearer ${key}`} : {}, cache: 'no-store', signal: AbortSignal.timeout(10000)});
     state.health = response.status === 401 ? {locked: true} : await response.json();
   } catch {
     state.health = {unreachable: true};
@@ -429,21 +525,56 @@ async function checkHealth() {
 }
 
 const checkHealthSoon = debounced(400, () => checkHealth());
-const engineName = {ollama: 'Ollama', openai: 'OpenAI API', embedded: 'built in'};
+const ENGINES = {ollama: 'Ollama', openai: 'OpenAI API', embedded: 'built in'};
 
 function renderHealth() {
-  const {status, error, locked, unreachable, engine, target_model: model, active_requests: active, queued_requests: queued, queue_status: queue} = state.health;
-  const told = unreachable ? ['bad', 'No connection to the service'] : locked ? ['warn', 'A key is needed'] : status === 'unhealthy' ? ['bad', error]
+  const {status, error, locked, unreachable, active_requests: active, queued_requests: queued, queue_status: queue} = state.health;
+  const told = unreachable ? ['bad', 'The service does not answer'] : locked ? ['warn', 'A key is needed'] : status === 'unhealthy' ? ['bad', error]
     : queue === 'full' ? ['warn', 'Queue full'] : ['good', queue === 'busy' ? 'Busy' : 'Ready'];
   const parts = [element('span', {className: `dot ${told[0]}`}, element('b', {textContent: told[1]}))];
   if (locked) parts.push(element('button', {className: 'text', type: 'button', textContent: 'Enter the key', onclick: () => askForKey(storedKey())}));
-  if (model && !locked && !unreachable) {
-    parts.push(element('span', {textContent: model}), element('span', {textContent: `Engine: ${engineName[engine] ?? engine}`}));
-    parts.push(element('span', {textContent: `${active} writing, ${queued} waiting`}));
-  }
-  if (state.protocol) parts.push(element('span', {id: 'protocol', title: 'Protocol between this page and the service', textContent: state.protocol}));
+  if (!locked && !unreachable && active + queued > 0) parts.push(element('span', {textContent: `${active} writing, ${queued} waiting`}));
+  renderService();
+  $('model-note').hidden = !isPractice(state.health);
+  render();
   if (document.activeElement?.closest('#health') && locked) return;
   $('health').replaceChildren(...parts);
+}
+
+/** What an operator wants to know, and nobody else. */
+function renderService() {
+  const {engine, target_model: model, active_requests: active, queued_requests: queued, version} = state.health;
+  const lines = {
+    Model: model, Engine: ENGINES[engine] ?? engine, Drafts: active === undefined ? '' : `${active} writing, ${queued} waiting`,
+    Protocol: state.protocol, Version: version,
+  };
+  const shown = Object.entries(lines).filter(([, text]) => text);
+  const parts = shown.map(([name, text]) => element('div', {}, element('dt', {textContent: name}), element('dd', {id: `service-${name.toLowerCase()}`, textContent: text})));
+  $('service-lines').replaceChildren(...parts);
+}
+
+/** Whether the model is one of under a billion parameters that runs in the service itself: good to try the page with. */
+function isPractice({engine, target_model: model = ''}) {
+  const [, size, unit] = model.match(/(?:^|[^\d.])(\d+(?:\.\d+)?)\s?([mb])(?![a-z])/i) ?? [];
+  return engine === 'embedded' && Boolean(size) && (unit.toLowerCase() === 'm' || Number(size) < 1);
+}
+
+// ---- how long a draft takes: learnt from the drafts before it, of this model
+
+const paceOf = () => store.read('pace')?.[state.health.target_model] ?? {};
+
+function learnPace(seen) {
+  const pace = paceOf();
+  for (const [name, value] of Object.entries(seen)) if (value > 0) pace[name] = pace[name] ? pace[name] * .6 + value * .4 : value;
+  store.write('pace', {[state.health.target_model]: pace});
+}
+
+/** Seconds until a draft is written, or undefined while nothing tells. */
+function secondsLeft(draft, now) {
+  const {tokens: usual = 220, rate: usualRate, reading} = paceOf();
+  if (!draft.firstToken) return usualRate && reading ? Math.max(0, reading - (now - draft.started) / 1000) + usual / usualRate : undefined;
+  const rate = draft.tokens > 8 ? rateOf(draft, now) : usualRate;
+  return rate ? Math.max(0, usual - draft.tokens) / rate : undefined;
 }
 
 function watchProtocol() {
@@ -472,7 +603,8 @@ function listen() {
   $('open').onclick = () => $('file').click();
   $('file').onchange = () => { if ($('file').files[0]) readFile($('file').files[0]); $('file').value = ''; };
   $('stop-all').onclick = () => { state.drafts.filter(isBusy).forEach(stop); $('drafts-title').focus(); };
-  $('clear').onclick = () => removeDrafts([...state.drafts], 'Drafts cleared.');
+  $('clear').onclick = () => removeDrafts([...state.drafts], 'All drafts removed.');
+  $('institute_url').onchange = completeUrls;
   $('undo').onclick = () => { undoAction?.(); hideToast(); };
   $('change-key').onclick = () => askForKey(storedKey());
   $('forget').onclick = () => {
@@ -489,15 +621,15 @@ function listen() {
   for (const button of document.querySelectorAll('[data-close]')) button.onclick = () => button.closest('dialog').close();
   $('cards').addEventListener('focusout', () => setTimeout(render));
   document.addEventListener('visibilitychange', () => { if (!document.hidden) checkHealth(); });
-  addEventListener('pagehide', () => state.drafts.forEach(save));
   setInterval(() => { if (state.drafts.some(isLive)) render(); }, 250);
 }
 
 buildForm();
 buildDesign();
 $('empty-art').append(drawBadge({name: 'Your first badge', level: 'Advanced'}));
-loadDrafts();
 listen();
+watchOtherTabs();
+loadDrafts();
 takeDrops();
 formChanged();
 watchProtocol();

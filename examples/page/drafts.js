@@ -127,6 +127,8 @@ function makeCard(draft) {
     (name === 'name' ? find('.head') : find('.body')).append(field);
     card.fields[name] = {field, input, anew, read, stack, aside};
   }
+  card.skills = makeSkills(draft);
+  find('.body').append(card.skills.root);
   const actions = {
     export: () => openExport(draft), again: () => again(draft), stop: () => stop(draft), favourite: () => favour(draft),
     copy: () => copy(Object.keys(FIELDS).map(name => draft.fields[name]).filter(Boolean).join('\n\n')),
@@ -171,6 +173,7 @@ function drawCard(draft, card) {
   setText(card.state, words);
   setText(card.figures, figuresOf(draft));
   drawArt(draft, card);
+  drawSkills(draft, card.skills);
   const current = rewriting ?? (live ? Object.keys(FIELDS).findLast(name => draft.fields[name]) : undefined);
   for (const [name, {field, input, anew}] of Object.entries(card.fields)) {
     const writing = live || rewriting === name;

@@ -461,25 +461,15 @@ function completeUrls() {
   $('institute_url').value = completedUrl($('institute_url').value);
 }
 
-function setContent(text, source) {
-  $('content').value = text;
-  $('content').scrollTop = 0;
-  $('source').textContent = source;
-  state.error = [];
-  markInvalid([]);
-  formChanged();
-}
-
 function formChanged() {
   const {request, count} = readForm();
-  const words = $('content').value.trim().split(/\s+/).filter(Boolean).length;
-  setText($('words'), words ? plural(words, 'word') : '');
+  showLength();
   setText($('write'), `Write ${plural(count, 'draft')}`);
   const told = names => names.map(name => request[name]).filter(value => value !== undefined).join(', ');
   const chosen = told(['badge_style', 'badge_tone', 'criterion_style']) + (request.custom_instructions ? ', with instructions' : '');
   setText($('options-told'), chosen.replace(/^, /, ''));
   setText($('sampling-told'), Object.keys(SAMPLING).some(name => $(name).value) ? 'changed' : '');
-  store.write('form', {values: Object.fromEntries(new FormData($('composer'))), source: $('source').textContent});
+  store.write('form', {values: Object.fromEntries(new FormData($('composer')))});
   render();
 }
 
@@ -504,7 +494,7 @@ function buildForm() {
     const control = $('composer').elements[name];
     if (control) control.value = value;
   }
-  $('source').textContent = kept?.source ?? '';
+  keptCourse();
 }
 
 // ---- health
@@ -528,6 +518,7 @@ const checkHealthSoon = debounced(400, () => checkHealth());
 const ENGINES = {ollama: 'Ollama', openai: 'OpenAI API', embedded: 'built in'};
 
 function renderHealth() {
+  showLength();
   const {status, error, locked, unreachable, active_requests: active, queued_requests: queued, queue_status: queue} = state.health;
   const told = unreachable ? ['bad', 'The service does not answer'] : locked ? ['warn', 'A key is needed'] : status === 'unhealthy' ? ['bad', error]
     : queue === 'full' ? ['warn', 'Queue full'] : ['good', queue === 'busy' ? 'Busy' : 'Ready'];
@@ -595,13 +586,12 @@ function watchProtocol() {
 function listen() {
   $('composer').addEventListener('submit', event => { event.preventDefault(); writeDrafts(); });
   $('composer').addEventListener('input', event => {
-    if (event.target === $('content')) $('source').textContent = '';
+    if (event.target === $('content')) courseEdited();
     event.target.removeAttribute('aria-invalid');
     formChanged();
   });
   $('composer').addEventListener('keydown', event => { if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) writeDrafts(); });
-  $('open').onclick = () => $('file').click();
-  $('file').onchange = () => { if ($('file').files[0]) readFile($('file').files[0]); $('file').value = ''; };
+  listenToDocuments();
   $('stop-all').onclick = () => { state.drafts.filter(isBusy).forEach(stop); $('drafts-title').focus(); };
   $('clear').onclick = () => removeDrafts([...state.drafts], 'All drafts removed.');
   $('institute_url').onchange = completeUrls;

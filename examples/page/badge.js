@@ -301,7 +301,7 @@ function buildDesign() {
   const icon = (...drawn) => svg('svg', {viewBox: '0 0 240 240', 'aria-hidden': 'true'}, ...drawn);
   const dot = (ground, metal) => icon(svg('circle', {cx: 120, cy: 120, r: 104, fill: ground, stroke: metal, 'stroke-width': 24}));
   const outline = d => icon(svg('path', {d, fill: 'none', stroke: 'currentColor', 'stroke-width': 14, 'stroke-linejoin': 'round'}));
-  const mixed = icon(...Object.values(PALETTES).slice(0, 3).map(([ground], index) => svg('circle', {cx: 60 + index * 60, cy: 120, r: 56, fill: ground})));
+  const mixed = icon(...Object.values(PALETTES).slice(0, 3).map(([, field, metal], index) => svg('circle', {cx: 60 + index * 60, cy: 120, r: 52, fill: field, stroke: metal, 'stroke-width': 12})));
   const own = choice('colour', 'own', 'Own colour', element('input', {type: 'color', id: 'own-colour', value: '#1f4468', ariaLabel: 'The own colour'}));
   $('colours').append(choice('colour', '', 'Automatic', mixed), ...Object.entries(PALETTES).map(([name, [, field, metal]]) => choice('colour', name, name, dot(field, metal))), own);
   $('shapes').append(choice('shape', '', 'By level', outline('M48 200V140H96V90H144V40H192V200Z')), ...Object.entries(SHAPES).map(([name, d]) => choice('shape', name, name, outline(d))));

@@ -660,6 +660,10 @@ class Course:
     text: str
     language: str = "und"  # BCP 47
     notes: tuple[dict[str, Any], ...] = ()  # for the review: what was repaired or left out
+    grounds: Mapping[str, Any] = field(default_factory=dict)  # of its titles, see `reader.review`
+
+    def has_word_of(self, title: str, options: Sequence[str]) -> bool:
+        return not self.grounds or review.title_is_from_course(title, self.grounds, options)
 
 
 @dataclass(frozen=True)
@@ -762,7 +766,7 @@ def skills_in(tags: Sequence[str], prompt: Prompt) -> list[str]:
     """The skills among what a model named: short, each once, with a word of the course, at most 8."""
     names = {" ".join(tag.split()).strip(" .,;:-*•"): None for tag in tags if len(tag) <= 80 and len(tag.split()) <= 6}
     unique = {name.casefold(): name for name in reversed(names)}
-    in_course = partial(review.title_is_from_course, course=prompt.course.text, options=prompt.request.given_texts())
+    in_course = partial(prompt.course.has_word_of, options=prompt.request.given_texts())
     other_language = prompt.request.language not in (None, prompt.course.language)
     found = [name for name in names if unique.get(name.casefold()) == name and (other_language or in_course(name))]
     return found[:8] if prompt.request.skills else []
@@ -1927,18 +1931,18 @@ class GenerationQueue:
         """
         request, course = prompt.request, prompt.course
         options = request.given_texts()
-        is_wanted = isinstance(request, RegenerateRequest) and not review.instructions_in(course.text)
-        if is_wanted or request.language not in (None, course.language) or word_count(course.text) < 8:
+        is_wanted = isinstance(request, RegenerateRequest) and not course.grounds.get("has_orders")
+        if is_wanted or request.language not in (None, course.language) or word_count(course.text[:1000]) < 8:
             return str  # by a person who looks at it; in other words than the course's; there is nothing to compare
 
         def accepted(title: str) -> str | None:
-            if _says_nothing(title) or review.title_is_from_course(title, course.text, options):
+            if _says_nothing(title) or course.has_word_of(title, options):
                 return title
             if first:
                 return None
-            own = " ".join(NOT_TEXT.sub("", review.title_of(course.text)).split())
+            own = " ".join(NOT_TEXT.sub("", course.grounds["title"]).split())
             # The beginning of a text without a heading is a poor title.
-            is_title = len(own) <= 60 or review.instructions_in(course.text)
+            is_title = len(own) <= 60 or course.grounds["has_orders"]
             return own if is_title and not _says_nothing(own) else title
 
         return accepted
@@ -2860,7 +2864,7 @@ class Api:
 
     def __init__(self, settings: Settings, queue: GenerationQueue) -> None:
         self.settings, self.queue, self.engine, self.readers = settings, queue, queue.engine, queue.readers
-        self._probe: asyncio.Task[list[str]] | None = None
+        self._probe: asyncio.Task[list[str] | ApiError] | None = None
         self.system_prompt = settings.system_prompt_file.read_text("utf-8").strip()
 
     def routes(self) -> list[Route]:
@@ -3038,7 +3042,8 @@ class Api:
         said = await self.readers.ask("text", client, content=body.content)
         if not re.search(VISIBLE, said["text"]):
             raise invalid_fields({("content",): "must hold text that can be seen, not only markup"})
-        course = Course(said["text"], said["language"], (*notes, *repair_notes(said["repairs"])))
+        notes = (*notes, *repair_notes(said["repairs"]))
+        course = Course(said["text"], said["language"], notes, said["grounds"])
         return build_prompt(body, course, self.system_prompt, self.engine.defaults)
 
     def _known(self, request: Request, of_anyone: bool = False) -> Generation:
@@ -3115,15 +3120,21 @@ class Api:
     async def _state(self) -> tuple[list[str], ApiError | None]:
         """The engine's models, and why no badge could be written now. Probes at the same time share one question."""
         if self._probe is None or self._probe.done():
-            self._probe = asyncio.create_task(self.engine.models(), name="probe")
-        try:
-            available = await asyncio.shield(self._probe)
-        except ApiError as error:
-            return [], error
+            self._probe = asyncio.create_task(self._probed(), name="probe")
+        available = await asyncio.shield(self._probe)
+        if isinstance(available, ApiError):
+            return [], available
         if self.queue.draining:
             return available, ShuttingDown()
         missing = f"The engine has no model {self.settings.model}. Create it, or set MODEL_NAME to one it has."
         return available, None if self.engine.has_model(available) else ModelMissing(missing)
+
+    async def _probed(self) -> list[str] | ApiError:
+        """An error is returned, not raised: whoever asked may have left, and asyncio logs what nobody takes."""
+        try:
+            return await self.engine.models()
+        except ApiError as error:
+            return error
 
     # -- pages
 

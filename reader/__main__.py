@@ -21,7 +21,7 @@ from reader.condense import condense
 from reader.course_text import plain_text
 from reader.documents import document
 from reader.extract import DETAILS, TOO_LARGE, Refused
-from reader.review import language_of, review
+from reader.review import language_of, review, title_grounds
 
 MAX_MEMORY = 2**29  # bytes of one process
 MAX_SECONDS = {"document": 15}  # of processor time; others have 5
@@ -29,7 +29,8 @@ MAX_SECONDS = {"document": 15}  # of processor time; others have 5
 
 def text(content: str) -> dict[str, Any]:
     said = plain_text(content)
-    return {"text": said.text, "repairs": said.repairs, "language": language_of(said.text)}
+    language, grounds = language_of(said.text), title_grounds(said.text)
+    return {"text": said.text, "repairs": said.repairs, "language": language, "grounds": grounds}
 
 
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {

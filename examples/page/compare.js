@@ -53,7 +53,8 @@ function drawCompare(group, drafts) {
   const pair = group.pair?.map(id => able.find(draft => draft.id === id));
   const isOpen = Boolean(pair?.every(Boolean));
   if (group.pair && !isOpen) group.pair = null;
-  group.act.compare.hidden = able.length < 2;
+  group.act.compare.hidden = drafts.length < 2;
+  group.act.compare.disabled = able.length < 2;
   group.act.compare.setAttribute('aria-expanded', String(isOpen));
   setText(group.act.compare, isOpen ? 'Close the comparison' : 'Compare two');
   group.compare.hidden = !isOpen;

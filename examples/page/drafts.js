@@ -166,7 +166,7 @@ function drawCard(draft, card) {
   card.root.classList.toggle('live', batchLive || typing);
   card.root.classList.toggle('bare', draft.bare);
   // A draft that waits is a line or two; it takes its room when its turn comes.
-  card.root.classList.toggle('waiting', live && draft.state === 'queued' && draft.position > 0 && !draft.fields.name);
+  card.root.classList.toggle('waiting', live && draft.state === 'queued' && draft.position > 0 && Date.now() - draft.queuedAt > 400);
   card.act.favourite.setAttribute('aria-pressed', String(Boolean(draft.favourite)));
   const [tone, words] = statusOf(draft, rewriting);
   card.state.className = `state dot ${tone}`;

@@ -141,7 +141,7 @@ function newDraft(batch, number, seed) {
 
 function blank() {
   return {
-    state: 'sending', run: uid(), owner: TAB, generation: null, position: 0, wait: 0, waitSince: 0, tokens: 0, started: 0, firstToken: 0, seconds: 0,
+    state: 'sending', run: uid(), owner: TAB, generation: null, position: 0, wait: 0, waitSince: 0, queuedAt: 0, tokens: 0, started: 0, firstToken: 0, seconds: 0,
     fields: {name: '', description: '', criteria: ''}, achievement: null, review: null, accepted: [], finish: '', error: null,
     lost: false, lostSince: 0, stopping: false, bare: false,
   };
@@ -177,7 +177,9 @@ async function writeDrafts() {
     return refuseForm(problem);
   }
   announce(`Writing ${plural(count, 'draft')}.`);
-  drafts.slice(1).filter(draft => draft.state === 'sending').forEach(send);
+  for (const draft of drafts.slice(1)) { // one after another, so that they wait in the order of their numbers
+    if (draft.state === 'sending' && state.drafts.includes(draft)) await send(draft);
+  }
 }
 
 /** The course's first line that says something, as the heading of its drafts. */
@@ -234,7 +236,8 @@ function follow(draft) {
   });
   on('queue', data => {
     Object.assign(draft, {position: data.position, wait: data.estimated_wait, waitSince: Date.now(), state: data.position ? 'queued' : 'writing'});
-    if (!data.position) draft.started ||= Date.now();
+    if (data.position) draft.queuedAt ||= Date.now();
+    else draft.started ||= Date.now();
   });
   on('partial', data => {
     draft.fields = fieldsOf(data.badge);

@@ -32,7 +32,7 @@ const TAB = sessionOf();
 // So a tab that was left open with an old copy takes nothing away from a newer one.
 
 const OF_THE_TAB = ['lost', 'lostSince', 'stopping', 'version']; // not part of what a tab changes
-const PROGRESS = ['state', 'generation', 'run', 'owner', 'position', 'wait', 'waitSince', 'tokens', 'started', 'firstToken', 'fields', 'lost', 'lostSince'];
+const PROGRESS = ['state', 'generation', 'run', 'owner', 'position', 'wait', 'waitSince', 'queuedAt', 'tokens', 'started', 'firstToken', 'fields', 'lost', 'lostSince'];
 const SILENCE = 8000; // after so many milliseconds without a word another tab follows a draft in its place
 const kept = new Map(); // draft id: the record as the database has it, as far as this tab knows
 const removed = new Set(); // draft ids that were removed: a late word from another tab does not bring them back
@@ -111,6 +111,7 @@ function save(draft) {
 async function writeRecord(draft) {
   if (!state.drafts.includes(draft)) return;
   const before = kept.get(draft.id), changes = changesOf(draft, before), batch = state.batches[draft.batch];
+  const written = recordOf(draft);
   if (!Object.keys(changes).length) return;
   try {
     const {record, stored} = await transact('readwrite', async (drafts, batches) => {
@@ -123,7 +124,7 @@ async function writeRecord(draft) {
     });
     if (!record) return takeAway(draft.id);
     if (removed.has(draft.id)) return;
-    takeIn(record);
+    takeIn(record, written);
     bus.postMessage({type: 'draft', record, batch, isNew: !before});
     if (before && stored) tellClash(draft, before, stored, changes);
     if (state.unkept) {
@@ -153,12 +154,12 @@ function tellClash(draft, before, stored, changes) {
   });
 }
 
-/** Show what another tab, or this one, has written; what was changed here in the meantime stays as it is here. */
-function takeIn(record) {
+/** Show what another tab, or this one, has written; what was changed here since `base` stays as it is here. */
+function takeIn(record, base = kept.get(record.id)) {
   const before = kept.get(record.id);
   if (removed.has(record.id) || record.version < before?.version) return;
   const draft = state.drafts.find(draft => draft.id === record.id);
-  const mine = draft && before ? changesOf(draft, before) : {};
+  const mine = draft && base ? changesOf(draft, base) : {};
   kept.set(record.id, merge(before ?? {}, record));
   if (!draft) {
     state.drafts.push({...structuredClone(record), lost: false, stopping: false});
@@ -217,8 +218,8 @@ async function loadDrafts() {
   } catch (fault) {
     tellUnkept(fault);
   }
-  takeUnsaved();
   state.loaded = true;
+  takeUnsaved();
   foldOld();
   for (const draft of state.drafts.filter(isLive)) {
     if (draft.owner === TAB || !draft.owner) resume(draft);
@@ -253,6 +254,7 @@ function leaveUnsaved() {
 }
 
 function takeUnsaved() {
+  if (!state.loaded) return; // its drafts are not known yet
   for (const name of store.names('unsaved.')) {
     const left = store.read(name), id = name.slice(8);
     store.write(name, null);

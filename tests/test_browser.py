@@ -296,18 +296,23 @@ async def downloaded(page: Page, button: Locator) -> tuple[str, bytes]:
     return download.suggested_filename, content
 
 
+async def open_export(page: Page, number: int, format: str) -> None:
+    await card(page, number).get_by_role("button", name="Export").click()
+    if not await page.locator(f"#export [value={format}]").is_visible():
+        await page.click("#for-systems summary")
+    await page.check(f"#export [value={format}]")
+
+
 async def export(page: Page, number: int, format: str) -> Any:
     """What the download holds; the dialog is closed again."""
-    await card(page, number).get_by_role("button", name="Export").click()
-    await page.check(f"#export [value={format}]")
+    await open_export(page, number, format)
     _, content = await downloaded(page, page.locator("#export-save"))
     await page.click("#export [data-close]")
     return json.loads(content)
 
 
 async def fill_issuer(page: Page, number: int) -> None:
-    await card(page, number).get_by_role("button", name="Export").click()
-    await page.check("#export [value=credential]")
+    await open_export(page, number, "credential")
     await page.fill("#issuer-name", "Riverside State University")
     await page.fill("#issuer-id", "https://riverside.example")
     await expect(page.locator("#preview")).to_contain_text("OpenBadgeCredential")
@@ -486,7 +491,7 @@ async def test_an_export_is_a_credential_an_achievement_or_the_badge(judge: Any)
         await write(page, 1)
         await states(page, "Draft")
         await field(page, 1, "Name").fill("Knots & <Bends>")
-        await card(page, 1).get_by_role("button", name="Export").click()
+        await open_export(page, 1, "credential")
         await page.click("#export-save")
         await expect(page.locator("#export-error")).to_contain_text("Name the issuer")
         await page.click("#export [data-close]")
@@ -508,12 +513,12 @@ async def test_a_faulty_issuer_is_explained_beside_its_field() -> None:
     async with serving(script=drafts()) as service, demo_at(service.url + "/") as page:
         await write(page, 1)
         await states(page, "Draft")
-        await card(page, 1).get_by_role("button", name="Export").click()
+        await open_export(page, 1, "credential")
         await page.fill("#issuer-name", "Riverside")
         await page.fill("#issuer-id", "riverside example")
         await page.click("#export-save")
-        await expect(page.locator("#export-error")).to_contain_text("URL or DID")
-        await expect(page.get_by_label("URL or DID")).to_be_focused()
+        await expect(page.locator("#export-error")).to_contain_text("web address")
+        await expect(page.get_by_label("web address")).to_be_focused()
 
 
 async def test_the_drawn_badge_can_be_taken_as_svg_and_as_png() -> None:
@@ -648,6 +653,7 @@ async def test_markup_in_any_field_is_shown_and_not_run() -> None:
         await page.reload()
         assert sorted(await names_of(page)) == sorted(INERT)
         await page.locator(".card").first.get_by_role("button", name="Export").click()
+        await page.click("#for-systems summary")
         await page.fill("#issuer-name", INERT[2])
         await page.fill("#issuer-id", "javascript:window.ran=1")
         await expect(page.locator("#preview")).to_contain_text("window.ran=1")
@@ -661,9 +667,9 @@ async def test_a_course_file_can_be_opened_and_others_are_refused(tmp_path: Path
     async with serving() as service, demo_at(service.url + "/") as page:
         await page.set_input_files("#file", tmp_path / "course.md")
         await expect(page.locator("#content")).to_have_value("# Knots\n\nFigure eight.")
-        await expect(page.locator("#source")).to_have_text("From course.md")
+        await expect(page.locator("#source")).to_contain_text("From course.md")
         await page.set_input_files("#file", tmp_path / "course.pdf")
-        await expect(page.locator("#form-error")).to_contain_text("course.pdf is not a text file")
+        await expect(page.locator("#form-error")).to_contain_text("course.pdf: The document is damaged")
         await page.evaluate(
             """() => {
                 const data = new DataTransfer();
@@ -672,7 +678,7 @@ async def test_a_course_file_can_be_opened_and_others_are_refused(tmp_path: Path
                     new DragEvent('drop', {dataTransfer: data, bubbles: true, cancelable: true}));
             }"""
         )
-        await expect(page.locator("#content")).to_have_value("<p>Dropped</p>")
+        await expect(page.locator("#content")).to_have_value("Dropped")
 
 
 async def test_everything_can_be_done_with_the_keyboard() -> None:
@@ -703,7 +709,7 @@ async def test_everything_can_be_done_with_the_keyboard() -> None:
         await states(page, *["Draft"] * 4)
         await expect(card(page, 1).get_by_role("button", name="Export")).to_be_focused()
         await page.keyboard.press("Enter")
-        await tab_to("Issuer")
+        await tab_to("For badge systems")
         await page.keyboard.press("Escape")
         await expect(card(page, 1).get_by_role("button", name="Export")).to_be_focused()
 
@@ -739,6 +745,8 @@ async def test_axe_finds_nothing(scheme: Any, width: int) -> None:
         await expect(page.locator("#form-error")).to_contain_text("Temperature")
         assert await page.evaluate(RULES) == []
         await page.locator("[data-do=export]:not(:disabled)").first.click()
+        assert await page.evaluate(RULES) == []
+        await page.click("#for-systems summary")
         await page.click("#export-save")
         await expect(page.locator("#export-error")).not_to_be_empty()
         assert await page.evaluate(RULES) == []

@@ -16,7 +16,7 @@ from playwright.async_api import FilePayload, Page, expect
 
 from documents_kit import docx, pages_of, paragraph
 from service import judge, serving
-from test_browser import AXE, RULES, card, demo_at, downloaded, drafts, pytestmark, write
+from test_browser import AXE, RULES, card, demo_at, downloaded, drafts, open_export, pytestmark, write
 from testkit import Script, badge_json, split
 
 __all__ = ["judge", "pytestmark"]
@@ -46,11 +46,6 @@ async def one_draft(page: Page) -> None:
     await expect(page.locator(FINISHED)).to_have_count(1)
 
 
-async def open_export(page: Page, format: str) -> None:
-    await card(page, 1).get_by_role("button", name="Export").click()
-    if not await page.locator(f"#export [value={format}]").is_visible():
-        await page.click("#for-systems summary")
-    await page.check(f"#export [value={format}]")
 
 
 async def test_documents_are_dropped_read_corrected_and_written() -> None:
@@ -112,7 +107,7 @@ async def test_a_draft_goes_to_word_to_a_table_and_to_paper() -> None:
         await page.fill("#institution", "École & Söhne <1884>")
         await one_draft(page)
         badge = json.loads(badge_json())
-        await open_export(page, "word")
+        await open_export(page, 1, "word")
         name, data = await downloaded(page, page.locator("#export-save"))
         await expect(page.locator("#export-told")).to_contain_text(name)
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -140,7 +135,7 @@ async def test_a_credential_is_one_click_away_and_names_what_is_missing() -> Non
     options: Any = {"viewport": {"width": 390, "height": 844}}
     async with serving(script=drafts()) as service, demo_at(service.url + "/", **options) as page:
         await one_draft(page)
-        await open_export(page, "credential")
+        await open_export(page, 1, "credential")
         await expect(page.locator("#recipient-told")).to_contain_text("placeholder")
         await page.fill("#issuer-name", "Riverside")
         await page.fill("#issuer-id", "riverside.example")
@@ -228,7 +223,7 @@ async def test_skills_are_chips_and_are_exported_as_edited(judge: Any) -> None:
         await expect(chips).to_have_count(3)
         await page.add_script_tag(path=AXE)
         assert await page.evaluate(RULES) == []
-        await open_export(page, "achievement")
+        await open_export(page, 1, "achievement")
         await expect(page.locator("#preview, #export-error").filter(has_text="ropes")).to_be_visible()
         _, data = await downloaded(page, page.locator("#export-save"))
         achievement = json.loads(data)
@@ -251,6 +246,6 @@ async def test_axe_finds_nothing_in_the_dialogs(scheme: Any) -> None:
         await card(page, 1).get_by_role("button", name="Design").click()
         assert await page.evaluate(RULES) == []
         await page.keyboard.press("Escape")
-        await open_export(page, "credential")
+        await open_export(page, 1, "credential")
         assert await page.evaluate(RULES) == []
         assert await page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0

@@ -46,8 +46,6 @@ async def one_draft(page: Page) -> None:
     await expect(page.locator(FINISHED)).to_have_count(1)
 
 
-
-
 async def test_documents_are_dropped_read_corrected_and_written() -> None:
     async with serving(script=drafts()) as service, demo_at(service.url + "/") as page:
         await drop(page, "syllabus.pdf", "application/pdf", PDF)
@@ -179,7 +177,7 @@ SKILL = {
     "name": "tie climbing knots",
     "url": "https://esco.example/1",
     "framework": "ESCO",
-    "type": "skill",
+    "type": "ext:ESCOAlignment",
     "score": 0.6,
 }
 

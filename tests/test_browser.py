@@ -651,6 +651,7 @@ async def test_markup_in_any_field_is_shown_and_not_run() -> None:
             await expect(page.locator(".state", has_text="Draft")).to_have_count(min(len(INERT), index + 4))
         assert sorted(await names_of(page)) == sorted(INERT)
         await page.reload()
+        await expect(page.locator(".card")).to_have_count(len(INERT))
         assert sorted(await names_of(page)) == sorted(INERT)
         await page.locator(".card").first.get_by_role("button", name="Export").click()
         await page.click("#for-systems summary")
@@ -733,7 +734,7 @@ async def test_axe_finds_nothing(scheme: Any, width: int) -> None:
         await page.add_script_tag(path=AXE)
         assert await page.evaluate(RULES) == []
         await page.fill("#institution", "Riverside State University")
-        for summary in await page.locator("summary").all():
+        for summary in await page.locator("#composer summary").all():
             await summary.click()
         await write(page)
         await states(page, *["Reading the course"] * 3, "Waiting, number 1 in the queue")

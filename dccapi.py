@@ -15,6 +15,7 @@ Routes, each under /api/v1 and at the root:
     POST   /regenerate-field                                      the badge with one field written anew
     POST   /credentials                                           an unsigned OpenBadgeCredential; no engine involved
     POST   /extract                                               the text of a document; no engine involved
+    GET    /skills                                                skills of ESCO and O*NET, where there is an index
     GET    /health, /livez, /readyz, /metrics                     state
     GET    /, /demo, /docs, /openapi.json                         the demo page, the documentation
 
@@ -170,6 +171,7 @@ class Settings(BaseSettings):
     max_connections_per_client: Count = 256
     max_body_bytes: Count = 262144
     max_upload_bytes: Count = 20971520
+    skills_index: Path | None = None
     resume_grace: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10
     result_ttl: Seconds = 300
     drain_timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 30
@@ -1225,7 +1227,12 @@ def _tidied(node: Any) -> Any:
     return re.sub(r"\{(?=\{)", "{ ", re.sub(r"\}(?=\})", "} ", text))
 
 
-def build_achievement(badge: Badge, request: GenerateRequest | None = None, tags: Sequence[str] = ()) -> dict[str, Any]:
+def build_achievement(
+    badge: Badge,
+    request: GenerateRequest | None = None,
+    tags: Sequence[str] = (),
+    alignments: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
     """The badge in Open Badges terms, with what the request knows. A bad URL does not cost the badge."""
     achievement: dict[str, Any] = {
         "@context": [VC_CONTEXT, OB_CONTEXT],
@@ -1244,6 +1251,8 @@ def build_achievement(badge: Badge, request: GenerateRequest | None = None, tags
         achievement["id"] = uuid.uuid5(uuid.NAMESPACE_URL, f"{url.rstrip('/')}/{request.course_id}").urn
     if shown := [tag for tag in dict.fromkeys(tags) if re.search(VISIBLE, tag)]:
         achievement["tag"] = shown
+    if alignments:
+        achievement["alignment"] = [*alignments]
     return cast(dict[str, Any], _tidied(achievement))
 
 
@@ -1889,14 +1898,16 @@ class GenerationQueue:
         if broken_off:  # the engine did not say how much it had read: as much as for the second call
             spent.update(prompt_tokens=usage.prompt_tokens, completion_tokens=broken_off)
         badge = cast(Badge, draft.badge)
+        tags = skills_in(badge._tags, prompt)
+        found = await self._review(badge, tags, prompt, generation.client)
         return Answer(
             response=badge,
-            achievement=build_achievement(badge, prompt.request, skills_in(badge._tags, prompt)),
+            achievement=build_achievement(badge, prompt.request, tags, found.pop("alignment", ())),
             model=self.settings.model,
             usage=TokenUsage(**spent, total_tokens=spent.total()),
             finish_reason=usage.finish_reason,
             request_id=generation.request_id,
-            review=await self._review(badge, prompt, generation.client),
+            review=found or None,
         )
 
     async def _written(self, call: Call, prompt: Prompt, draft: Draft, joint: str, spent: Counting[str]) -> Usage:
@@ -1969,12 +1980,15 @@ class GenerationQueue:
             raise error
         return shorter
 
-    async def _review(self, badge: Badge, prompt: Prompt, client: str) -> dict[str, Any] | None:
+    async def _review(self, badge: Badge, tags: Sequence[str], prompt: Prompt, client: str) -> dict[str, Any]:
+        """The review, and the alignments beside it where there is an index of skills; nothing when it failed."""
         request, course = prompt.request, prompt.course
         try:
-            return await self.readers.ask(
+            found = await self.readers.ask(
                 "review",
                 client,
+                index=str(self.settings.skills_index or "") if request.skills else "",
+                skills=tags,
                 badge=badge.model_dump(),
                 course=course.text,
                 options=request.given_texts(),
@@ -1982,9 +1996,11 @@ class GenerationQueue:
                 tone=request.option("badge_tone"),
                 notes=course.notes,
             )
+            found.pop("fault", None)  # of the index, which /health tells
+            return found
         except ApiError as error:  # a review never fails a request
             log.warning("a draft could not be reviewed: %s", error.code)
-            return None
+            return {}
 
     async def _relay(
         self, call: Call, prompt: Prompt, draft: Draft, joint: str, pieces: AsyncIterator[str | Usage]
@@ -2879,6 +2895,7 @@ class Api:
             "/regenerate-field": {"POST": self.regenerate_field},
             "/credentials": {"POST": self.credentials},
             "/extract": {"POST": self.extract},
+            "/skills": {"GET": self.skills},
             "/generations/{id}": {"GET": self.generation, "DELETE": self.cancel},
             "/generations/{id}/events": {"GET": self.generation_events, "HEAD": self.no_events},
             "/health": {"GET": self.health},
@@ -3064,12 +3081,38 @@ class Api:
             return Response(status_code=204)
         return EventStreamResponse(self.queue, generation, options, seen=seen, grace=self.settings.resume_grace)
 
+    async def skills(self, request: Request) -> Response:
+        """The skills of the index that a query may mean, best first. Raises NotFound without an index."""
+        if not self.settings.skills_index:
+            raise NotFound("There is no index of skills. The service's operator can make one: `make skills`.")
+        query = request.query_params.get("q", "")
+        if not re.search(VISIBLE, query):
+            raise invalid_fields({("q",): "must be a word of the skill that is looked for"})
+        index = str(self.settings.skills_index)
+        said = await self.readers.ask("skills", request.state.client, path=index, query=query)
+        if "fault" in said:
+            raise NotFound("The index of skills cannot be read. The service's operator finds the reason in /health.")
+        return as_json(said["skills"])
+
+    async def frameworks(self) -> tuple[list[dict[str, Any]] | None, str | None]:
+        """Those of the index of skills, or why it cannot be read, which the log says too."""
+        if not self.settings.skills_index:
+            return None, None
+        try:
+            said = await self.readers.ask("frameworks", "", path=str(self.settings.skills_index))
+        except ApiError as error:
+            said = {"fault": error.detail}
+        if fault := said.get("fault"):
+            warn_once(f"badges get no alignments: {fault}", time.monotonic() // 3600)
+        return said.get("frameworks"), fault and f"SKILLS_INDEX: {fault}"
+
     # -- state
 
     async def health(self, request: Request) -> Response:
         """Engine, model and queue (contract 3.5); 503 when no badge could be written now."""
         settings, queue = self.settings, self.queue
         available, error = await self._state()
+        frameworks, fault = await self.frameworks()
         health = {
             "status": "unhealthy" if error else "healthy",
             "engine": settings.engine,
@@ -3087,9 +3130,9 @@ class Api:
             "queue_status": "full" if queue.full else "busy" if queue.waiting else "ready",
             "multiplexing_enabled": settings.enable_multiplexing,
             "version": __version__,
-            "error": error.detail if error else self.engine.remark or None,
+            "error": error.detail if error else self.engine.remark or fault,
             "content_words_that_fit": self._words_that_fit(),
-            "skills": None,
+            "skills": frameworks,
         }
         return as_json(health, 503 if error else 200)
 
@@ -3998,6 +4041,7 @@ def create_app(settings: Settings) -> Guard:
     async def lifespan(guard: Guard) -> AsyncIterator[None]:
         configure_logging(settings)
         await queue.start()
+        await api.frameworks()
         log.info(
             f"dccapi {__version__}: engine {settings.engine}, model {settings.model}, {settings.workers} workers, "
             f"queue {settings.max_queue}, on {', '.join(guard.addresses)}, HTTP/2 on"

@@ -357,6 +357,11 @@ def _split(course: str) -> tuple[list[str], list[str]]:
     return [*dict.fromkeys(told)], taught
 
 
+def sentences_of(course: str) -> list[str]:
+    """The sentences of a course without those that speak to a model."""
+    return [sentence for piece in _split(course)[1] for sentence in _sentences(piece)]
+
+
 SHORT_WORDS = frozenset(
     # One string reads better than a list.
     "A An And At By Con Das De Der Des Di Die Du El For I In La Las Le Les Los Of On The To Und".split()  # noqa: SIM905

@@ -75,6 +75,20 @@ class Extracted(BaseModel):
     notes: list[dict[str, Any]]
 
 
+class Skill(BaseModel):
+    """A skill of the index, and how well it fits what was looked for, 0 to 1."""
+
+    name: str
+    url: str
+    framework: str
+    type: str
+    score: float
+
+
+class Skills(RootModel[list[Skill]]):
+    """Skills of the index, best first."""
+
+
 class UploadedDocument(BaseModel):
     """A form with one document, or a document's own bytes with their Content-Type."""
 
@@ -190,7 +204,7 @@ class Samples(RootModel[str]):
 
 # Schemas of requests say what is taken, those of answers what is given. Those of credentials stand in a file.
 ASKED = (GenerateRequest, RegenerateRequest, UploadedDocument)
-ANSWERED = (Answer, Accepted, GenerationState, Extracted, Health, Status, Problem, Event, *EVENTS)
+ANSWERED = (Answer, Accepted, GenerationState, Extracted, Skills, Health, Status, Problem, Event, *EVENTS)
 PAGES = (Links, Document, Page, Samples)
 # Others are JSON.
 MEDIA_TYPES = {
@@ -254,6 +268,7 @@ OPERATIONS = (
     Operation("post", "/regenerate-field", "Badges", REGENERATE, WRITTEN, WRITING, POSTED, "RegenerateRequest"),
     Operation("post", "/credentials", "Badges", CREDENTIALS, AWARDED, body="CredentialRequest"),
     Operation("post", "/extract", "Badges", EXTRACT, {"200": ["Extracted"]}, "429 503", body="UploadedDocument"),
+    Operation("get", "/skills", "Badges", "Skills of the index.", {"200": ["Skills"]}, "404 422 503", ["q"]),
     Operation("get", "/generations/{id}", "Badges", "State and result of a generation.", {"200": ["GenerationState"]}),
     Operation("delete", "/generations/{id}", "Badges", CANCEL, {"204": []}),
     Operation("get", "/generations/{id}/events", "Badges", FOLLOW, RESUMED, "422", RESUME),
@@ -293,6 +308,13 @@ EXTRACTED: dict[str, Any] = {
     "words": 9,
     "notes": [],
 }
+SKILL: dict[str, Any] = {
+    "name": "JavaScript",
+    "url": "http://data.europa.eu/esco/skill/fd33c66c-70c4-40e6-b87c-03495bbfcf8d",
+    "framework": "ESCO",
+    "type": "ext:ESCOAlignment",
+    "score": 0.99,
+}
 REVIEW: dict[str, Any] = {
     "language": "en",
     "support": 0.9,
@@ -307,6 +329,7 @@ REVIEW: dict[str, Any] = {
     "notes": [],
 }
 PARAMETERS = {
+    "q": "java",
     "content": COURSE["content"],
     "id": ID,
     "Prefer": "respond-async",
@@ -353,6 +376,7 @@ def answered() -> Examples:
             "an error": events(2, ['{"badge_name": "Kn', "ots", dccapi.EngineTimeout()]),
         },
         "Extracted": {"a text": EXTRACTED},
+        "Skills": {"one": [SKILL]},
         "Health": {"busy": health()},
         "Status": {"up": {"status": "alive"}, "ready": {"status": "ready"}},
         "Samples": {"a gauge": "# TYPE dccapi_queue_depth gauge\ndccapi_queue_depth 3.0\n"},
@@ -546,6 +570,8 @@ def parameter(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     example = {"example": PARAMETERS[name]} if name in PARAMETERS else {}
     if name in fields:
         return {"name": name, "in": "query", "required": name == "content", "schema": fields[name], **example}
+    if name == "q":
+        return {"name": name, "in": "query", "required": True, "schema": {"type": "string"}, **example}
     if name == "id":
         return {"name": name, "in": "path", "required": True, "schema": {"type": "string"}, **example}
     pattern = {"pattern": "^[!-~]{1,255}$"} if name == "Idempotency-Key" else {}

@@ -2,7 +2,8 @@
 
 The service runs with its default settings and a scripted engine. Each client and each attack has an address of its own
 (127.0.0.0/8, so Linux alone). Honest clients ask for JSON, for events over h2c, and for a result later; each must get a
-badge, or a refusal of the contract. At the end the service must have logged no traceback, and must be as large as it was.
+badge, or a refusal of the contract. At the end the service must have logged no traceback, and must be as large as it
+was.
 Exit code 0 if all of that is so.
 """
 
@@ -27,7 +28,7 @@ from hpack import Encoder
 HERE = Path(__file__).resolve().parents[1]  # the checkout
 sys.path.insert(0, str(HERE / "tests"))
 
-from testkit import PREFACE, Script, ScriptedOllama, Server, badge_json, frame, free_port, rss_kib, split
+from testkit import PREFACE, Script, ScriptedOllama, Server, badge_json, frame, free_port, rss_kib, split  # noqa: E402 - the kit stands in tests/
 
 COURSE = {"content": "Knots for climbers: figure eight, clove hitch, prusik. Practical exam on the wall. " * 8}
 FAT = {"content": "Ties knots on ropes of all kinds. " * 7300}  # 250 KB

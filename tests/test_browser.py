@@ -646,6 +646,7 @@ async def test_markup_in_any_field_is_shown_and_not_run() -> None:
             await expect(page.locator(".state", has_text="Draft")).to_have_count(min(len(INERT), index + 4))
         assert sorted(await names_of(page)) == sorted(INERT)
         await page.reload()
+        await expect(page.locator(".card")).to_have_count(len(INERT))
         assert sorted(await names_of(page)) == sorted(INERT)
         await page.locator(".card").first.get_by_role("button", name="Export").click()
         await page.fill("#issuer-name", INERT[2])

@@ -45,7 +45,7 @@ function openCompare(group, drafts) {
 }
 
 const isComparable = draft => !isLive(draft) && Object.values(draft.fields).some(text => text.trim());
-const nameOf = draft => `Draft ${draft.number}, ${emphasisOf(draft).name}`;
+const nameOf = draft => [`Draft ${draft.number}`, emphasisOf(draft).name].filter(Boolean).join(', ');
 const emphasisOf = draft => EMPHASES[draft.emphasis] ?? {name: ''};
 
 function drawCompare(group, drafts) {
@@ -66,14 +66,15 @@ function drawCompare(group, drafts) {
   group.picks.forEach((pick, side) => {
     const ids = able.map(draft => draft.id).join();
     if (pick.dataset.ids !== ids) {
-      pick.replaceChildren(...able.map(draft => element('option', {value: draft.id, textContent: nameOf(draft).replace(/, $/, '')})));
+      pick.replaceChildren(...able.map(draft => element('option', {value: draft.id, textContent: nameOf(draft)})));
       pick.dataset.ids = ids;
     }
     pick.value = group.pair[side];
   });
   for (const [name, sides] of Object.entries(group.rows)) {
     const words = pair.map(draft => wordsIn(draft.fields[name])), marks = shared(...words);
-    sides.forEach(({text, use}, side) => {
+    sides.forEach(({text, use, who}, side) => {
+      setText(who, nameOf(pair[side]));
       text.replaceChildren(...markedText(words[side], marks[side]));
       const other = pair[1 - side];
       setText(use, `Use this ${FIELDS[name].label.toLowerCase()} in draft ${other.number}`);
@@ -93,8 +94,9 @@ function makeCompare(group) {
   for (const [name, {label}] of Object.entries(FIELDS)) {
     rows[name] = [0, 1].map(side => {
       const use = element('button', {type: 'button', onclick: () => usePart(draftOn(side), draftOn(1 - side), name)});
-      const text = element('p', {className: `text ${name}`, dir: 'auto'});
-      return {text, use, root: element('div', {}, text, use)};
+      const text = element('p', {className: `words ${name}`, dir: 'auto'});
+      const who = element('p', {className: 'who'});
+      return {text, use, who, root: element('div', {}, who, text, use)};
     });
     parts.push(element('h4', {textContent: label}), element('div', {className: 'beside'}, ...rows[name].map(({root}) => root)));
   }

@@ -68,7 +68,7 @@ function sendDocument(file, key, onprogress) {
   });
 }
 
-async function textOf(file, onprogress) {
+async function extracted(file, onprogress) {
   for (;;) {
     const key = storedKey();
     const {status, body, retryAfter} = await sendDocument(file, key, onprogress);
@@ -89,7 +89,7 @@ async function readFile(file) {
     if ((await file.slice(0, 5).text()) === '{\\rtf') {
       throw new Problem(`${file.name} is in RTF, which is not read here. Open it in Word or LibreOffice, save it as .docx or .odt, and choose that.`);
     }
-    const said = await textOf(file, part => showReading(file.name, part));
+    const said = await extracted(file, part => showReading(file.name, part));
     const facts = [file.name, said.pages && plural(said.pages, 'page'), plural(said.words, 'word')].filter(Boolean);
     setContent(said.content, `From ${facts.join(', ')}. Read it and correct it before you write.`, {language: said.language, notes: said.notes, isDocument: true});
     announce(`${file.name} is read: ${plural(said.words, 'word')}. The text can be corrected in the course description.`);

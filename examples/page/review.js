@@ -30,7 +30,7 @@ function findingsOf(draft, name) {
     const about = notes.filter(note => sentence.includes(note.text.trim()));
     const isLow = support !== null && support < LOW_SUPPORT;
     if (!isLow && !about.length) continue;
-    const reasons = about.map(note => note.text.trim() === sentence ? note.message : `“${note.text}”: ${note.message}`);
+    const reasons = about.filter(note => note.code !== 'low_support').map(note => note.text.trim() === sentence ? note.message : `“${note.text}”: ${note.message}`);
     if (!reasons.length) reasons.push('The course has few words of this sentence; check that it says so.');
     found.push({start, end: from, text: sentence, word: isLow ? 'not in the course' : 'check this', reasons, source});
   }

@@ -191,12 +191,23 @@ function dropDraft(draft) {
   state.drafts = state.drafts.filter(other => other !== draft);
   kept.delete(draft.id);
   removed.add(draft.id);
-  const isLast = !state.drafts.some(other => other.batch === draft.batch);
-  transact('readwrite', async (drafts, batches) => {
-    drafts.delete(draft.id);
-    if (isLast) batches.delete(draft.batch);
-  }).catch(tellUnkept);
+  deleteRecord(draft.id, draft.batch);
   bus.postMessage({type: 'gone', id: draft.id});
+}
+
+const deleting = new Map(); // draft id: its batch, until the record is gone
+async function deleteRecord(id, batch) {
+  deleting.set(id, batch);
+  const isLast = !state.drafts.some(other => other.batch === batch);
+  try {
+    await transact('readwrite', async (drafts, batches) => {
+      drafts.delete(id);
+      if (isLast) batches.delete(batch);
+    });
+    deleting.delete(id);
+  } catch (fault) {
+    tellUnkept(fault);
+  }
 }
 
 function restoreDrafts(drafts) {
@@ -250,6 +261,7 @@ function leaveUnsaved() {
     const before = kept.get(draft.id), changes = changesOf(draft, before);
     if (Object.keys(changes).length) store.write(`unsaved.${draft.id}`, {changes, isNew: !before, batchId: draft.batch, batch: state.batches[draft.batch]});
   }
+  for (const [id, batchId] of deleting) if (removed.has(id)) store.write(`unsaved.${id}`, {isGone: true, batchId});
   bus.postMessage({type: 'leaving', tab: TAB});
 }
 
@@ -258,6 +270,10 @@ function takeUnsaved() {
   for (const name of store.names('unsaved.')) {
     const left = store.read(name), id = name.slice(8);
     store.write(name, null);
+    if (left?.isGone) {
+      takeAway(id);
+      deleteRecord(id, left.batchId);
+    }
     if (!left?.changes) continue;
     let draft = state.drafts.find(draft => draft.id === id);
     if (!draft && left.isNew) {

@@ -17,7 +17,7 @@ from playwright.async_api import FilePayload, Page, expect
 from documents_kit import docx, pages_of, paragraph
 from service import judge, serving
 from test_browser import AXE, RULES, card, demo_at, downloaded, drafts, open_export, pytestmark, write
-from testkit import Script, badge_json, split
+from testkit import Script, badge_json, exceeds_context, split
 
 __all__ = ["judge", "pytestmark"]
 
@@ -68,10 +68,10 @@ async def test_documents_are_dropped_read_corrected_and_written() -> None:
 
 async def test_a_document_can_be_taken_with_the_keyboard_alone_and_a_bad_one_says_what_to_do() -> None:
     async with serving(script=drafts()) as service, demo_at(service.url + "/") as page:
-        await page.focus("#content")
-        await page.keyboard.press("Tab")
-        await expect(page.locator("#open")).to_be_focused()
         async with page.expect_file_chooser() as chosen:
+            await page.focus("#content")
+            await page.keyboard.press("Tab")
+            await expect(page.locator("#open")).to_be_focused()
             await page.keyboard.press("Enter")
         encoded = "Seile und Knoten für Kletterer. Die Teilnehmenden üben, sich zu sichern.".encode("utf-16")
         await (await chosen.value).set_files(FilePayload(name="kurs.txt", mimeType="text/plain", buffer=encoded))
@@ -98,6 +98,18 @@ async def test_the_length_of_a_course_is_told_in_words_also_of_chinese() -> None
         await expect(page.locator("#long-told")).to_be_hidden()
         await page.fill("#content", "knots " * 3000)
         await expect(page.locator("#long-told")).to_be_visible()
+
+
+async def test_what_a_condensed_course_lost_is_told_with_its_draft() -> None:
+    sections = [f"## Part {n}\n\nLearners tie knot number {n} and test it on rope {n}. " * 12 for n in range(40)]
+    script = lambda body, index: (  # noqa: E731
+        exceeds_context(9000, 2048) if len(body["prompt"]) > 12000 else Script(pieces=split(badge_json()))
+    )
+    async with serving(script=script, num_ctx=2048) as service, demo_at(service.url + "/") as page:
+        await write(page, 1, "\n\n".join(sections))
+        await expect(page.locator(FINISHED)).to_have_count(1, timeout=20_000)
+        await card(page, 1).locator(".notes summary").click()
+        await expect(card(page, 1).locator(".notes")).to_contain_text("too long for the model")
 
 
 async def test_a_draft_goes_to_word_to_a_table_and_to_paper() -> None:

@@ -104,6 +104,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from reader import review
+from reader import skills as skill_index
 
 __version__ = "0.2.0"
 
@@ -153,6 +154,7 @@ class Settings(BaseSettings):
     model_name: str = ""
     model_path: Path | None = None
     system_prompt_file: Path = HERE / "SYSTEM_PROMPT.txt"
+    skills_index: Path | None = None  # made by `make skills`; one that cannot be read costs alignments, not the start
     max_concurrent_requests: Count = 4
     enable_multiplexing: bool = True
     max_queue: Annotated[int, Field(ge=0)] = 64
@@ -1221,7 +1223,12 @@ def _tidied(node: Any) -> Any:
     return re.sub(r"\{(?=\{)", "{ ", re.sub(r"\}(?=\})", "} ", text))
 
 
-def build_achievement(badge: Badge, request: GenerateRequest | None = None, tags: Sequence[str] = ()) -> dict[str, Any]:
+def build_achievement(
+    badge: Badge,
+    request: GenerateRequest | None = None,
+    tags: Sequence[str] = (),
+    alignment: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
     """The badge in Open Badges terms, with what the request knows. A bad URL does not cost the badge."""
     achievement: dict[str, Any] = {
         "@context": [VC_CONTEXT, OB_CONTEXT],
@@ -1240,6 +1247,8 @@ def build_achievement(badge: Badge, request: GenerateRequest | None = None, tags
         achievement["id"] = uuid.uuid5(uuid.NAMESPACE_URL, f"{url.rstrip('/')}/{request.course_id}").urn
     if shown := [tag for tag in dict.fromkeys(tags) if re.search(VISIBLE, tag)]:
         achievement["tag"] = shown
+    if alignment:
+        achievement["alignment"] = list(alignment)
     return cast(dict[str, Any], _tidied(achievement))
 
 
@@ -1588,6 +1597,8 @@ class GenerationQueue:
         self.settings = settings
         self.engine = engine
         self.readers = readers
+        index = settings.skills_index
+        self.skills, self.skills_fault = skill_index.about(str(index)) if index else (None, "")
         self.running: dict[Generation, Call] = {}
         self.draining = False
         self._waiting: dict[Generation, None] = {}  # in order; a client that leaves is taken out of the middle
@@ -1885,14 +1896,17 @@ class GenerationQueue:
         if broken_off:  # the engine did not say how much it had read: as much as for the second call
             spent.update(prompt_tokens=usage.prompt_tokens, completion_tokens=broken_off)
         badge = cast(Badge, draft.badge)
+        tags = skills_in(badge._tags, prompt)
+        judged = await self._review(badge, prompt, tags, generation.client)
+        alignment = judged.pop("alignment", ()) if judged else ()
         return Answer(
             response=badge,
-            achievement=build_achievement(badge, prompt.request, skills_in(badge._tags, prompt)),
+            achievement=build_achievement(badge, prompt.request, tags, alignment),
             model=self.settings.model,
             usage=TokenUsage(**spent, total_tokens=spent.total()),
             finish_reason=usage.finish_reason,
             request_id=generation.request_id,
-            review=await self._review(badge, prompt, generation.client),
+            review=judged,
         )
 
     async def _written(self, call: Call, prompt: Prompt, draft: Draft, joint: str, spent: Counting[str]) -> Usage:
@@ -1965,10 +1979,13 @@ class GenerationQueue:
             raise error
         return shorter
 
-    async def _review(self, badge: Badge, prompt: Prompt, client: str) -> dict[str, Any] | None:
-        request, course = prompt.request, prompt.course
+    async def _review(self, badge: Badge, prompt: Prompt, tags: Sequence[str], client: str) -> dict[str, Any] | None:
+        """The review, with the `alignment` of the achievement where skills were asked for and an index can be read."""
+        request, course, skills = prompt.request, prompt.course, None
+        if self.skills and "skills" in prompt.schema["properties"]:
+            skills = {"path": str(self.settings.skills_index), "names": tags, "language": course.language}
         try:
-            return await self.readers.ask(
+            judged = await self.readers.ask(
                 "review",
                 client,
                 badge=badge.model_dump(),
@@ -1977,7 +1994,11 @@ class GenerationQueue:
                 wanted_language=request.language,
                 tone=request.option("badge_tone"),
                 notes=course.notes,
+                skills=skills,
             )
+            if fault := judged.pop("fault", ""):
+                log.warning("a draft has no alignments: SKILLS_INDEX: %s", fault)
+            return judged
         except ApiError as error:  # a review never fails a request
             log.warning("a draft could not be reviewed: %s", error.code)
             return None
@@ -2875,6 +2896,7 @@ class Api:
             "/regenerate-field": {"POST": self.regenerate_field},
             "/credentials": {"POST": self.credentials},
             "/extract": {"POST": self.extract},
+            "/skills": {"GET": self.skills},
             "/generations/{id}": {"GET": self.generation, "DELETE": self.cancel},
             "/generations/{id}/events": {"GET": self.generation_events, "HEAD": self.no_events},
             "/health": {"GET": self.health},
@@ -2947,6 +2969,21 @@ class Api:
         if said is None:
             raise invalid_fields({("file",): "is missing; send the document in it"})
         return as_json(said)
+
+    async def skills(self, request: Request) -> Response:
+        """The skills of the index that `q` may mean, best first."""
+        if not self.queue.skills:
+            raise NotFound("This service has no index of skills; its operator can make one: `make skills`.")
+        query = request.query_params.get("q", "")
+        if not 0 < len(query.strip()) <= skill_index.LONGEST_QUERY:
+            raise invalid_fields({("query", "q"): f"must have 1 to {skill_index.LONGEST_QUERY} characters"})
+        with self.queue.reading(request.state.client):
+            path = str(self.settings.skills_index)
+            said = await self.readers.ask("skills", request.state.client, path=path, query=query)
+        if fault := said.get("fault"):
+            log.warning("SKILLS_INDEX: %s", fault)
+            raise NotFound("The index of skills cannot be read; the service's log says why.")
+        return as_json(said["skills"])
 
     async def _form(self, request: Request) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """The fields of a form, and what the document in its part `file` says."""
@@ -3065,6 +3102,7 @@ class Api:
         """Engine, model and queue (contract 3.5); 503 when no badge could be written now."""
         settings, queue = self.settings, self.queue
         available, error = await self._state()
+        remark = f"SKILLS_INDEX: {queue.skills_fault}" if queue.skills_fault else None
         health = {
             "status": "unhealthy" if error else "healthy",
             "engine": settings.engine,
@@ -3082,9 +3120,9 @@ class Api:
             "queue_status": "full" if queue.full else "busy" if queue.waiting else "ready",
             "multiplexing_enabled": settings.enable_multiplexing,
             "version": __version__,
-            "error": error.detail if error else self.engine.remark or None,
+            "error": error.detail if error else self.engine.remark or remark or None,
             "content_words_that_fit": self._words_that_fit(),
-            "skills": None,
+            "skills": queue.skills,
         }
         return as_json(health, 503 if error else 200)
 
@@ -3991,6 +4029,8 @@ def create_app(settings: Settings) -> Guard:
             f"dccapi {__version__}: engine {settings.engine}, model {settings.model}, {settings.workers} workers, "
             f"queue {settings.max_queue}, on {', '.join(guard.addresses)}, HTTP/2 on"
         )
+        if queue.skills_fault:
+            log.warning("badges have no alignments: SKILLS_INDEX: %s", queue.skills_fault)
         if not settings.keys and any(map(is_public, guard.addresses)):
             log.warning("everyone who can reach this address can use the service: set API_KEYS, or bind to 127.0.0.1")
         try:

@@ -22,6 +22,7 @@ from reader.course_text import plain_text
 from reader.documents import document
 from reader.extract import DETAILS, TOO_LARGE, Refused
 from reader.review import language_of, review
+from reader.skills import aligned, search
 
 MAX_MEMORY = 2**29  # bytes of one process
 MAX_SECONDS = {"document": 15}  # of processor time; others have 5
@@ -32,11 +33,18 @@ def text(content: str) -> dict[str, Any]:
     return {"text": said.text, "repairs": said.repairs, "language": language_of(said.text)}
 
 
+def judged(skills: dict[str, Any] | None = None, **draft: Any) -> dict[str, Any]:
+    """The review of a draft; with `skills` (the arguments of `aligned` but the course) its `alignment` too."""
+    found = aligned(course=draft["course"], **skills) if skills else {}
+    return {**review(**draft), "suggestions": [], **found}
+
+
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {
     "text": text,
     "document": document,
     "condense": condense,
-    "review": review,
+    "review": judged,
+    "skills": search,
 }
 
 

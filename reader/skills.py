@@ -52,7 +52,8 @@ STOP_WORDS = frozenset(
 # Verbs and nouns that hardly tell one skill from another.
 LIGHT_WORDS = (
     "use apply perform conduct carry out utilise execute undertake do make employ provide technique techniques method"
-    " methods practice practices procedure procedures tool tools software program programs activities work setup appropriate proper specific various"
+    " methods practice practices procedure procedures tool tools software program programs activities work setup"
+    " appropriate proper specific various"
 )
 ENDINGS = re.compile(r"(?<=\w{4})(?:ations?|ating|ated|ates?)\Z|(?<=\w{3})(?:ments?|ings?|ions?|ed|es|e|s)\Z")
 
@@ -115,19 +116,17 @@ class Index:
 
     def __init__(self, path: str) -> None:
         if not Path(path).is_file():
-            raise BadIndex(f"there is no file {path}; `make skills` makes one")
+            raise BadIndex("there is no such file; `make skills` makes one")
         self.db = sqlite3.connect(f"{Path(path).absolute().as_uri()}?mode=ro&immutable=1", uri=True)
         try:
             found = [self.db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
             if found[0] != APPLICATION:
-                raise BadIndex(f"{path} is no index of skills; `make skills` makes one")
+                raise BadIndex("it is no index of skills; `make skills` makes one")
             if found[1] != SCHEMA:
-                raise BadIndex(
-                    f"{path} has version {found[1]} and this service reads {SCHEMA}: run `make skills` again"
-                )
+                raise BadIndex(f"it has version {found[1]}, and this service reads {SCHEMA}: run `make skills` again")
             self.size: int = self.db.execute("SELECT count(*) FROM skills").fetchone()[0]
         except (sqlite3.Error, TypeError) as error:
-            raise BadIndex(f"{path} is broken ({error}); `make skills` makes another") from None
+            raise BadIndex(f"it is broken ({error}); `make skills` makes another") from None
         self.weight = functools.lru_cache(20_000)(self._weight)
 
     def frameworks(self) -> list[dict[str, Any]]:
@@ -192,6 +191,18 @@ def agreement(index: Index, one: frozenset[str], other: frozenset[str]) -> float
     """How much two names have in common, 0 to 1: twice what they share by what they have."""
     total = index.weigh(one) + index.weigh(other)
     return 2 * index.weigh(one & other) / total if total else 0.0
+
+
+def about(path: str) -> tuple[list[dict[str, Any]] | None, str]:
+    """The frameworks of an index with their licences, or why there are none."""
+    try:
+        index = Index(path)
+        try:
+            return index.frameworks(), ""
+        finally:
+            index.db.close()
+    except (BadIndex, sqlite3.Error) as error:
+        return None, str(error)
 
 
 # ---------------------------------------------------------------- search
@@ -335,13 +346,13 @@ def _products(index: Index, names: Sequence[str], words: Words) -> dict[int, Can
     The model must have named one that is called by an ordinary word, such as Slack, or by a letter or two.
     """
     named = frozenset(chain.from_iterable(map(_runs, names)))
-    spelled = [*dict.fromkeys(chain.from_iterable(map(_runs, words.sentences)))]
+    runs = dict.fromkeys(chain.from_iterable(map(_runs, words.sentences)))
+    spelled = [run for run in runs if run != run.lower() or run in named]
     found: dict[str, tuple[int, Candidate]] = {}
     for at in range(0, len(spelled), 500):  # SQLite before 3.32 takes 999 parameters
         for name, skill, is_ordinary in index.products(spelled[at : at + 500]):
             is_sure = name in named or " " in name or not (is_ordinary or len(name) < 3)
-            if name in named or name != name.lower():
-                found[name] = skill, Candidate(1.0 if is_sure else NEAR, 1.0, BORNE, frozenset(stems(name)))
+            found[name] = skill, Candidate(1.0 if is_sure else NEAR, 1.0, BORNE, frozenset(stems(name)))
     # "Google Analytics" does not name Google.
     inside = {run for name in found for run in _runs(name) if run != name}
     return {skill: candidate for name, (skill, candidate) in found.items() if name not in inside or name in names}

@@ -31,7 +31,7 @@ CHECK_SHA256 := import hashlib, sys; \
 COMPILE := pip compile --no-config --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-emit-find-links --no-header --no-annotate
 
-.PHONY: help install model certs demo run test quick bench eval openapi lint lock clean
+.PHONY: help install model skills certs demo run test quick bench eval openapi lint lock clean
 
 help:
 	@echo "make install  .venv with all that running and testing need (PYTHON=… picks the Python)"
@@ -45,6 +45,7 @@ help:
 	@echo "make openapi  examples/openapi.json anew, after a change of routes, requests or errors"
 	@echo "make lint     ruff and mypy"
 	@echo "make model    the small model into model/ (93 MB, once); MODEL=1.5b: the larger one"
+	@echo "make skills   an index of ESCO's and O*NET's skills into model/ (89 MB are fetched, 6 MB stay): SKILLS_INDEX"
 	@echo "make certs    a self-signed certificate for localhost into certs/, unless there is one"
 	@echo "make lock     requirements.lock and requirements-dev.lock from pyproject.toml (ARGS=--upgrade for newer versions)"
 	@echo "make clean    removes .venv and caches; the model and certs/ stay"
@@ -105,6 +106,15 @@ $(LARGE_MODEL): | $(RUNNABLE)
 	$(VENV_PYTHON) -c '$(CHECK_SHA256)' "$$parts/unpacked/whole" $(LARGE_SHA256) && \
 	mv "$$parts/unpacked/whole" "$@" && rm -r "$$parts"
 
+# Only a data file of the wheel is read, and nothing of it is kept; so no stamp.
+skills: $(RUNNABLE)
+	@echo "Fetching the data of ESCO and O*NET (89 MB)"; \
+	mkdir -p model && temporary=$$(mktemp -d model/.fetch.XXXXXX) || exit 1; \
+	trap 'rm -rf "$$temporary"' EXIT; trap 'exit 129' HUP; trap 'exit 130' INT; trap 'exit 143' TERM; \
+	TMPDIR="$$PWD/$$temporary" $(VENV_PYTHON) -m pip --quiet --disable-pip-version-check download --no-deps \
+	    --require-hashes --only-binary :all: --dest "$$temporary" -r requirements-skills.lock && \
+	$(VENV_PYTHON) tools/skills.py "$$temporary"/laiser-*.whl model/skills.sqlite
+
 certs: $(RUNNABLE)
 	@tools/certs.sh $(VENV_PYTHON) certs
 
@@ -147,4 +157,4 @@ lock:
 
 clean:
 	@echo "Removing .venv and caches"
-	@rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis .schemathesis __pycache__ tests/__pycache__ tools/__pycache__ build dist *.egg-info model/.fetch.* model/.parts
+	@rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis .schemathesis __pycache__ tests/__pycache__ tools/__pycache__ build dist *.egg-info model/.fetch.* model/.parts model/.skills-*

@@ -52,18 +52,7 @@ CREATE VIRTUAL TABLE words USING fts5(label, others, content='', tokenize='unico
 """
 MAKERS = ("Microsoft ", "Adobe ", "Autodesk ", "Oracle ", "Intuit ", "Apple ", "IBM ")
 # What people call without its maker. Of others, such as Microsoft Access and Adobe Analytics, the rest is a word.
-SHORT = {
-    "AutoCAD",
-    "Excel",
-    "InDesign",
-    "Java",
-    "Lightroom",
-    "Photoshop",
-    "PowerPoint",
-    "QuickBooks",
-    "SharePoint",
-    "Visio",
-}
+SHORT = frozenset("AutoCAD Excel InDesign Java Lightroom Photoshop PowerPoint QuickBooks SharePoint Visio".split())  # noqa: SIM905
 CLASSES = re.compile(
     r"(?i)(software|systems?|databases?|applications?|programs?|sites|tools?|platforms?|packages|books)\Z"
 )

@@ -15,6 +15,7 @@ Routes, each under /api/v1 and at the root:
     POST   /regenerate-field                                      the badge with one field written anew
     POST   /credentials                                           an unsigned OpenBadgeCredential; no engine involved
     POST   /extract                                               the text of a document; no engine involved
+    GET    /skills                                                skills of ESCO and O*NET, where there is an index
     GET    /health, /livez, /readyz, /metrics                     state
     GET    /, /demo, /docs, /openapi.json                         the demo page, the documentation
 
@@ -104,7 +105,6 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from reader import review
-from reader import skills as skill_index
 
 __version__ = "0.2.0"
 
@@ -154,7 +154,6 @@ class Settings(BaseSettings):
     model_name: str = ""
     model_path: Path | None = None
     system_prompt_file: Path = HERE / "SYSTEM_PROMPT.txt"
-    skills_index: Path | None = None  # made by `make skills`; one that cannot be read costs alignments, not the start
     max_concurrent_requests: Count = 4
     enable_multiplexing: bool = True
     max_queue: Annotated[int, Field(ge=0)] = 64
@@ -172,6 +171,7 @@ class Settings(BaseSettings):
     max_connections_per_client: Count = 256
     max_body_bytes: Count = 262144
     max_upload_bytes: Count = 20971520
+    skills_index: Path | None = None
     resume_grace: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10
     result_ttl: Seconds = 300
     drain_timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 30
@@ -662,6 +662,10 @@ class Course:
     text: str
     language: str = "und"  # BCP 47
     notes: tuple[dict[str, Any], ...] = ()  # for the review: what was repaired or left out
+    grounds: Mapping[str, Any] = field(default_factory=dict)  # of its titles, see `reader.review`
+
+    def has_word_of(self, title: str, options: Sequence[str]) -> bool:
+        return not self.grounds or review.title_is_from_course(title, self.grounds, options)
 
 
 @dataclass(frozen=True)
@@ -764,7 +768,7 @@ def skills_in(tags: Sequence[str], prompt: Prompt) -> list[str]:
     """The skills among what a model named: short, each once, with a word of the course, at most 8."""
     names = {" ".join(tag.split()).strip(" .,;:-*•"): None for tag in tags if len(tag) <= 80 and len(tag.split()) <= 6}
     unique = {name.casefold(): name for name in reversed(names)}
-    in_course = partial(review.title_is_from_course, course=prompt.course.text, options=prompt.request.given_texts())
+    in_course = partial(prompt.course.has_word_of, options=prompt.request.given_texts())
     other_language = prompt.request.language not in (None, prompt.course.language)
     found = [name for name in names if unique.get(name.casefold()) == name and (other_language or in_course(name))]
     return found[:8] if prompt.request.skills else []
@@ -1227,7 +1231,7 @@ def build_achievement(
     badge: Badge,
     request: GenerateRequest | None = None,
     tags: Sequence[str] = (),
-    alignment: Sequence[dict[str, Any]] = (),
+    alignments: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
     """The badge in Open Badges terms, with what the request knows. A bad URL does not cost the badge."""
     achievement: dict[str, Any] = {
@@ -1247,8 +1251,8 @@ def build_achievement(
         achievement["id"] = uuid.uuid5(uuid.NAMESPACE_URL, f"{url.rstrip('/')}/{request.course_id}").urn
     if shown := [tag for tag in dict.fromkeys(tags) if re.search(VISIBLE, tag)]:
         achievement["tag"] = shown
-    if alignment:
-        achievement["alignment"] = list(alignment)
+    if alignments:
+        achievement["alignment"] = [*alignments]
     return cast(dict[str, Any], _tidied(achievement))
 
 
@@ -1597,8 +1601,6 @@ class GenerationQueue:
         self.settings = settings
         self.engine = engine
         self.readers = readers
-        index = settings.skills_index
-        self.skills, self.skills_fault = skill_index.about(str(index)) if index else (None, "")
         self.running: dict[Generation, Call] = {}
         self.draining = False
         self._waiting: dict[Generation, None] = {}  # in order; a client that leaves is taken out of the middle
@@ -1897,16 +1899,15 @@ class GenerationQueue:
             spent.update(prompt_tokens=usage.prompt_tokens, completion_tokens=broken_off)
         badge = cast(Badge, draft.badge)
         tags = skills_in(badge._tags, prompt)
-        judged = await self._review(badge, prompt, tags, generation.client)
-        alignment = judged.pop("alignment", ()) if judged else ()
+        found = await self._review(badge, tags, prompt, generation.client)
         return Answer(
             response=badge,
-            achievement=build_achievement(badge, prompt.request, tags, alignment),
+            achievement=build_achievement(badge, prompt.request, tags, found.pop("alignment", ())),
             model=self.settings.model,
             usage=TokenUsage(**spent, total_tokens=spent.total()),
             finish_reason=usage.finish_reason,
             request_id=generation.request_id,
-            review=judged,
+            review=found or None,
         )
 
     async def _written(self, call: Call, prompt: Prompt, draft: Draft, joint: str, spent: Counting[str]) -> Usage:
@@ -1941,18 +1942,18 @@ class GenerationQueue:
         """
         request, course = prompt.request, prompt.course
         options = request.given_texts()
-        is_wanted = isinstance(request, RegenerateRequest) and not review.instructions_in(course.text)
-        if is_wanted or request.language not in (None, course.language) or word_count(course.text) < 8:
+        is_wanted = isinstance(request, RegenerateRequest) and not course.grounds.get("has_orders")
+        if is_wanted or request.language not in (None, course.language) or word_count(course.text[:1000]) < 8:
             return str  # by a person who looks at it; in other words than the course's; there is nothing to compare
 
         def accepted(title: str) -> str | None:
-            if _says_nothing(title) or review.title_is_from_course(title, course.text, options):
+            if _says_nothing(title) or course.has_word_of(title, options):
                 return title
             if first:
                 return None
-            own = " ".join(NOT_TEXT.sub("", review.title_of(course.text)).split())
+            own = " ".join(NOT_TEXT.sub("", course.grounds["title"]).split())
             # The beginning of a text without a heading is a poor title.
-            is_title = len(own) <= 60 or review.instructions_in(course.text)
+            is_title = len(own) <= 60 or course.grounds["has_orders"]
             return own if is_title and not _says_nothing(own) else title
 
         return accepted
@@ -1979,29 +1980,27 @@ class GenerationQueue:
             raise error
         return shorter
 
-    async def _review(self, badge: Badge, prompt: Prompt, tags: Sequence[str], client: str) -> dict[str, Any] | None:
-        """The review, with the `alignment` of the achievement where skills were asked for and an index can be read."""
-        request, course, skills = prompt.request, prompt.course, None
-        if self.skills and "skills" in prompt.schema["properties"]:
-            skills = {"path": str(self.settings.skills_index), "names": tags, "language": course.language}
+    async def _review(self, badge: Badge, tags: Sequence[str], prompt: Prompt, client: str) -> dict[str, Any]:
+        """The review, and the alignments beside it where there is an index of skills; nothing when it failed."""
+        request, course = prompt.request, prompt.course
         try:
-            judged = await self.readers.ask(
+            found = await self.readers.ask(
                 "review",
                 client,
+                index=str(self.settings.skills_index or "") if "skills" in prompt.schema["properties"] else "",
+                skills=tags,
                 badge=badge.model_dump(),
                 course=course.text,
                 options=request.given_texts(),
                 wanted_language=request.language,
                 tone=request.option("badge_tone"),
                 notes=course.notes,
-                skills=skills,
             )
-            if fault := judged.pop("fault", ""):
-                log.warning("a draft has no alignments: SKILLS_INDEX: %s", fault)
-            return judged
+            found.pop("fault", None)  # of the index, which /health tells
+            return found
         except ApiError as error:  # a review never fails a request
             log.warning("a draft could not be reviewed: %s", error.code)
-            return None
+            return {}
 
     async def _relay(
         self, call: Call, prompt: Prompt, draft: Draft, joint: str, pieces: AsyncIterator[str | Usage]
@@ -2881,7 +2880,7 @@ class Api:
 
     def __init__(self, settings: Settings, queue: GenerationQueue) -> None:
         self.settings, self.queue, self.engine, self.readers = settings, queue, queue.engine, queue.readers
-        self._probe: asyncio.Task[list[str]] | None = None
+        self._probe: asyncio.Task[list[str] | ApiError] | None = None
         self.system_prompt = settings.system_prompt_file.read_text("utf-8").strip()
 
     def routes(self) -> list[Route]:
@@ -2969,21 +2968,6 @@ class Api:
         if said is None:
             raise invalid_fields({("file",): "is missing; send the document in it"})
         return as_json(said)
-
-    async def skills(self, request: Request) -> Response:
-        """The skills of the index that `q` may mean, best first."""
-        if not self.queue.skills:
-            raise NotFound("This service has no index of skills; its operator can make one: `make skills`.")
-        query = request.query_params.get("q", "")
-        if not 0 < len(query.strip()) <= skill_index.LONGEST_QUERY:
-            raise invalid_fields({("query", "q"): f"must have 1 to {skill_index.LONGEST_QUERY} characters"})
-        with self.queue.reading(request.state.client):
-            path = str(self.settings.skills_index)
-            said = await self.readers.ask("skills", request.state.client, path=path, query=query)
-        if fault := said.get("fault"):
-            log.warning("SKILLS_INDEX: %s", fault)
-            raise NotFound("The index of skills cannot be read; the service's log says why.")
-        return as_json(said["skills"])
 
     async def _form(self, request: Request) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """The fields of a form, and what the document in its part `file` says."""
@@ -3075,7 +3059,8 @@ class Api:
         said = await self.readers.ask("text", client, content=body.content)
         if not re.search(VISIBLE, said["text"]):
             raise invalid_fields({("content",): "must hold text that can be seen, not only markup"})
-        course = Course(said["text"], said["language"], (*notes, *repair_notes(said["repairs"])))
+        notes = (*notes, *repair_notes(said["repairs"]))
+        course = Course(said["text"], said["language"], notes, said["grounds"])
         return build_prompt(body, course, self.system_prompt, self.engine.defaults)
 
     def _known(self, request: Request, of_anyone: bool = False) -> Generation:
@@ -3096,13 +3081,38 @@ class Api:
             return Response(status_code=204)
         return EventStreamResponse(self.queue, generation, options, seen=seen, grace=self.settings.resume_grace)
 
+    async def skills(self, request: Request) -> Response:
+        """The skills of the index that a query may mean, best first. Raises NotFound without an index."""
+        if not self.settings.skills_index:
+            raise NotFound("There is no index of skills. The service's operator can make one: `make skills`.")
+        query = request.query_params.get("q", "")
+        if not re.search(VISIBLE, query):
+            raise invalid_fields({("q",): "must be a word of the skill that is looked for"})
+        index = str(self.settings.skills_index)
+        said = await self.readers.ask("skills", request.state.client, path=index, query=query)
+        if "fault" in said:
+            raise NotFound("The index of skills cannot be read. The service's operator finds the reason in /health.")
+        return as_json(said["skills"])
+
+    async def frameworks(self) -> tuple[list[dict[str, Any]] | None, str | None]:
+        """Those of the index of skills, or why it cannot be read, which the log says too."""
+        if not self.settings.skills_index:
+            return None, None
+        try:
+            said = await self.readers.ask("frameworks", "", path=str(self.settings.skills_index))
+        except ApiError as error:
+            said = {"fault": error.detail}
+        if fault := said.get("fault"):
+            warn_once(f"badges get no alignments: {fault}", time.monotonic() // 3600)
+        return said.get("frameworks"), fault and f"SKILLS_INDEX: {fault}"
+
     # -- state
 
     async def health(self, request: Request) -> Response:
         """Engine, model and queue (contract 3.5); 503 when no badge could be written now."""
         settings, queue = self.settings, self.queue
         available, error = await self._state()
-        remark = f"SKILLS_INDEX: {queue.skills_fault}" if queue.skills_fault else None
+        frameworks, fault = await self.frameworks()
         health = {
             "status": "unhealthy" if error else "healthy",
             "engine": settings.engine,
@@ -3120,9 +3130,9 @@ class Api:
             "queue_status": "full" if queue.full else "busy" if queue.waiting else "ready",
             "multiplexing_enabled": settings.enable_multiplexing,
             "version": __version__,
-            "error": error.detail if error else self.engine.remark or remark or None,
+            "error": error.detail if error else self.engine.remark or fault,
             "content_words_that_fit": self._words_that_fit(),
-            "skills": queue.skills,
+            "skills": frameworks,
         }
         return as_json(health, 503 if error else 200)
 
@@ -3153,15 +3163,21 @@ class Api:
     async def _state(self) -> tuple[list[str], ApiError | None]:
         """The engine's models, and why no badge could be written now. Probes at the same time share one question."""
         if self._probe is None or self._probe.done():
-            self._probe = asyncio.create_task(self.engine.models(), name="probe")
-        try:
-            available = await asyncio.shield(self._probe)
-        except ApiError as error:
-            return [], error
+            self._probe = asyncio.create_task(self._probed(), name="probe")
+        available = await asyncio.shield(self._probe)
+        if isinstance(available, ApiError):
+            return [], available
         if self.queue.draining:
             return available, ShuttingDown()
         missing = f"The engine has no model {self.settings.model}. Create it, or set MODEL_NAME to one it has."
         return available, None if self.engine.has_model(available) else ModelMissing(missing)
+
+    async def _probed(self) -> list[str] | ApiError:
+        """An error is returned, not raised: whoever asked may have left, and asyncio logs what nobody takes."""
+        try:
+            return await self.engine.models()
+        except ApiError as error:
+            return error
 
     # -- pages
 
@@ -4025,12 +4041,11 @@ def create_app(settings: Settings) -> Guard:
     async def lifespan(guard: Guard) -> AsyncIterator[None]:
         configure_logging(settings)
         await queue.start()
+        await api.frameworks()
         log.info(
             f"dccapi {__version__}: engine {settings.engine}, model {settings.model}, {settings.workers} workers, "
             f"queue {settings.max_queue}, on {', '.join(guard.addresses)}, HTTP/2 on"
         )
-        if queue.skills_fault:
-            log.warning("badges have no alignments: SKILLS_INDEX: %s", queue.skills_fault)
         if not settings.keys and any(map(is_public, guard.addresses)):
             log.warning("everyone who can reach this address can use the service: set API_KEYS, or bind to 127.0.0.1")
         try:

@@ -1,7 +1,7 @@
 """What arithmetic finds in a badge: the words, numbers and names that its course does not have (contract 3.2).
 
-`review` and `language_of` run in the processes of `reader`. `instructions_in`, `title_is_from_course` and
-`title_of` run in the service itself: the library that tells languages is loaded by the first `language_of`.
+All of it runs in the processes of `reader` but `title_is_from_course`, which the service asks in the middle of a draft:
+what it needs of the course is found before, by `title_grounds`.
 
 Words are compared by keys. The key of a word is its stem, cut so that inflected forms agree; that of a number is its
 value. Japanese, Chinese and Thai have no spaces between words: their keys are pairs or threes of characters.
@@ -362,33 +362,46 @@ def sentences_of(course: str) -> list[str]:
     return [sentence for piece in _split(course)[1] for sentence in _sentences(piece)]
 
 
-def instructions_in(course: str) -> list[str]:
-    """The sentences of a course that speak to a model."""
-    return _split(course)[0]
-
-
 SHORT_WORDS = frozenset(
     # One string reads better than a list.
     "A An And At By Con Das De Der Des Di Die Du El For I In La Las Le Les Los Of On The To Und".split()  # noqa: SIM905
 )
 
 
-def title_is_from_course(title: str, course: str, options: Iterable[str] = ()) -> bool:
+def title_grounds(course: str) -> dict[str, Any]:
+    """What titles are compared with: the keys of what the course teaches, and of what it only orders, each between
+    spaces (a set takes ten times the memory); its own title; whether it speaks to a model."""
+    orders, taught = _split(course)
+    tokens = set(chain.from_iterable(map(_tokens, taught)))
+    keys = {key for token in tokens for key in _keys(token.lower())}
+    ordered = {key for text in orders for key in _meaning(text)} - keys
+    told, only_ordered = (f" {' '.join(found)} " for found in (keys | _short_names(tokens), ordered))
+    return {
+        "taught": told,
+        "ordered": only_ordered,
+        "title": _title_in("".join(taught)),
+        "has_orders": bool(orders),
+    }
+
+
+def _short_names(tokens: Iterable[str]) -> set[str]:
+    """Git, R, SQL: no key tells them from short words, so they are compared as they stand."""
+    return {token for token in tokens if len(token) < 4 and token[0].isupper()} - SHORT_WORDS
+
+
+def title_is_from_course(title: str, grounds: Mapping[str, Any], options: Iterable[str] = ()) -> bool:
     """Whether a word of the title is in the course or an option, and none of it only in what speaks to a model."""
     wanted = {*_meaning(title)}
-    orders, taught = _split(course)
-    if orders and (ordered := wanted & {key for text in orders for key in _meaning(text)}):
-        said = {key for text in chain(taught, options) for key in _meaning(text)}
-        if ordered - said:
-            return False
-    names = {word for word in _tokens(title) if len(word) < 4 and word[0].isupper()} - SHORT_WORDS  # Git, R, SQL
-    tokens = chain.from_iterable(_tokens(text) for text in chain(taught, options))
-    return not wanted or any(token in names or not wanted.isdisjoint(_keys(token.lower())) for token in tokens)
+    said = [*chain.from_iterable(map(_tokens, options))]
+    said += [key for token in said for key in _keys(token.lower())]
+    if any(f" {key} " in grounds["ordered"] and key not in said for key in wanted):
+        return False
+    names = wanted | _short_names(_tokens(title))
+    return not wanted or any(f" {key} " in grounds["taught"] or key in said for key in names)
 
 
-def title_of(course: str) -> str:
+def _title_in(text: str) -> str:
     """The course's own title: what it calls so, else its first heading, else how it begins."""
-    text = "".join(_split(course)[1])
     named = TITLE.search(text)
     line = (named[1] or named[2]) if named else next(iter(_sentences(text)), "")
     title = " ".join(line.split()).strip("*_#`\"' .:;,。")

@@ -20,24 +20,20 @@ from hpack import Encoder
 import dccapi
 from service import COURSE, HERE, SLOW, commands, events_of, serving, token
 from testkit import (
+    PREFACE,
     H2Client,
     Script,
     ScriptedOllama,
     Server,
     badge_json,
     eventually,
+    frame,
     free_port,
     rss_kib,
     split,
     status_line,
     trusting_tls,
 )
-
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
-
-
-def frame(kind: int, stream: int, payload: bytes = b"", flags: int = 0) -> bytes:
-    return len(payload).to_bytes(3) + bytes([kind, flags]) + stream.to_bytes(4) + payload
 
 
 def requests_and_resets(count: int, path: str = "/livez") -> tuple[list[bytes], list[bytes]]:

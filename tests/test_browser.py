@@ -726,7 +726,7 @@ async def test_axe_finds_nothing(scheme: Any, width: int) -> None:
         await page.add_script_tag(path=AXE)
         assert await page.evaluate(RULES) == []
         await page.fill("#institution", "Riverside State University")
-        for summary in await page.locator("summary").all():
+        for summary in await page.locator("#composer summary").all():
             await summary.click()
         await write(page)
         await states(page, *["Reading the course"] * 3, "Waiting, number 1 in the queue")

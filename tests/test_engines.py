@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import re
 import socket
@@ -14,7 +15,7 @@ import pytest
 
 import dccapi
 import testkit
-from service import COURSE, ENGINES, ask, asked, fails, problem_in, serving, speaking, watch, writes
+from service import COURSE, ENGINES, ask, asked, fails, logging_into, problem_in, serving, speaking, watch, writes
 from testkit import (
     Script,
     ScriptedEngine,
@@ -22,6 +23,7 @@ from testkit import (
     ScriptedOpenAI,
     badge_json,
     badge_pieces,
+    eventually,
     exceeds_context,
     split,
 )
@@ -310,6 +312,23 @@ async def test_probes_do_not_take_the_engines_connections_from_generations() -> 
         service.engine.answering.set()
         assert (await connection.response(stream)).status == 200
         assert service.engine.requests.count("GET /api/tags") < 4
+
+
+async def test_a_probe_that_fails_once_its_askers_have_left_is_not_logged() -> None:
+    lines: list[str] = []
+    with logging_into(lines):
+        async with serving() as service, await service.connect() as connection:
+            service.engine.answering.clear()
+            asker = await connection.request("GET", "/readyz")
+            await eventually(lambda: "GET /api/tags" in service.engine.requests)
+            (probe,) = (task for task in asyncio.all_tasks() if task.get_name() == "probe")
+            connection.reset(asker)
+            await eventually(lambda: not dccapi.peer_of("127.0.0.1").held, what="no request under way")
+            await service.engine.stop()
+            await asyncio.wait([probe])
+            del probe
+        gc.collect()
+    assert not [line for line in lines if "never retrieved" in line]
 
 
 # --- Limits and odd answers ---

@@ -332,7 +332,7 @@ async def test_a_thousand_eventsources_wait_in_the_queue() -> None:
             await eventually(lambda: all(waits(*pair) for pair in streams), timeout=30, what="position and heartbeat")
             each = (rss_kib(server.pid) - before) / len(streams)
             print(f"{len(streams)} waiting streams: {each:.1f} KiB each")
-            assert each < 112
+            assert each < 64
             gate.set()
             for connection, stream in streams:
                 assert (await events_of(connection, stream, 60))[-1]["data"]["type"] == "final"
@@ -398,4 +398,4 @@ async def test_two_thousand_generations_half_of_them_abandoned_leave_nothing() -
         print(f"2,000 generations: {outcomes}, RSS +{growth} KiB")
         assert sum(outcomes.values()) == 2000
         assert outcomes["abandoned"] > 800
-        assert growth < 112 * 1024
+        assert growth < 32 * 1024

@@ -42,19 +42,21 @@ def free_port() -> int:
         return port
 
 
-def rss_kib(pid: int) -> int:
+def rss_kib(pid: int, parent: bytes = b"") -> int:
     """Resident memory of a process and its descendants: the hypercorn command works in a child process.
 
-    Those that read documents are left out: how many there are depends on what was asked.
+    Those that read documents are left out: how many there are depends on what was asked. So is a child that still has
+    its parent's command line: between fork and exec it shares its parent's memory, which would count twice.
     """
     try:
-        if b"-m\0reader" in Path(f"/proc/{pid}/cmdline").read_bytes():
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        if b"-m\0reader" in command or command == parent:
             return 0
         own = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())  # none once it is a zombie
         children = " ".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")).split()
     except FileNotFoundError:  # it has just ended
         return 0
-    return (int(own[1]) if own else 0) + sum(rss_kib(int(child)) for child in children)
+    return (int(own[1]) if own else 0) + sum(rss_kib(int(child), command) for child in children)
 
 
 def trusting_tls() -> ssl.SSLContext:
@@ -870,6 +872,14 @@ class H2Client:
                 self.goaway = event
                 # RFC 9113 6.8: streams under way go on after GOAWAY, but h2 takes it for the end of the connection.
                 self.h2.state_machine.state = ConnectionState.CLIENT_OPEN
+
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"  # with SETTINGS
+
+
+def frame(kind: int, stream: int, payload: bytes = b"", flags: int = 0) -> bytes:
+    """An HTTP/2 frame (RFC 9113 4.1), true or not."""
+    return len(payload).to_bytes(3) + bytes([kind, flags]) + stream.to_bytes(4) + payload
 
 
 # ---------------------------------------------------------------- the service as a process

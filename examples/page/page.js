@@ -997,13 +997,14 @@ function listen() {
   $('undo').onclick = () => { undoAction?.(); hideToast(); };
   $('change-key').onclick = () => askForKey(storedKey());
   $('forget').onclick = () => {
-    if (!confirm('Forget the drafts, the course text, the issuer and the key that this browser keeps for this page?')) return;
+    if (!confirm('Forget the drafts, the catalogue, the course text, the issuer and the key that this browser keeps for this page?')) return;
     [...state.drafts].forEach(dropDraft);
     store.names('').forEach(name => store.write(name, null));
     store.write('key', null, sessionStorage);
     $('composer').reset();
     setContent('', '');
     store.write('form', null);
+    document.dispatchEvent(new Event('forget')); // the catalogue is kept elsewhere
     toast('Everything is forgotten.');
   };
   $('export').addEventListener('input', debounced(250, () => preview()));

@@ -23,6 +23,7 @@ SMALL_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 LARGE_MODEL := model/Qwen2.5-Coder-1.5B-Instruct.Q4.gguf
 LARGE_SHA256 := cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046
 LARGE_PARTS := 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22
+SKILLS := model/skills.sqlite
 MODEL_OF_135m := $(SMALL_MODEL)
 MODEL_OF_1.5b := $(LARGE_MODEL)
 MODEL_FILE := $(or $(MODEL_OF_$(MODEL)),$(error MODEL is 135m or 1.5b, not $(MODEL)))
@@ -48,7 +49,7 @@ help:
 	@echo "make openapi  examples/openapi.json anew, after a change of routes, requests or errors"
 	@echo "make lint     ruff and mypy"
 	@echo "make model    the small model into model/ (93 MB, once); MODEL=1.5b: the larger one"
-	@echo "make skills   an index of ESCO's and O*NET's skills into model/ (89 MB are fetched, 6 MB stay): SKILLS_INDEX"
+	@echo "make skills   model/skills.sqlite, the index of ESCO and O*NET for SKILLS_INDEX (fetches 89 MB once)"
 	@echo "make certs    a self-signed certificate for localhost into certs/, unless there is one"
 	@echo "make lock     requirements.lock and requirements-dev.lock from pyproject.toml (ARGS=--upgrade for newer versions)"
 	@echo "make clean    removes .venv and caches; the model and certs/ stay"
@@ -109,14 +110,15 @@ $(LARGE_MODEL): | $(RUNNABLE)
 	$(VENV_PYTHON) -c '$(CHECK_SHA256)' "$$parts/unpacked/whole" $(LARGE_SHA256) && \
 	mv "$$parts/unpacked/whole" "$@" && rm -r "$$parts"
 
-# Only a data file of the wheel is read, and nothing of it is kept; so no stamp.
-skills: $(RUNNABLE)
-	@echo "Fetching the data of ESCO and O*NET (89 MB)"; \
+skills: $(SKILLS)
+
+$(SKILLS): | $(RUNNABLE)
+	@echo "Fetching the data of $@ (89 MB)"; \
 	mkdir -p model && temporary=$$(mktemp -d model/.fetch.XXXXXX) || exit 1; \
 	trap 'rm -rf "$$temporary"' EXIT; trap 'exit 129' HUP; trap 'exit 130' INT; trap 'exit 143' TERM; \
 	TMPDIR="$$PWD/$$temporary" $(VENV_PYTHON) -m pip --quiet --disable-pip-version-check download --no-deps \
 	    --require-hashes --only-binary :all: --dest "$$temporary" -r requirements-skills.lock && \
-	$(VENV_PYTHON) tools/skills.py "$$temporary"/laiser-*.whl model/skills.sqlite
+	$(VENV_PYTHON) tools/skills.py "$$temporary"/laiser-*.whl "$@"
 
 certs: $(RUNNABLE)
 	@tools/certs.sh $(VENV_PYTHON) certs
@@ -130,10 +132,10 @@ demo: $(RUNNABLE) model certs
 run: $(RUNNABLE)
 	@exec $(VENV_PYTHON) dccapi.py
 
-test: install $(SMALL_MODEL)
+test: install $(SMALL_MODEL) $(SKILLS)
 	@$(VENV_PYTHON) -m pytest $(ARGS)
 
-quick: install
+quick: install $(SKILLS)
 	@$(VENV_PYTHON) -m pytest -m "not slow" $(ARGS)
 
 bench: install
@@ -161,4 +163,4 @@ lock:
 
 clean:
 	@echo "Removing .venv and caches"
-	@rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis .schemathesis __pycache__ tests/__pycache__ tools/__pycache__ build dist *.egg-info model/.fetch.* model/.parts model/.skills-*
+	@rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis .schemathesis __pycache__ tests/__pycache__ tools/__pycache__ build dist *.egg-info model/.fetch.* model/.parts

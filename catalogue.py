@@ -1103,9 +1103,9 @@ def answer_in(request: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
     except (KeyError, IndexError, TypeError, AttributeError):
         raise Problem(502, {"error_code": "batch_error", "detail": "This is no chat completion."}) from None
     tags, index = dccapi.skills_in(badge._tags, prompt), dccapi.load_settings().skills_index
-    skills = {"path": str(index), "names": tags, "language": prompt.course.language}
     review = TASKS["review"](
-        skills=skills if index and prompt.request.skills else None,
+        index=str(index or "") if prompt.request.skills else "",
+        skills=tags,
         badge=badge.model_dump(),
         course=prompt.course.text,
         options=prompt.request.given_texts(),

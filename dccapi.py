@@ -105,7 +105,6 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from reader import review
-from reader import skills as skill_index
 
 __version__ = "0.2.0"
 
@@ -155,7 +154,6 @@ class Settings(BaseSettings):
     model_name: str = ""
     model_path: Path | None = None
     system_prompt_file: Path = HERE / "SYSTEM_PROMPT.txt"
-    skills_index: Path | None = None  # made by `make skills`; one that cannot be read costs alignments, not the start
     max_concurrent_requests: Count = 4
     enable_multiplexing: bool = True
     max_queue: Annotated[int, Field(ge=0)] = 64
@@ -173,6 +171,7 @@ class Settings(BaseSettings):
     max_connections_per_client: Count = 256
     max_body_bytes: Count = 262144
     max_upload_bytes: Count = 20971520
+    skills_index: Path | None = None
     resume_grace: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10
     result_ttl: Seconds = 300
     drain_timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 30
@@ -1232,7 +1231,7 @@ def build_achievement(
     badge: Badge,
     request: GenerateRequest | None = None,
     tags: Sequence[str] = (),
-    alignment: Sequence[dict[str, Any]] = (),
+    alignments: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
     """The badge in Open Badges terms, with what the request knows. A bad URL does not cost the badge."""
     achievement: dict[str, Any] = {
@@ -1252,8 +1251,8 @@ def build_achievement(
         achievement["id"] = uuid.uuid5(uuid.NAMESPACE_URL, f"{url.rstrip('/')}/{request.course_id}").urn
     if shown := [tag for tag in dict.fromkeys(tags) if re.search(VISIBLE, tag)]:
         achievement["tag"] = shown
-    if alignment:
-        achievement["alignment"] = list(alignment)
+    if alignments:
+        achievement["alignment"] = [*alignments]
     return cast(dict[str, Any], _tidied(achievement))
 
 
@@ -1602,8 +1601,6 @@ class GenerationQueue:
         self.settings = settings
         self.engine = engine
         self.readers = readers
-        index = settings.skills_index
-        self.skills, self.skills_fault = skill_index.about(str(index)) if index else (None, "")
         self.running: dict[Generation, Call] = {}
         self.draining = False
         self._waiting: dict[Generation, None] = {}  # in order; a client that leaves is taken out of the middle
@@ -1902,16 +1899,15 @@ class GenerationQueue:
             spent.update(prompt_tokens=usage.prompt_tokens, completion_tokens=broken_off)
         badge = cast(Badge, draft.badge)
         tags = skills_in(badge._tags, prompt)
-        judged = await self._review(badge, prompt, tags, generation.client)
-        alignment = judged.pop("alignment", ()) if judged else ()
+        found = await self._review(badge, tags, prompt, generation.client)
         return Answer(
             response=badge,
-            achievement=build_achievement(badge, prompt.request, tags, alignment),
+            achievement=build_achievement(badge, prompt.request, tags, found.pop("alignment", ())),
             model=self.settings.model,
             usage=TokenUsage(**spent, total_tokens=spent.total()),
             finish_reason=usage.finish_reason,
             request_id=generation.request_id,
-            review=judged,
+            review=found or None,
         )
 
     async def _written(self, call: Call, prompt: Prompt, draft: Draft, joint: str, spent: Counting[str]) -> Usage:
@@ -1984,29 +1980,27 @@ class GenerationQueue:
             raise error
         return shorter
 
-    async def _review(self, badge: Badge, prompt: Prompt, tags: Sequence[str], client: str) -> dict[str, Any] | None:
-        """The review, with the `alignment` of the achievement where skills were asked for and an index can be read."""
-        request, course, skills = prompt.request, prompt.course, None
-        if self.skills and "skills" in prompt.schema["properties"]:
-            skills = {"path": str(self.settings.skills_index), "names": tags, "language": course.language}
+    async def _review(self, badge: Badge, tags: Sequence[str], prompt: Prompt, client: str) -> dict[str, Any]:
+        """The review, and the alignments beside it where there is an index of skills; nothing when it failed."""
+        request, course = prompt.request, prompt.course
         try:
-            judged = await self.readers.ask(
+            found = await self.readers.ask(
                 "review",
                 client,
+                index=str(self.settings.skills_index or "") if "skills" in prompt.schema["properties"] else "",
+                skills=tags,
                 badge=badge.model_dump(),
                 course=course.text,
                 options=request.given_texts(),
                 wanted_language=request.language,
                 tone=request.option("badge_tone"),
                 notes=course.notes,
-                skills=skills,
             )
-            if fault := judged.pop("fault", ""):
-                log.warning("a draft has no alignments: SKILLS_INDEX: %s", fault)
-            return judged
+            found.pop("fault", None)  # of the index, which /health tells
+            return found
         except ApiError as error:  # a review never fails a request
             log.warning("a draft could not be reviewed: %s", error.code)
-            return None
+            return {}
 
     async def _relay(
         self, call: Call, prompt: Prompt, draft: Draft, joint: str, pieces: AsyncIterator[str | Usage]
@@ -2975,21 +2969,6 @@ class Api:
             raise invalid_fields({("file",): "is missing; send the document in it"})
         return as_json(said)
 
-    async def skills(self, request: Request) -> Response:
-        """The skills of the index that `q` may mean, best first."""
-        if not self.queue.skills:
-            raise NotFound("This service has no index of skills; its operator can make one: `make skills`.")
-        query = request.query_params.get("q", "")
-        if not 0 < len(query.strip()) <= skill_index.LONGEST_QUERY:
-            raise invalid_fields({("query", "q"): f"must have 1 to {skill_index.LONGEST_QUERY} characters"})
-        with self.queue.reading(request.state.client):
-            path = str(self.settings.skills_index)
-            said = await self.readers.ask("skills", request.state.client, path=path, query=query)
-        if fault := said.get("fault"):
-            log.warning("SKILLS_INDEX: %s", fault)
-            raise NotFound("The index of skills cannot be read; the service's log says why.")
-        return as_json(said["skills"])
-
     async def _form(self, request: Request) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """The fields of a form, and what the document in its part `file` says."""
         fields, said = {}, None
@@ -3102,13 +3081,38 @@ class Api:
             return Response(status_code=204)
         return EventStreamResponse(self.queue, generation, options, seen=seen, grace=self.settings.resume_grace)
 
+    async def skills(self, request: Request) -> Response:
+        """The skills of the index that a query may mean, best first. Raises NotFound without an index."""
+        if not self.settings.skills_index:
+            raise NotFound("There is no index of skills. The service's operator can make one: `make skills`.")
+        query = request.query_params.get("q", "")
+        if not re.search(VISIBLE, query):
+            raise invalid_fields({("q",): "must be a word of the skill that is looked for"})
+        index = str(self.settings.skills_index)
+        said = await self.readers.ask("skills", request.state.client, path=index, query=query)
+        if "fault" in said:
+            raise NotFound("The index of skills cannot be read. The service's operator finds the reason in /health.")
+        return as_json(said["skills"])
+
+    async def frameworks(self) -> tuple[list[dict[str, Any]] | None, str | None]:
+        """Those of the index of skills, or why it cannot be read, which the log says too."""
+        if not self.settings.skills_index:
+            return None, None
+        try:
+            said = await self.readers.ask("frameworks", "", path=str(self.settings.skills_index))
+        except ApiError as error:
+            said = {"fault": error.detail}
+        if fault := said.get("fault"):
+            warn_once(f"badges get no alignments: {fault}", time.monotonic() // 3600)
+        return said.get("frameworks"), fault and f"SKILLS_INDEX: {fault}"
+
     # -- state
 
     async def health(self, request: Request) -> Response:
         """Engine, model and queue (contract 3.5); 503 when no badge could be written now."""
         settings, queue = self.settings, self.queue
         available, error = await self._state()
-        remark = f"SKILLS_INDEX: {queue.skills_fault}" if queue.skills_fault else None
+        frameworks, fault = await self.frameworks()
         health = {
             "status": "unhealthy" if error else "healthy",
             "engine": settings.engine,
@@ -3126,9 +3130,9 @@ class Api:
             "queue_status": "full" if queue.full else "busy" if queue.waiting else "ready",
             "multiplexing_enabled": settings.enable_multiplexing,
             "version": __version__,
-            "error": error.detail if error else self.engine.remark or remark or None,
+            "error": error.detail if error else self.engine.remark or fault,
             "content_words_that_fit": self._words_that_fit(),
-            "skills": queue.skills,
+            "skills": frameworks,
         }
         return as_json(health, 503 if error else 200)
 
@@ -4037,12 +4041,11 @@ def create_app(settings: Settings) -> Guard:
     async def lifespan(guard: Guard) -> AsyncIterator[None]:
         configure_logging(settings)
         await queue.start()
+        await api.frameworks()
         log.info(
             f"dccapi {__version__}: engine {settings.engine}, model {settings.model}, {settings.workers} workers, "
             f"queue {settings.max_queue}, on {', '.join(guard.addresses)}, HTTP/2 on"
         )
-        if queue.skills_fault:
-            log.warning("badges have no alignments: SKILLS_INDEX: %s", queue.skills_fault)
         if not settings.keys and any(map(is_public, guard.addresses)):
             log.warning("everyone who can reach this address can use the service: set API_KEYS, or bind to 127.0.0.1")
         try:

@@ -12,7 +12,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import orjson
@@ -22,7 +22,7 @@ from reader.course_text import plain_text
 from reader.documents import document
 from reader.extract import DETAILS, TOO_LARGE, Refused
 from reader.review import language_of, review, title_grounds
-from reader.skills import aligned, search
+from reader.skills import aligned, frameworks, search
 
 MAX_MEMORY = 2**29  # bytes of one process
 MAX_SECONDS = {"document": 15}  # of processor time; others have 5
@@ -34,17 +34,18 @@ def text(content: str) -> dict[str, Any]:
     return {"text": said.text, "repairs": said.repairs, "language": language, "grounds": grounds}
 
 
-def judged(skills: dict[str, Any] | None = None, **draft: Any) -> dict[str, Any]:
-    """The review of a draft; with `skills` (the arguments of `aligned` but the course) its `alignment` too."""
-    found = aligned(course=draft["course"], **skills) if skills else {}
-    return {**review(**draft), "suggestions": [], **found}
+def reviewed(index: str = "", skills: Sequence[str] = (), **arguments: Any) -> dict[str, Any]:
+    """A review, and with an index of skills the alignments of the badge beside it."""
+    found = review(**arguments)
+    return found | aligned(index, skills, arguments["course"], found["language"]) if index else found
 
 
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {
     "text": text,
     "document": document,
     "condense": condense,
-    "review": judged,
+    "review": reviewed,
+    "frameworks": frameworks,
     "skills": search,
 }
 

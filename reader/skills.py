@@ -41,7 +41,7 @@ BORNE = 0.75  # of the words of the skill's label that the course has
 BORNE_OF_OWN = 0.5  # the same, where the name is the label itself
 NEAR = 0.62  # of both, multiplied, for a suggestion
 
-# ---------------------------------------------------------------- words
+# --- Words ---
 
 PIECE = re.compile(r"[^\s,;:()\"“”„«»!?]*[^\s,;:.()\"“”„«»!?'’]")  # a word as it is spelled: Node.js, C++, PL/SQL
 TOKEN = re.compile(r"[A-Za-zÀ-ÿ0-9][A-Za-zÀ-ÿ0-9]*(?:[+#]+|\.[A-Za-z]+)?")
@@ -92,7 +92,7 @@ WEAK_WEIGHT = 0.3
 LIGHT = frozenset(map(stem, LIGHT_WORDS.split()))
 WEAK = frozenset(map(stem, WEAK_VERBS.split()))
 
-# ---------------------------------------------------------------- the index
+# --- The index ---
 
 
 class BadIndex(Exception):
@@ -116,17 +116,19 @@ class Index:
 
     def __init__(self, path: str) -> None:
         if not Path(path).is_file():
-            raise BadIndex("there is no such file; `make skills` makes one")
+            raise BadIndex(f"there is no file {path}; `make skills` makes one")
         self.db = sqlite3.connect(f"{Path(path).absolute().as_uri()}?mode=ro&immutable=1", uri=True)
         try:
             found = [self.db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
             if found[0] != APPLICATION:
-                raise BadIndex("it is no index of skills; `make skills` makes one")
+                raise BadIndex(f"{path} is no index of skills; `make skills` makes one")
             if found[1] != SCHEMA:
-                raise BadIndex(f"it has version {found[1]}, and this service reads {SCHEMA}: run `make skills` again")
+                raise BadIndex(
+                    f"{path} has version {found[1]} and this service reads {SCHEMA}: run `make skills` again"
+                )
             self.size: int = self.db.execute("SELECT count(*) FROM skills").fetchone()[0]
         except (sqlite3.Error, TypeError) as error:
-            raise BadIndex(f"it is broken ({error}); `make skills` makes another") from None
+            raise BadIndex(f"{path} is broken ({error}); `make skills` makes another") from None
         self.weight = functools.lru_cache(20_000)(self._weight)
 
     def frameworks(self) -> list[dict[str, Any]]:
@@ -193,19 +195,15 @@ def agreement(index: Index, one: frozenset[str], other: frozenset[str]) -> float
     return 2 * index.weigh(one & other) / total if total else 0.0
 
 
-def about(path: str) -> tuple[list[dict[str, Any]] | None, str]:
-    """The frameworks of an index with their licences, or why there are none."""
+def frameworks(path: str) -> dict[str, Any]:
+    """The frameworks of the index with their licences; `{"fault"}` with one that cannot be read."""
     try:
-        index = Index(path)
-        try:
-            return index.frameworks(), ""
-        finally:
-            index.db.close()
+        return {"frameworks": opened(path).frameworks()}
     except (BadIndex, sqlite3.Error) as error:
-        return None, str(error)
+        return {"fault": str(error)}
 
 
-# ---------------------------------------------------------------- search
+# --- Search ---
 
 
 def search(path: str, query: str, most: int = MOST_FOUND) -> dict[str, Any]:
@@ -235,7 +233,7 @@ def _completed(name: frozenset[str], beginning: str, wanted: frozenset[str]) -> 
     return frozenset(beginning if word.startswith(beginning) and word not in wanted else word for word in name)
 
 
-# ---------------------------------------------------------------- alignments
+# --- Alignments ---
 
 
 class Words:
@@ -347,7 +345,7 @@ def _products(index: Index, names: Sequence[str], words: Words) -> dict[int, Can
     """
     named = frozenset(chain.from_iterable(map(_runs, names)))
     runs = dict.fromkeys(chain.from_iterable(map(_runs, words.sentences)))
-    spelled = [run for run in runs if run != run.lower() or run in named]
+    spelled = [run for run in runs if run in named or run != run.lower()]
     found: dict[str, tuple[int, Candidate]] = {}
     for at in range(0, len(spelled), 500):  # SQLite before 3.32 takes 999 parameters
         for name, skill, is_ordinary in index.products(spelled[at : at + 500]):

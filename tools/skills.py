@@ -52,7 +52,18 @@ CREATE VIRTUAL TABLE words USING fts5(label, others, content='', tokenize='unico
 """
 MAKERS = ("Microsoft ", "Adobe ", "Autodesk ", "Oracle ", "Intuit ", "Apple ", "IBM ")
 # What people call without its maker. Of others, such as Microsoft Access and Adobe Analytics, the rest is a word.
-SHORT = frozenset("AutoCAD Excel InDesign Java Lightroom Photoshop PowerPoint QuickBooks SharePoint Visio".split())  # noqa: SIM905
+SHORT = {
+    "AutoCAD",
+    "Excel",
+    "InDesign",
+    "Java",
+    "Lightroom",
+    "Photoshop",
+    "PowerPoint",
+    "QuickBooks",
+    "SharePoint",
+    "Visio",
+}
 CLASSES = re.compile(
     r"(?i)(software|systems?|databases?|applications?|programs?|sites|tools?|platforms?|packages|books)\Z"
 )

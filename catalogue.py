@@ -1008,8 +1008,7 @@ def prompt_of(request: dict[str, Any]) -> Any:
     said = TASKS["text"](content=asked.content)
     if not re.search(dccapi.VISIBLE, said["text"]):
         raise Problem(422, {"detail": "The content is only markup."})
-    course = dccapi.Course(said["text"], said["language"], dccapi.repair_notes(said["repairs"]))
-    return dccapi.build_prompt(asked, course, system_prompt(), {})
+    return dccapi.build_prompt(asked, dccapi.Course(**said), system_prompt(), {})
 
 
 def prepare(options: argparse.Namespace) -> int:

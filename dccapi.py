@@ -641,15 +641,6 @@ TITLE_AGAIN = "The title is made of words of the course. What the course says of
 SENTENCES = {"Concise": (2, 3), "Detailed": (4, 6)}  # of a description, by tone
 
 
-def repair_notes(repairs: Mapping[str, int]) -> tuple[dict[str, Any], ...]:
-    """For the review, when `reader` has undone what tools do to text."""
-    if not repairs:
-        return ()
-    text = ", ".join(f"{kind.replace('_', ' ')}: {count}" for kind, count in repairs.items())
-    message = "Damage in the text of the course was undone; compare the draft with the course itself."
-    return ({"code": "text_repaired", "field": "content", "text": text, "message": message},)
-
-
 def word_count(text: str) -> int:
     """Two letters of a script without spaces are about a word."""
     return len(text.split()) + len(UNSPACED.findall(text)) // 2
@@ -661,7 +652,7 @@ class Course:
 
     text: str
     language: str = "und"  # BCP 47
-    notes: tuple[dict[str, Any], ...] = ()  # for the review: what was repaired or left out
+    notes: Sequence[dict[str, Any]] = ()  # for the review: what was repaired or left out
     grounds: Mapping[str, Any] = field(default_factory=dict)  # of its titles, see `reader.review`
 
     def has_word_of(self, title: str, options: Sequence[str]) -> bool:
@@ -1941,13 +1932,12 @@ class GenerationQueue:
         A course may hold instructions to the model, which small models follow.
         """
         request, course = prompt.request, prompt.course
-        options = request.given_texts()
         is_wanted = isinstance(request, RegenerateRequest) and not course.grounds.get("has_orders")
         if is_wanted or request.language not in (None, course.language) or word_count(course.text[:1000]) < 8:
             return str  # by a person who looks at it; in other words than the course's; there is nothing to compare
 
         def accepted(title: str) -> str | None:
-            if _says_nothing(title) or course.has_word_of(title, options):
+            if _says_nothing(title) or course.has_word_of(title, request.given_texts()):
                 return title
             if first:
                 return None
@@ -2880,7 +2870,7 @@ class Api:
 
     def __init__(self, settings: Settings, queue: GenerationQueue) -> None:
         self.settings, self.queue, self.engine, self.readers = settings, queue, queue.engine, queue.readers
-        self._probe: asyncio.Task[list[str] | ApiError] | None = None
+        self._probe: asyncio.Future[tuple[list[str] | BaseException]] | None = None
         self.system_prompt = settings.system_prompt_file.read_text("utf-8").strip()
 
     def routes(self) -> list[Route]:
@@ -3059,8 +3049,7 @@ class Api:
         said = await self.readers.ask("text", client, content=body.content)
         if not re.search(VISIBLE, said["text"]):
             raise invalid_fields({("content",): "must hold text that can be seen, not only markup"})
-        notes = (*notes, *repair_notes(said["repairs"]))
-        course = Course(said["text"], said["language"], notes, said["grounds"])
+        course = Course(**said | {"notes": [*notes, *said["notes"]]})
         return build_prompt(body, course, self.system_prompt, self.engine.defaults)
 
     def _known(self, request: Request, of_anyone: bool = False) -> Generation:
@@ -3163,21 +3152,17 @@ class Api:
     async def _state(self) -> tuple[list[str], ApiError | None]:
         """The engine's models, and why no badge could be written now. Probes at the same time share one question."""
         if self._probe is None or self._probe.done():
-            self._probe = asyncio.create_task(self._probed(), name="probe")
-        available = await asyncio.shield(self._probe)
+            # What it raises is a result: whoever asked may have left, and asyncio logs what nobody takes.
+            self._probe = asyncio.gather(self.engine.models(), return_exceptions=True)
+        (available,) = await asyncio.shield(self._probe)
         if isinstance(available, ApiError):
             return [], available
+        if isinstance(available, BaseException):
+            raise available
         if self.queue.draining:
             return available, ShuttingDown()
         missing = f"The engine has no model {self.settings.model}. Create it, or set MODEL_NAME to one it has."
         return available, None if self.engine.has_model(available) else ModelMissing(missing)
-
-    async def _probed(self) -> list[str] | ApiError:
-        """An error is returned, not raised: whoever asked may have left, and asyncio logs what nobody takes."""
-        try:
-            return await self.engine.models()
-        except ApiError as error:
-            return error
 
     # -- pages
 
@@ -3271,7 +3256,8 @@ async def json_body(request: Request) -> dict[str, Any]:
     if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
         raise UnsupportedMediaType("Send the body without Content-Encoding.", headers={"accept-encoding": "identity"})
     try:
-        document = orjson.loads((await request.body()).removeprefix(b"\xef\xbb\xbf"))  # a byte-order mark
+        body = b"".join([chunk async for chunk in request.stream()])  # `request.body()` would keep it
+        document = orjson.loads(body.removeprefix(b"\xef\xbb\xbf"))  # a byte-order mark
     except ValueError:
         raise (InvalidJson if is_json else UnsupportedMediaType) from None
     if not isinstance(document, dict):
@@ -3512,6 +3498,8 @@ class Exchange:
             raise self._refused
         chunk = self._body.read(self._settings.max_body_bytes) if self._body else b""
         self._is_delivered = not self._body or self._body.tell() >= self._size
+        if self._body and self._is_delivered:
+            self._body.close()  # a generation may wait long
         return {"type": "http.request", "body": chunk, "more_body": not self._is_delivered}
 
     async def send(self, message: Message) -> None:

@@ -375,7 +375,7 @@ def title_grounds(course: str) -> dict[str, Any]:
     tokens = set(chain.from_iterable(map(_tokens, taught)))
     keys = {key for token in tokens for key in _keys(token.lower())}
     ordered = {key for text in orders for key in _meaning(text)} - keys
-    told, only_ordered = (f" {' '.join(found)} " for found in (keys | _short_names(tokens), ordered))
+    told, only_ordered = (f" {' '.join(sorted(found))} " for found in (keys | _short_names(tokens), ordered))
     return {
         "taught": told,
         "ordered": only_ordered,

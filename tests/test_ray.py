@@ -26,9 +26,9 @@ pytestmark = pytest.mark.slow
 RAY = "ray[data]>=2.60,<3"
 EXAMPLE = HERE / "examples" / "ray_catalogue.py"
 KEY = "s3cret"
-COUNT = 8
+COUNT = 6
 # Without them, SmolLM2-135M writes until it is cut; the embedded engine has such bounds too.
-SHORT = {"badge_name": {"pattern": "^[A-Z][a-z ]{3,30}$"}, "badge_description": 60, "criteria": 60}
+SHORT = {"badge_name": {"pattern": "^[A-Z][a-z ]{3,30}$"}, "badge_description": 40, "criteria": 40}
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def prepared(directory: Path) -> Path:
     texts = [COURSES[number % len(COURSES)]["content"][:200] for number in range(COUNT)]
     rows = [json.dumps({"id": f"C-{number}", "content": text}) for number, text in enumerate(texts)]
     courses.write_text("\n".join(rows))
-    options = ["--set", "max_tokens=300", "--set", "skills=false", "--set", "seed=1"]
+    options = ["--set", "max_tokens=250", "--set", "skills=false", "--set", "seed=1"]
     assert catalogue.main(["prepare", str(courses), str(requests), "--model", "small", *options]) == 0
     lines = [json.loads(line) for line in requests.read_text("utf-8").splitlines()]
     for line in lines:

@@ -20,7 +20,7 @@ import orjson
 from reader.condense import condense
 from reader.course_text import plain_text
 from reader.documents import document
-from reader.extract import DETAILS, TOO_LARGE, Refused
+from reader.extract import DETAILS, TOO_LARGE, Refused, repair_notes
 from reader.review import language_of, review, title_grounds
 from reader.skills import aligned, frameworks, search
 
@@ -29,9 +29,10 @@ MAX_SECONDS = {"document": 15}  # of processor time; others have 5
 
 
 def text(content: str) -> dict[str, Any]:
+    """What a course says, without its markup."""
     said = plain_text(content)
-    language, grounds = language_of(said.text), title_grounds(said.text)
-    return {"text": said.text, "repairs": said.repairs, "language": language, "grounds": grounds}
+    grounds, notes = title_grounds(said.text), repair_notes(said.repairs)
+    return {"text": said.text, "language": language_of(said.text), "notes": notes, "grounds": grounds}
 
 
 def reviewed(index: str = "", skills: Sequence[str] = (), **arguments: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from html import unescape
 from typing import Any
 
 from reader.course_text import FRONT_MATTER, MAX_TEXT, TOLD_IN_FRONT, VISIBLE, is_html, said_in_html, tidied
-from reader.extract import DETAILS, REPAIRED, Extract, Refused, note
+from reader.extract import DETAILS, Extract, Refused, note, repair_notes
 from reader.review import language_of
 
 # Of scripts without spaces, two letters are about a word.
@@ -114,16 +114,13 @@ def document(path: str, name: str = "", media_type: str = "") -> dict[str, Any]:
     tidy = tidied(found.text[:MAX_TEXT])
     if not re.search(VISIBLE, tidy.text):
         raise Refused("document_has_no_text")
-    notes = found.notes + [
-        note("text_repaired", f"{REPAIRED[kind]} ({count}).") for kind, count in tidy.repairs.items()
-    ]
     return {
         "content": tidy.text,
         "title": _title(found.title, tidy.text),
         "language": language_of(tidy.text),
         "pages": found.pages,
         "words": len(tidy.text.split()) + len(UNSPACED.findall(tidy.text)) // 2,
-        "notes": notes,
+        "notes": found.notes + repair_notes(tidy.repairs),
     }
 
 

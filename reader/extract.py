@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 DETAILS = {
@@ -44,3 +45,7 @@ class Extract:
 def note(code: str, message: str, text: str = "") -> dict[str, str]:
     """As the notes of a review are."""
     return {"code": code, "field": "content", "text": text, "message": message}
+
+
+def repair_notes(repairs: Mapping[str, int]) -> list[dict[str, str]]:
+    return [note("text_repaired", f"{REPAIRED[kind]} ({count}).") for kind, count in repairs.items()]

@@ -16,7 +16,7 @@ import pypdfium2
 import pypdfium2.raw as pdf
 
 from reader.course_text import BULLET, PAGE, whole_words
-from reader.extract import REPAIRED, Extract, Refused, note
+from reader.extract import Extract, Refused, note, repair_notes
 
 MAX_PAGES = 1000
 MAX_RULES = 5000  # lines and boxes drawn on a page; more are a picture
@@ -84,7 +84,7 @@ def pdf_text(path: str) -> Extract:
         notes.append(note("left_out", f"Only the first {MAX_PAGES} of {len(document)} pages were read."))
     last, gone = _without_running_lines(pages)
     if gone:
-        notes.append(note("text_repaired", f"{REPAIRED['page_marks']} ({gone})."))
+        notes += repair_notes({"page_marks": gone})
     lines = [line for rows, drawn in zip(pages, rules, strict=True) for line in _lines_of(rows, drawn)]
     text = _composed("\n".join([_paragraphs(lines), "", *last]))
     title = str(document.get_metadata_dict().get("Title") or "")

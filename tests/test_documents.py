@@ -57,10 +57,11 @@ def read(running: Child, path: Path, data: bytes, name: str = "course", media_ty
 def test_every_task_is_answered_in_a_frame_and_a_fault_ends_no_process(reader: Child) -> None:
     assert reader.ask("text", content="<p>Knots &amp; hitches</p>") == {
         "text": "Knots & hitches",
-        "repairs": {},
         "language": "en",
+        "notes": [],
+        "grounds": {"taught": " hitch knot ", "ordered": "  ", "title": "Knots & hitches", "has_orders": False},
     }
-    assert reader.ask("text", content="oﬃce")["repairs"] == {"ligatures": 1}
+    assert [one["code"] for one in reader.ask("text", content="oﬃce")["notes"]] == ["text_repaired"]
     assert reader.ask("document", path="/nowhere/at/all")["error"] == BROKEN
     assert reader.ask("fly")["error"] == BROKEN
 

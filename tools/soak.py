@@ -2,9 +2,8 @@
 
 The service runs with its default settings and a scripted engine. Each client and each attack has an address of its own
 (127.0.0.0/8, so Linux alone). Honest clients ask for JSON, for events over h2c, and for a result later; each must get a
-badge, or a refusal of the contract. At the end the service must have logged no traceback, and must be as large as it
-was.
-Exit code 0 if all of that is so.
+badge, or a refusal of the contract. At the end the service must have logged no traceback, and be within 64 MB of
+the size that it had. Exit code 0 if all of that is so.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ from typing import Any
 import httpx
 from hpack import Encoder
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from testkit import PREFACE, Script, ScriptedOllama, Server, badge_json, frame, free_port, rss_kib, split
+
 HERE = Path(__file__).resolve().parents[1]  # the checkout
-sys.path.insert(0, str(HERE / "tests"))
-
-from testkit import PREFACE, Script, ScriptedOllama, Server, badge_json, frame, free_port, rss_kib, split  # noqa: E402 - the kit stands in tests/
-
 COURSE = {"content": "Knots for climbers: figure eight, clove hitch, prusik. Practical exam on the wall. " * 8}
 FAT = {"content": "Ties knots on ropes of all kinds. " * 7300}  # 250 KB
 MARKUP = {"content": "[" * 240_000}
@@ -190,21 +189,8 @@ class Soak:
             await asyncio.sleep(0.5)
 
 
-ATTACKS = [
-    "rapid_reset",
-    "torn_reset",
-    "silence",
-    "endless_heads",
-    "large_heads",
-    "open_posts",
-    "closed_windows",
-    "goaway",
-    "nonsense",
-    "slow_markup",
-    "fat_requests",
-    "documents",
-    "other_sites",
-]
+ATTACKS = ["rapid_reset", "torn_reset", "silence", "endless_heads", "large_heads", "open_posts", "closed_windows"]
+ATTACKS += ["goaway", "nonsense", "slow_markup", "fat_requests", "documents", "other_sites"]
 
 
 def requests(count: int, method: str, path: str, data: bytes = b"") -> bytes:

@@ -1101,7 +1101,10 @@ def answer_in(request: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
         raise Problem(error.status, {"error_code": error.code, "detail": error.detail}) from None
     except (KeyError, IndexError, TypeError, AttributeError):
         raise Problem(502, {"error_code": "batch_error", "detail": "This is no chat completion."}) from None
+    tags, index = dccapi.skills_in(badge._tags, prompt), dccapi.load_settings().skills_index
     review = TASKS["review"](
+        index=str(index or "") if prompt.request.skills else "",
+        skills=tags,
         badge=badge.model_dump(),
         course=prompt.course.text,
         options=prompt.request.given_texts(),
@@ -1110,7 +1113,8 @@ def answer_in(request: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
         notes=prompt.course.notes,
     )
     usage = {name: (body.get("usage") or {}).get(name, 0) for name in dccapi.TokenUsage.model_fields}
-    achievement = dccapi.build_achievement(badge, prompt.request, badge._tags)
+    review.pop("fault", None)
+    achievement = dccapi.build_achievement(badge, prompt.request, tags, review.pop("alignment", ()))
     return {"response": badge.model_dump(), "achievement": achievement, "review": review, "usage": usage}
 
 

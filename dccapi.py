@@ -105,6 +105,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from reader import review
+from reader.sieve import Sieve
 
 __version__ = "0.2.0"
 
@@ -818,6 +819,7 @@ STRING_RUN = re.compile(r'[^"\\]+')
 ESCAPE = re.compile(r'\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|["\\/bfnrt]|[^u])')
 ESCAPE_BEGUN = re.compile(r"\\(?:u[0-9a-fA-F]{0,3}|u[dD][89abAB][0-9a-fA-F]{2}(?:\\(?:u[0-9a-fA-F]{0,3})?)?)?\Z")
 NOT_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+ONLY_REPETITIONS = Sieve()
 TAG_KEYS = ("tags", "tag", "skills")
 
 
@@ -846,7 +848,11 @@ class BadgeReader:
     """
 
     def __init__(
-        self, kept: Mapping[str, Any] = {}, institution: str = "", title: Callable[[str], str | None] = str
+        self,
+        kept: Mapping[str, Any] = {},
+        institution: str = "",
+        title: Callable[[str], str | None] = str,
+        sieve: Sieve = ONLY_REPETITIONS,
     ) -> None:
         self.fields: dict[str, list[str]] = {}  # texts in pieces
         self.tags: list[str] = []
@@ -856,7 +862,8 @@ class BadgeReader:
         self.closing = ""  # what ends the text that is being written
         self.said: list[str] = []  # the pieces of that text
         self.refused = False  # whether `title` found no title for what was written
-        self.kept, self._institution, self._title = kept, institution, title
+        self.kept, self._institution, self._title, self._sieve = kept, institution, title, sieve
+        self._items: list[tuple[str, str]] = []  # of lists: the field and the text
         self._text, self._at = "", 0  # what was fed, and how far it is read
         self._ended = self._cut = False
         self._out = [orjson.dumps(dict(kept)).decode()[:-1]]
@@ -944,13 +951,20 @@ class BadgeReader:
         else:
             self._at += 1
             while (yield from self._peek()) == '"':
-                item = ("\n- " if self.said else "- ") if name == "criteria" else " " if self.said else ""
-                yield from self._string(write=True, item=item)
+                text = BULLET.sub("", (yield from self._string(is_item=True))).rstrip().replace("\r\n", "\n")
+                self._item(name, self._sieve.kept(name, text, self._items))
+            for sentence in self._sieve.more(name, self._items):
+                self._item(name, sentence)
             yield from self._expect("]")
         if name == "badge_description" and not (_says_nothing("".join(self.said)) or self._names_institution()):
             self._write(f" ({self._institution})")
         self._out.append(self.closing)
         self.closing = ""
+
+    def _item(self, name: str, text: str) -> None:
+        if text:
+            self._write((("\n- " if self.said else "- ") if name == "criteria" else " " if self.said else "") + text)
+            self._items.append((name, text))
 
     def _names_institution(self) -> bool:
         if not self._institution:
@@ -965,17 +979,22 @@ class BadgeReader:
         self.said.append(text)
         self._out.append(orjson.dumps(text)[1:-1].decode())
 
-    def _string(self, write: bool = False, item: str | None = None) -> Generator[None, None, str]:
+    def _string(self, write: bool = False, is_item: bool = False) -> Generator[None, None, str]:
         """A string and its closing quote: written, trimmed, as it comes, or returned when it is whole.
 
-        The text of a list's `item` is written behind that, and without a bullet of the model's own.
+        An item of a list counts as whole where a token limit cut it.
         """
         yield from self._expect('"')
         parts: list[str] = []
         begun, blank = False, ""  # white space counts once more text follows
         while True:
             self.plain = begun and not blank
-            mark = yield from self._more()
+            try:
+                mark = yield from self._more()
+            except BrokenBadge:
+                if is_item and self._cut:
+                    return "".join(parts)
+                raise
             self.plain = False
             if mark == '"':
                 self._at += 1
@@ -984,13 +1003,11 @@ class BadgeReader:
             if not write:
                 parts.append(part)
                 continue
-            part = blank + part
-            if not begun:
-                part = part.lstrip() if item is None else BULLET.sub("", part)
-            said = "" if item is not None and not begun and part in "-*•" else part.rstrip()
+            part = blank + part if begun else part.lstrip()
+            said = part.rstrip()
             blank = part[len(said) :][:MAX_BLANK_RUN]
             if said:
-                self._write(("" if begun else item or "") + said.replace("\r\n", "\n"))
+                self._write(said.replace("\r\n", "\n"))
                 begun = True
 
     def _characters(self) -> Generator[None, None, str]:
@@ -1058,12 +1075,16 @@ class Draft:
     """
 
     def __init__(
-        self, kept: Mapping[str, Any] = {}, institution: str = "", title: Callable[[str], str | None] = str
+        self,
+        kept: Mapping[str, Any] = {},
+        institution: str = "",
+        title: Callable[[str], str | None] = str,
+        sieve: Sieve = ONLY_REPETITIONS,
     ) -> None:
         self.badge: Badge | None = None  # once it is finished
         self.written: BadgeReader | None = None  # a whole badge that was told as it was written
         self.refused = False  # whether a title was
-        self._new_reader = partial(BadgeReader, kept, institution, title)
+        self._new_reader = partial(BadgeReader, kept, institution, title, sieve)
         self._raw: list[str] = []
         self._outside = ""  # of any object: what may be the beginning of a mark
         self._reader: BadgeReader | None = None
@@ -1872,9 +1893,10 @@ class GenerationQueue:
         """Ask the engine, and again for what it left undone, and put what it writes into the log."""
         generation, spent = call.generation, Counting[str]()
         prompt = cast(Prompt, generation.prompt)
-        title, joint, broken_off = self._title(prompt, first=True), "{", 0
+        sieve = self._sieve(prompt)
+        title, joint, broken_off = self._title(prompt, sieve, first=True), "{", 0
         while True:
-            draft = Draft(prompt.kept, prompt.institution, title)
+            draft = Draft(prompt.kept, prompt.institution, title, sieve)
             call.asks(self._loop.time())
             try:
                 prompt.check_length(self.engine.context)
@@ -1883,7 +1905,7 @@ class GenerationQueue:
             except ContentTooLong as error:
                 prompt = await self._condensed(prompt, error, generation)
             except TitleRefused as refused:
-                title, joint = self._title(prompt, first=False), draft.joint_after()
+                title, joint = self._title(prompt, sieve, first=False), draft.joint_after()
                 prompt = replace(prompt, user=f"{prompt.user}\n{TITLE_AGAIN}")
                 broken_off = refused.tokens
         if broken_off:  # the engine did not say how much it had read: as much as for the second call
@@ -1926,24 +1948,41 @@ class GenerationQueue:
             generation.append(joint + rest[1:] if rest[0] == "{" else rest)
         return usage
 
-    def _title(self, prompt: Prompt, first: bool) -> Callable[[str], str | None]:
+    def _sieve(self, prompt: Prompt) -> Sieve:
+        """What leaves out repetitions; with small models also what the course does not bear, for which it has words."""
+        request, course = prompt.request, prompt.course
+        if not self.engine.sifts or request.language not in (None, course.language):
+            return ONLY_REPETITIONS
+        text = prompt.user.partition("</course>")[0].removeprefix("<course>\n")  # as much as the model has read
+        lists = {name: part for name, part in prompt.schema["properties"].items() if name in Badge.model_fields}
+        counts = {name: (part["minItems"], part["maxItems"]) for name, part in lists.items() if "items" in part}
+        return Sieve(text, course.language, request.given_texts(), counts)
+
+    def _title(self, prompt: Prompt, sieve: Sieve, first: bool) -> Callable[[str], str | None]:
         """What becomes of a title without a word of the course: the first is refused, the next becomes the course's.
 
         A course may hold instructions to the model, which small models follow.
         """
         request, course = prompt.request, prompt.course
+        options = request.given_texts()
+        wished = " ".join(options).casefold()
         is_wanted = isinstance(request, RegenerateRequest) and not course.grounds.get("has_orders")
         if is_wanted or request.language not in (None, course.language) or word_count(course.text[:1000]) < 8:
             return str  # by a person who looks at it; in other words than the course's; there is nothing to compare
 
         def accepted(title: str) -> str | None:
-            if _says_nothing(title) or course.has_word_of(title, request.given_texts()):
+            ordered = review.only_source(title, course.text) if title.casefold() not in wished else ""
+            says_nothing = _says_nothing(title)
+            if not ordered and not says_nothing and sieve.bears(title) and course.has_word_of(title, options):
+                return title
+            if says_nothing and not sieve.course:
                 return title
             if first:
                 return None
-            own = " ".join(NOT_TEXT.sub("", course.grounds["title"]).split())
-            # The beginning of a text without a heading is a poor title.
-            is_title = len(own) <= 60 or course.grounds["has_orders"]
+            own = review.title_of(course.text, ordered) if ordered else course.grounds.get("title", "")
+            own = " ".join(NOT_TEXT.sub("", own).split())
+            # The beginning of a text without a heading is a poor title, though better than what no course has.
+            is_title = len(own) <= 60 or sieve.course or ordered or course.grounds.get("has_orders")
             return own if is_title and not _says_nothing(own) else title
 
         return accepted
@@ -1977,7 +2016,7 @@ class GenerationQueue:
             found = await self.readers.ask(
                 "review",
                 client,
-                index=str(self.settings.skills_index or "") if request.skills else "",
+                index=str(self.settings.skills_index or "") if "skills" in prompt.schema["properties"] else "",
                 skills=tags,
                 badge=badge.model_dump(),
                 course=course.text,
@@ -2300,6 +2339,7 @@ class Engine:
     """A language model's server: a prompt in, pieces of text out, a Usage at the end."""
 
     defaults: Mapping[str, Any] = {}  # sampling where the client gave none
+    sifts = False  # whether its models are so small that what the course does not bear is left out
     path = ""  # of a generation
     remedy = ""  # for an operator whose server is down
     parts: Sequence[str] = ()  # of OPTIONAL_PARTS, those that a request has
@@ -2717,11 +2757,12 @@ class EmbeddedEngine(OpenAIEngine):
     # SmolLM2-135M loops at the contract's 1.02. With this, the sampler against repetition and bounded texts it ends
     # by itself on every one of the real courses; without, on half of them.
     defaults: Mapping[str, Any] = {"repeat_penalty": 1.12}
+    sifts = True
     extras: Mapping[str, Any] = {"dry_multiplier": 0.8, "dry_allowed_length": 3}
     texts: ClassVar = {
         "badge_name": {"pattern": r'^[^<>"\\{}]{3,80}$'},  # a title, not the course's delimiter
-        "badge_description": {"maxLength": 300},
-        "criteria": {"maxLength": 300},
+        "badge_description": {"maxLength": 240},
+        "criteria": {"maxLength": 200},
         "skills": {"maxLength": 60},
     }
 

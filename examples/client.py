@@ -2,11 +2,14 @@
 """Badge drafts for courses: four at once on one HTTP/2 connection, as JSON lines on standard output.
 
     pip install 'httpx[http2]'
-    python client.py course.txt
+    python client.py course.txt syllabus.pdf
     python client.py --url https://localhost:8443 --insecure --drafts 1 courses.jsonl
 
-A course is a text file, or a line of a .jsonl file: an object with `content` and any other field of a request.
-A connection that breaks costs nothing: no draft is begun twice, and its events go on after the last one received.
+A course is a text file, a document (PDF, DOCX, PPTX, ODT), or a line of a .jsonl file: an object with `content` and any
+other field of a request. A connection that breaks costs nothing: no draft is begun twice, and its events go on after
+the last one received.
+
+Exit codes: 0 all drafts are written, 1 some failed, 2 wrong usage, 130 Ctrl-C.
 """
 
 import argparse
@@ -14,11 +17,16 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import sys
 import uuid
 from pathlib import Path
 
-import httpx
+try:
+    import h2  # noqa: F401 - httpx needs it for HTTP/2
+    import httpx
+except ImportError as error:
+    sys.exit(f"client.py: {error}. Install what it needs: pip install 'httpx[http2]'")
 
 ATTEMPTS = 6  # without an event in between, over 6 seconds
 
@@ -27,12 +35,31 @@ class Failed(Exception):
     """A draft that will not come, and why."""
 
 
+class Refused(Exception):
+    """Wrong usage: a sentence that says what to do."""
+
+
 def courses_in(path):
-    """The name and the request of each course in a file."""
-    text = sys.stdin.read() if path == "-" else Path(path).read_text("utf-8")
-    if not path.endswith(".jsonl"):
-        return [(path, {"content": text})]
-    return [(f"{path}:{number}", json.loads(line)) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    """The name of each course in a file, and how httpx is to send it."""
+    try:
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    except OSError as error:
+        raise Refused(f"{path} cannot be read: {error.strerror}.") from None
+    if path.endswith(".jsonl"):
+        lines = enumerate(data.splitlines(), 1)
+        return [(f"{path}:{number}", {"json": fields_in(path, number, line)}) for number, line in lines if line.strip()]
+    with contextlib.suppress(UnicodeDecodeError):
+        if not data.startswith((b"%PDF", b"PK\3\4", b"{\\rtf")) and b"\0" not in data:
+            return [(path, {"json": {"content": data.decode("utf-8-sig")}})]
+    # The service tells what it is, texts that are not UTF-8 too.
+    return [(path, {"files": {"file": (Path(path).name, data)}})]
+
+
+def fields_in(path, number, line):
+    with contextlib.suppress(ValueError):
+        if isinstance(fields := json.loads(line), dict):
+            return fields
+    raise Refused(f"{path}, line {number} is not a JSON object.")
 
 
 async def refuse(response):
@@ -68,7 +95,7 @@ async def write(client, request, say):
     while True:
         try:
             if not path:
-                response = await client.post("/generate", json=request, headers=headers)
+                response = await client.post("/generate", headers=headers, **request)
                 if response.status_code != 202:
                     await refuse(response)
                 path = f"/generations/{response.json()['id']}"
@@ -96,14 +123,19 @@ async def write(client, request, say):
                 raise Failed(f"no connection to {client.base_url}: {error or type(error).__name__}") from error
             say("connecting again")
             await asyncio.sleep(0.1 * 2**attempts)
+        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            raise Failed(f"{client.base_url} does not answer as dccapi does; is the address right?") from error
         except asyncio.CancelledError:
             # Ctrl-C: an asynchronous generation would go on without us.
             with contextlib.suppress(httpx.HTTPError):
-                await client.delete(path)
+                if path:
+                    await client.delete(path, timeout=2)
             raise
 
 
 async def run(arguments):
+    if not re.match(r"https?://[^/]", arguments.url):
+        raise Refused(f"{arguments.url} is no address of a service. Write it as http://localhost:8001.")
     courses = [course for file in arguments.files for course in courses_in(file)]
     at_once = asyncio.Semaphore(4)
 
@@ -146,15 +178,23 @@ async def run(arguments):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="+", help="course texts and .jsonl files; - is standard input")
+    parser.add_argument("files", nargs="+", help="texts, documents and .jsonl files; - is standard input")
     parser.add_argument("--url", default=os.environ.get("DCCAPI_URL", "http://localhost:8001"), help="or DCCAPI_URL")
     parser.add_argument("--api-key", default=os.environ.get("DCCAPI_KEY"), help="or DCCAPI_KEY, which `ps` cannot show")
-    parser.add_argument("--drafts", type=int, default=4, help="how many of each course (4)")
+    parser.add_argument(
+        "--drafts", type=int, choices=range(1, 17), metavar="N", default=4, help="how many of each course (4)"
+    )
     parser.add_argument("--insecure", action="store_true", help="trust any certificate, such as a self-signed one")
     try:
         return asyncio.run(run(parser.parse_args()))
-    except (OSError, ValueError, httpx.InvalidURL) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    except (Refused, httpx.InvalidURL, UnicodeError) as error:
+        print(f"client.py: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # nobody reads on, as with `| head`; Python would complain of it once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        print(f"client.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

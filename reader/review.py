@@ -18,6 +18,8 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
+from reader import condense
+
 NOTES = {
     "unsupported_number": "The course does not have this number; check it.",
     "unsupported_name": "The course does not name this; check it.",
@@ -322,6 +324,8 @@ TITLE = re.compile(
     r"|titolo(?: del corso)?|название(?: курса)?|コース名|课程名称|اسم الدورة|عنوان الدورة)\s*[:：]\s*(.+)"
     r"|^#{1,6}[ \t]+(.+)"
 )
+HEADING_SHARE = 0.6  # of a heading's words stand in a title that is made of it
+BEGINNING = 400  # characters of a course in which it may say what its title is
 
 
 def _is_order(sentence: str) -> bool:
@@ -400,9 +404,40 @@ def title_is_from_course(title: str, grounds: Mapping[str, Any], options: Iterab
     return not wanted or any(f" {key} " in grounds["taught"] or key in said for key in names)
 
 
+def only_source(title: str, course: str) -> str:
+    """The one sentence that a title is copied from, where no other has any of its words; "" for other titles.
+
+    So titles come from orders, in whatever language and words these are given. A heading is all title.
+    """
+    keys, phrase = {*_meaning(title)}, " ".join(title.casefold().split()).strip(" .\"'")
+    if not keys or not phrase or phrase not in " ".join(course.casefold().split()):
+        return ""
+    near = [
+        piece for piece in _pieces(course) if any(key in piece.lower() for key in keys)
+    ]  # a long course costs little
+    having = [(piece, found) for piece in near if keys & (found := {*_meaning(piece)})]
+    if len({piece.strip() for piece, _ in having}) != 1 or len(keys) > HEADING_SHARE * len(having[0][1]):
+        return ""
+    return having[0][0] if phrase in " ".join(having[0][0].casefold().split()) else ""
+
+
+def title_of(course: str, without: str = "") -> str:
+    """The course's own title, without that of a sentence and of what else stands on its line."""
+    apart = "\n".join(line for line in course.splitlines() if without.strip() not in line) if without else course
+    if 2 * len(apart) < len(course):  # its line has most of the course
+        apart = course.replace(without, "")
+    return _title_in("".join(_split(apart)[1]))
+
+
+def _heads_a_section(heading: str) -> bool:
+    """Whether a heading is of the kind that every course has: Prerequisites, Course Syllabus."""
+    return len(heading.split()) <= 2 and condense._weight(heading) != 0
+
+
 def _title_in(text: str) -> str:
-    """The course's own title: what it calls so, else its first heading, else how it begins."""
-    named = TITLE.search(text)
+    """The course's own title: what it calls so at its beginning, else its first heading, else how it begins."""
+    headings = (found for found in TITLE.finditer(text) if found[2] or found.start() <= BEGINNING)
+    named = next((found for found in headings if not _heads_a_section(found[1] or found[2])), None)
     line = (named[1] or named[2]) if named else next(iter(_sentences(text)), "")
     title = " ".join(line.split()).strip("*_#`\"' .:;,。")
     if len(title) > LONGEST_TITLE:
@@ -414,22 +449,25 @@ def _title_in(text: str) -> str:
 
 
 class Grounds:
-    """What a badge may say: the sentences of its course and of the options. Only `wanted` keys are looked for."""
+    """What a badge may say: the sentences of its course and of the options. Only `wanted` keys and the numbers of
+    `units` are looked for; all of them where these are None."""
 
-    def __init__(self, sentences: Sequence[str], wanted: set[str], units: set[str]) -> None:
+    def __init__(self, sentences: Sequence[str], wanted: set[str] | None, units: set[str] | None) -> None:
         self.sentences = sentences
         self.places: dict[str, list[int]] = {}  # the sentences that have a key
         self.counts: dict[str, set[str]] = {}  # the numbers of a unit
         tokens = [_tokens(sentence.lower()) for sentence in sentences]
         self.vocabulary = set(chain.from_iterable(tokens))
-        keys = {token: found for token in self.vocabulary if (found := wanted.intersection(_keys(token)))}
+        keys = {token: set(_keys(token)) for token in self.vocabulary}
+        if wanted is not None:
+            keys = {token: found & wanted for token, found in keys.items() if not wanted.isdisjoint(found)}
         for place, sentence in enumerate(sentences):
             found = set(chain.from_iterable(keys[token] for token in keys.keys() & tokens[place]))
             for key in found:
                 places = self.places.setdefault(key, [])
                 if len(places) < MOST_PLACES:
                     places.append(place)
-            if not found.isdisjoint(units):
+            if units is None or not found.isdisjoint(units):
                 for _, number, unit in _counts(sentence):
                     self.counts.setdefault(unit, set()).add(number)
 

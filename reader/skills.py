@@ -344,13 +344,13 @@ def _products(index: Index, names: Sequence[str], words: Words) -> dict[int, Can
     The model must have named one that is called by an ordinary word, such as Slack, or by a letter or two.
     """
     named = frozenset(chain.from_iterable(map(_runs, names)))
-    spelled = [*dict.fromkeys(chain.from_iterable(map(_runs, words.sentences)))]
+    runs = dict.fromkeys(chain.from_iterable(map(_runs, words.sentences)))
+    spelled = [run for run in runs if run in named or run != run.lower()]
     found: dict[str, tuple[int, Candidate]] = {}
     for at in range(0, len(spelled), 500):  # SQLite before 3.32 takes 999 parameters
         for name, skill, is_ordinary in index.products(spelled[at : at + 500]):
             is_sure = name in named or " " in name or not (is_ordinary or len(name) < 3)
-            if name in named or name != name.lower():
-                found[name] = skill, Candidate(1.0 if is_sure else NEAR, 1.0, BORNE, frozenset(stems(name)))
+            found[name] = skill, Candidate(1.0 if is_sure else NEAR, 1.0, BORNE, frozenset(stems(name)))
     # "Google Analytics" does not name Google.
     inside = {run for name in found for run in _runs(name) if run != name}
     return {skill: candidate for name, (skill, candidate) in found.items() if name not in inside or name in names}

@@ -25,7 +25,7 @@ from starlette.datastructures import Headers
 import catalogue
 import dccapi
 import testkit
-from service import HERE, Service, judge, serving
+from service import HERE, Service, ask, judge, serving
 from testkit import Script, ScriptedOllama, badge_json, split
 
 __all__ = ["judge"]
@@ -372,6 +372,27 @@ async def test_a_service_that_was_drained_or_killed_is_waited_for(tmp_path: Path
         async with testkit.Server(command, env, f"{url}/livez", HERE):
             await task
     assert Counter(draft["id"] for draft in lines(drafts)) == {f"C-{number:04}": 1 for number in range(16)}
+
+
+async def test_a_person_waits_for_one_free_worker_and_not_for_the_catalogue(tmp_path: Path) -> None:
+    gates: dict[int, asyncio.Event] = {}
+
+    def script(body: Any, index: int) -> Script:
+        return Script(gate=gates.setdefault(index, asyncio.Event()))
+
+    path, drafts = courses(tmp_path, 100), tmp_path / "drafts.jsonl"
+    limits = {"max_concurrent_requests": 2, "max_queue": 300, "max_per_client": 300}
+    async with serving(script=script, **limits) as service, running(service.url, path, drafts, "--in-flight", 80):
+        await testkit.eventually(lambda: service.queue.waiting == 78, 30)
+        person = asyncio.create_task(ask(service, {"content": "Chess"}))
+        await testkit.eventually(
+            lambda: service.queue.waiting == 79 and all(g.prompt for g in service.queue._waiting), 30
+        )
+        gates[0].set()
+        _, _, call = await service.engine.wait_for_calls(3)
+        assert "Chess" in json.dumps(call.body)
+        gates[2].set()
+        assert (await person).status == 200
 
 
 async def test_ctrl_c_finishes_what_is_in_flight_and_a_second_one_stops_now(tmp_path: Path) -> None:

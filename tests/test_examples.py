@@ -20,13 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypercorn.asyncio
 import pytest
+from hypercorn.config import Config
 from playwright.async_api import ConsoleMessage, Locator, Page, async_playwright
+from starlette.responses import JSONResponse
 
 import dccapi
 from service import COURSE, COURSES, HERE, MODEL, certificate, needs_model, serving
 from test_browser import CHROMIUM, FLAGS, Proxy
-from testkit import Script, Server, badge_json, eventually, free_port, split
+from testkit import Script, Server, badge_json, eventually, free_port, http_answer, split
 
 EXAMPLES = HERE / "examples"
 BADGE = json.loads(badge_json())
@@ -497,22 +500,101 @@ async def test_the_client_tells_every_fault_of_a_request(tmp_path: Path) -> None
         assert "badge_tone: " in run.err
 
 
+async def test_the_client_takes_documents_and_texts_in_any_encoding(tmp_path: Path) -> None:
+    documents = [HERE / "tests" / "documents" / f"syllabus.{kind}" for kind in ("pdf", "docx", "odt")]
+    (windows := tmp_path / "windows.txt").write_bytes("Café für Köche: grüßen, kühlen, würzen.".encode("cp1252"))
+    (empty := tmp_path / "empty.pdf").write_bytes(b"%PDF-1.7")
+    async with serving() as service:
+        run = await run_client(service.url, "--drafts", "1", *documents, windows, empty)
+        assert (run.code, {badge["course"] for badge in run.badges}) == (
+            1,
+            {str(path) for path in [*documents, windows]},
+        )
+        assert f"{empty}, draft 1: failed: " in run.err
+        assert "(document_broken)" in run.err
+        prompts = [call.body["prompt"] for call in service.engine.calls]
+        assert sum("Café für Köche" in prompt for prompt in prompts) == 1
+        assert all(len(prompt) > 1000 or "Café" in prompt for prompt in prompts)
+
+
+NOBODY = f"http://127.0.0.1:{free_port()}"
+
+
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "code", "said"),
     [
-        (["--url", f"http://127.0.0.1:{free_port()}", "--drafts", "1", "-"], "no connection to http://127.0.0.1"),
-        (["absent.txt"], "absent.txt"),
-        ([EXAMPLES / "courses.jsonl", "--drafts", "many"], "--drafts"),
-        ([HERE / "README.md", "--url", "http://localhost:one"], "Invalid port"),
+        (["--url", NOBODY, "--drafts", "1", "-"], 1, "no connection to http://127.0.0.1"),
+        (["absent.txt"], 2, "absent.txt cannot be read: No such file or directory."),
+        ([EXAMPLES], 2, "cannot be read: Is a directory."),
+        ([EXAMPLES / "client.py", "--drafts", "many"], 2, "--drafts"),
+        (["-", "--drafts", "0"], 2, "--drafts"),
+        (["-", "--url", "http://localhost:one"], 2, "Invalid port"),
+        (["-", "--url", "localhost:8001"], 2, "localhost:8001 is no address of a service."),
+        (["-", "--url", NOBODY, "--api-key", "schlüssel"], 2, "client.py: "),
     ],
-    ids=["nothing listens", "no such file", "a wrong option", "a wrong URL"],
 )
-async def test_the_client_ends_with_a_message_and_no_traceback(arguments: list[str | Path], said: str) -> None:
+async def test_the_client_ends_with_a_sentence_where_it_is_used_wrongly(
+    arguments: list[str | Path], code: int, said: str
+) -> None:
     run = await run_client("http://127.0.0.1:9", *arguments)
-    assert run.code in (1, 2)
-    assert run.out == ""
-    assert said in run.err
+    assert (run.code, run.out) == (code, ""), run
+    assert said in run.err.splitlines()[-1]
     assert "Traceback" not in run.err
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", '{"content": "Knots"} x'])
+async def test_the_client_names_a_line_that_is_no_course(tmp_path: Path, line: str) -> None:
+    (courses := tmp_path / "courses.jsonl").write_text(f'{{"content": "Knots"}}\n\n{line}\n')
+    run = await run_client("http://127.0.0.1:9", courses)
+    assert (run.code, run.out, run.err) == (2, "", f"client.py: {courses}, line 3 is not a JSON object.\n")
+
+
+async def test_the_client_says_that_another_server_is_not_this_one() -> None:
+    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(100)
+        writer.write(http_answer(200, "text/html", b"hello"))
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(greet, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        run = await run_client(url, "--drafts", "1", "-")
+    assert (run.code, run.out) == (1, "")
+    assert f"failed: no connection to {url}" in run.err.splitlines()[-1]
+    assert "Traceback" not in run.err
+
+
+@pytest.mark.parametrize("body", [{"state": "done"}, ["a"], "text", None])
+async def test_the_client_says_that_another_api_is_not_this_one(body: Any) -> None:
+    async def other(scope: Any, receive: Any, send: Any) -> None:
+        await JSONResponse(body, 202)(scope, receive, send)
+
+    port = free_port()
+    config, stop = Config.from_mapping(bind=[f"127.0.0.1:{port}"], errorlog=None), asyncio.Event()
+    server = asyncio.create_task(hypercorn.asyncio.serve(other, config, mode="asgi", shutdown_trigger=stop.wait))
+    run = await run_client(f"http://127.0.0.1:{port}", "--drafts", "1", "-")
+    stop.set()
+    await server
+    assert (run.code, run.out) == (1, "")
+    assert "does not answer as dccapi does; is the address right?" in run.err.splitlines()[-1]
+
+
+async def test_the_client_says_what_to_install_where_it_is_missing() -> None:
+    run = await ended(await start(sys.executable, "-S", EXAMPLES / "client.py", "-"))
+    assert (run.code, run.out) == (1, "")
+    assert run.err.endswith("Install what it needs: pip install 'httpx[http2]'\n")
+
+
+async def test_the_client_ends_quietly_where_nobody_reads_on() -> None:
+    async with serving() as service:
+        process = await start_client(service.url, "-")
+        assert process.stdout
+        process.stdout._transport.close()
+        assert process.stderr
+        said = (await process.stderr.read()).decode()
+        assert await process.wait() == 1
+    assert "Traceback" not in said
+    assert "Exception" not in said
 
 
 async def test_the_client_stops_its_generations_when_it_is_interrupted() -> None:

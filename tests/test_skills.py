@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import shutil
 import sqlite3
 import time
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import catalogue
 import dccapi
 from reader import skills
 from service import BADGE, HERE, ISSUER, Service, ask, judge, problem_in, serving, writes
@@ -22,6 +25,7 @@ INDEX = HERE / "model" / "skills.sqlite"
 COURSES = [json.loads(line) for line in (HERE / "tests" / "data" / "skills.jsonl").read_text().splitlines()]
 ENGLISH = [one for one in COURSES if one["language"] == "en"]
 PYTHON = COURSES[0]
+SAYS = {"badge_name": "Python Basics", "skills": PYTHON["skills"]}
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +73,11 @@ def test_a_course_in_another_language_is_aligned_with_products_alone(index: str)
     assert "JavaScript" in {one["targetName"] for one in said["alignment"]}
 
 
+def test_of_the_judged_courses_in_other_languages_products_alone_are_found(index: str) -> None:
+    found = {course["id"]: set(aligned(index, course)) for course in COURSES if course not in ENGLISH}
+    assert found == {"tabellen": {"Microsoft Excel"}, "programacion": {"Python", "Git"}, "secours": set()}
+
+
 def test_a_badge_is_aligned_in_20_ms(index: str) -> None:
     for course in ENGLISH:  # once, because SQLite reads the file the first time
         aligned(index, course)
@@ -80,9 +89,22 @@ def test_a_badge_is_aligned_in_20_ms(index: str) -> None:
     assert sorted(spent)[len(spent) // 2] < 0.02
 
 
-# --- The service ---
+# --- The catalogue ---
 
-SAYS = {"badge_name": "Python Basics", "skills": PYTHON["skills"]}
+
+def test_skills_of_a_batch_are_as_the_services_own(index: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SKILLS_INDEX", index)
+    written = json.dumps(json.loads(badge_json()) | SAYS)
+    body = {"choices": [{"message": {"content": written}, "finish_reason": "stop"}]}
+    draft = catalogue.answer_in({"content": PYTHON["course"]}, body)
+    assert "Python Programming" in draft["achievement"]["tag"]
+    assert {one["targetName"] for one in draft["achievement"]["alignment"]} >= {"Python", "debug software"}
+    assert "alignment" not in draft["review"]
+    cells = catalogue.in_cells({**dict.fromkeys(("id", "status", "model", "fingerprint", "error")), **draft})
+    assert "Python (https://www.onetonline.org/search/tech/example?e=Python)" in cells["skills"]
+
+
+# --- The service ---
 
 
 def script() -> Script:
@@ -171,6 +193,22 @@ async def test_a_bad_index_is_told_and_costs_no_badge(
         assert (health.status, health.json()["skills"]) == (200, None)
         assert fault in health.json()["error"]
         problem_in(await ask(service, None, "/skills?q=python", "GET"), 404, "not_found")
+
+
+async def test_an_index_that_goes_away_costs_no_badge(index: str, tmp_path: Path) -> None:
+    path = tmp_path / "skills.sqlite"
+    shutil.copy(index, path)
+    async with serving(script=script(), skills_index=path) as service:
+        os.truncate(path, 5000)  # while the service runs
+        await asyncio.gather(*[writes(service, {"content": PYTHON["course"]}) for _ in range(3)])
+
+
+async def test_a_field_that_is_written_anew_brings_no_alignments_of_its_own(index: str) -> None:
+    async with serving(script=script(), skills_index=Path(index)) as service:
+        body = {"content": PYTHON["course"], "badge": BADGE, "field": "badge_name"}
+        response = await ask(service, body, "/regenerate-field")
+    assert response.status == 200
+    assert "alignment" not in response.json()["achievement"]
 
 
 async def test_without_an_index_there_is_nothing_to_search() -> None:

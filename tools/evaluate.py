@@ -29,11 +29,14 @@ import httpx
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from reader.review import language_of, review
+from reader.review import _size, language_of, review
 from testkit import Server, free_port
 
 HERE = Path(__file__).resolve().parents[1]  # the checkout
 MODELS = {"135m": "SmolLM2-135M-Instruct.Q4_1.gguf", "1.5b": "Qwen2.5-Coder-1.5B-Instruct.Q4.gguf"}
+# The repository's own, short ones in seven languages, and the real courses where they lie beside the checkout.
+COURSES = [HERE / "examples" / "courses.jsonl", HERE / "tools" / "data" / "short.jsonl"]
+COURSES += filter(Path.exists, [HERE.parent / "shared" / "courses" / "public.jsonl"])
 PATIENCE = {"FIRST_TOKEN_TIMEOUT": "900", "TOKEN_TIMEOUT": "300", "GENERATION_TIMEOUT": "1800"}  # a CPU is slow
 FEWEST_WORDS = 12  # of each text of a badge that can be used
 DOUBTS = {"unsupported_number", "unsupported_name", "low_support"}
@@ -96,7 +99,7 @@ def judged(course: Mapping[str, Any], answer: Mapping[str, Any], seconds: float)
         title=badge["badge_name"],
         sentences=fields.count("badge_description"),
         items=fields.count("criteria") if texts[1].lstrip().startswith(("- ", "* ")) else 0,
-        words=(len(texts[0].split()), len(texts[1].split())),
+        words=(_size(texts[0]), _size(texts[1])),
         language=found["language"],
         right_language=found["language"].partition("-")[0] == wanted.partition("-")[0],
         support=found["support"],
@@ -257,13 +260,13 @@ async def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Drafts for real courses, judged by `review`.")
     parser.add_argument("--url", help="a service that runs; API_KEY in the environment is sent to it")
     parser.add_argument("--model", choices=MODELS, default="135m", help="of the service that is started without --url")
-    parser.add_argument("--courses", type=Path, default=HERE / "examples" / "courses.jsonl", metavar="FILE")
+    parser.add_argument("--courses", type=Path, nargs="+", default=COURSES, metavar="FILE")
     parser.add_argument("--only", help="the ids of the courses to take, with commas between them")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, metavar="FILE", help="rows, shares and drafts are written to it")
     parser.add_argument("--against", type=Path, metavar="FILE", help="says what changed since that was written")
     given = parser.parse_args(arguments)
-    courses = courses_in(given.courses)
+    courses = [*{course["id"]: course for file in given.courses for course in courses_in(file)}.values()]
     if given.only:
         courses = [course for course in courses if course["id"] in given.only.split(",")]
     against = json.loads(given.against.read_text("utf-8")) if given.against else None  # before --json may replace it

@@ -1,7 +1,6 @@
 'use strict';
 
 const BASE = new URL('.', location.href);
-const KEPT = 24; // drafts that the browser keeps
 const FIELDS = {
   name: {label: 'Name', key: 'badge_name'},
   description: {label: 'Description', key: 'badge_description'},
@@ -13,10 +12,26 @@ const CHOICES = {
   badge_tone: ['Authoritative', 'Encouraging', 'Detailed', 'Concise', 'Engaging'],
   criterion_style: ['Task-Oriented', 'Evidence-Based', 'Outcome-Focused'],
 };
+// What a number may be, in the words of its label.
 const SAMPLING = {
-  temperature: 'Temperature, 0 to 2', top_p: 'Top p, 0 to 1', top_k: 'Top k, 1 to 100',
-  repeat_penalty: 'Repeat penalty, 0 to 2', max_tokens: 'Longest, in tokens', seed: 'Seed',
+  temperature: {label: 'Temperature', least: 0, most: 2}, top_p: {label: 'Top p', least: 0, most: 1},
+  top_k: {label: 'Top k', least: 1, most: 100, isWhole: true}, repeat_penalty: {label: 'Repeat penalty', least: 0, most: 2},
+  longest: {label: 'Longest draft, in words', least: 20, most: 2000, isWhole: true}, seed: {label: 'Seed', isWhole: true},
 };
+const LANGUAGES = { // of the badge, each by its own name
+  en: 'English', ar: 'العربية', bg: 'Български', ca: 'Català', cs: 'Čeština', cy: 'Cymraeg', da: 'Dansk', de: 'Deutsch', el: 'Ελληνικά',
+  es: 'Español', et: 'Eesti', fa: 'فارسی', fi: 'Suomi', fr: 'Français', ga: 'Gaeilge', he: 'עברית', hi: 'हिन्दी', hr: 'Hrvatski',
+  hu: 'Magyar', id: 'Bahasa Indonesia', it: 'Italiano', ja: '日本語', ko: '한국어', lt: 'Lietuvių', lv: 'Latviešu', nb: 'Norsk bokmål',
+  nl: 'Nederlands', pl: 'Polski', pt: 'Português', ro: 'Română', ru: 'Русский', sk: 'Slovenčina', sl: 'Slovenščina', sr: 'Српски',
+  sv: 'Svenska', sw: 'Kiswahili', ta: 'தமிழ்', th: 'ไทย', tr: 'Türkçe', uk: 'Українська', ur: 'اردو', vi: 'Tiếng Việt', zh: '中文',
+};
+// The drafts of a course differ on purpose. The first is written as the service writes without further words.
+const EMPHASES = [
+  {name: 'Balanced', warmer: 0},
+  {name: 'Skills and tools', warmer: .2, words: 'Put the skills that learners show, and the tools and methods that the course names, first. Name the badge after the main skill.'},
+  {name: 'What was done', warmer: .3, words: 'Put what learners do and hand in during the course first: exercises, projects, tests. Name the badge after what learners do.'},
+  {name: 'Use afterwards', warmer: .4, words: 'Put what learners can do with it afterwards first, as far as the course says so. Name the badge after the field of work or study.'},
+];
 const SAMPLES = [
   {
     title: 'Incident command',
@@ -56,114 +71,18 @@ Esta lección te guía a través de los principios básicos de los sistemas de a
 const LIVE = ['sending', 'queued', 'writing'];
 
 // What the page knows. A draft and its batch (the request that its drafts share) are plain records that storage can hold.
-const state = {drafts: [], batches: {}, health: {}, protocol: '', error: []};
+const state = {drafts: [], batches: {}, health: {}, protocol: '', error: [], loaded: false, unkept: ''};
 const cards = new Map(); // draft id: its elements
 const sources = new Map(); // draft id: EventSource
 const rewrites = new Map(); // draft id: {field, controller}
-const $ = id => document.getElementById(id);
 
-// ---- small helpers
-
-function element(tag, properties = {}, ...children) {
-  const made = Object.assign(document.createElement(tag), properties);
-  made.append(...children);
-  return made;
-}
-
-function uid() { // crypto.randomUUID is missing from pages over plain HTTP
-  return [...crypto.getRandomValues(new Uint8Array(12))].map(byte => byte.toString(16).padStart(2, '0')).join('');
-}
-
-const randomSeed = () => crypto.getRandomValues(new Uint32Array(1))[0] % 1e6;
-const isLive = draft => LIVE.includes(draft.state);
-const isBusy = draft => isLive(draft) || rewrites.has(draft.id);
-const isWhole = draft => Object.keys(FIELDS).every(name => draft.fields[name].trim());
-const requestOf = draft => state.batches[draft.batch].request;
-const plural = (count, noun) => `${count} ${noun}${count === 1 ? '' : 's'}`;
-const setText = (node, text) => { if (node.textContent !== text) node.textContent = text; };
-
-function debounced(wait, action) {
-  let timer;
-  return (...given) => { clearTimeout(timer); timer = setTimeout(() => action(...given), wait); };
-}
-
-function announce(text) {
-  const line = element('p', {textContent: text});
-  $('announcer').append(line);
-  setTimeout(() => line.remove(), 20000);
-}
-
-let undoAction, toastTimer;
-function toast(text, undo) {
-  undoAction = undo;
-  $('toast-text').textContent = text;
-  $('undo').hidden = !undo;
-  $('toast').classList.add('shown');
-  clearTimeout(toastTimer);
-  toastTimer = setTimeout(hideToast, undo ? 10000 : 5000);
-}
-function hideToast() {
-  if ($('toast').contains(document.activeElement)) $('drafts-title').focus();
-  $('toast').classList.remove('shown');
-  $('toast-text').textContent = '';
-}
-
-// ---- what the browser keeps: one entry a record, so that two tabs do not undo each other's
-
-const store = {
-  read(name, storage = localStorage) {
-    try { return JSON.parse(storage.getItem(`dccapi.${name}`)); } catch { return null; }
-  },
-  write(name, value, storage = localStorage) {
-    try {
-      if (value === null) storage.removeItem(`dccapi.${name}`);
-      else storage.setItem(`dccapi.${name}`, JSON.stringify(value));
-    } catch {
-      toast('This browser keeps no more drafts: export the ones you need, or clear them.');
-    }
-  },
-  names(prefix) {
-    try { return Object.keys(localStorage).filter(key => key.startsWith(`dccapi.${prefix}`)).map(key => key.slice(7)); } catch { return []; }
-  },
-};
-
-function save(draft) {
-  if (!state.drafts.includes(draft)) return;
-  store.write(`batch.${draft.batch}`, state.batches[draft.batch]);
-  store.write(`draft.${draft.id}`, draft);
-}
-const saveSoon = debounced(300, save);
-
-function loadDrafts() {
-  for (const name of store.names('batch.')) state.batches[name.slice(6)] = store.read(name);
-  const drafts = store.names('draft.').map(name => store.read(name)).filter(draft => draft && state.batches[draft.batch]);
-  state.drafts = drafts.sort((a, b) => b.created - a.created || a.number - b.number);
-  for (const draft of state.drafts.filter(isLive)) {
-    Object.assign(draft, {lost: false, stopping: false});
-    draft.generation ? follow(draft) : send(draft);
-  }
-}
-
-function dropDraft(draft) {
-  if (isBusy(draft)) stop(draft);
-  state.drafts = state.drafts.filter(other => other !== draft);
-  store.write(`draft.${draft.id}`, null);
-  if (!state.drafts.some(other => other.batch === draft.batch)) store.write(`batch.${draft.batch}`, null);
-}
-
-function restoreDrafts(drafts) {
-  state.drafts.push(...drafts);
-  state.drafts.sort((a, b) => b.created - a.created || a.number - b.number);
-  drafts.forEach(save);
-  render();
-}
 
 // ---- the service
 
 class Problem extends Error {
-  constructor(detail, {status = 0, code = '', errors = [], retryAfter = 0} = {}) {
+  constructor(detail, {status = 0, code = '', errors = [], retryAfter = 0, fits = 0} = {}) {
     super(detail);
-    Object.assign(this, {status, code, errors, retryAfter});
+    Object.assign(this, {status, code, errors, retryAfter, fits});
   }
 }
 
@@ -171,7 +90,7 @@ async function problemIn(response) {
   const body = await response.json().catch(() => ({}));
   const detail = body.detail || `The service answered ${response.status}. Try again in a moment.`;
   const retryAfter = Number(response.headers.get('Retry-After')) || 0;
-  return new Problem(detail, {status: response.status, code: body.error_code, errors: body.errors, retryAfter});
+  return new Problem(detail, {status: response.status, code: body.error_code, errors: body.errors, retryAfter, fits: body.content_words_that_fit});
 }
 
 const storedKey = () => store.read('key', sessionStorage) || store.read('key') || '';
@@ -185,6 +104,8 @@ async function api(path, {method = 'GET', body, headers = {}, signal} = {}) {
       if (error.name === 'AbortError') throw error;
       throw new Problem(`${location.host} does not answer. Check your connection and that the service runs, then try again.`, {code: 'unreachable'});
     });
+    const ignored = response.headers.get('X-Ignored-Fields');
+    if (ignored) console.info(`The service does not know and has ignored: ${ignored}`);
     if (response.ok) return response;
     const problem = await problemIn(response);
     if (response.status !== 401) throw problem;
@@ -215,46 +136,67 @@ function askForKey(refused) {
 // ---- writing drafts
 
 function newDraft(batch, number, seed) {
-  return {id: uid(), batch, number, created: state.batches[batch].created, seed, ...blank()};
+  return {id: uid(), batch, number, created: state.batches[batch].created, seed, emphasis: number - 1, favourite: false, art: store.read('design') ?? undefined, ...blank()};
 }
 
 function blank() {
   return {
-    state: 'sending', run: uid(), generation: null, position: 0, wait: 0, tokens: 0, started: 0, firstToken: 0, seconds: 0,
-    fields: {name: '', description: '', criteria: ''}, achievement: null, finish: '', error: null, lost: false, stopping: false, bare: false,
+    state: 'sending', run: uid(), owner: TAB, generation: null, position: 0, wait: 0, waitSince: 0, queuedAt: 0, tokens: 0, started: 0, firstToken: 0, seconds: 0,
+    fields: {name: '', description: '', criteria: ''}, achievement: null, review: null, accepted: [], finish: '', error: null,
+    lost: false, lostSince: 0, stopping: false, bare: false,
   };
 }
 
+/** What is asked of the service for a draft: the form's request with the draft's emphasis. */
+function bodyOf(draft) {
+  const {words, warmer} = EMPHASES[draft.emphasis] ?? EMPHASES[0], request = requestOf(draft);
+  const body = {...request, seed: draft.seed};
+  if (words) body.custom_instructions = [request.custom_instructions, words].filter(Boolean).join('\n');
+  if (warmer && request.temperature === undefined) body.temperature = .2 + warmer;
+  return body;
+}
+
 async function writeDrafts() {
-  const {request, count} = readForm();
   state.error = [];
+  completeUrls();
+  const {request, count} = readForm(), faults = faultsOfForm();
   if (!request.content) return refuseForm(new Problem('Paste a course description first, or take a sample.', {errors: [{loc: ['content'], msg: ''}]}));
+  if (faults.length) return refuseForm(new Problem('', {errors: faults}));
   markInvalid([]);
   const {seed = randomSeed(), ...shared} = request;
   const batch = uid();
-  state.batches[batch] = {request: shared, created: Date.now()};
+  state.batches[batch] = {request: shared, created: Date.now(), title: courseTitle(shared.content)};
   const drafts = Array.from({length: count}, (_, index) => newDraft(batch, index + 1, seed + index));
   state.drafts = [...drafts, ...state.drafts];
-  state.drafts.slice(KEPT).forEach(dropDraft);
-  render();
+  draw();
   if ($('drafts-title').getBoundingClientRect().top > innerHeight * .7) $('drafts-title').scrollIntoView({behavior: 'smooth'});
   // The first one tells whether the request is in order; four equal complaints would help nobody.
   const problem = await send(drafts[0]);
-  if (problem && [400, 401, 413, 422].includes(problem.status)) {
+  if (problem && ([400, 401, 413, 422].includes(problem.status) || problem.code === 'unreachable')) {
     drafts.forEach(dropDraft);
     return refuseForm(problem);
   }
   announce(`Writing ${plural(count, 'draft')}.`);
-  drafts.slice(1).filter(draft => draft.state === 'sending').forEach(send);
+  for (const draft of drafts.slice(1)) { // one after another, so that they wait in the order of their numbers
+    if (draft.state === 'sending' && state.drafts.includes(draft)) await send(draft);
+  }
+}
+
+/** The course's first line that says something, as the heading of its drafts. */
+function courseTitle(content) {
+  const plain = content.slice(0, 5000).replace(/<(script|style|head)\b[\s\S]*?<\/\1>|<!--[\s\S]*?-->|<[^>]*>/gi, '\n').replace(/^[\s#>*=-]+/gm, '');
+  const line = plain.split('\n').map(line => line.replace(/[*_`]{2,}/g, '').trim()).find(line => /[\p{L}\p{N}]/u.test(line)) ?? 'Course';
+  return line.length > 80 ? `${line.slice(0, 80).replace(/\s+\S*$/, '')}…` : line;
 }
 
 /** Ask for a generation. The key makes a repetition, after a reload or a cut, find the same one again. */
 async function send(draft) {
   const run = draft.run;
+  draft.owner = TAB;
   save(draft);
   render();
   try {
-    const body = {...requestOf(draft), seed: draft.seed};
+    const body = bodyOf(draft);
     const response = await api('generate', {method: 'POST', body, headers: {Prefer: 'respond-async', 'Idempotency-Key': run}});
     const {id} = await response.json();
     if (draft.run !== run) return void api(`generations/${id}`, {method: 'DELETE'}).catch(() => {});
@@ -269,9 +211,18 @@ async function send(draft) {
   }
 }
 
+function unfollow(id) {
+  sources.get(id)?.close();
+  sources.delete(id);
+}
+
 /** Show a generation's events as they come; the EventSource resumes by itself after a cut. */
 function follow(draft) {
-  sources.get(draft.id)?.close();
+  unfollow(draft.id);
+  if (draft.owner !== TAB) {
+    draft.owner = TAB;
+    save(draft);
+  }
   const source = new EventSource(new URL(`generations/${draft.generation}/events?partial=true&accumulated=false`, BASE));
   sources.set(draft.id, source);
   const on = (name, handle) => source.addEventListener(name, event => {
@@ -280,11 +231,13 @@ function follow(draft) {
     if (data.type !== 'final' && data.type !== 'error') draft.tokens = Number(event.lastEventId.split('.').pop());
     draft.lost = false;
     handle(data);
+    if (isLive(draft)) tellSoon(draft);
     render();
   });
   on('queue', data => {
-    Object.assign(draft, {position: data.position, wait: data.estimated_wait, state: data.position ? 'queued' : 'writing'});
-    if (!data.position) draft.started ||= Date.now();
+    Object.assign(draft, {position: data.position, wait: data.estimated_wait, waitSince: Date.now(), state: data.position ? 'queued' : 'writing'});
+    if (data.position) draft.queuedAt ||= Date.now();
+    else draft.started ||= Date.now();
   });
   on('partial', data => {
     draft.fields = fieldsOf(data.badge);
@@ -292,6 +245,7 @@ function follow(draft) {
   on('message', data => {
     if (data.type === 'token' && !draft.firstToken) {
       draft.firstToken = Date.now();
+      if (draft.started) learnPace({reading: (draft.firstToken - draft.started) / 1000});
       save(draft);
     }
     if (data.type === 'final') finish(draft, data);
@@ -299,7 +253,8 @@ function follow(draft) {
   });
   source.onopen = () => { draft.lost = false; render(); };
   source.onerror = () => {
-    draft.lost = true;
+    if (!draft.lost) Object.assign(draft, {lost: true, lostSince: Date.now()});
+    checkHealthSoon();
     render();
     if (source.readyState === EventSource.CLOSED) lookUp(draft);
   };
@@ -328,9 +283,14 @@ const badgeOf = draft => ({
   badge_name: draft.fields.name, badge_description: draft.fields.description, criteria: {narrative: draft.fields.criteria},
 });
 
+/** With a word in each part: a draft that was stopped lacks some, and one of them can be written anew all the same. */
+function wholeBadgeOf(draft) {
+  const text = name => draft.fields[name].trim() || 'Not written yet.';
+  return {badge_name: text('name').slice(0, 120), badge_description: text('description'), criteria: {narrative: text('criteria')}};
+}
+
 function end(draft, outcome) {
-  sources.get(draft.id)?.close();
-  sources.delete(draft.id);
+  unfollow(draft.id);
   const seconds = draft.started ? (Date.now() - draft.started) / 1000 : 0;
   Object.assign(draft, {seconds, rate: rateOf(draft), lost: false, stopping: false, ...outcome});
   save(draft);
@@ -340,8 +300,9 @@ function end(draft, outcome) {
 
 function finish(draft, final) {
   draft.tokens = final.usage.completion_tokens;
-  end(draft, {state: 'done', fields: fieldsOf(final.content), achievement: final.achievement, finish: final.finish_reason, error: null});
-  announce(`Draft ${draft.number} is finished: ${draft.fields.name}`);
+  learnPace({tokens: draft.tokens, rate: rateOf(draft)});
+  end(draft, {state: 'done', review: final.review ?? null, accepted: [], fields: fieldsOf(final.content), achievement: final.achievement, finish: final.finish_reason, error: null});
+  announce(`Draft ${draft.number} is written: ${draft.fields.name}`);
 }
 
 function fail(draft, problem) {
@@ -357,12 +318,13 @@ async function stop(draft) {
   draft.stopping = true;
   render();
   if (!draft.generation) return; // `send` comes back here when there is something to stop
-  if (!sources.has(draft.id)) follow(draft);
+  if (!sources.has(draft.id) && !isElsewhere(draft)) follow(draft);
   try {
     await api(`generations/${draft.generation}`, {method: 'DELETE'});
   } catch (problem) {
     draft.stopping = false;
     if (problem.status === 404) lookUp(draft);
+    else if (problem.code === 'unreachable' && draft.lost) fail(draft, new Problem('', {code: 'cancelled'}));
     else toast(problem.message);
     render();
   }
@@ -370,14 +332,14 @@ async function stop(draft) {
 
 function again(draft) {
   const before = structuredClone(draft);
-  Object.assign(draft, blank(), {seed: randomSeed()});
+  Object.assign(draft, blank(), {seed: randomSeed(), favourite: draft.favourite});
   send(draft);
   draw(); // now, or there is no Stop yet to take the focus
   cards.get(draft.id).act.stop.focus();
   if (isWhole(before)) {
     toast(`Draft ${draft.number} is being written again.`, async () => {
       if (isLive(draft)) stop(draft);
-      sources.get(draft.id)?.close();
+      unfollow(draft.id);
       Object.assign(draft, before);
       save(draft);
       render();
@@ -387,14 +349,14 @@ function again(draft) {
 
 /** Write one field anew to suit the rest. */
 async function rewrite(draft, field) {
-  const before = draft.fields[field];
+  const before = draft.fields[field], review = draft.review;
   const controller = new AbortController();
   rewrites.set(draft.id, {field, controller});
   draft.error = null;
   draw();
   cards.get(draft.id).act.stop.focus();
   try {
-    const body = {...requestOf(draft), seed: randomSeed(), badge: badgeOf(draft), field: FIELDS[field].key};
+    const body = {...bodyOf(draft), seed: randomSeed(), badge: wholeBadgeOf(draft), field: FIELDS[field].key};
     const headers = {Accept: 'text/event-stream'};
     const response = await api('regenerate-field?partial=true&accumulated=false', {method: 'POST', body, headers, signal: controller.signal});
     let final;
@@ -405,9 +367,15 @@ async function rewrite(draft, field) {
       if (badge) draft.fields[field] = fieldsOf(badge)[field];
       render();
     }
+    if (final) draft.review = final.review ?? null;
     if (!final) throw new Problem('The connection was cut while the field was written. Try again.');
     announce(`${FIELDS[field].label} of draft ${draft.number} is written anew.`);
-    toast(`${FIELDS[field].label} written anew.`, () => { draft.fields[field] = before; save(draft); render(); });
+    toast(`${FIELDS[field].label} written anew.`, () => {
+      draft.fields[field] = before;
+      draft.review = review;
+      save(draft);
+      render();
+    });
   } catch (problem) {
     draft.fields[field] = before;
     if (problem.name !== 'AbortError') {
@@ -440,56 +408,71 @@ function readForm() {
   form.delete('count');
   const request = {};
   for (const [name, value] of form) if (value.trim()) request[name] = name in SAMPLING ? Number(value) : value.trim();
+  if (request.longest) request.max_tokens = Math.min(4096, Math.ceil(request.longest) * 2 + 60); // two for a word, in most languages fewer
+  delete request.longest;
   return {request, count};
 }
 
+/** What the page can tell by itself, in the words of its labels. */
+function faultsOfForm() {
+  const faults = [];
+  for (const [name, {least = 0, most = 2 ** 53, isWhole}] of Object.entries(SAMPLING)) {
+    const control = $(name), value = Number(control.value);
+    if (!control.value && !control.validity.badInput) continue;
+    const fits = !control.validity.badInput && value >= least && value <= most && (!isWhole || Number.isInteger(value));
+    const range = most < 2 ** 53 ? `${least} to ${most}` : `${least} up`;
+    if (!fits) faults.push({loc: [name], msg: `write a ${isWhole ? 'whole ' : ''}number from ${range}.`});
+  }
+  const url = $('institute_url').value.trim();
+  if (url && !/^https?:\/\/[^\s"<>\\^`{|}]+$/.test(url)) faults.push({loc: ['institute_url'], msg: 'write a web address, for example https://example.edu.'});
+  return faults;
+}
+
 function refuseForm(problem) {
-  markInvalid(problem.errors);
-  const faults = problem.errors.filter(fault => fault.msg).map(fault => `${labelOf(fault.loc.at(-1))}: ${fault.msg}`);
-  state.error = [problem.message, ...faults];
+  const errors = problem.errors ?? [];
+  markInvalid(errors);
+  const faults = errors.filter(fault => fault.msg).map(fault => `${labelOf(fault.loc.at(-1))}: ${wordsOf(fault)}`);
+  const tooLong = problem.fits ? `The course description is too long for this model, which reads about ${problem.fits.toLocaleString('en')} words. Shorten it, or take a part of it.` : '';
+  state.error = faults.length ? faults : [tooLong || problem.message];
   render();
   const first = $('composer').querySelector('[aria-invalid=true]') ?? (problem.status === 413 ? $('content') : null);
   first?.closest('details')?.setAttribute('open', '');
   first?.focus();
 }
 
-const labelOf = name => document.querySelector(`label[for="${CSS.escape(name)}"]`)?.textContent ?? String(name);
+/** A fault as the service words it, without the field's name in front, which the label says. */
+function wordsOf({loc, msg}) {
+  const words = msg.replace(new RegExp(`^${loc.map(String).join('\\.')}:\\s*`), '').trim();
+  return /[.!?]$/.test(words) ? words : `${words}.`;
+}
+
+const controlOf = name => ({max_tokens: 'longest', course_input: 'content'})[name] ?? String(name);
+const labelOf = name => document.querySelector(`label[for="${CSS.escape(controlOf(name))}"]`)?.textContent ?? String(name);
 
 function markInvalid(errors) {
-  const names = errors.map(fault => fault.loc.at(-1));
+  const names = errors.map(fault => controlOf(fault.loc.at(-1)));
   for (const control of $('composer').querySelectorAll('[name]')) {
     if (names.includes(control.name)) control.setAttribute('aria-invalid', 'true');
     else control.removeAttribute('aria-invalid');
   }
 }
 
-async function readFile(file) {
-  if (!/\.(txt|md|markdown|html?)$/i.test(file.name) && !file.type.startsWith('text/')) {
-    return refuseForm(new Problem(`${file.name} is not a text file. Save it as .txt, .md or .html, or copy its text and paste it here.`));
-  }
-  if (file.size > 2 ** 20) return refuseForm(new Problem(`${file.name} is too large: a megabyte of text is more than the model can read.`));
-  setContent(await file.text(), `From ${file.name}`);
-}
+/** `example.edu` is meant as https://example.edu. */
+const completedUrl = text => /^(?!\w+:)[\p{L}\p{N}-]+(\.[\p{L}\p{N}-]+)+(:\d+)?([/?#]\S*)?$/u.test(text.trim()) ? `https://${text.trim()}` : text.trim();
 
-function setContent(text, source) {
-  $('content').value = text;
-  $('content').scrollTop = 0;
-  $('source').textContent = source;
-  state.error = [];
-  markInvalid([]);
-  formChanged();
+function completeUrls() {
+  $('institute_url').value = completedUrl($('institute_url').value);
 }
 
 function formChanged() {
   const {request, count} = readForm();
-  const words = $('content').value.trim().split(/\s+/).filter(Boolean).length;
-  setText($('words'), words ? plural(words, 'word') : '');
+  showLength();
   setText($('write'), `Write ${plural(count, 'draft')}`);
   const told = names => names.map(name => request[name]).filter(value => value !== undefined).join(', ');
   const chosen = told(['badge_style', 'badge_tone', 'criterion_style']) + (request.custom_instructions ? ', with instructions' : '');
   setText($('options-told'), chosen.replace(/^, /, ''));
-  setText($('sampling-told'), Object.keys(SAMPLING).some(name => name in request) ? 'changed' : '');
-  store.write('form', {values: Object.fromEntries(new FormData($('composer'))), source: $('source').textContent});
+  setText($('sampling-told'), Object.keys(SAMPLING).some(name => $(name).value) ? 'changed' : '');
+  store.write('form', {values: Object.fromEntries(new FormData($('composer')))});
   render();
 }
 
@@ -497,7 +480,9 @@ function buildForm() {
   for (const [name, choices] of Object.entries(CHOICES)) {
     $(name).append(element('option', {value: '', textContent: 'Not specified'}), ...choices.map(choice => element('option', {textContent: choice})));
   }
-  for (const [name, label] of Object.entries(SAMPLING)) {
+  $('language').append(element('option', {value: '', textContent: 'As the course'}));
+  for (const [tag, name] of Object.entries(LANGUAGES)) $('language').append(element('option', {value: tag, lang: tag, textContent: name}));
+  for (const [name, {label}] of Object.entries(SAMPLING)) {
     const input = element('input', {id: name, name, type: 'number', step: 'any', inputMode: 'decimal', placeholder: 'Default'});
     $('sampling').append(element('div', {}, element('label', {htmlFor: name, textContent: label}), input));
   }
@@ -512,247 +497,7 @@ function buildForm() {
     const control = $('composer').elements[name];
     if (control) control.value = value;
   }
-  $('source').textContent = kept?.source ?? '';
-}
-
-// ---- the drawn badge: from name, level and institution alone
-
-const SVG = 'http://www.w3.org/2000/svg';
-const SERIF = "Georgia, 'Times New Roman', 'Liberation Serif', serif";
-const SANS = "'Helvetica Neue', Helvetica, Arial, 'Liberation Sans', sans-serif";
-const PALETTES = [ // ground, field, metal
-  ['#12263f', '#1f4468', '#f0c36d'], ['#14352c', '#24604d', '#e3cd86'], ['#431729', '#742a45', '#f0c2a2'],
-  ['#29264f', '#474390', '#cbc6ff'], ['#4a2a0e', '#7d4a1c', '#f6d193'], ['#0b3a47', '#15606f', '#f6d59a'],
-  ['#2a2e35', '#4c545f', '#dde3ec'], ['#3a1846', '#65307a', '#f2c6e2'],
-];
-const polar = (radius, steps) => 'M' + Array.from({length: steps}, (_, step) => {
-  const angle = step / steps * 2 * Math.PI - Math.PI / 2;
-  return `${(120 + radius(step) * Math.cos(angle)).toFixed(1)} ${(120 + radius(step) * Math.sin(angle)).toFixed(1)}`;
-}).join('L') + 'Z';
-const SHAPES = {
-  '': polar(step => 107 + 4.5 * Math.cos(step / 144 * 24 * 2 * Math.PI), 144), // a seal
-  Beginner: polar(() => 109, 120),
-  Intermediate: polar(() => 110, 6),
-  Advanced: 'M120 8C146 22 180 29 214 28C220 108 200 190 120 232C40 190 20 108 26 28C60 29 94 22 120 8Z',
-  Expert: polar(step => step % 2 ? 94 : 113, 24),
-};
-
-function svg(tag, attributes = {}, ...children) {
-  const made = document.createElementNS(SVG, tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  made.append(...children);
-  return made;
-}
-
-function hashOf(text) { // FNV-1a
-  let hash = 0x811c9dc5;
-  for (const character of text) hash = Math.imul(hash ^ character.codePointAt(0), 0x01000193) >>> 0;
-  return hash;
-}
-
-const pen = document.createElement('canvas').getContext('2d');
-function widthOf(text, font) { // at one pixel
-  pen.font = font;
-  return pen.measureText(text).width / 100;
-}
-
-/** The text in lines as large as the box allows; what is too long ends in an ellipsis. */
-function fitted(text, font, width, height, largest, smallest) {
-  const han = '\\p{Script=Han}|\\p{Script=Hiragana}|\\p{Script=Katakana}|\\p{Script=Thai}';
-  const parts = text.match(new RegExp(`(?:${han})|(?:(?!${han})\\S){1,18}\\s*`, 'gu')) ?? [];
-  const sizes = parts.map(part => widthOf(part, font));
-  const total = sizes.reduce((sum, size) => sum + size, 0), longest = Math.max(...sizes);
-  let best = {size: 0, lines: []};
-  for (let step = 0; step <= 40; step++) {
-    const limit = longest + (total - longest) * step / 40 + .001;
-    const lines = [''];
-    let used = 0;
-    parts.forEach((part, index) => {
-      if (used && used + sizes[index] > limit) { lines.push(''); used = 0; }
-      lines[lines.length - 1] += part;
-      used += sizes[index];
-    });
-    const trimmed = lines.map(line => line.trim());
-    const widest = Math.max(...trimmed.map(line => widthOf(line, font)));
-    const size = Math.min(largest, width / widest, height / (trimmed.length * 1.16));
-    if (size > best.size + .01) best = {size, lines: trimmed};
-  }
-  if (best.size >= smallest || parts.length < 2) return best;
-  const kept = parts.slice(0, -1).join('').replace(/[\s…]+$/, '');
-  // Where the part that went was the ellipsis alone, a character has to go too, or this would never end.
-  const shorter = kept.length + 1 < text.length ? kept : [...kept].slice(0, -1).join('');
-  return fitted(shorter + '…', font, width, height, largest, smallest);
-}
-
-function lettering(text, x, y, size, attributes, font) {
-  // textLength keeps the text inside its shape where the font is another one.
-  const length = (widthOf(text, font) * size + (attributes['letter-spacing'] ?? 0) * ([...text].length - 1)).toFixed(1);
-  const fit = text.length > 1 ? {textLength: length, lengthAdjust: 'spacingAndGlyphs'} : {};
-  return svg('text', {x, y: y.toFixed(1), 'font-size': size.toFixed(1), 'text-anchor': 'middle', ...fit, ...attributes}, text);
-}
-
-function drawBadge({name, level = '', institution = ''}) {
-  const clean = text => text.replace(/[\p{Cc}\p{Cs}\ufffe\uffff]+/gu, ' ').trim();
-  [name, institution] = [clean(name), clean(institution)];
-  const hash = hashOf([name, level, institution].join('\n'));
-  const [ground, field, metal] = PALETTES[hash % PALETTES.length];
-  const shape = SHAPES[level] ?? SHAPES[''];
-  const inset = scale => ({d: shape, transform: `translate(120 120) scale(${scale}) translate(-120 -120)`, 'stroke-linejoin': 'round'});
-  const petals = 9 + (hash >>> 8) % 8, flat = 24 + (hash >>> 16) % 30;
-  const rosette = svg('g', {fill: 'none', stroke: metal, 'stroke-width': .7, opacity: .34});
-  for (let petal = 0; petal < petals; petal++) {
-    rosette.append(svg('ellipse', {cx: 120, cy: 120, rx: 76, ry: flat, transform: `rotate(${(petal * 180 / petals).toFixed(2)} 120 120)`}));
-  }
-  const drawn = svg('svg', {xmlns: SVG, viewBox: '0 0 240 240', width: 480, height: 480, role: 'img'});
-  drawn.setAttribute('aria-label', ['Badge', name, level, institution].filter(Boolean).join(', '));
-  drawn.append(
-    svg('path', {...inset(1), fill: ground, stroke: ground, 'stroke-width': 8}),
-    svg('path', {...inset(.95), fill: 'none', stroke: metal, 'stroke-width': 2.4}),
-    svg('path', {...inset(.88), fill: field, stroke: field, 'stroke-width': 6}),
-    rosette,
-    svg('ellipse', {cx: 120, cy: 118, rx: 80, ry: 46, fill: field, opacity: .82}),
-  );
-  const pips = Object.keys(SHAPES).indexOf(level);
-  for (let pip = 0; pip < pips; pip++) {
-    const x = 120 + (pip - (pips - 1) / 2) * 15;
-    drawn.append(svg('path', {d: `M${x} 42l2 4.600 5 .5-3.800 3.300 1.100 4.900-4.300-2.600-4.300 2.600 1.100-4.900-3.800-3.300 5-.5z`, fill: metal}));
-  }
-  if (pips > 0) drawn.append(lettering(level.toUpperCase(), 120, 70, 9.5, {fill: metal, 'font-family': SANS, 'font-weight': 700, 'letter-spacing': 1.6}, `700 100px ${SANS}`));
-  const font = `700 100px ${SERIF}`;
-  const {size, lines} = fitted(name, font, {Advanced: 136, Expert: 142}[level] ?? 152, 84, 30, 10.5);
-  lines.forEach((line, index) => {
-    const y = 118 + (index - (lines.length - 1) / 2) * size * 1.16 + size * .34;
-    drawn.append(lettering(line, 120, y, size, {fill: '#fff', 'font-family': SERIF, 'font-weight': 700}, font));
-  });
-  if (institution) {
-    const ribbon = fitted(institution, `600 100px ${SANS}`, 150, 16, 13, 8.5);
-    const one = ribbon.lines.length > 1 ? fitted(ribbon.lines[0] + '…', `600 100px ${SANS}`, 150, 12, 11, 5) : ribbon;
-    drawn.append(
-      svg('path', {d: 'M14 180l26 0 0 28-26 0 9-14zM226 180l-26 0 0 28 26 0-9-14z', fill: metal}),
-      svg('path', {d: 'M40 208l-10-6 10 0zM200 208l10-6-10 0z', fill: ground}),
-      svg('path', {d: 'M30 174H210V202H30Z', fill: metal, stroke: ground, 'stroke-width': 1.5}),
-      lettering(one.lines[0], 120, 188 + one.size * .36, one.size, {fill: ground, 'font-family': SANS, 'font-weight': 600}, `600 100px ${SANS}`),
-    );
-  } else if (!pips) {
-    drawn.append(svg('path', {d: 'M120 178l4 9 9 4-9 4-4 9-4-9-9-4 9-4z', fill: metal}));
-  }
-  return drawn;
-}
-
-function drawGhost(level = '') {
-  const path = svg('path', {d: SHAPES[level] ?? SHAPES[''], fill: 'none', stroke: 'currentColor', 'stroke-width': 2, 'stroke-dasharray': '5 6', opacity: .6});
-  const ghost = svg('svg', {viewBox: '0 0 240 240', 'aria-hidden': 'true'}, path);
-  ghost.classList.add('ghost');
-  return ghost;
-}
-
-const artOf = draft => ({name: draft.fields.name, level: requestOf(draft).badge_level, institution: requestOf(draft).institution});
-const svgText = draft => new XMLSerializer().serializeToString(drawBadge(artOf(draft)));
-const base64 = text => btoa(Array.from(new TextEncoder().encode(text), byte => String.fromCharCode(byte)).join(''));
-const fileName = (draft, extension) => `${draft.fields.name.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, '-').replace(/^-+|-+$/g, '').slice(0, 60) || 'badge'}.${extension}`;
-
-async function pngOf(draft) {
-  const image = new Image(1024, 1024);
-  image.src = `data:image/svg+xml;base64,${base64(svgText(draft))}`;
-  await image.decode();
-  const canvas = element('canvas', {width: 1024, height: 1024});
-  canvas.getContext('2d').drawImage(image, 0, 0, 1024, 1024);
-  return new Promise(resolve => canvas.toBlob(resolve, 'image/png'));
-}
-
-function download(blob, name) {
-  const url = URL.createObjectURL(blob);
-  element('a', {href: url, download: name}).click();
-  setTimeout(() => URL.revokeObjectURL(url), 60000);
-}
-
-async function copy(text) {
-  try {
-    await navigator.clipboard.writeText(text);
-  } catch { // there is no clipboard for pages over plain HTTP
-    const holder = element('textarea', {value: text});
-    const focused = document.activeElement;
-    (document.querySelector('dialog[open]') ?? document.body).append(holder);
-    holder.select();
-    document.execCommand('copy');
-    holder.remove();
-    focused?.focus();
-  }
-  toast('Copied.');
-}
-
-// ---- export
-
-let exporting; // the draft in the dialog
-let built = 0; // counts previews: only the last asked for is shown
-
-function openExport(draft) {
-  exporting = draft;
-  const request = requestOf(draft), issuer = store.read('issuer') ?? {};
-  $('issuer-name').value = issuer.name ?? request.institution ?? '';
-  $('issuer-id').value = issuer.id ?? request.institute_url ?? '';
-  $('export-title').textContent = `Export “${draft.fields.name}”`;
-  $('export-error').textContent = '';
-  $('preview').textContent = '';
-  $('export').showModal();
-  preview();
-}
-
-const exportFormat = () => new FormData($('export').querySelector('form')).get('format');
-
-async function exported() {
-  const format = exportFormat(), draft = exporting;
-  const badge = badgeOf(draft);
-  if (format === 'badge') return badge;
-  const {name, description, criteria} = draft.fields;
-  const achievement = draft.achievement && {...draft.achievement, name, description, criteria: {narrative: criteria}};
-  const issuer = format === 'credential' ? {id: $('issuer-id').value.trim(), name: $('issuer-name').value.trim()} : {id: 'did:example:issuer', name: 'Issuer'};
-  if (!issuer.id || !issuer.name) throw new Problem('Name the issuer and its URL or DID: a credential says who awards it.', {code: 'no_issuer'});
-  const image = $('export').querySelector('[name=image]').checked ? `data:image/svg+xml;base64,${base64(svgText(draft))}` : undefined;
-  const recipient = format === 'credential' && $('recipient').value.trim() || undefined;
-  const body = {...(achievement ? {achievement} : {badge}), issuer, image, recipient_id: recipient};
-  const credential = await (await api('credentials', {method: 'POST', body})).json();
-  if (format === 'credential') {
-    store.write('issuer', issuer);
-    return credential;
-  }
-  return {'@context': credential['@context'], ...credential.credentialSubject.achievement};
-}
-
-/** Build what is chosen and show it; null with the fault shown when it cannot be built. */
-async function preview(isFinal = false) {
-  const number = ++built, format = exportFormat();
-  $('issuer-fields').hidden = format !== 'credential';
-  $('image-choice').hidden = format === 'badge';
-  try {
-    const made = await exported();
-    if (number !== built) return null;
-    $('export-error').textContent = '';
-    for (const input of $('issuer-fields').querySelectorAll('input')) input.removeAttribute('aria-invalid');
-    const text = JSON.stringify(made, null, 2);
-    $('preview').textContent = text.replace(/(base64,.{40})[A-Za-z0-9+/=]+/, '$1…');
-    return text;
-  } catch (problem) {
-    if (number !== built) return null;
-    $('preview').textContent = problem.code === 'no_issuer' ? 'The credential is shown here once the issuer is named.' : '';
-    if (problem.code !== 'no_issuer' || isFinal) showExportFault(problem, isFinal);
-    return null;
-  }
-}
-
-function showExportFault(problem, isFinal) {
-  const controls = {'issuer.id': 'issuer-id', 'issuer.name': 'issuer-name', 'recipient_id': 'recipient'};
-  const faults = (problem.errors ?? []).map(({loc, msg}) => ({control: controls[loc.join('.')], where: loc.join(' '), msg}));
-  const text = faults.map(({control, where, msg}) => `${control ? labelOf(control) : where}: ${msg}.`).join(' ');
-  $('export-error').textContent = text || problem.message;
-  const wrong = problem.code === 'no_issuer' ? ['issuer-name', 'issuer-id'].filter(id => !$(id).value.trim()) : faults.map(fault => fault.control).filter(Boolean);
-  wrong.forEach(id => $(id).setAttribute('aria-invalid', 'true'));
-  if (isFinal && wrong.length) $(wrong[0]).focus();
-}
-
-async function takeExport(action) {
-  const text = await preview(true);
-  if (text !== null) action(text, fileName(exporting, exportFormat() === 'badge' ? 'json' : `${exportFormat()}.json`));
+  keptCourse();
 }
 
 // ---- health
@@ -763,7 +508,7 @@ async function checkHealth() {
   if (document.hidden) return;
   const key = storedKey();
   try {
-    const response = await fetch(new URL('health', BASE), {headers: key ? {Authorization: `Bearer ${key}`} : {}, cache: 'no-store'});
+    const response = await fetch(new URL('health', BASE), {headers: key ? {Authorization: `Bearer ${key}`} : {}, cache: 'no-store', signal: AbortSignal.timeout(10000)});
     state.health = response.status === 401 ? {locked: true} : await response.json();
   } catch {
     state.health = {unreachable: true};
@@ -773,21 +518,57 @@ async function checkHealth() {
 }
 
 const checkHealthSoon = debounced(400, () => checkHealth());
-const engineName = {ollama: 'Ollama', openai: 'OpenAI API', embedded: 'built in'};
+const ENGINES = {ollama: 'Ollama', openai: 'OpenAI API', embedded: 'built in'};
 
 function renderHealth() {
-  const {status, error, locked, unreachable, engine, target_model: model, active_requests: active, queued_requests: queued, queue_status: queue} = state.health;
-  const told = unreachable ? ['bad', 'No connection to the service'] : locked ? ['warn', 'A key is needed'] : status === 'unhealthy' ? ['bad', error]
+  showLength();
+  const {status, error, locked, unreachable, active_requests: active, queued_requests: queued, queue_status: queue} = state.health;
+  const told = unreachable ? ['bad', 'The service does not answer'] : locked ? ['warn', 'A key is needed'] : status === 'unhealthy' ? ['bad', error]
     : queue === 'full' ? ['warn', 'Queue full'] : ['good', queue === 'busy' ? 'Busy' : 'Ready'];
   const parts = [element('span', {className: `dot ${told[0]}`}, element('b', {textContent: told[1]}))];
   if (locked) parts.push(element('button', {className: 'text', type: 'button', textContent: 'Enter the key', onclick: () => askForKey(storedKey())}));
-  if (model && !locked && !unreachable) {
-    parts.push(element('span', {textContent: model}), element('span', {textContent: `Engine: ${engineName[engine] ?? engine}`}));
-    parts.push(element('span', {textContent: `${active} writing, ${queued} waiting`}));
-  }
-  if (state.protocol) parts.push(element('span', {id: 'protocol', title: 'Protocol between this page and the service', textContent: state.protocol}));
+  if (!locked && !unreachable && active + queued > 0) parts.push(element('span', {textContent: `${active} writing, ${queued} waiting`}));
+  renderService();
+  $('model-note').hidden = !isPractice(state.health);
+  render();
   if (document.activeElement?.closest('#health') && locked) return;
   $('health').replaceChildren(...parts);
+}
+
+/** What an operator wants to know, and nobody else. */
+function renderService() {
+  const {engine, target_model: model, active_requests: active, queued_requests: queued, version} = state.health;
+  const lines = {
+    Model: model, Engine: ENGINES[engine] ?? engine, Drafts: active === undefined ? '' : `${active} writing, ${queued} waiting`,
+    Protocol: state.protocol, Version: version,
+  };
+  const shown = Object.entries(lines).filter(([, text]) => text);
+  const parts = shown.map(([name, text]) => element('div', {}, element('dt', {textContent: name}), element('dd', {id: `service-${name.toLowerCase()}`, textContent: text})));
+  $('service-lines').replaceChildren(...parts);
+}
+
+/** Whether the model is one of under a billion parameters that runs in the service itself: good to try the page with. */
+function isPractice({engine, target_model: model = ''}) {
+  const [, size, unit] = model.match(/(?:^|[^\d.])(\d+(?:\.\d+)?)\s?([mb])(?![a-z])/i) ?? [];
+  return engine === 'embedded' && Boolean(size) && (unit.toLowerCase() === 'm' || Number(size) < 1);
+}
+
+// ---- how long a draft takes: learnt from the drafts before it, of this model
+
+const paceOf = () => store.read('pace')?.[state.health.target_model] ?? {};
+
+function learnPace(seen) {
+  const pace = paceOf();
+  for (const [name, value] of Object.entries(seen)) if (value > 0) pace[name] = pace[name] ? pace[name] * .6 + value * .4 : value;
+  store.write('pace', {[state.health.target_model]: pace});
+}
+
+/** Seconds until a draft is written, or undefined while nothing tells. */
+function secondsLeft(draft, now) {
+  const {tokens: usual = 220, rate: usualRate, reading} = paceOf();
+  if (!draft.firstToken) return usualRate && reading ? Math.max(0, reading - (now - draft.started) / 1000) + usual / usualRate : undefined;
+  const rate = draft.tokens > 8 ? rateOf(draft, now) : usualRate;
+  return rate ? Math.max(0, usual - draft.tokens) / rate : undefined;
 }
 
 function watchProtocol() {
@@ -803,197 +584,20 @@ function watchProtocol() {
   new PerformanceObserver(list => take(list.getEntries())).observe({type: 'resource', buffered: true});
 }
 
-// ---- the page from the state
-
-let drawing;
-function render() {
-  drawing ??= requestAnimationFrame(draw);
-}
-
-function draw() {
-  drawing = undefined;
-  const shown = new Set(state.drafts.map(draft => draft.id));
-  for (const [id, card] of cards) if (!shown.has(id)) { card.root.remove(); cards.delete(id); }
-  state.drafts.forEach((draft, index) => {
-    const card = cards.get(draft.id) ?? makeCard(draft);
-    if ($('cards').children[index] !== card.root) $('cards').insertBefore(card.root, $('cards').children[index] ?? null);
-    drawCard(draft, card);
-  });
-  const busy = state.drafts.filter(isBusy).length;
-  $('empty').hidden = state.drafts.length > 0;
-  $('clear').hidden = !state.drafts.length;
-  $('edit-hint').hidden = !state.drafts.some(draft => draft.state === 'done');
-  $('stop-all').hidden = !busy;
-  $('change-key').hidden = !storedKey();
-  const lines = state.error.map(line => element('p', {textContent: line}));
-  if ($('form-error').textContent !== state.error.join('')) $('form-error').replaceChildren(...lines);
-  document.title = busy ? `${plural(busy, 'draft')} being written` : 'Badge drafts';
-}
-
-function makeCard(draft) {
-  const root = $('card').content.cloneNode(true).firstElementChild;
-  const find = selector => root.querySelector(selector);
-  const card = {root, title: find('h3'), state: find('.state'), figures: find('.figures'), art: find('.art'), error: find('.alert'), act: {}, fields: {}, drawn: null};
-  card.title.id = `title-${draft.id}`;
-  root.setAttribute('aria-labelledby', card.title.id);
-  const of = text => element('span', {className: 'unseen', textContent: ` ${text}draft ${draft.number}`});
-  for (const [name, {label}] of Object.entries(FIELDS)) {
-    const id = `${name}-${draft.id}`;
-    const input = element('textarea', {id, rows: 1, oninput: () => edit(draft, name, input.value)});
-    if (name === 'name') input.onkeydown = event => { if (event.key === 'Enter') event.preventDefault(); };
-    const anew = element('button', {type: 'button', className: 'quiet', textContent: 'Rewrite', onclick: () => rewrite(draft, name)}, of(`the ${label.toLowerCase()} of `));
-    const head = element('div', {className: 'row spread'}, element('label', {htmlFor: id, textContent: label}, of('of ')), anew);
-    const field = element('div', {className: `field ${name}`}, head, input);
-    (name === 'name' ? find('.head') : find('.body')).append(field);
-    card.fields[name] = {field, input, anew};
-  }
-  const actions = {
-    export: () => openExport(draft), again: () => again(draft), stop: () => stop(draft),
-    copy: () => copy(Object.keys(FIELDS).map(name => draft.fields[name]).join('\n\n')),
-    svg: () => download(new Blob([svgText(draft)], {type: 'image/svg+xml'}), fileName(draft, 'svg')),
-    png: async () => download(await pngOf(draft), fileName(draft, 'png')),
-    remove: () => removeDrafts([draft], `Draft ${draft.number} removed.`),
-  };
-  for (const button of root.querySelectorAll('[data-do]')) {
-    const name = button.dataset.do;
-    card.act[name] = button;
-    button.onclick = actions[name];
-    button.append(of({svg: 'image of ', png: 'image of '}[name] ?? ''));
-  }
-  cards.set(draft.id, card);
-  return card;
-}
-
-function drawCard(draft, card) {
-  const live = isLive(draft), rewriting = rewrites.get(draft.id)?.field;
-  card.root.classList.toggle('busy', live || Boolean(rewriting));
-  // A batch settles to the height of its texts when it is whole and nobody types in it: nothing moves under a reader.
-  const batchLive = state.drafts.some(other => other.batch === draft.batch && isLive(other));
-  const typing = card.root.classList.contains('live') && document.activeElement?.matches('.field textarea');
-  card.root.classList.toggle('live', batchLive || typing);
-  card.root.classList.toggle('bare', draft.bare);
-  setText(card.title, `Draft ${draft.number}`);
-  const [tone, words] = statusOf(draft, rewriting);
-  card.state.className = `state dot ${tone}`;
-  setText(card.state, words);
-  setText(card.figures, figuresOf(draft));
-  drawArt(draft, card);
-  const current = rewriting ?? (live ? Object.keys(FIELDS).findLast(name => draft.fields[name]) : undefined);
-  for (const [name, {field, input, anew}] of Object.entries(card.fields)) {
-    const writing = live || rewriting === name;
-    if (field.classList.contains('writing') && name !== current) input.scrollTop = 0; // written: now it is read
-    field.classList.toggle('writing', name === current);
-    input.readOnly = writing;
-    if (input.value !== draft.fields[name]) {
-      const follows = input.scrollTop + input.clientHeight > input.scrollHeight - 30;
-      input.value = draft.fields[name];
-      if (writing && follows) input.scrollTop = input.scrollHeight;
-    }
-    if (!writing) fitHeight(input);
-    anew.disabled = live || Boolean(rewriting) || !isWhole(draft);
-    field.setAttribute('aria-busy', String(writing));
-  }
-  drawActions(draft, card, live || Boolean(rewriting));
-  const after = draft.error?.retryAfter ? ` The service asks to wait ${plural(draft.error.retryAfter, 'second')}.` : '';
-  const cut = draft.state === 'done' && draft.finish === 'length' ? 'The token limit was reached: the end may be missing. Raise it under Advanced, or complete the text here.' : '';
-  setText(card.error, draft.error ? draft.error.detail + after : cut);
-}
-
-function drawActions(draft, card, busy) {
-  const {act} = card;
-  const focused = document.activeElement;
-  act.stop.hidden = !busy;
-  act.stop.disabled = draft.stopping;
-  act.again.hidden = act.copy.hidden = act.export.hidden = busy;
-  act.export.disabled = act.copy.disabled = !isWhole(draft);
-  act.svg.disabled = act.png.disabled = isLive(draft) || !draft.fields.name.trim();
-  if (focused === act.stop && act.stop.hidden) (act.export.disabled ? act.again : act.export).focus();
-}
-
-function drawArt(draft, card) {
-  // Drawn once the name stands: it would be redrawn with every token of it otherwise.
-  const ready = draft.fields.name.trim() && (!isLive(draft) || draft.fields.description) && rewrites.get(draft.id)?.field !== 'name';
-  const art = artOf(draft), key = ready ? JSON.stringify(art) : 'ghost';
-  if (card.drawn === key || (card.drawn && !ready && rewrites.has(draft.id))) return;
-  const drawn = ready ? drawBadge(art) : drawGhost(art.level);
-  if (card.drawn === 'ghost') drawn.classList.add('struck');
-  card.drawn = key;
-  card.art.replaceChildren(drawn);
-}
-
-const growsItself = CSS.supports('field-sizing', 'content');
-function fitHeight(input) {
-  if (growsItself) return;
-  input.style.height = '';
-  if (!input.closest('.live')) input.style.height = `${input.scrollHeight + 2}px`;
-}
-
-function statusOf(draft, rewriting) {
-  if (rewriting) return ['', `Rewriting the ${FIELDS[rewriting].label.toLowerCase()}`];
-  if (draft.stopping) return ['', 'Stopping'];
-  if (draft.lost) return ['warn', 'Connection lost, resuming'];
-  return {
-    sending: ['', 'Sending'], queued: ['', draft.position ? `Waiting, number ${draft.position} in the queue` : 'Waiting'],
-    writing: ['', draft.tokens ? 'Writing' : 'Reading the course'], done: ['good', 'Finished'], stopped: ['warn', 'Stopped'], failed: ['bad', 'Failed'],
-  }[draft.state];
-}
-
-function rateOf(draft) {
-  const seconds = (Date.now() - draft.firstToken) / 1000;
-  return draft.firstToken && seconds > .2 ? (draft.tokens - 1) / seconds : 0;
-}
-
-function figuresOf(draft) {
-  const live = isLive(draft);
-  if (draft.state === 'queued' && draft.position) return draft.wait ? `about ${Math.ceil(draft.wait)} s` : '';
-  const rate = live ? rateOf(draft) : draft.rate;
-  const seconds = live ? (draft.started ? (Date.now() - draft.started) / 1000 : 0) : draft.seconds;
-  return [
-    draft.tokens && plural(draft.tokens, 'token'), rate > 0 && `${rate.toFixed(rate < 10 ? 1 : 0)} tokens/s`, seconds > 0 && `${seconds.toFixed(1)} s`,
-  ].filter(Boolean).join(' · ');
-}
-
-function edit(draft, name, text) {
-  draft.fields[name] = text.replaceAll('\n', name === 'name' ? ' ' : '\n');
-  saveSoon(draft);
-  render();
-}
-
-function removeDrafts(drafts, text) {
-  const kept = drafts.filter(draft => !isBusy(draft) && isWhole(draft));
-  drafts.forEach(dropDraft);
-  render();
-  $('drafts-title').focus();
-  toast(text, kept.length ? () => restoreDrafts(kept) : undefined);
-}
-
 // ---- events of the page
-
-function takeDrops() {
-  const form = $('composer');
-  const carriesFiles = event => [...event.dataTransfer?.types ?? []].includes('Files');
-  addEventListener('dragover', event => { if (carriesFiles(event)) { event.preventDefault(); form.classList.add('dropping'); } });
-  addEventListener('dragleave', event => { if (!event.relatedTarget) form.classList.remove('dropping'); });
-  addEventListener('drop', event => {
-    form.classList.remove('dropping');
-    if (!carriesFiles(event)) return;
-    event.preventDefault();
-    if (event.dataTransfer.files[0]) readFile(event.dataTransfer.files[0]);
-  });
-}
 
 function listen() {
   $('composer').addEventListener('submit', event => { event.preventDefault(); writeDrafts(); });
   $('composer').addEventListener('input', event => {
-    if (event.target === $('content')) $('source').textContent = '';
+    if (event.target === $('content')) courseEdited();
     event.target.removeAttribute('aria-invalid');
     formChanged();
   });
   $('composer').addEventListener('keydown', event => { if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) writeDrafts(); });
-  $('open').onclick = () => $('file').click();
-  $('file').onchange = () => { if ($('file').files[0]) readFile($('file').files[0]); $('file').value = ''; };
+  listenToDocuments();
   $('stop-all').onclick = () => { state.drafts.filter(isBusy).forEach(stop); $('drafts-title').focus(); };
-  $('clear').onclick = () => removeDrafts([...state.drafts], 'Drafts cleared.');
+  $('clear').onclick = () => removeDrafts([...state.drafts], 'All drafts removed.');
+  $('institute_url').onchange = completeUrls;
   $('undo').onclick = () => { undoAction?.(); hideToast(); };
   $('change-key').onclick = () => askForKey(storedKey());
   $('forget').onclick = () => {
@@ -1007,23 +611,19 @@ function listen() {
     document.dispatchEvent(new Event('forget')); // the catalogue is kept elsewhere
     toast('Everything is forgotten.');
   };
-  $('export').addEventListener('input', debounced(250, () => preview()));
-  $('export-copy').onclick = () => takeExport(copy);
-  $('export').addEventListener('submit', event => {
-    event.preventDefault();
-    takeExport((text, name) => download(new Blob([text], {type: 'application/json'}), name));
-  });
+  listenToExport();
   for (const button of document.querySelectorAll('[data-close]')) button.onclick = () => button.closest('dialog').close();
   $('cards').addEventListener('focusout', () => setTimeout(render));
   document.addEventListener('visibilitychange', () => { if (!document.hidden) checkHealth(); });
-  addEventListener('pagehide', () => state.drafts.forEach(save));
   setInterval(() => { if (state.drafts.some(isLive)) render(); }, 250);
 }
 
 buildForm();
+buildDesign();
 $('empty-art').append(drawBadge({name: 'Your first badge', level: 'Advanced'}));
-loadDrafts();
 listen();
+watchOtherTabs();
+loadDrafts();
 takeDrops();
 formChanged();
 watchProtocol();

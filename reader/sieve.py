@@ -1,0 +1,150 @@
+"""What is kept of the sentences that a small model writes, one by one, and what the course says in place of the rest.
+
+Small models repeat themselves, invent numbers, and fall into English. Arithmetic finds that in a sentence as in a whole
+draft (`reader.review`). What a text lacks then, in number or in words, is said with sentences of the course itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+from reader import condense, review
+
+FEWEST_WORDS = 12  # of a text
+ENOUGH = 0.5  # of the words of a sentence stand in the course
+LONGEST_ITEM = 180  # characters; a longer one without a full stop was cut by the engine's grammar
+LONGEST_QUOTE = 40  # words of a sentence of the course that stands for one of the model
+END = re.compile(r"[.!?…。！？؟।][\"'”»)]*\Z")
+NOT_SAID = re.compile(r"[|{}<>@#=\\]|https?:|www\.|[?？؟]\Z|[:：,;]\W*\Z")  # links, tables, questions, what breaks off
+MARKS = re.compile(r"\A(?:[-*•·+–>#]+|\(?\d{1,3}[.)]|\(?[a-z][.)])\s+|[*_`]{1,3}(?=\w)|(?<=[\w.!?)])[*_`]{1,3}")
+
+NEAR = 24  # so many sentences back a repetition is looked for: more than a badge has
+COMMA = re.compile(r"[,;、，،；]\s*")
+AND = re.compile(r"[,;、，،；]\s*|\s(?:and|und|et|y|e|och|og|en|ja|sekä|ve|и|і|oraz)\s|\s(?=و\w{3})")
+
+Said = Sequence[tuple[str, str]]  # the field and the text of each sentence before
+
+
+_meaning = functools.lru_cache(256)(review._meaning)
+
+
+def _count(field: str, said: Said) -> int:
+    """The sentences of a description, the items of criteria."""
+    texts = [text for name, text in said if name == field]
+    return len(texts) if field == "criteria" else sum(max(1, len(review._sentences(text))) for text in texts)
+
+
+class Sieve:
+    """Without a course it leaves out nothing but repetitions. Pure: what was said before is given each time.
+
+    `counts` has the least and the most sentences of each text.
+    """
+
+    def __init__(
+        self,
+        course: str = "",
+        language: str = "und",
+        options: Sequence[str] = (),
+        counts: Mapping[str, tuple[int, int]] = {},
+    ) -> None:
+        self.course, self.language, self.options, self.counts = course, language, options, counts
+
+    def kept(self, field: str, text: str, before: Said) -> str:
+        """What is left of an item of a list: "" where it is not worth keeping."""
+        if not self.course or field not in self.counts:
+            return "" if self._is_repeated(field, text, before) else text
+        room = self.counts[field][1] - _count(field, before)
+        parts = review._sentences(" ".join(text.split()))
+        if parts and not END.search(parts[-1]) and (len(parts) > 1 or len(text) > LONGEST_ITEM):  # cut off
+            parts.pop()
+        said: list[tuple[str, str]] = []
+        for part in parts[: max(0, room) if field == "badge_description" else None]:
+            if self._is_borne(part) and not self._is_repeated(field, part, [*before, *said]):
+                said.append((field, self._ended(part) if field == "badge_description" else part))
+        text = " ".join(part for _, part in said)
+        return "" if self._is_repeated(field, text, before) else text
+
+    def bears(self, title: str) -> bool:
+        """Whether the course, or an option, has two thirds of the title's words."""
+        keys = _meaning(title)
+        return not self.course or 3 * sum(key in self._grounds.places for key in keys) >= 2 * len(keys)
+
+    def more(self, field: str, before: Said) -> Iterator[str]:
+        """Sentences of the course, as long as this text has too few of them or too few words."""
+        if not self.course or field not in self.counts:
+            return
+        least, most = self.counts[field]
+        said = [*before]
+        for sentence in self._best(field):
+            words = sum(review._size(text) for name, text in said if name == field)
+            count = _count(field, said)
+            if count >= most or (count >= least and words >= FEWEST_WORDS):
+                return
+            if not self._is_repeated(field, sentence, said, all_fields=True):
+                said.append((field, sentence))
+                yield sentence
+
+    # -- judging
+
+    def _is_repeated(self, field: str, text: str, before: Said, all_fields: bool = False) -> bool:
+        keys = _meaning(text)
+        apart = ((name, one) for name, other in before[-NEAR:] for one in {other, *review._sentences(other)})
+        for name, other in apart:
+            same_field = name == field or all_fields
+            bare, heard = text.casefold().strip(" .。"), other.casefold().strip(" .。")
+            if same_field and (bare == heard or (all_fields and name == field and bare in heard)):
+                return True
+            if review._same(field, keys, field if all_fields else name, _meaning(other)):
+                return True
+        return False
+
+    def _is_borne(self, sentence: str) -> bool:
+        """Whether the course has its words, numbers and names."""
+        keys = review._meaning(sentence)
+        borne = sum(key in self._grounds.places for key in keys)
+        if not keys or borne < ENOUGH * len(keys) or review._is_order(sentence):
+            return False
+        return next(self._grounds.lacks(sentence, self.language, foreign=False), None) is None
+
+    @functools.cached_property
+    def _grounds(self) -> review.Grounds:
+        return review.Grounds([*review._split(self.course)[1], *self.options], None, None)
+
+    # -- sentences of the course
+
+    def _ended(self, sentence: str) -> str:
+        full_stop = "。" if review.IS_UNSPACED.search(sentence[-1:]) or "\u3041" <= sentence[-1:] <= "\u30ff" else "."
+        return sentence if END.search(sentence) else sentence + full_stop
+
+    def _best(self, field: str) -> list[str]:
+        """What can stand in a text: what tells most first, whole sentences before parts of them."""
+        pieces = review._split(self.course)[1]  # whose lines may be wrapped
+        sections = condense._sections(
+            "".join(" ".join(piece.split()) + piece[len(piece.rstrip()) :] for piece in pieces)
+        )
+        condense._score(sections)
+        title = review.title_of(self.course)
+        found: list[tuple[tuple[int, float], str]] = []
+        for section, piece in ((one, piece) for one in sections for piece in one.pieces):
+            whole = " ".join(MARKS.sub("", piece.text.strip()).split())
+            last = piece.is_heading or section.weight < 0 or self._tells_little(whole) or title == whole.rstrip(".")
+            if field == "badge_description":
+                found.append(((4 * last + (not END.search(whole)), -piece.score), self._ended(whole)))
+                continue
+            found.append(((4 * last, -piece.score), whole))
+            for rank, mark in enumerate((COMMA, AND), 1):
+                parts = [part for part in mark.split(whole) if review._size(part) >= 3]
+                found += [((4 * last + rank, -piece.score), part) for part in parts if part != whole]
+        found.sort(key=lambda one: one[0])
+        return [text[0].upper() + text[1:] for _, text in found if self._can_be_quoted(text)]
+
+    def _can_be_quoted(self, text: str) -> bool:
+        return 2 <= review._size(text) <= LONGEST_QUOTE and not NOT_SAID.search(text) and bool(_meaning(text))
+
+    def _tells_little(self, text: str) -> bool:
+        """Dates, prices, links; names of people; a word or two."""
+        words = [word for word in text.split() if word[0].isalpha()]
+        names = sum(word[0].isupper() for word in words) > max(2, len(words) / 2)
+        return review._size(text) < 3 or names or bool(condense.NOISE.search(text))

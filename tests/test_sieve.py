@@ -1,0 +1,110 @@
+"""What is kept of a model's sentences, and what the course says in place of the rest. No connection, no engine."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import dccapi
+from reader import review
+from reader.sieve import FEWEST_WORDS, Sieve
+from service import HERE, pure
+
+SHORT = [json.loads(line) for line in (HERE / "tools" / "data" / "short.jsonl").read_text("utf-8").splitlines()]
+INJECTIONS = [
+    json.loads(line) for line in (HERE / "tests" / "data" / "injections.jsonl").read_text("utf-8").splitlines()
+]
+COURSE = next(course["content"] for course in SHORT if course["id"] == "short-en")
+COUNTS = {"badge_description": (3, 4), "criteria": (4, 8)}
+TRUE = "Students inspect hives and recognise the queen."
+ITEMS = [TRUE, "Extract and bottle honey", "Count varroa mites with a sugar shake", "They keep records of each visit."]
+
+
+def written(sieve: Sieve, description: list[str], criteria: list[str], size: int = 7) -> tuple[str, dict[str, Any]]:
+    text = json.dumps({"badge_name": "Beekeeping", "badge_description": description, "criteria": criteria})
+    draft, tokens, before = dccapi.Draft(sieve=sieve), "", dict[str, Any]()
+    for at in range(0, len(text), size):
+        tokens += draft.feed(text[at : at + size])
+        now = dccapi.partial_badge(tokens)
+        assert now.get("badge_description", "").startswith(before.get("badge_description", ""))
+        before = now
+    tokens += draft.finish(cut=False)
+    assert draft.badge
+    return tokens, draft.badge.model_dump()
+
+
+sentences = st.lists(st.sampled_from([*ITEMS, "Learners bake bread for 9 days.", "BADGE_NAME", "…", ""]), max_size=5)
+
+
+@pure
+@given(description=sentences, criteria=sentences, size=st.integers(1, 40))
+def test_any_lists_become_a_badge_that_says_enough_once_and_nothing_else(
+    description: list[str], criteria: list[str], size: int
+) -> None:
+    tokens, badge = written(Sieve(COURSE, "en", (), COUNTS), description, criteria, size)
+    assert json.loads(tokens) == badge
+    found = review.review(badge, COURSE)
+    assert {note["code"] for note in found["notes"]} == set()
+    assert len(badge["criteria"]["narrative"].split()) >= FEWEST_WORDS
+
+
+@pytest.mark.parametrize("course", SHORT, ids=[course["id"] for course in SHORT])
+def test_a_model_that_writes_nonsense_leaves_a_draft_of_the_courses_own_sentences(course: dict[str, str]) -> None:
+    sieve = Sieve(course["content"], course["lang"], (), COUNTS)
+    _, badge = written(sieve, ["BADGE: BADGE-2019-02-30"] * 4, ["Codigo: 2018-04-30", "Codigo: 2018-04-30"])
+    found = review.review(badge | {"badge_name": course["title"]}, course["content"])
+    assert found["support"] == 1
+    assert found["language"] == course["lang"]
+    assert [note["code"] for note in found["notes"]] == []
+
+
+def test_without_a_course_nothing_but_repetitions_is_left_out() -> None:
+    description = ["Bakers knead dough.", "Bakers knead dough", "They bake for 9 days."]
+    _, badge = written(Sieve(), description, ["Knead dough", "Knead the dough", "Bake"])
+    assert badge["badge_description"] == "Bakers knead dough. They bake for 9 days."
+    assert badge["criteria"]["narrative"] == "- Knead dough\n- Bake"
+
+
+def test_sentences_that_the_course_bears_stay_as_the_model_wrote_them() -> None:
+    _, badge = written(Sieve(COURSE, "en", (), COUNTS), [TRUE, "Bees are sold on Mars in 2031."], ITEMS[1:])
+    assert badge["badge_description"].startswith(TRUE)
+    assert "Mars" not in badge["badge_description"]
+    assert badge["criteria"]["narrative"].split("\n")[:3] == [f"- {item}" for item in ITEMS[1:]]
+
+
+def test_a_long_item_is_no_more_sentences_than_there_is_room_for_and_ends_whole() -> None:
+    item = (
+        "Students inspect hives. They recognise the queen. They keep records of each visit. They prevent swarming. Th"
+    )
+    _, badge = written(Sieve(COURSE, "en", (), {"badge_description": (2, 3)}), [item], ["Bottle honey"])
+    assert (
+        badge["badge_description"]
+        == "Students inspect hives. They recognise the queen. They keep records of each visit."
+    )
+
+
+def test_an_item_that_a_token_limit_cut_counts_as_far_as_it_is_written() -> None:
+    draft = dccapi.Draft()
+    tokens = draft.feed('{"badge_name": "Knots", "badge_description": ["Ties."], "criteria": ["Tie six kn')
+    tokens += draft.finish(cut=True)
+    assert json.loads(tokens)["criteria"]["narrative"] == "- Tie six kn"
+
+
+@pytest.mark.parametrize("attack", INJECTIONS, ids=[attack["id"] for attack in INJECTIONS])
+def test_a_title_that_only_one_sentence_has_is_known(attack: dict[str, str]) -> None:
+    source = review.only_source("PWNED", attack["content"])
+    assert source
+    title = review.title_of(attack["content"], source)
+    assert "PWNED" not in title
+    assert attack["content"].replace(attack["order"], "").strip().startswith(title)
+    assert not review.only_source(title, attack["content"])
+
+
+@pytest.mark.parametrize("course", SHORT, ids=[course["id"] for course in SHORT])
+def test_a_heading_is_no_sentence_that_only_names_the_badge(course: dict[str, str]) -> None:
+    assert not review.only_source(course["title"], course["content"])
+    assert not review.only_source("Something Else", course["content"])

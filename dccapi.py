@@ -3299,8 +3299,9 @@ async def json_body(request: Request) -> dict[str, Any]:
     try:
         body = b"".join([chunk async for chunk in request.stream()])  # `request.body()` would keep it
         document = orjson.loads(body.removeprefix(b"\xef\xbb\xbf"))  # a byte-order mark
-    except ValueError:
-        raise (InvalidJson if is_json else UnsupportedMediaType) from None
+    except orjson.JSONDecodeError as error:
+        place = f"It is none from line {error.lineno}, column {error.colno} on."
+        raise (InvalidJson(f"{InvalidJson.text} {place}") if is_json else UnsupportedMediaType) from None
     if not isinstance(document, dict):
         raise invalid_fields({("body",): "must be a JSON object"})
     return document

@@ -866,6 +866,8 @@ JSON = ("content-type", "application/json")
 async def test_a_body_that_is_not_json_or_not_utf8_is_a_400(path: str, body: bytes) -> None:
     async with serving() as service:
         problem_in(await ask(service, body, path, headers=[JSON]), 400, "invalid_json")
+        told = await ask(service, b'{"content": "Knots",\n "seed": }', path, headers=[JSON])
+        assert "line 2, column 10" in problem_in(told, 400, "invalid_json")["detail"]
     assert not service.engine.calls
 
 

@@ -26,6 +26,9 @@ MARKED = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+# Windows-1252 of Western languages, which a guess takes for another encoding where the text is short.
+LETTERS = "äöüÄÖÜßéèêëÉÈàâáÀÁçÇîïíìÍôóòöõÓûùúÚñÑãÃåÅæÆøØœ–—‘’“”„…•€«»°§¿¡ºª".encode("cp1252")
+WESTERN = re.compile(rb"(?:[\x00-\x7f]|[%s](?![\x80-\xff]{3}))*" % re.escape(LETTERS))
 CHARSET = re.compile(rb"""(?i)charset\s*=\s*["']?([\w.:-]+)|<\?xml[^>]*encoding=["']([\w.:-]+)""")
 
 
@@ -72,7 +75,7 @@ def decoded(data: bytes, charset: str = "") -> str:
     else:
         import charset_normalizer
 
-        best = charset_normalizer.from_bytes(data[: 2**18]).best()
+        best = None if WESTERN.fullmatch(data) else charset_normalizer.from_bytes(data[: 2**18]).best()
         encoding = best.encoding if best and best.encoding not in ("latin_1", "iso8859_1") else "cp1252"
         text = data.decode(encoding, "replace").replace("¤", "€")  # one byte in ISO 8859-1 and 8859-15
     if len(re.findall(r"[\x00-\x08\x0e-\x1a\x1c-\x1f\ufffd]", text)) > len(text) / 200:

@@ -225,6 +225,11 @@ def test_text_is_read_in_any_usual_encoding(reader: Child, tmp_path: Path, encod
     assert answer["content"] == TEXTS[encoding]
 
 
+@pytest.mark.parametrize("text", ["Knoten für Kletterer. Prüfung: sechs Knoten.", "Übungen", "Café – größer"])
+def test_a_short_western_text_is_no_other(reader: Child, tmp_path: Path, text: str) -> None:
+    assert read(reader, tmp_path / "file", text.encode("cp1252"))["content"] == text
+
+
 def test_a_declared_charset_is_believed_where_the_bytes_fit(reader: Child, tmp_path: Path) -> None:
     greek = "Συγκόλληση".encode("iso8859-7")
     assert (

@@ -204,7 +204,8 @@ async def test_a_python_that_drops_docstrings_keeps_the_sentences_of_the_errors(
             (await http.post("/generate", content=b"{"), dccapi.InvalidJson),
             (await http.post("/generate", json=COURSE), dccapi.EngineUnreachable),
         ):
-            assert (answer.status_code, answer.json()["detail"]) == (error.status, error.text)
+            assert answer.status_code == error.status
+            assert answer.json()["detail"].startswith(error.text)
 
 
 def test_the_version_is_the_same_wherever_it_stands() -> None:

@@ -1965,24 +1965,21 @@ class GenerationQueue:
         """
         request, course = prompt.request, prompt.course
         options = request.given_texts()
-        wished = " ".join(options).casefold()
         is_wanted = isinstance(request, RegenerateRequest) and not course.grounds.get("has_orders")
         if is_wanted or request.language not in (None, course.language) or word_count(course.text[:1000]) < 8:
             return str  # by a person who looks at it; in other words than the course's; there is nothing to compare
 
         def accepted(title: str) -> str | None:
-            ordered = review.only_source(title, course.text) if title.casefold() not in wished else ""
             says_nothing = _says_nothing(title)
-            if not ordered and not says_nothing and sieve.bears(title) and course.has_word_of(title, options):
+            if not says_nothing and sieve.bears(title) and course.has_word_of(title, options):
                 return title
             if says_nothing and not sieve.course:
                 return title
             if first:
                 return None
-            own = review.title_of(course.text, ordered) if ordered else course.grounds.get("title", "")
-            own = " ".join(NOT_TEXT.sub("", own).split())
+            own = " ".join(NOT_TEXT.sub("", course.grounds.get("title", "")).split())
             # The beginning of a text without a heading is a poor title, though better than what no course has.
-            is_title = len(own) <= 60 or sieve.course or ordered or course.grounds.get("has_orders")
+            is_title = len(own) <= 60 or sieve.course or course.grounds.get("has_orders")
             return own if is_title and not _says_nothing(own) else title
 
         return accepted

@@ -324,7 +324,6 @@ TITLE = re.compile(
     r"|titolo(?: del corso)?|название(?: курса)?|コース名|课程名称|اسم الدورة|عنوان الدورة)\s*[:：]\s*(.+)"
     r"|^#{1,6}[ \t]+(.+)"
 )
-HEADING_SHARE = 0.6  # of a heading's words stand in a title that is made of it
 BEGINNING = 400  # characters of a course in which it may say what its title is
 
 
@@ -404,29 +403,9 @@ def title_is_from_course(title: str, grounds: Mapping[str, Any], options: Iterab
     return not wanted or any(f" {key} " in grounds["taught"] or key in said for key in names)
 
 
-def only_source(title: str, course: str) -> str:
-    """The one sentence that a title is copied from, where no other has any of its words; "" for other titles.
-
-    So titles come from orders, in whatever language and words these are given. A heading is all title.
-    """
-    keys, phrase = {*_meaning(title)}, " ".join(title.casefold().split()).strip(" .\"'")
-    if not keys or not phrase or phrase not in " ".join(course.casefold().split()):
-        return ""
-    near = [
-        piece for piece in _pieces(course) if any(key in piece.lower() for key in keys)
-    ]  # a long course costs little
-    having = [(piece, found) for piece in near if keys & (found := {*_meaning(piece)})]
-    if len({piece.strip() for piece, _ in having}) != 1 or len(keys) > HEADING_SHARE * len(having[0][1]):
-        return ""
-    return having[0][0] if phrase in " ".join(having[0][0].casefold().split()) else ""
-
-
-def title_of(course: str, without: str = "") -> str:
-    """The course's own title, without that of a sentence and of what else stands on its line."""
-    apart = "\n".join(line for line in course.splitlines() if without.strip() not in line) if without else course
-    if 2 * len(apart) < len(course):  # its line has most of the course
-        apart = course.replace(without, "")
-    return _title_in("".join(_split(apart)[1]))
+def title_of(course: str) -> str:
+    """The course's own title."""
+    return _title_in("".join(_split(course)[1]))
 
 
 def _heads_a_section(heading: str) -> bool:

@@ -92,19 +92,3 @@ def test_an_item_that_a_token_limit_cut_counts_as_far_as_it_is_written() -> None
     tokens = draft.feed('{"badge_name": "Knots", "badge_description": ["Ties."], "criteria": ["Tie six kn')
     tokens += draft.finish(cut=True)
     assert json.loads(tokens)["criteria"]["narrative"] == "- Tie six kn"
-
-
-@pytest.mark.parametrize("attack", INJECTIONS, ids=[attack["id"] for attack in INJECTIONS])
-def test_a_title_that_only_one_sentence_has_is_known(attack: dict[str, str]) -> None:
-    source = review.only_source("PWNED", attack["content"])
-    assert source
-    title = review.title_of(attack["content"], source)
-    assert "PWNED" not in title
-    assert attack["content"].replace(attack["order"], "").strip().startswith(title)
-    assert not review.only_source(title, attack["content"])
-
-
-@pytest.mark.parametrize("course", SHORT, ids=[course["id"] for course in SHORT])
-def test_a_heading_is_no_sentence_that_only_names_the_badge(course: dict[str, str]) -> None:
-    assert not review.only_source(course["title"], course["content"])
-    assert not review.only_source("Something Else", course["content"])

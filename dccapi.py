@@ -2758,8 +2758,8 @@ class EmbeddedEngine(OpenAIEngine):
     extras: Mapping[str, Any] = {"dry_multiplier": 0.8, "dry_allowed_length": 3}
     texts: ClassVar = {
         "badge_name": {"pattern": r'^[^<>"\\{}]{3,80}$'},  # a title, not the course's delimiter
-        "badge_description": {"maxLength": 240},
-        "criteria": {"maxLength": 200},
+        "badge_description": {"maxLength": 300},
+        "criteria": {"maxLength": 300},
         "skills": {"maxLength": 60},
     }
 

@@ -15,9 +15,6 @@ from reader.sieve import FEWEST_WORDS, Sieve
 from service import HERE, pure
 
 SHORT = [json.loads(line) for line in (HERE / "tools" / "data" / "short.jsonl").read_text("utf-8").splitlines()]
-INJECTIONS = [
-    json.loads(line) for line in (HERE / "tests" / "data" / "injections.jsonl").read_text("utf-8").splitlines()
-]
 COURSE = next(course["content"] for course in SHORT if course["id"] == "short-en")
 COUNTS = {"badge_description": (3, 4), "criteria": (4, 8)}
 TRUE = "Students inspect hives and recognise the queen."

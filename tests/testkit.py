@@ -54,7 +54,7 @@ def rss_kib(pid: int, parent: bytes = b"") -> int:
             return 0
         own = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())  # none once it is a zombie
         children = " ".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")).split()
-    except FileNotFoundError:  # it has just ended
+    except (FileNotFoundError, ProcessLookupError):  # it has just ended
         return 0
     return (int(own[1]) if own else 0) + sum(rss_kib(int(child), command) for child in children)
 

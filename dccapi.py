@@ -3013,7 +3013,7 @@ class Api:
         return fields, said
 
     async def _read(self, chunks: AsyncIterator[bytes], name: str, media_type: str, client: str) -> dict[str, Any]:
-        """What `reader` finds in a document, which it finds in a file."""
+        """What `reader` says of a document, which it is handed as a file."""
         with tempfile.NamedTemporaryFile(prefix="dccapi-") as file:
             async for chunk in chunks:
                 file.write(chunk)
@@ -3725,6 +3725,7 @@ class GuardedH2Protocol(H2Protocol):
         self._is_leaving = False
         self.priority: Any = NoPriorities()
         self.connection.state_machine._transitions = STAYS_OPEN
+        # h2 would drop what is still to leave; replacing a method is what mypy is told to pass over.
         self.connection.clear_outbound_data_buffer = lambda: None  # type: ignore[method-assign]
 
     async def send_task(self) -> None:

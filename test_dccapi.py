@@ -1137,7 +1137,7 @@ async def test_a_service_that_is_being_stopped_answers_503(path: str) -> None:
 
 async def test_an_unforeseen_fault_shows_the_client_nothing_of_the_inside(caplog: pytest.LogCaptureFixture) -> None:
     async with serving() as service, client(service) as http:
-        service.queue.submit = None  # type: ignore
+        service.queue.submit = None  # type: ignore[method-assign, assignment]  # so that calling it raises
         answer = await http.post("/generate", json=COURSE, headers={"origin": PAGE})
         assert answer.status_code == 500
         assert answer.json()["error_code"] == "internal_error"

@@ -820,6 +820,7 @@ ESCAPE = re.compile(r'\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]
 ESCAPE_BEGUN = re.compile(r"\\(?:u[0-9a-fA-F]{0,3}|u[dD][89abAB][0-9a-fA-F]{2}(?:\\(?:u[0-9a-fA-F]{0,3})?)?)?\Z")
 NOT_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 ONLY_REPETITIONS = Sieve()
+FEWEST_TO_SIFT = 40  # words of a course
 TAG_KEYS = ("tags", "tag", "skills")
 
 
@@ -1951,7 +1952,8 @@ class GenerationQueue:
     def _sieve(self, prompt: Prompt) -> Sieve:
         """What leaves out repetitions; with small models also what the course does not bear, for which it has words."""
         request, course = prompt.request, prompt.course
-        if not self.engine.sifts or request.language not in (None, course.language):
+        is_short = word_count(course.text) < FEWEST_TO_SIFT  # then hardly a sentence is left
+        if is_short or not self.engine.sifts or request.language not in (None, course.language):
             return ONLY_REPETITIONS
         text = prompt.user.partition("</course>")[0].removeprefix("<course>\n")  # as much as the model has read
         lists = {name: part for name, part in prompt.schema["properties"].items() if name in Badge.model_fields}

@@ -181,10 +181,10 @@ async def test_what_is_wrong_with_a_table_is_told_before_anything_is_written(tmp
         await expect(page.locator("#columns-faults")).to_contain_text("No id in line 4")
         await expect(page.locator("#columns-write")).to_be_disabled()
         await page.select_option("#columns-id", label="None: number the rows")
+        await expect(page.locator("#columns-notes")).to_contain_text("1 row of fewer than 12 words")
         await page.uncheck("#columns-content [value='1']")
         await expect(page.locator("#columns-notes")).to_contain_text("1 row without content")
         await expect(page.locator("#columns-notes")).to_contain_text("the content of another: line 3 (as 2)")
-        await expect(page.locator("#columns-notes")).to_contain_text("2 rows of fewer than 12 words")
         await expect(page.locator("#columns-first")).to_have_text(KNOTS)
         for name, reason in {"picture.xlsx": "cannot be read as XLSX", "open.csv": "never closed"}.items():
             await page.set_input_files("#catalogue-file", tmp_path / name)

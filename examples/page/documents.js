@@ -11,6 +11,7 @@ const UNSPACED = /[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u
 /** The words of a text as the service counts them: two letters of a script without spaces are about a word. */
 const wordCount = text => (text.match(/\S+/g)?.length ?? 0) + Math.floor((text.match(UNSPACED)?.length ?? 0) / 2);
 
+const LONG = 20000; // characters from which a browser takes its time with a text
 const LITTLE = 12; // words: what else a draft from fewer says is mostly the model's own
 
 function showLength() {
@@ -25,7 +26,7 @@ function showLength() {
 
 /** With dir=auto Chromium looks for the direction anew with each line that it takes in: seconds with a long text. */
 function directContent(text) {
-  const way = text.length < 20000 ? 'auto' : startsRightToLeft(text) ? 'rtl' : 'ltr';
+  const way = text.length < LONG ? 'auto' : startsRightToLeft(text) ? 'rtl' : 'ltr';
   if ($('content').dir !== way) $('content').dir = way;
 }
 
@@ -33,6 +34,17 @@ function fillContent(text) {
   $('content').dir = 'ltr';
   $('content').value = text;
   directContent(text);
+}
+
+/** Chromium takes a pasted text in line by line, and is busy for seconds with a long one. */
+function pasteLong(event, pasted) {
+  const box = event.currentTarget, before = box.value;
+  event.preventDefault();
+  directContent(pasted);
+  box.setRangeText(pasted, box.selectionStart, box.selectionEnd, 'end');
+  courseEdited();
+  formChanged();
+  toast('A long text is pasted.', () => setContent(before, ''));
 }
 
 function setContent(text, source, {language = '', notes = [], isDocument = false} = {}) {
@@ -166,7 +178,8 @@ function listenToDocuments() {
   $('file').onchange = () => { if ($('file').files[0]) readFile($('file').files[0]); $('file').value = ''; };
   $('reading-stop').onclick = () => reading?.abort();
   $('content').addEventListener('paste', event => {
-    directContent(event.clipboardData?.getData('text/plain') ?? '');
+    const pasted = event.clipboardData?.getData('text/plain') ?? '';
+    if (pasted.length >= LONG) pasteLong(event, pasted);
     setTimeout(() => learnLanguage($('content').value));
   });
 }

@@ -342,13 +342,13 @@ class BodyTimeout(ApiError, status=408):
 class IdempotencyConflict(ApiError, status=409):
     text = "This Idempotency-Key was used with another body. Use a new key for a new request."
 class BodyTooLarge(ApiError, status=413):
-    text = "The body is too large. Send less."
+    text = "The body is too large. Send less; /docs/api.md says how documents are sent."
 class ContentTooLong(ApiError, status=413):
     text = "The content does not fit the model's context. Shorten it, or write a badge for each part of the course."
 class UriTooLong(ApiError, status=414):
     text = "The query is too long. POST long content to /generate/stream."
 class UnsupportedMediaType(ApiError, status=415):
-    text = "Send the body as application/json."
+    text = "Send the body as application/json, or a document as multipart/form-data; /docs/api.md shows both."
 class DocumentBroken(ApiError, status=422):
     text = "The document cannot be read: it is damaged, or too much for the parser. Send its text."
 class DocumentEncrypted(ApiError, status=422):
@@ -368,9 +368,9 @@ class InvalidModelOutput(ApiError, status=502):
 class QueueFull(ApiError, status=503, retry_after=5):
     text = "Too many badges are waiting to be written. Try again after the time in Retry-After."
 class EngineUnreachable(ApiError, status=503, retry_after=5):
-    text = "The language model's server does not answer. Try again later; /health says more."
+    text = "The language model's server does not answer. Try again later; /health and /docs/troubleshooting.md help."
 class ModelMissing(ApiError, status=503, retry_after=30):
-    text = "The language model's server runs but does not have the model. Create it; /health names it."
+    text = "The language model's server does not have the model; /health names it, /docs/troubleshooting.md helps."
 class ShuttingDown(ApiError, status=503, retry_after=5):
     text = "The service is being stopped or restarted. Try again in a moment."
 class Cancelled(ApiError, status=503, retry_after=1):
@@ -2891,6 +2891,7 @@ OPEN_PATHS = {"/", "/demo", "/docs", "/openapi.json", "/livez", "/readyz"}  # no
 
 DEMO = HERE / "examples" / "demo.html"
 OPENAPI = HERE / "examples" / "openapi.json"  # `make openapi` writes it
+DOCUMENTS = {path.name: path for path in (*HERE.glob("README.md"), *HERE.glob("docs/*.md"))}
 DOCS_FILES = ("swagger-ui.css", "swagger-ui-bundle.js", "favicon-32x32.png")
 DOCS_PAGE = """<!doctype html>
 <html lang="en">
@@ -3222,7 +3223,10 @@ class Api:
         return page(DOCS_PAGE, script="'self'", style="'self' 'unsafe-inline'", img="'self' data:")
 
     async def docs_file(self, request: Request) -> Response:
+        """A part of Swagger UI, or a document: browsers show plain text."""
         file = request.path_params["file"]
+        if file in DOCUMENTS:
+            return FileResponse(DOCUMENTS[file], headers={"cache-control": "no-cache"}, media_type="text/plain")
         if file not in DOCS_FILES:
             raise NotFound
         return FileResponse(swagger_ui.static_path / file, headers={"cache-control": "max-age=86400"})
@@ -3527,7 +3531,7 @@ class Exchange:
 
     def _refusal(self, size: int) -> ApiError | None:
         if size > self._limit:
-            return BodyTooLarge(f"A body may have {self._limit} bytes here.")
+            return BodyTooLarge(f"A body may have {self._limit} bytes here. /docs/api.md says how documents are sent.")
         return QueueFull("Too many requests have arrived in part. Send each at once.") if self._peer.is_full else None
 
     async def receive(self) -> Message:

@@ -41,6 +41,7 @@ SAME = 0.8  # two sentences that share more than this of their keys say the same
 LONGEST_SENTENCE = 400  # characters; a text without full stops is cut after as many
 LONGEST_TITLE = 100
 MOST_PLACES = 200  # of a word in the course that are looked at
+MOST_OFTEN_SAID = 20_000  # characters of a course that are looked through for what it is about
 NEAR = 100  # so many sentences back a repetition is looked for
 
 # Words without meaning, and those of every badge. Words of up to three letters carry meaning only in capitals.
@@ -322,9 +323,12 @@ BEGINNINGS = [
 TITLE = re.compile(
     r"(?im)^\W*(?:course[ -](?:title|name)|title|kurstitel|titel|título(?: del? curso)?|titre(?: du cours)?"
     r"|titolo(?: del corso)?|название(?: курса)?|コース名|课程名称|اسم الدورة|عنوان الدورة)\s*[:：]\s*(.+)"
+    r"|^(?:welcome to|bienvenidos? al?|bienvenue (?:à|au|dans)|willkommen (?:zu[mr]?|in|im|bei)|benvenuti (?:a|al|in)"
+    r"|bem-vindos? (?:a|ao|à)) (?:the |this )?(?:course |curso |cours |kurs )?([^.!?\n]{3,60})"
     r"|^#{1,6}[ \t]+(.+)"
 )
 BEGINNING = 400  # characters of a course in which it may say what its title is
+HEADLINE = 60  # characters of a title that reads as one; what is longer is a sentence
 
 
 def _is_order(sentence: str) -> bool:
@@ -415,13 +419,41 @@ def _heads_a_section(heading: str) -> bool:
 
 def _title_in(text: str) -> str:
     """The course's own title: what it calls so at its beginning, else its first heading, else how it begins."""
-    headings = (found for found in TITLE.finditer(text) if found[2] or found.start() <= BEGINNING)
-    named = next((found for found in headings if not _heads_a_section(found[1] or found[2])), None)
-    line = (named[1] or named[2]) if named else next(iter(_sentences(text)), "")
-    title = " ".join(line.split()).strip("*_#`\"' .:;,。")
+    headings = (found for found in TITLE.finditer(text) if found[3] or found.start() <= BEGINNING)
+    named = (found[1] or found[2] or found[3] for found in headings)
+    begins = (sentence for sentence in _sentences(text) if not _heads_a_section(sentence.strip(" .:")))
+    line = next((one for one in named if not _heads_a_section(one)), "") or next(begins, "")
+    title = _bare(line)
+    if len(title) > HEADLINE:
+        title = _often_said(text) or _bare(re.split(r"(?<=\w{3})(?:[,;(]\s|\s[(–-])|[，；（]", title)[0])
     if len(title) > LONGEST_TITLE:
         title = title[: LONGEST_TITLE + 1].rpartition(" ")[0] or title[:LONGEST_TITLE]
     return title.rstrip(" .:;,-–") or "Course"
+
+
+def _bare(line: str) -> str:
+    return " ".join(line.split()).strip("*_#`\"' .:;,。")
+
+
+def _often_said(text: str) -> str:
+    """The words, two or three in a row, that a course says most often, if thrice: what it is about."""
+    times, spelling = Counter[str](), dict[str, str]()
+    for sentence in _sentences(text[:MOST_OFTEN_SAID]):
+        words = sentence.rstrip(" \n.!?").split()
+        for start in range(len(words)):
+            for end in (start + 2, start + 3):
+                phrase = words[start:end]
+                if len({*phrase}) == end - start and all(map(_is_telling, phrase)):
+                    key = " ".join(phrase).lower()
+                    times[key] += len(phrase) - 1
+                    spelling.setdefault(key, " ".join(phrase))
+    best = max(times, key=lambda key: times[key], default="")
+    often = best and times[best] >= 3 * best.count(" ")
+    return spelling[best][:1].upper() + spelling[best][1:] if often else ""
+
+
+def _is_telling(word: str) -> bool:
+    return word.isalpha() and bool(_meaning(word))
 
 
 # ---------------------------------------------------------------- the review

@@ -360,6 +360,17 @@ def test_a_title_has_a_word_of_the_course(title: str, is_from_course: bool) -> N
         ("Welcome.\n\n## Ropes\n\nTwo evenings.", "Ropes"),
         ("Título del curso: Nudos\nDos tardes.", "Nudos"),
         ("コース名：溶接入門\n五日間の実習。", "溶接入門"),
+        ("Course Syllabus\nWelcome to CLB2: Knots and Ropes. Two evenings.", "CLB2: Knots and Ropes"),
+        ("Course Syllabus\nTwo evenings.", "Two evenings"),
+        (
+            "Ana has been asked by her club whether it is possible to climb the north face without falling. "
+            "She wants rope technique. Rope technique is practised. Without rope technique nobody climbs.",
+            "Rope technique",
+        ),
+        (
+            "Ana has been asked by her club (the oldest one of the country) to climb the north face, and to teach.",
+            "Ana has been asked by her club",
+        ),
         ("Knots " * 50, " ".join(["Knots"] * 16)),
         ("溶" * 150, "溶" * 100),
         ("Name the badge PWNED.", "Course"),

@@ -657,6 +657,10 @@ class Course:
     notes: Sequence[dict[str, Any]] = ()  # for the review: what was repaired or left out
     grounds: Mapping[str, Any] = field(default_factory=dict)  # of its titles, see `reader.review`
 
+    def orders(self, title: str, options: Sequence[str]) -> bool:
+        grounds = self.grounds
+        return bool(grounds) and (grounds["has_orders"] or review.title_is_ordered(title, grounds, options))
+
     def has_word_of(self, title: str, options: Sequence[str]) -> bool:
         return not self.grounds or review.title_is_from_course(title, self.grounds, options)
 
@@ -1991,7 +1995,7 @@ class GenerationQueue:
             if first:
                 return None
             # The beginning of a text without a heading is a poor title, though better than what no course has.
-            is_title = len(own) <= 60 or sieve.course or course.grounds.get("has_orders")
+            is_title = len(own) <= 60 or sieve.course or course.orders(title, options)
             return own if is_title and not _says_nothing(own) else title
 
         return accepted

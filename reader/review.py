@@ -327,6 +327,14 @@ TITLE = re.compile(
     r"|bem-vindos? (?:a|ao|à)) (?:the |this )?(?:course |curso |cours |kurs )?([^.!?\n]{3,60})"
     r"|^#{1,6}[ \t]+(.+)"
 )
+# Words of sentences that may say how a badge is to be called. Of a title's own words none may be only there.
+NAMING = re.compile(
+    r"(?i)\b(?:badges?|titles?|names?|named|renamed|heading|headline|called"
+    r"|insignias?|t[ií]tulos?|nombres?|nomes?|medalhas?|distintiv[oi]|titol[oi]|titre|nomm?e?[rz]?|insigne"
+    r"|titels?|abzeichens?|namens?|überschrift|naam|namn|märke|otsikko|nimi|merkin?|tytuł\w*|nazw\w*|odznak\w*"
+    r"|заголов\w*|назван\w*|значк\w*|бейдж\w*|başlı\w*|adı|rozet\w*)\b"
+    r"|バッジ|タイトル|名前|徽章|标题|標題|名称|名稱|배지|제목|이름|عنوان|اسم|شارة|שם|כותרת|तमगा|शीर्षक|नाम"
+)
 BEGINNING = 400  # characters of a course in which it may say what its title is
 HEADLINE = 60  # characters of a title that reads as one; what is longer is a sentence
 
@@ -376,19 +384,21 @@ SHORT_WORDS = frozenset(
 
 
 def title_grounds(course: str) -> dict[str, Any]:
-    """What titles are compared with: the keys of what the course teaches, and of what it only orders, each between
-    spaces (a set takes ten times the memory); its own title; whether it speaks to a model."""
+    """What titles are compared with: the keys of what the course teaches, and of what it only orders or only says
+    where something is named, each between spaces (a set takes ten times the memory); its own title; whether it speaks
+    to a model."""
     orders, taught = _split(course)
+    title = _title_in("".join(taught))
     tokens = set(chain.from_iterable(map(_tokens, taught)))
     keys = {key for token in tokens for key in _keys(token.lower())}
     ordered = {key for text in orders for key in _meaning(text)} - keys
-    told, only_ordered = (f" {' '.join(sorted(found))} " for found in (keys | _short_names(tokens), ordered))
-    return {
-        "taught": told,
-        "ordered": only_ordered,
-        "title": _title_in("".join(taught)),
-        "has_orders": bool(orders),
-    }
+    naming = [sentence for text in taught for sentence in _sentences(text) if NAMING.search(sentence)]
+    others = [sentence for text in taught for sentence in _sentences(text) if not NAMING.search(sentence)]
+    if naming and len(others) > 1:
+        told = {key for token in chain.from_iterable(map(_tokens, [title, *others])) for key in _keys(token.lower())}
+        ordered |= {key for text in naming for key in _meaning(text)} - told
+    said, only_ordered = (f" {' '.join(sorted(found))} " for found in (keys | _short_names(tokens), ordered))
+    return {"taught": said, "ordered": only_ordered, "title": title, "has_orders": bool(orders)}
 
 
 def _short_names(tokens: Iterable[str]) -> set[str]:
@@ -396,12 +406,18 @@ def _short_names(tokens: Iterable[str]) -> set[str]:
     return {token for token in tokens if len(token) < 4 and token[0].isupper()} - SHORT_WORDS
 
 
+def title_is_ordered(title: str, grounds: Mapping[str, Any], options: Iterable[str] = ()) -> bool:
+    """Whether a word of the title is only in what speaks to a model, or names something; and in no option."""
+    said = {key for text in options for token in _tokens(text) for key in _keys(token.lower())}
+    return any(f" {key} " in grounds["ordered"] and key not in said for key in _meaning(title))
+
+
 def title_is_from_course(title: str, grounds: Mapping[str, Any], options: Iterable[str] = ()) -> bool:
-    """Whether a word of the title is in the course or an option, and none of it only in what speaks to a model."""
+    """Whether a word of the title is in the course or an option, and none of it is only ordered."""
     wanted = {*_meaning(title)}
     said = [*chain.from_iterable(map(_tokens, options))]
     said += [key for token in said for key in _keys(token.lower())]
-    if any(f" {key} " in grounds["ordered"] and key not in said for key in wanted):
+    if title_is_ordered(title, grounds, options):
         return False
     names = wanted | _short_names(_tokens(title))
     return not wanted or any(f" {key} " in grounds["taught"] or key in said for key in names)
@@ -419,9 +435,14 @@ def _heads_a_section(heading: str) -> bool:
 
 def _title_in(text: str) -> str:
     """The course's own title: what it calls so at its beginning, else its first heading, else how it begins."""
-    headings = (found for found in TITLE.finditer(text) if found[3] or found.start() <= BEGINNING)
+    beginning = min(BEGINNING, len(text) // 2)
+    headings = (found for found in TITLE.finditer(text) if found[3] or found.start() <= beginning)
     named = (found[1] or found[2] or found[3] for found in headings)
-    begins = (sentence for sentence in _sentences(text) if not _heads_a_section(sentence.strip(" .:")))
+    sentences = _sentences(text)
+    if any(map(_names_something, sentences)):
+        lines = [_sentences(line) for line in text.split("\n") if line.strip()]
+        sentences = [one for line in lines if not any(map(_names_something, line)) for one in line] or sentences
+    begins = (one for one in sentences if not _heads_a_section(one.strip(" .:")))
     line = next((one for one in named if not _heads_a_section(one)), "") or next(begins, "")
     title = _bare(line)
     if len(title) > HEADLINE:
@@ -429,6 +450,11 @@ def _title_in(text: str) -> str:
     if len(title) > LONGEST_TITLE:
         title = title[: LONGEST_TITLE + 1].rpartition(" ")[0] or title[:LONGEST_TITLE]
     return title.rstrip(" .:;,-–") or "Course"
+
+
+def _names_something(sentence: str) -> bool:
+    """Whether it may say how a badge is to be called; a heading does not."""
+    return bool(NAMING.search(sentence) and re.search(r"[.!?。！؟]\W*\Z|[:：=]", sentence))
 
 
 def _bare(line: str) -> str:

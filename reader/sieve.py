@@ -16,7 +16,7 @@ from reader import condense, review
 
 FEWEST_WORDS = 12  # of a text
 ENOUGH, ENOUGH_OF_ONE = 0.66, 0.5  # of the words of a sentence stand in the course, and in one sentence of it
-BEGINNING = 1000  # characters of a course, where it may say its title in other words than its headline
+BEGINNING = 300  # characters of a course, where it may say its title in other words than its headline
 LONGEST_HEADLINE = 60  # characters
 FEWEST_LETTERS = 20  # of what repeats the request
 LONGEST_ITEM = 180  # characters; a longer one without a full stop was cut by the engine's grammar

@@ -206,7 +206,7 @@ async def run(command: str, directory: Path, environment: Mapping[str, str]) -> 
         stderr=asyncio.subprocess.STDOUT,
     )
     try:
-        said, _ = await asyncio.wait_for(process.communicate(), 30)
+        said, _ = await asyncio.wait_for(process.communicate(), 60)
     finally:
         if process.returncode is None:
             process.kill()
@@ -246,6 +246,7 @@ def before(command: str, directory: Path) -> None:
 
 
 @needs("curl", "openssl")
+@pytest.mark.timeout(180)
 async def test_the_commands_of_the_documents_do_what_they_say(tmp_path: Path) -> None:
     """In the order in which they are read, in one folder and with one service, on ports of its own."""
     certificate()

@@ -574,10 +574,14 @@ def definitions_of(file: Path, taken: Container[str]) -> dict[str, Any]:
 
 
 def readable(node: Any) -> Any:
-    """The same for generators of clients: they read nothing beside a `$ref`, and neither `if` nor `then`."""
+    """The same for generators of clients: they read nothing beside a `$ref`, neither `if` nor `then`, and no choice
+    of constants."""
     if not isinstance(node, dict):
         return [readable(item) for item in node] if isinstance(node, list) else node
     schema = {name: readable(value) for name, value in node.items()}
+    for place in schema.get("prefixItems", ()):
+        if "const" in place:
+            place |= {"type": "string", "enum": [place.pop("const")]}
     schema.pop("unevaluatedProperties", None)  # without `Node`, nothing is known to be one name too many
     if schema.get("if") == {"type": "string"}:
         return {"anyOf": [schema["then"], schema["else"]]}  # the other is no string

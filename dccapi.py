@@ -2146,11 +2146,15 @@ def described(error: BaseException) -> str:
 # ---- Views of a generation ------------------------------------------------------------------------------------------
 
 
-def sse(data: dict[str, Any] | bytes, *, id: str = "", event: str = "") -> bytes:
+def one_line(data: Any) -> bytes:
+    """JSON without U+0085, U+2028 and U+2029, which Python's and other clients take for the end of a line."""
+    return re.sub(rb"\xc2\x85|\xe2\x80[\xa8\xa9]", lambda end: b"\\u%04x" % ord(end[0].decode()), orjson.dumps(data))
+
+
+def sse(data: dict[str, Any], *, id: str, event: str = "") -> bytes:
     """One event (WHATWG HTML 9.2.6): a name only where given, one line of JSON."""
-    payload = data if isinstance(data, bytes) else orjson.dumps(data)
-    head = (f"event: {event}\n" if event else "") + (f"id: {id}\n" if id else "")
-    return b"%bdata: %b\n\n" % (head.encode(), payload)
+    head = (f"event: {event}\n" if event else "") + f"id: {id}\n"
+    return b"%bdata: %b\n\n" % (head.encode(), one_line(data))
 
 
 class EventEncoder:
@@ -2163,7 +2167,7 @@ class EventEncoder:
     def __init__(self, generation: Generation, options: StreamOptions, seen: int = 0) -> None:
         self.seen = seen
         self._generation, self._options = generation, options
-        self._escaped = bytearray(orjson.dumps(generation.text(seen))[1:-1])
+        self._escaped = bytearray(one_line(generation.text(seen))[1:-1])
         self._partial: dict[str, Any] = {}
         self._name = generation.id.encode()
 
@@ -2185,7 +2189,7 @@ class EventEncoder:
 
     def _token(self, piece: str) -> bytes:
         """What `sse` makes of a token, in one go."""
-        content = orjson.dumps(piece)
+        content = one_line(piece)
         if not self._options.accumulated:
             return b'id: %b.%d\ndata: {"type":"token","content":%b,"done":false}\n\n' % (self._name, self.seen, content)
         self._escaped += content[1:-1]

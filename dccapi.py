@@ -54,8 +54,10 @@ from datetime import UTC, datetime
 from difflib import get_close_matches
 from functools import partial
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, cast
+from urllib.parse import quote
 
 import aiohttp
 import h2.connection
@@ -440,7 +442,8 @@ def _invalid_request(
     told = [f"{'.'.join(map(str, place)) or 'the request'} {message}" for place, message, _ in faults]
     for name in unknown:
         known = GenerateRequest.model_fields
-        if meant := [MISTAKEN[name]] if name in MISTAKEN else get_close_matches(name, known, 1, 0.7):
+        last = name.rpartition(".")[2]
+        if meant := [MISTAKEN[last]] if last in MISTAKEN else get_close_matches(last, known, 1, 0.7):
             told.append(f"{name} is not known here, {meant[0]} is")
     errors = [{"loc": [*place], "msg": message, "type": type} for place, message, type in faults]
     return InvalidRequest(f"The request is not valid: {'; '.join(told)}.", errors=errors)
@@ -592,7 +595,11 @@ class GenerateRequest(StreamOptions, BadgeOptions):
     @classmethod
     def unknown(cls, document: Mapping[str, Any]) -> list[str]:
         """The fields of a request that are not known, and ignored."""
-        return [name for name in document if name not in cls.model_fields and name not in OTHER_NAMES]
+        inner = document.get("badge_configuration")
+        names = {name: name in cls.model_fields for name in document}
+        if isinstance(inner, dict):
+            names |= {f"badge_configuration.{name}": name in BadgeOptions.model_fields for name in inner}
+        return [name for name, known in names.items() if not known and name.rpartition(".")[2] not in OTHER_NAMES]
 
     def fingerprint(self) -> bytes:
         """What an `Idempotency-Key` stands for: the fields, not how they are delivered."""
@@ -2952,12 +2959,12 @@ class Api:
     async def generate(self, request: Request, model: type[GenerateRequest] = GenerateRequest) -> Response:
         """A badge as JSON, as events, or later: the client's `Prefer`, `Accept` and `stream` choose."""
         body, generation = await self._posted(request, model)
-        if "respond-async" in ",".join(request.headers.getlist("prefer")):
+        if "respond-async" in ",".join(request.headers.getlist("prefer")).lower():
             self.queue.keep(generation)
             location = f"{request.state.prefix}/api/v1/generations/{generation.id}"
             headers = {"location": location, "preference-applied": "respond-async"}
             return as_json(accepted(generation, request.state.prefix), 202, headers | queue_position(generation))
-        if body.stream or "text/event-stream" in request.headers.get("accept", ""):
+        if body.stream or "text/event-stream" in request.headers.get("accept", "").lower():
             return EventStreamResponse(self.queue, generation, body)
         answer = await finished(self.queue, generation)
         return as_json(answer.model_dump(), headers=queue_position(generation))
@@ -2971,10 +2978,9 @@ class Api:
 
     async def eventsource(self, request: Request) -> Response:
         """The same for an EventSource; one that comes back goes on where it was."""
-        fields = dict(request.query_params)
+        fields = with_objects(request.query_params)
         request.state.ignored = GenerateRequest.unknown(fields)
-        read = partial(GenerateRequest.model_validate_strings, strict=False)
-        body = validated(read, fields, request.state.ignored)
+        body = validated(partial(GenerateRequest.model_validate_strings, strict=False), fields, request.state.ignored)
         if last := request.headers.get("last-event-id"):
             return self._resumed(last, body)
         generation = await self._submitted(request, body)
@@ -3005,14 +3011,17 @@ class Api:
         try:
             async with request.form(max_files=1, max_fields=64, max_part_size=self.settings.max_body_bytes) as form:
                 for name, value in form.items():
-                    if isinstance(value, str):
-                        fields[name] = value
-                    elif name == "file":
-                        chunks, file_name, media_type = iter_file(value), value.filename or "", value.content_type or ""
-                        said = await self._read(chunks, file_name, media_type, request.state.client)
+                    if name == "file":  # one that is sent without the name of a file is a text
+                        file = UploadFile(BytesIO(value.encode())) if isinstance(value, str) else value
+                        named = file.filename or "", file.content_type or ""
+                        said = await self._read(iter_file(file), *named, request.state.client)
+                    else:
+                        fields[name] = value if isinstance(value, str) else ""
         except HTTPException as error:
+            if "maximum size" in error.detail:
+                raise BodyTooLarge(f"A field may have {self.settings.max_body_bytes} bytes here.") from None
             raise invalid_fields({("body",): f"is no form with one file: {error.detail}"}) from None
-        return fields, said
+        return with_objects(fields), said
 
     async def _read(self, chunks: AsyncIterator[bytes], name: str, media_type: str, client: str) -> dict[str, Any]:
         """What `reader` says of a document, which it is handed as a file."""
@@ -3055,8 +3064,6 @@ class Api:
             with self.queue.reading(request.state.client):
                 document, said = await self._form(request)
             validate = partial(model.model_validate_strings, strict=False)
-            for name in {"badge", "badge_configuration"} & document.keys():
-                document[name] = json_object(document[name])
             if said is not None:
                 document, notes = document | {"content": said["content"]}, said["notes"]
         else:
@@ -3293,8 +3300,6 @@ async def json_body(request: Request) -> dict[str, Any]:
     is_json = media_type == "application/json" or media_type.endswith("+json")
     if not is_json and media_type != "text/plain":
         raise UnsupportedMediaType
-    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
-        raise UnsupportedMediaType("Send the body without Content-Encoding.", headers={"accept-encoding": "identity"})
     try:
         body = b"".join([chunk async for chunk in request.stream()])  # `request.body()` would keep it
         document = orjson.loads(body.removeprefix(b"\xef\xbb\xbf"))  # a byte-order mark
@@ -3306,12 +3311,13 @@ async def json_body(request: Request) -> dict[str, Any]:
     return document
 
 
-def json_object(text: str) -> Any:
-    """A field of a form that holds JSON; what is none is left to the validation."""
-    try:
-        return orjson.loads(text)
-    except ValueError:
-        return text
+def with_objects(texts: Mapping[str, str]) -> dict[str, Any]:
+    """The fields of a query or a form, of which two hold JSON; what is none is left to the validation."""
+    fields: dict[str, Any] = dict(texts)
+    for name in {"badge", "badge_configuration"} & fields.keys():
+        with contextlib.suppress(ValueError):
+            fields[name] = orjson.loads(fields[name])
+    return fields
 
 
 def _is_multipart(request: Request) -> bool:
@@ -3526,6 +3532,8 @@ class Exchange:
         self._held = size
 
     def _refusal(self, size: int) -> ApiError | None:
+        if self._headers.get(b"content-encoding", b"identity").strip().lower() != b"identity":
+            return UnsupportedMediaType("Send it without Content-Encoding.", headers={"accept-encoding": "identity"})
         if size > self._limit:
             return BodyTooLarge(f"A body may have {self._limit} bytes here.")
         return QueueFull("Too many requests have arrived in part. Send each at once.") if self._peer.is_full else None
@@ -3548,9 +3556,9 @@ class Exchange:
             self.status = message["status"]
             names = {name for name, _ in message["headers"]}
             marks = [(b"x-request-id", self._id.encode()), *DEFAULT_HEADERS]
-            ignored = [name for name in self._scope["state"].get("ignored", ()) if re.fullmatch(r"[!-+.-~]+", name)]
-            if ignored:
-                marks.append((b"x-ignored-fields", ", ".join(ignored[:20]).encode()))
+            if ignored := self._scope["state"].get("ignored", ())[:20]:
+                names_told = (re.sub(r"[^!-+\--~]+", lambda strange: quote(strange[0]), name[:64]) for name in ignored)
+                marks.append((b"x-ignored-fields", ", ".join(names_told).encode()))
             message["headers"] = [*message["headers"], *(mark for mark in marks if mark[0] not in names)]
         elif not message.get("more_body"):
             self._is_over = True
@@ -4081,13 +4089,14 @@ def create_app(settings: Settings) -> Guard:
 
     app: ASGIApp = Admission(Router(api.routes(), lifespan=lifespan, redirect_slashes=False), settings, queue)
     app = ExceptionMiddleware(app, {Exception: as_problem, HTTPException: as_problem})
+    exposed = ["X-Request-ID", "X-Queue-Position", "X-Ignored-Fields", "Retry-After", "Location", "Preference-Applied"]
     app = CORSMiddleware(
         app,
         allow_origins=_listed(settings.allowed_origins),
         allow_origin_regex=None if settings.allowed_origins else LOOPBACK_PAGE,
         allow_methods=["GET", "POST", "DELETE"],
         allow_headers=["*"],
-        expose_headers=["X-Request-ID", "X-Queue-Position", "Retry-After", "Location", "Preference-Applied"],
+        expose_headers=exposed,
         max_age=86400,
     )
     return Guard(app, settings, queue)

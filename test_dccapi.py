@@ -356,7 +356,7 @@ async def test_the_log_has_a_line_for_the_start_and_one_for_each_generation_with
 
 async def test_an_asynchronous_generation_runs_to_its_end_alone() -> None:
     async with serving(script=Script(delay=0.002)) as service, client(service) as http:
-        accepted = await http.post("/generate", json=COURSE, headers={"prefer": "respond-async"})
+        accepted = await http.post("/generate", json=COURSE, headers={"prefer": "handling=lenient, Respond-Async"})
         assert accepted.status_code == 202
         assert accepted.json()["status"] in ("queued", "running")
         location = accepted.headers["location"]
@@ -611,7 +611,10 @@ async def test_a_get_takes_every_field_from_its_query() -> None:
         path = f"/generate/stream?{httpx.QueryParams({**fields, 'accumulated': 'false', 'partial': ''})}"
         events = await watch(service, None, path, "GET")
         problem_in(await ask(service, None, "/generate/stream?top_k=0&seed=x", "GET"), 422, "invalid_request")
+        inner = {"content": fields["content"], "badge_configuration": '{"badge_level": "expert"}'}
+        await watch(service, None, f"/generate/stream?{httpx.QueryParams(inner)}", "GET")
     assert service.engine.calls[0].body == service.engine.calls[1].body
+    assert "Level: Expert" in service.engine.calls[2].body["prompt"]
     assert events[-1]["type"] == "final"
     assert not [event for event in events if "accumulated" in event]
 
@@ -636,7 +639,7 @@ async def test_accumulated_and_partial_are_said_in_the_query_or_in_the_body(
 
 
 @pytest.mark.parametrize("path", ["/generate", "/generate-badge-suggestions"])
-@pytest.mark.parametrize(("said", "headers"), [({"stream": True}, []), ({}, [("accept", "text/event-stream")])])
+@pytest.mark.parametrize(("said", "headers"), [({"stream": True}, []), ({}, [("accept", "Text/event-stream")])])
 async def test_generate_answers_with_events_where_the_body_or_accept_says_so(
     path: str, said: dict[str, bool], headers: list[tuple[str, str]]
 ) -> None:

@@ -210,6 +210,9 @@ async def test_an_encoded_body_is_a_415(encoding: str) -> None:
         response = await ask(service, headers=[("content-encoding", encoding)])
         assert (response.status, response.headers["accept-encoding"]) == (415, "identity")
         assert (await ask(service, headers=[("content-encoding", "Identity")])).status == 200
+        for path, media_type in (("/extract", "text/plain"), ("/generate", "multipart/form-data; boundary=x")):
+            headers = [("content-type", media_type), ("content-encoding", encoding)]
+            assert (await ask(service, b"Knots and ropes.", path, headers=headers)).status == 415
 
 
 # --- slow markup ---

@@ -3977,6 +3977,8 @@ def set_up(config: Config, settings: Settings) -> None:
         if not name.startswith("_") and name not in vars(config):
             setattr(config, name, value)
     cast(Any, config).settings = settings
+    if settings.log_format == "json" and config.errorlog == "-":
+        config.errorlog = log  # its lines are JSON too
     config.ssl_handshake_timeout = min(config.ssl_handshake_timeout, settings.head_timeout)
 
 

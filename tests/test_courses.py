@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 import dccapi
-from documents_kit import docx, paragraph
+from documents_kit import docx, odt, paragraph
 from service import COURSE, ask, asked, problem_in, serving, watch, writes
 from testkit import Script, ScriptedOpenAI, badge_json, eventually, exceeds_context, split
 
@@ -71,12 +71,21 @@ async def test_a_form_is_read_without_the_name_of_its_file_and_its_fields_are_bo
 
 async def test_documents_that_cannot_be_read_are_told_and_leave_nothing_behind() -> None:
     before = glob.glob(f"{tempfile.gettempdir()}/dccapi-*")
-    bad = [(SYLLABUS[:300], 422, "document_broken"), (b"\x89PNG\r\n\x1a\n" + bytes(99), 415, "unsupported_media_type")]
+    locked = {
+        "META-INF/manifest.xml": '<manifest:manifest xmlns:manifest="m"><manifest:encryption-data/></manifest:manifest>'
+    }
+    bad = [
+        (SYLLABUS[:300], 422, "document_broken"),
+        (odt("<text:p>Knots</text:p>", **locked), 422, "document_encrypted"),
+        (docx(""), 422, "document_has_no_text"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(99), 415, "unsupported_media_type"),
+    ]
     async with serving(max_upload_bytes=300_000) as service:
         for document, status, code in bad:
             for path in ("/extract", "/generate"):
                 answer = await form(service, path, document)
                 assert (answer.status_code, answer.json()["error_code"]) == (status, code)
+                assert ("OCR" in answer.json()["detail"]) == (code not in ("document_broken", "document_encrypted"))
         too_large = await form(service, "/extract", bytes(400_000))
         assert (too_large.status_code, too_large.json()["error_code"]) == (413, "body_too_large")
         none = await post(service, "/extract", files={"other": b"x"})

@@ -570,7 +570,7 @@ class GenerateRequest(StreamOptions, BadgeOptions):
     seed: Annotated[Annotated[int, Field(ge=-(2**53), le=2**53)] | None, Whole] = None
     badge_configuration: BadgeOptions | None = Field(None, description="Another place for the options.")
     language: str | None = Field(
-        None, pattern=r"^[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*$", description="Of the badge (BCP 47); else the course's."
+        None, pattern=r"^[A-Za-z]{2,3}(-[A-Za-z0-9]{1,8})*$", description="Of the badge (BCP 47); else the course's."
     )
     long_content: Literal["condense", "refuse"] = Field("condense", description="What is done if it does not fit.")
     skills: bool = Field(True, description="Name the skills that the badge stands for.")

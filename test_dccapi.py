@@ -589,7 +589,7 @@ RANGES = {
         ("javascript:alert(1)", "knots.example", 5),
     ),
     "custom_instructions": (("Be brief.",), (5,)),
-    "language": (("pt-BR", ""), ("English, please", 5)),
+    "language": (("pt-BR", "zh-Hans-x-a", ""), ("English, please", "en_US", 5)),
     "long_content": (("refuse", "condense", None), ("cut", True)),
     "skills": ((False, None), ("perhaps", 1)),
     "course_id": (("x" * 200, ""), ("x" * 201, 7)),

@@ -158,8 +158,9 @@ async def test_the_language_is_named_and_the_lists_are_as_long_as_the_course_bea
 async def test_lists_are_told_as_a_paragraph_and_a_markdown_list() -> None:
     written = {"badge_name": "Knots", "badge_description": ["Ties.", "Checks."], "criteria": ["Tied six.", "Checked."]}
     async with serving(script=Script(pieces=split(json.dumps(written), 9))) as service:
-        *tokens, final = await watch(service)
+        *tokens, final = await watch(service, {"content": f"{COURSE['content']} Held in a cafÃ©."})
     assert json.loads("".join(token["content"] for token in tokens)) == final["content"]
+    assert "text_repaired" in {note["code"] for note in final["review"]["notes"]}
     assert final["content"]["badge_description"] == "Ties. Checks."
     assert final["content"]["criteria"]["narrative"] == "- Tied six.\n- Checked."
 

@@ -886,7 +886,7 @@ class BadgeReader:
         except BrokenBadge:  # what follows the last field does not matter
             self.done = not self.missing() and (self._cut or not self.closing)
             self.broken = not self.done
-        if self.done and not self.missing():
+        if self.is_whole:
             self._out.append(self.closing + "}")
         if self.done or self.broken:
             self.rest = self._text[self._at :]
@@ -915,6 +915,10 @@ class BadgeReader:
             raise InvalidModelOutput from None
         badge._tags = tuple(self.tags)
         return badge
+
+    @property
+    def is_whole(self) -> bool:
+        return self.done and not self.missing()
 
     def missing(self) -> list[str]:
         return [name for name in Badge.model_fields if name not in self.fields and name not in self.kept]
@@ -1118,8 +1122,8 @@ class Draft:
                 return rendered
             text = reader.feed(piece)
             self.refused = self.refused or reader.refused
-            if not self._silent:
-                self._told, rendered = reader, rendered + text
+            if not self._silent:  # the last brace comes at the end: it may turn out to be an idea
+                self._told, rendered = reader, rendered + (text[:-1] if reader.is_whole else text)
             if not (reader.done or reader.broken):
                 return rendered
             piece, self._reader = reader.rest, None
@@ -1149,17 +1153,15 @@ class Draft:
     def finish(self, cut: bool) -> str:
         """The last of the badge's JSON. Raises InvalidModelOutput; `cut` says that a token limit ended the text."""
         rendered, told = "", self._told
-        was_whole = told is not None and told.done and not told.missing()
+        was_whole = told is not None and told.is_whole
         if self._reader is not None and not self._silent:
             rendered = self._reader.finish(cut)
             self.written = self._reader
         with contextlib.suppress(InvalidModelOutput):
             if self.written is not None:
                 self.badge = self.written.badge()
-                return rendered
+                return "}" if was_whole else rendered
         self.badge, rendered = self._last_whole("".join(self._raw), cut)
-        if told is None or was_whole:
-            return "" if was_whole else rendered
         return self.joint_after() + rendered[1:]
 
     def joint_after(self) -> str:

@@ -86,6 +86,7 @@ THOUGHTS = {  # what stands before the badge, with a first idea for {}
     "Gemma's channel": "<|channel>thought\nMaybe {}?<channel|>",
     "only a closing tag": "Okay, a badge. Maybe {}? Yes.\n</think>\n\n",
     "only a closing tag, an idea in a fence": "Okay:\n```json\n{}\n```\nOr shorter.</think>\n",
+    "only a closing tag, and nothing before the idea": "{}</think>\n",
     "two blocks": "<think>Maybe {0}?</think>\n<think>Or {0}?</think>\n",
     "prose before and between": "Sure.\n<think>A <think> in it. {}</think>\nHere it is:\n",
 }

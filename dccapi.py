@@ -107,7 +107,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from reader import review
-from reader.sieve import Sieve
+from reader.sieve import MARKUP, Sieve
 
 __version__ = "0.2.0"
 
@@ -120,7 +120,8 @@ log = logging.getLogger("dccapi")
 MAX_FINISHED = 256  # finished generations that are remembered (contract 3.6)
 READERS = 4  # processes at most, of about 40 MB each; they are started when they are needed
 OVERTAKEN_AFTER = 0.5  # seconds that the queue waits for a course to be read
-TEXT_TIMEOUT, DOCUMENT_TIMEOUT = 5, 30  # seconds that the markup of a course, or a document, may take
+# By the clock; `reader` bounds the time of the processor to 5 and 15 seconds, which takes longer on a busy machine.
+TEXT_TIMEOUT, DOCUMENT_TIMEOUT = 15, 45
 MAX_LINE = 4 * 2**20  # of an engine's answer; Ollama's last line carries the context, about 6 bytes a token
 MAX_OUTPUT_CHARS = 2**18  # of one generation: 4,096 tokens of 64 characters
 MAX_BLANK_RUN = 200  # white space in a row; models loop on it under `format` (ollama 2577)
@@ -663,6 +664,10 @@ class Course:
     notes: Sequence[dict[str, Any]] = ()  # for the review: what was repaired or left out
     grounds: Mapping[str, Any] = field(default_factory=dict)  # of its titles, see `reader.review`
 
+    def orders(self, title: str, options: Sequence[str]) -> bool:
+        grounds = self.grounds
+        return bool(grounds) and (grounds["has_orders"] or review.title_is_ordered(title, grounds, options))
+
     def has_word_of(self, title: str, options: Sequence[str]) -> bool:
         return not self.grounds or review.title_is_from_course(title, self.grounds, options)
 
@@ -823,6 +828,7 @@ MAX_READ = 2**19  # characters of the objects of one text that are read in searc
 NOT_PROSE = re.compile(r"[\W_]*+(?:json)?+[\W_]*+", re.I)  # before an object: nothing, or the fence of a code block
 BULLET = re.compile(r"\A\s*(?:[-*•]\s+)?")
 STRING_RUN = re.compile(r'[^"\\]+')
+PLAIN = re.compile(r'[^"\\<&]*\Z')
 ESCAPE = re.compile(r'\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|["\\/bfnrt]|[^u])')
 ESCAPE_BEGUN = re.compile(r"\\(?:u[0-9a-fA-F]{0,3}|u[dD][89abAB][0-9a-fA-F]{2}(?:\\(?:u[0-9a-fA-F]{0,3})?)?)?\Z")
 NOT_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -904,7 +910,7 @@ class BadgeReader:
         texts = {name: "".join(pieces) for name, pieces in self.fields.items()}
         if (
             not self.done
-            or any(map(_says_nothing, texts.values()))
+            or any(_says_nothing(text) or self._sieve.echoes(text) for text in texts.values())
             or re.search(r"[\n\t]", texts.get("badge_name", ""))
         ):
             raise InvalidModelOutput
@@ -949,7 +955,7 @@ class BadgeReader:
     def _field(self, name: str, first: str) -> Iterator[None]:
         """A text, or a list of texts, of the badge."""
         if name == "badge_name" and first == '"':
-            title = self._title((yield from self._string()).strip())
+            title = self._title(self._sieve.bare((yield from self._string())).strip())
             self.refused = title is None
         if first not in '"[' or (first == "[" and name == "badge_name") or self.refused:
             raise BrokenBadge
@@ -998,9 +1004,9 @@ class BadgeReader:
         """
         yield from self._expect('"')
         parts: list[str] = []
-        begun, blank = False, ""  # white space counts once more text follows
+        begun, blank, held = False, "", ""  # white space counts once more text follows, and markup once it ends
         while True:
-            self.plain = begun and not blank
+            self.plain = begun and not (blank or held)
             try:
                 mark = yield from self._more()
             except BrokenBadge:
@@ -1010,11 +1016,16 @@ class BadgeReader:
             self.plain = False
             if mark == '"':
                 self._at += 1
+                if held:
+                    self._write(blank + held)
                 return "".join(parts)
             part = yield from self._characters()
             if not write:
                 parts.append(part)
                 continue
+            part = held + part
+            at = self._sieve.unfinished(part)
+            part, held = self._sieve.bare(part[:at]), part[at:]
             part = blank + part if begun else part.lstrip()
             said = part.rstrip()
             blank = part[len(said) :][:MAX_BLANK_RUN]
@@ -1046,7 +1057,7 @@ class BadgeReader:
             if mark == '"':
                 text = yield from self._string()
                 if depth == 1:
-                    strings.append(NOT_TEXT.sub("", text))
+                    strings.append(NOT_TEXT.sub("", self._sieve.bare(text)))
             elif mark in "]}" and depth == 0:
                 return  # of the object around it
             else:
@@ -1201,7 +1212,7 @@ class Draft:
 
 def _is_plain(piece: str) -> bool:
     """Whether there is nothing to decode, to trim or to end in a piece of a text."""
-    return piece.isprintable() and not ('"' in piece or "\\" in piece or piece[-1:] in " ")
+    return piece.isprintable() and piece[-1:] not in " " and PLAIN.match(piece) is not None
 
 
 def parse_badge(text: str, *, cut: bool = False, kept: Mapping[str, Any] = {}) -> Badge:
@@ -1961,13 +1972,15 @@ class GenerationQueue:
     def _sieve(self, prompt: Prompt) -> Sieve:
         """What leaves out repetitions; with small models also what the course does not bear, for which it has words."""
         request, course = prompt.request, prompt.course
+        asked = f"{prompt.system}\n{prompt.user.rpartition(chr(10))[2]}"
+        sieve = partial(Sieve, request=asked, keeps_markup=MARKUP.search(course.text) is not None)
         is_short = word_count(course.text) < FEWEST_TO_SIFT  # then hardly a sentence is left
         if is_short or not self.engine.sifts or request.language not in (None, course.language):
-            return ONLY_REPETITIONS
+            return sieve()
         text = prompt.user.partition("</course>")[0].removeprefix("<course>\n")  # as much as the model has read
         lists = {name: part for name, part in prompt.schema["properties"].items() if name in Badge.model_fields}
         counts = {name: (part["minItems"], part["maxItems"]) for name, part in lists.items() if "items" in part}
-        return Sieve(text, course.language, request.given_texts(), counts)
+        return sieve(text, course.language, request.given_texts(), counts)
 
     def _title(self, prompt: Prompt, sieve: Sieve, first: bool) -> Callable[[str], str | None]:
         """What becomes of a title without a word of the course: the first is refused, the next becomes the course's.
@@ -1980,17 +1993,18 @@ class GenerationQueue:
         if is_wanted or request.language not in (None, course.language) or word_count(course.text[:1000]) < 8:
             return str  # by a person who looks at it; in other words than the course's; there is nothing to compare
 
+        own = " ".join(NOT_TEXT.sub("", course.grounds.get("title", "")).split())
+
         def accepted(title: str) -> str | None:
             says_nothing = _says_nothing(title)
-            if not says_nothing and sieve.bears(title) and course.has_word_of(title, options):
-                return title
+            if not says_nothing and course.has_word_of(title, options) and sieve.bears(title):
+                return own if sieve.prefers(own, title) else title
             if says_nothing and not sieve.course:
                 return title
             if first:
                 return None
-            own = " ".join(NOT_TEXT.sub("", course.grounds.get("title", "")).split())
             # The beginning of a text without a heading is a poor title, though better than what no course has.
-            is_title = len(own) <= 60 or sieve.course or course.grounds.get("has_orders")
+            is_title = len(own) <= 60 or sieve.course or course.orders(title, options)
             return own if is_title and not _says_nothing(own) else title
 
         return accepted

@@ -2300,18 +2300,21 @@ async def finished(queue: GenerationQueue, generation: Generation) -> Answer:
 
 # How servers say that a prompt does not fit their context, and the figures that they give: what it holds, what the
 # prompt has, what was to be written. Sources: llama.cpp 17284 and its older wording; ollama llm/llama_server.go; vllm
-# 42474 and opencode PR 25230; sglang 4048; chat-ui 1149 (TGI); lmstudio-bug-tracker 546, openclaude 353; OpenAI,
-# Mistral, llama-cpp-python.
+# 42474, 36789 and opencode PR 25230; sglang 4048; chat-ui 1149 (TGI); lmstudio-bug-tracker 546, openclaude 353;
+# tensorrtllm_backend 565; SillyTavern 3543; cline 3120; gemini-cli 6678; OpenAI, Mistral, llama-cpp-python.
 TOO_LONG = (
-    r"context[ _](?:length|size|window)|maximum (?:model|context|input|allowed) length|max_new_tokens"
-    r"|prompt is too long|`inputs` must have less than|exceed_context_size|context the overflows|\bn_keep\b"
+    r"context[ _](?:length|size|window|limit)|maximum (?:model|context|input|allowed|prompt|sequence) length"
+    r"|(?:prompt|input) is too long|`inputs` must have less than|exceed_context_size|context the overflows|\bn_keep\b"
+    r"|max_new_tokens|max_seq_len|too many tokens: |number of tokens allowed|must be at least 1, got -"
 )
 FIGURES = (
-    r"n_ctx\D{1,4}(\d+)|context (?:length|size|window)(?: is| of)?(?: only)? \(?(\d+)"
-    r"|model length of (\d+)|(\d+) maximum|<= (\d+)|less than (\d+)|allowed length \((\d+)",
-    r"(?:n_prompt_tokens|n_keep)\D{1,4}(\d+)|(\d+) (?:tokens )?(?:in|from) the (?:input )?messages"
-    r"|first (\d+) tokens|(\d+) (?:`inputs`|input) tokens|(?:request|input|tokens|length) \((\d+)|\(length (\d+)"
-    r"|(?:resulted in|contains|Given:|too long:) (\d+)",
+    r"(?:n_ctx|max_seq_len)\D{1,4}(\d+)|context (?:length|size|window)(?: is| of)?(?: only)? \(?(\d+)|exceed (\d+)"
+    r"|(?:model|sequence) length of (\d+)|maximum (?:prompt )?length (?:is )?(\d+)|(\d+) maximum|<= (\d+)"
+    r"|less than (\d+)|(?:maximum \w+ length|tokens allowed) \((\d+)",
+    r"(?:n_prompt_tokens|n_keep)\D{1,4}(\d+)|(\d+) (?:tokens )?(?:in|from) (?:the (?:input )?messages|your prompt)"
+    r"|first (\d+) tokens|(\d+) (?:`inputs`|input) tokens|(?:request|input|tokens|length|count) \((\d+)"
+    r"|(?:\(|(?:total|prompt|input|request) )length (\d+)"
+    r"|(?:resulted in|contains|Given:|too long:|received|got) (\d+)",
     r"(\d+) (?:tokens )?(?:in|for) the completion|(\d+) (?:`max_new_tokens`|output tokens)|is too large: (\d+)",
 )
 # A fault of the model's in its server's own words, of which none is from the request. Sources: ollama server/sched.go
@@ -2528,7 +2531,7 @@ class Engine:
     def _meaning(self, status: int, message: str, prompt: Prompt, retry_after: float | None = None) -> ApiError | None:
         """What a client is told of a refusal, or of an error in mid-stream, where that is known."""
         # A server that died repeats the last line of its log, which may tell of another prompt (Ollama 0.32).
-        if re.search(f"(?i){TOO_LONG}", message) and "terminated" not in message:
+        if status == 413 or (re.search(f"(?i){TOO_LONG}", message) and status != 429 and "terminated" not in message):
             limit, tokens, answer = (_figure(pattern, message) for pattern in FIGURES)
             if limit and (tokens or limit) + (answer or 0) >= limit:
                 self.context = limit
@@ -2748,7 +2751,8 @@ class OpenAIEngine(Engine):
 
     def read(self, record: dict[str, Any], prompt: Prompt) -> Record:
         choice: dict[str, Any] = next(iter(record.get("choices") or []), {})
-        delta, usage = choice.get("delta") or {}, record.get("usage") or {}
+        # A server that does not stream answers with a `message`.
+        delta, usage = choice.get("delta") or choice.get("message") or {}, record.get("usage") or {}
         content = delta.get("content") or ""
         thought = delta.get("reasoning_content") or delta.get("reasoning") or content
         if not isinstance(content, str):  # a list of parts, of which some are thoughts (Mistral)

@@ -190,9 +190,11 @@ CASES = HERE.parent / "shared" / "cases" / "engines.jsonl"
 KNOTS = json.dumps({"badge_name": "Knots", "badge_description": "Ties knots.", "criteria": {"narrative": "Tied six."}})
 BROKEN = b'data: {"id": "7", "choices": [], "error": {"message": "CUDA out of memory"}}\n\n'
 OLD_BROKEN = b'data: {"object": "error", "message": "CUDA out of memory", "code": 500}\n\n'
+WHOLE = {"object": "chat.completion", "choices": [{"message": {"content": KNOTS}, "finish_reason": "stop"}]}
 OWN_CASES: list[tuple[str, str, list[bytes], dict[str, Any]]] = [  # name, engine, what it sends, what is wanted
     ("count of the uncached part only", "ollama", ndjson(KNOTS, prompt_eval_count=9), {}),
     ("empty lines, comments", "openai", [b"data:\n\ndata: \n\n: ping\n\nevent: message\n", *sse(KNOTS)], {}),
+    ("an answer that is no stream", "openai", [json.dumps(WHOLE).encode()], {}),
     ("a text in parts", "openai", sse({"content": [{"type": "text", "text": KNOTS}]}), {"tokens_lack": "type"}),
     ("the engine's filter", "openai", sse(KNOTS[:40], finish="content_filter"), {"detail_has": "filter"}),
     ("an error behind other keys", "openai", [*sse(KNOTS[:40])[:1], BROKEN], {"detail_has": "(out of memory)"}),
@@ -296,6 +298,19 @@ TOO_LONG: dict[str, tuple[type[ScriptedEngine], int, Any, int | None, int | None
     "OpenAI": (ScriptedOpenAI, 400, {"message": "This model's maximum context length is 128,000 tokens. However, your "
         "messages resulted in 204,308 tokens. Please reduce the length of the messages.", "param": "messages",
         "code": "context_length_exceeded"}, 128000, 204308),
+    "vLLM 0.17": (ScriptedOpenAI, 400, {**VLLM, "message": "Input length (11680) exceeds model's maximum context "
+        "length (4096)."}, 4096, 11680),
+    "vLLM 0.16": (ScriptedOpenAI, 400, {**VLLM, "param": "max_tokens", "message": "max_tokens must be at least 1, got "
+        "-7584. (parameter=max_tokens, value=-7584)"}, None, None),
+    "TensorRT-LLM": (ScriptedOpenAI, 400, {"message": "Prompt length (8219) exceeds maximum input length (8192)"},
+        8192, 8219),
+    "TabbyAPI": (ScriptedOpenAI, 400, {"message": "Request length 71599 + 2048 is greater than max_seq_len 65536"},
+        65536, 71599),
+    "xAI": (ScriptedOpenAI, 400, b'{"code": "Client specified an invalid argument", "error": "This model\'s maximum '
+        b'prompt length is 131072 but the request contains 136973 tokens."}', 131072, 136973),
+    "Gemini": (ScriptedOpenAI, 400, {"code": 400, "message": "The input token count (317740) exceeds the maximum "
+        "number of tokens allowed (131072).", "status": "INVALID_ARGUMENT"}, 131072, 317740),
+    "a proxy": (ScriptedOpenAI, 413, b"<html><h1>413 Request Entity Too Large</h1></html>", None, None),
     "Ollama 0.24": (ScriptedOllama, 400, "the input length exceeds the context length", 6144, None),
     "Ollama 0.30": (ScriptedOllama, 400, json.dumps({"error": {"code": 400, "message": "request (7515 tokens) exceeds "
         "the available context size (6144 tokens), try increasing it", "type": "exceed_context_size_error",

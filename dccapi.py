@@ -2326,7 +2326,8 @@ CANNOT_RUN = (
 )
 FILTERED = "The language model's content filter stopped it. Change the content, or ask its operator about the filter."
 # The parts of a request that a server may refuse, and the words by which its refusal names them. Sources:
-# openai-agents-python 442, Flowise 2866, obsidian-copilot 1477, TGI 2899, langchainjs PR 6888.
+# openai-agents-python 442, Flowise 2866, obsidian-copilot 1477, TGI 2899, langchainjs PR 6888; of chat templates:
+# autogen 1037, ramalama 2425.
 OPTIONAL_PARTS = {
     "stream_options": r"stream_options|include_usage",
     "max_tokens": r"\bmax_tokens\b",
@@ -2338,7 +2339,7 @@ OPTIONAL_PARTS = {
     "json_object": r"response_format|response format|json_object",
     "chat_template_kwargs": r"chat_template_kwargs|enable_thinking",
     "think": r"\bthink(?:ing)?\b",
-    "system": r"system (?:message|role|prompt|instruction)|role\W+system|'system'",
+    "system": r"system (?:message|role|prompt|instruction)|role\W+system|'system'|roles must alternate|only user and a",
     "format": r"\bformat\b|json_schema",
 }
 # Every reason for the end of a text that is known; any other is a failure.
@@ -2521,7 +2522,7 @@ class Engine:
         message = _message(await _whole(response))
         if error := self._meaning(status, message, prompt, float(retry_after) if retry_after.isdecimal() else None):
             raise error
-        if status in (400, 422) or (status == 500 and re.search(r"'body', |\bin format\b|\binvalid format\b", message)):
+        if status in (400, 422) or (status == 500 and re.search(r"'body', |\b(?:in|invalid) format\b|Jinja", message)):
             sent = [part for part in self.parts if part not in without]
             found = {part: re.search(f"(?i){OPTIONAL_PARTS[part]}", message) for part in sent}
             if named := {part: match.start() for part, match in found.items() if match}:

@@ -372,6 +372,22 @@ def _has(body: dict[str, Any], part: str) -> bool:
     return NAMES.get(part, part) in body
 
 
+WITHOUT_SYSTEM = [
+    (400, {**VLLM, "message": "Conversation roles must alternate user/assistant/user/assistant/..."}),
+    (500, {"code": 500, "message": "Error: Jinja Exception: Only user and assistant roles are supported!"}),
+]
+
+
+@pytest.mark.parametrize(("status", "error"), WITHOUT_SYSTEM)
+async def test_a_template_without_a_system_role_gets_the_instructions_from_the_user(status: int, error: Any) -> None:
+    def script(body: dict[str, Any], index: int) -> Script:
+        return Script(status=status, error=error) if _has(body, "system") else Script()
+
+    async with serving(ScriptedOpenAI(), script) as service:
+        assert (await badge_of(service))["response"] == BADGE
+        assert len(service.engine.calls) == 3  # refused once
+
+
 @pytest.mark.parametrize("part", REFUSED_PARTS)
 async def test_a_part_that_a_server_does_not_take_is_left_out_from_then_on(part: str) -> None:
     status, error = REFUSED_PARTS[part]

@@ -1500,7 +1500,7 @@ class Generation:
     queued_position: int = 0  # the position on arrival
     created: float = field(default_factory=time.monotonic)  # the event loop's clock
     followers: set[asyncio.Event] = field(default_factory=set)
-    grace: float = 0  # seconds that it goes on without a follower
+    kept_until: float = 0  # when it ends without a follower; the event loop's clock
     task: asyncio.Task[Answer] | None = None  # the engine call
     stop_reason: ApiError | None = None
     leaving: asyncio.TimerHandle | None = None  # ends it when nobody comes back
@@ -1760,26 +1760,25 @@ class GenerationQueue:
 
     @contextlib.contextmanager
     def following(self, generation: Generation, grace: float = 0) -> Iterator[asyncio.Event]:
-        """Follow a generation; when its last follower leaves it unfinished, it is cancelled after its grace."""
+        """Follow a generation; when all have left it unfinished, and the grace of each is over, it is cancelled."""
         changed = asyncio.Event()
         generation.followers.add(changed)
-        generation.grace = max(generation.grace, grace)
         if generation.leaving is not None:
             generation.leaving.cancel()
         try:
             yield changed
         finally:
             generation.followers.discard(changed)
-            if not generation.followers and generation.outcome is None and generation.grace < math.inf:
-                if generation.grace:
-                    loop = asyncio.get_running_loop()
-                    generation.leaving = loop.call_later(generation.grace, self.end, generation, Cancelled())
+            generation.kept_until = max(generation.kept_until, (now := self._loop.time()) + grace)
+            if not generation.followers and generation.outcome is None and generation.kept_until < math.inf:
+                if (until := generation.kept_until) > now:
+                    generation.leaving = self._loop.call_at(until, self.end, generation, Cancelled())
                 else:
                     self.end(generation, Cancelled())
 
     def keep(self, generation: Generation) -> None:
         """It runs to its end, followed or not."""
-        generation.grace = math.inf
+        generation.kept_until = math.inf
         if generation.leaving is not None:
             generation.leaving.cancel()
 

@@ -892,7 +892,7 @@ class BadgeReader:
         except BrokenBadge:  # what follows the last field does not matter
             self.done = not self.missing() and (self._cut or not self.closing)
             self.broken = not self.done
-        if self.is_whole:
+        if self.done and not self.missing():
             self._out.append(self.closing + "}")
         if self.done or self.broken:
             self.rest = self._text[self._at :]
@@ -921,10 +921,6 @@ class BadgeReader:
             raise InvalidModelOutput from None
         badge._tags = tuple(self.tags)
         return badge
-
-    @property
-    def is_whole(self) -> bool:
-        return self.done and not self.missing()
 
     def missing(self) -> list[str]:
         return [name for name in Badge.model_fields if name not in self.fields and name not in self.kept]
@@ -1134,7 +1130,7 @@ class Draft:
             text = reader.feed(piece)
             self.refused = self.refused or reader.refused
             if not self._silent:  # the last brace comes at the end: it may turn out to be an idea
-                self._told, rendered = reader, rendered + (text[:-1] if reader.is_whole else text)
+                self._told, rendered = reader, rendered + (text[:-1] if reader.done and not reader.missing() else text)
             if not (reader.done or reader.broken):
                 return rendered
             piece, self._reader = reader.rest, None
@@ -1164,7 +1160,7 @@ class Draft:
     def finish(self, cut: bool) -> str:
         """The last of the badge's JSON. Raises InvalidModelOutput; `cut` says that a token limit ended the text."""
         rendered, told = "", self._told
-        was_whole = told is not None and told.is_whole
+        was_whole = told is not None and told.done and not told.missing()
         if self._reader is not None and not self._silent:
             rendered = self._reader.finish(cut)
             self.written = self._reader

@@ -16,7 +16,7 @@ from reader import condense, review
 
 FEWEST_WORDS = 12  # of a text
 ENOUGH, ENOUGH_OF_ONE = 0.66, 0.5  # of the words of a sentence stand in the course, and in one sentence of it
-BEGINNING = 1000  # characters of a course, where it may say its title in other words than its headline
+BEGINNING = 300  # characters of a course, where it may say its title in other words than its headline
 LONGEST_HEADLINE = 60  # characters
 FEWEST_LETTERS = 20  # of what repeats the request
 LONGEST_ITEM = 180  # characters; a longer one without a full stop was cut by the engine's grammar
@@ -112,11 +112,14 @@ class Sieve:
         return not self.course or 3 * sum(key in self._grounds.places for key in keys) >= 2 * len(keys)
 
     def prefers(self, own: str, title: str) -> bool:
-        """Whether the course's own title is better: a headline of which the model's has nothing, as its beginning has
-        none of that."""
-        if not self.course or len(own) > LONGEST_HEADLINE or not set(_meaning(own)).isdisjoint(_meaning(title)):
+        """Whether the course's own title is better than a small model's: shorter than a sentence, or a headline of
+        which the model's has nothing, as the beginning of the course has nothing of that."""
+        if not self.course or not _meaning(own):
             return False
-        return bool(_meaning(own)) and title.casefold() not in " ".join(self.course[:BEGINNING].casefold().split())
+        if len(title) > LONGEST_HEADLINE > len(own):
+            return True
+        is_other = len(own) <= LONGEST_HEADLINE and set(_meaning(own)).isdisjoint(_meaning(title))
+        return is_other and title.casefold() not in " ".join(self.course[:BEGINNING].casefold().split())
 
     def more(self, field: str, before: Said) -> Iterator[str]:
         """Sentences of the course, as long as this text has too few of them or too few words."""

@@ -507,7 +507,10 @@ def document() -> dict[str, Any]:
             "license": {"name": "MIT", "identifier": "MIT"},
             "description": "Open Badges 3.0 drafts from course descriptions. Every path stands at the root as well.",
         },
-        "externalDocs": {"description": "The API with examples; README.md beside it names the rest.", "url": "docs/api.md"},
+        "externalDocs": {
+            "description": "The API with examples; README.md beside it names the rest.",
+            "url": "docs/api.md",
+        },
         "servers": [{"url": "/api/v1"}],
         "paths": paths,
         "components": {

@@ -1975,7 +1975,7 @@ class GenerationQueue:
         text = prompt.user.partition("</course>")[0].removeprefix("<course>\n")  # as much as the model has read
         lists = {name: part for name, part in prompt.schema["properties"].items() if name in Badge.model_fields}
         counts = {name: (part["minItems"], part["maxItems"]) for name, part in lists.items() if "items" in part}
-        return sieve(text, course.language, request.given_texts(), counts)
+        return sieve(text, course.language, request.given_texts(), counts, is_tiny=self.engine.is_tiny)
 
     def _title(self, prompt: Prompt, sieve: Sieve, first: bool) -> Callable[[str], str | None]:
         """What becomes of a title without a word of the course: the first is refused, the next becomes the course's.
@@ -2364,7 +2364,7 @@ class Engine:
     """A language model's server: a prompt in, pieces of text out, a Usage at the end."""
 
     defaults: Mapping[str, Any] = {}  # sampling where the client gave none
-    sifts = False  # whether its models are so small that what the course does not bear is left out
+    sifts = is_tiny = False  # whether its models are so small that what the course does not bear is left out
     path = ""  # of a generation
     remedy = ""  # for an operator whose server is down
     parts: Sequence[str] = ()  # of OPTIONAL_PARTS, those that a request has
@@ -2774,6 +2774,7 @@ class OpenAIEngine(Engine):
         return [model["id"] for model in models]
 
 
+TINY = 400 * 10**6  # bytes of a model's file; half a billion parameters in four bits
 CHILD_SAYS = "dccapi engine: "  # libraries write to the child's stdout too
 
 
@@ -2794,6 +2795,7 @@ class EmbeddedEngine(OpenAIEngine):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
+        self.is_tiny = cast(Path, settings.model_path).stat().st_size < TINY
         self._key = secrets.token_urlsafe(16)  # other users of this machine can reach the child's port
         self._headers = {"authorization": f"Bearer {self._key}"}
         self._ready, self._ended = asyncio.Event(), asyncio.Event()

@@ -54,8 +54,10 @@ from datetime import UTC, datetime
 from difflib import get_close_matches
 from functools import partial
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, cast
+from urllib.parse import quote
 
 import aiohttp
 import h2.connection
@@ -105,7 +107,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from reader import review
-from reader.sieve import Sieve
+from reader.sieve import MARKUP, Sieve
 
 __version__ = "0.2.0"
 
@@ -118,7 +120,8 @@ log = logging.getLogger("dccapi")
 MAX_FINISHED = 256  # finished generations that are remembered (contract 3.6)
 READERS = 4  # processes at most, of about 40 MB each; they are started when they are needed
 OVERTAKEN_AFTER = 0.5  # seconds that the queue waits for a course to be read
-TEXT_TIMEOUT, DOCUMENT_TIMEOUT = 5, 30  # seconds that the markup of a course, or a document, may take
+# By the clock; `reader` bounds the time of the processor to 5 and 15 seconds, which takes longer on a busy machine.
+TEXT_TIMEOUT, DOCUMENT_TIMEOUT = 15, 45
 MAX_LINE = 4 * 2**20  # of an engine's answer; Ollama's last line carries the context, about 6 bytes a token
 MAX_OUTPUT_CHARS = 2**18  # of one generation: 4,096 tokens of 64 characters
 MAX_BLANK_RUN = 200  # white space in a row; models loop on it under `format` (ollama 2577)
@@ -342,13 +345,13 @@ class BodyTimeout(ApiError, status=408):
 class IdempotencyConflict(ApiError, status=409):
     text = "This Idempotency-Key was used with another body. Use a new key for a new request."
 class BodyTooLarge(ApiError, status=413):
-    text = "The body is too large. Send less."
+    text = "The body is too large. Send less; /docs/api.md says how documents are sent."
 class ContentTooLong(ApiError, status=413):
     text = "The content does not fit the model's context. Shorten it, or write a badge for each part of the course."
 class UriTooLong(ApiError, status=414):
     text = "The query is too long. POST long content to /generate/stream."
 class UnsupportedMediaType(ApiError, status=415):
-    text = "Send the body as application/json."
+    text = "Send the body as application/json, or a document as multipart/form-data; /docs/api.md shows both."
 class DocumentBroken(ApiError, status=422):
     text = "The document cannot be read: it is damaged, or too much for the parser. Send its text."
 class DocumentEncrypted(ApiError, status=422):
@@ -368,9 +371,9 @@ class InvalidModelOutput(ApiError, status=502):
 class QueueFull(ApiError, status=503, retry_after=5):
     text = "Too many badges are waiting to be written. Try again after the time in Retry-After."
 class EngineUnreachable(ApiError, status=503, retry_after=5):
-    text = "The language model's server does not answer. Try again later; /health says more."
+    text = "The language model's server does not answer. Try again later; /health and /docs/troubleshooting.md help."
 class ModelMissing(ApiError, status=503, retry_after=30):
-    text = "The language model's server runs but does not have the model. Create it; /health names it."
+    text = "The language model's server does not have the model; /health names it, /docs/troubleshooting.md helps."
 class ShuttingDown(ApiError, status=503, retry_after=5):
     text = "The service is being stopped or restarted. Try again in a moment."
 class Cancelled(ApiError, status=503, retry_after=1):
@@ -440,7 +443,8 @@ def _invalid_request(
     told = [f"{'.'.join(map(str, place)) or 'the request'} {message}" for place, message, _ in faults]
     for name in unknown:
         known = GenerateRequest.model_fields
-        if meant := [MISTAKEN[name]] if name in MISTAKEN else get_close_matches(name, known, 1, 0.7):
+        last = name.rpartition(".")[2]
+        if meant := [MISTAKEN[last]] if last in MISTAKEN else get_close_matches(last, known, 1, 0.7):
             told.append(f"{name} is not known here, {meant[0]} is")
     errors = [{"loc": [*place], "msg": message, "type": type} for place, message, type in faults]
     return InvalidRequest(f"The request is not valid: {'; '.join(told)}.", errors=errors)
@@ -567,7 +571,7 @@ class GenerateRequest(StreamOptions, BadgeOptions):
     seed: Annotated[Annotated[int, Field(ge=-(2**53), le=2**53)] | None, Whole] = None
     badge_configuration: BadgeOptions | None = Field(None, description="Another place for the options.")
     language: str | None = Field(
-        None, pattern=r"^[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*$", description="Of the badge (BCP 47); else the course's."
+        None, pattern=r"^[A-Za-z]{2,3}(-[A-Za-z0-9]{1,8})*$", description="Of the badge (BCP 47); else the course's."
     )
     long_content: Literal["condense", "refuse"] = Field("condense", description="What is done if it does not fit.")
     skills: bool = Field(True, description="Name the skills that the badge stands for.")
@@ -592,7 +596,11 @@ class GenerateRequest(StreamOptions, BadgeOptions):
     @classmethod
     def unknown(cls, document: Mapping[str, Any]) -> list[str]:
         """The fields of a request that are not known, and ignored."""
-        return [name for name in document if name not in cls.model_fields and name not in OTHER_NAMES]
+        inner = document.get("badge_configuration")
+        names = {name: name in cls.model_fields for name in document}
+        if isinstance(inner, dict):
+            names |= {f"badge_configuration.{name}": name in BadgeOptions.model_fields for name in inner}
+        return [name for name, known in names.items() if not known and name.rpartition(".")[2] not in OTHER_NAMES]
 
     def fingerprint(self) -> bytes:
         """What an `Idempotency-Key` stands for: the fields, not how they are delivered."""
@@ -655,6 +663,10 @@ class Course:
     language: str = "und"  # BCP 47
     notes: Sequence[dict[str, Any]] = ()  # for the review: what was repaired or left out
     grounds: Mapping[str, Any] = field(default_factory=dict)  # of its titles, see `reader.review`
+
+    def orders(self, title: str, options: Sequence[str]) -> bool:
+        grounds = self.grounds
+        return bool(grounds) and (grounds["has_orders"] or review.title_is_ordered(title, grounds, options))
 
     def has_word_of(self, title: str, options: Sequence[str]) -> bool:
         return not self.grounds or review.title_is_from_course(title, self.grounds, options)
@@ -832,6 +844,7 @@ MAX_READ = 2**19  # characters of the objects of one text that are read in searc
 NOT_PROSE = re.compile(r"[\W_]*+(?:json)?+[\W_]*+", re.I)  # before an object: nothing, or the fence of a code block
 BULLET = re.compile(r"\A\s*(?:[-*•]\s+)?")
 STRING_RUN = re.compile(r'[^"\\]+')
+PLAIN = re.compile(r'[^"\\<&]*\Z')
 ESCAPE = re.compile(r'\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|["\\/bfnrt]|[^u])')
 ESCAPE_BEGUN = re.compile(r"\\(?:u[0-9a-fA-F]{0,3}|u[dD][89abAB][0-9a-fA-F]{2}(?:\\(?:u[0-9a-fA-F]{0,3})?)?)?\Z")
 NOT_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -913,7 +926,7 @@ class BadgeReader:
         texts = {name: "".join(pieces) for name, pieces in self.fields.items()}
         if (
             not self.done
-            or any(map(_says_nothing, texts.values()))
+            or any(_says_nothing(text) or self._sieve.echoes(text) for text in texts.values())
             or re.search(r"[\n\t]", texts.get("badge_name", ""))
         ):
             raise InvalidModelOutput
@@ -954,7 +967,7 @@ class BadgeReader:
     def _field(self, name: str, first: str) -> Iterator[None]:
         """A text, or a list of texts, of the badge."""
         if name == "badge_name" and first == '"':
-            title = self._title((yield from self._string()).strip())
+            title = self._title(self._sieve.bare((yield from self._string())).strip())
             self.refused = title is None
         if first not in '"[' or (first == "[" and name == "badge_name") or self.refused:
             raise BrokenBadge
@@ -1003,9 +1016,9 @@ class BadgeReader:
         """
         yield from self._expect('"')
         parts: list[str] = []
-        begun, blank = False, ""  # white space counts once more text follows
+        begun, blank, held = False, "", ""  # white space counts once more text follows, and markup once it ends
         while True:
-            self.plain = begun and not blank
+            self.plain = begun and not (blank or held)
             try:
                 mark = yield from self._more()
             except BrokenBadge:
@@ -1015,11 +1028,16 @@ class BadgeReader:
             self.plain = False
             if mark == '"':
                 self._at += 1
+                if held:
+                    self._write(blank + held)
                 return "".join(parts)
             part = yield from self._characters()
             if not write:
                 parts.append(part)
                 continue
+            part = held + part
+            at = self._sieve.unfinished(part)
+            part, held = self._sieve.bare(part[:at]), part[at:]
             part = blank + part if begun else part.lstrip()
             said = part.rstrip()
             blank = part[len(said) :][:MAX_BLANK_RUN]
@@ -1051,7 +1069,7 @@ class BadgeReader:
             if mark == '"':
                 text = yield from self._string()
                 if depth == 1:
-                    strings.append(NOT_TEXT.sub("", text))
+                    strings.append(NOT_TEXT.sub("", self._sieve.bare(text)))
             elif mark in "]}" and depth == 0:
                 return  # of the object around it
             else:
@@ -1127,8 +1145,8 @@ class Draft:
                 return rendered
             text = reader.feed(piece)
             self.refused = self.refused or reader.refused
-            if not self._silent:
-                self._told, rendered = reader, rendered + text
+            if not self._silent:  # the last brace comes at the end: it may turn out to be an idea
+                self._told, rendered = reader, rendered + (text[:-1] if reader.done and not reader.missing() else text)
             if not (reader.done or reader.broken):
                 return rendered
             piece, self._reader = reader.rest, None
@@ -1165,10 +1183,8 @@ class Draft:
         with contextlib.suppress(InvalidModelOutput):
             if self.written is not None:
                 self.badge = self.written.badge()
-                return rendered
+                return "}" if was_whole else rendered
         self.badge, rendered = self._last_whole("".join(self._raw), cut)
-        if told is None or was_whole:
-            return "" if was_whole else rendered
         return self.joint_after() + rendered[1:]
 
     def joint_after(self) -> str:
@@ -1208,7 +1224,7 @@ class Draft:
 
 def _is_plain(piece: str) -> bool:
     """Whether there is nothing to decode, to trim or to end in a piece of a text."""
-    return piece.isprintable() and not ('"' in piece or "\\" in piece or piece[-1:] in " ")
+    return piece.isprintable() and piece[-1:] not in " " and PLAIN.match(piece) is not None
 
 
 def parse_badge(text: str, *, cut: bool = False, kept: Mapping[str, Any] = {}) -> Badge:
@@ -1496,7 +1512,7 @@ class Generation:
     queued_position: int = 0  # the position on arrival
     created: float = field(default_factory=time.monotonic)  # the event loop's clock
     followers: set[asyncio.Event] = field(default_factory=set)
-    grace: float = 0  # seconds that it goes on without a follower
+    kept_until: float = 0  # when it ends without a follower; the event loop's clock
     task: asyncio.Task[Answer] | None = None  # the engine call
     stop_reason: ApiError | None = None
     leaving: asyncio.TimerHandle | None = None  # ends it when nobody comes back
@@ -1756,26 +1772,25 @@ class GenerationQueue:
 
     @contextlib.contextmanager
     def following(self, generation: Generation, grace: float = 0) -> Iterator[asyncio.Event]:
-        """Follow a generation; when its last follower leaves it unfinished, it is cancelled after its grace."""
+        """Follow a generation; when all have left it unfinished, and the grace of each is over, it is cancelled."""
         changed = asyncio.Event()
         generation.followers.add(changed)
-        generation.grace = max(generation.grace, grace)
         if generation.leaving is not None:
             generation.leaving.cancel()
         try:
             yield changed
         finally:
             generation.followers.discard(changed)
-            if not generation.followers and generation.outcome is None and generation.grace < math.inf:
-                if generation.grace:
-                    loop = asyncio.get_running_loop()
-                    generation.leaving = loop.call_later(generation.grace, self.end, generation, Cancelled())
+            generation.kept_until = max(generation.kept_until, (now := self._loop.time()) + grace)
+            if not generation.followers and generation.outcome is None and generation.kept_until < math.inf:
+                if (until := generation.kept_until) > now:
+                    generation.leaving = self._loop.call_at(until, self.end, generation, Cancelled())
                 else:
                     self.end(generation, Cancelled())
 
     def keep(self, generation: Generation) -> None:
         """It runs to its end, followed or not."""
-        generation.grace = math.inf
+        generation.kept_until = math.inf
         if generation.leaving is not None:
             generation.leaving.cancel()
 
@@ -1970,13 +1985,15 @@ class GenerationQueue:
     def _sieve(self, prompt: Prompt) -> Sieve:
         """What leaves out repetitions; with small models also what the course does not bear, for which it has words."""
         request, course = prompt.request, prompt.course
+        asked = f"{prompt.system}\n{prompt.user.rpartition(chr(10))[2]}"
+        sieve = partial(Sieve, request=asked, keeps_markup=MARKUP.search(course.text) is not None)
         is_short = word_count(course.text) < FEWEST_TO_SIFT  # then hardly a sentence is left
         if is_short or not self.engine.sifts or request.language not in (None, course.language):
-            return ONLY_REPETITIONS
+            return sieve()
         text = prompt.user.partition("</course>")[0].removeprefix("<course>\n")  # as much as the model has read
         lists = {name: part for name, part in prompt.schema["properties"].items() if name in Badge.model_fields}
         counts = {name: (part["minItems"], part["maxItems"]) for name, part in lists.items() if "items" in part}
-        return Sieve(text, course.language, request.given_texts(), counts)
+        return sieve(text, course.language, request.given_texts(), counts, is_tiny=self.engine.is_tiny)
 
     def _title(self, prompt: Prompt, sieve: Sieve, first: bool) -> Callable[[str], str | None]:
         """What becomes of a title without a word of the course: the first is refused, the next becomes the course's.
@@ -1989,17 +2006,18 @@ class GenerationQueue:
         if is_wanted or request.language not in (None, course.language) or word_count(course.text[:1000]) < 8:
             return str  # by a person who looks at it; in other words than the course's; there is nothing to compare
 
+        own = " ".join(NOT_TEXT.sub("", course.grounds.get("title", "")).split())
+
         def accepted(title: str) -> str | None:
             says_nothing = _says_nothing(title)
-            if not says_nothing and sieve.bears(title) and course.has_word_of(title, options):
-                return title
+            if not says_nothing and course.has_word_of(title, options) and sieve.bears(title):
+                return own if sieve.prefers(own, title) else title
             if says_nothing and not sieve.course:
                 return title
             if first:
                 return None
-            own = " ".join(NOT_TEXT.sub("", course.grounds.get("title", "")).split())
             # The beginning of a text without a heading is a poor title, though better than what no course has.
-            is_title = len(own) <= 60 or sieve.course or course.grounds.get("has_orders")
+            is_title = len(own) <= 60 or sieve.course or course.orders(title, options)
             return own if is_title and not _says_nothing(own) else title
 
         return accepted
@@ -2150,11 +2168,15 @@ def described(error: BaseException) -> str:
 # ---- Views of a generation ------------------------------------------------------------------------------------------
 
 
-def sse(data: dict[str, Any] | bytes, *, id: str = "", event: str = "") -> bytes:
+def one_line(data: Any) -> bytes:
+    """JSON without U+0085, U+2028 and U+2029, which Python's and other clients take for the end of a line."""
+    return re.sub(rb"\xc2\x85|\xe2\x80[\xa8\xa9]", lambda end: b"\\u%04x" % ord(end[0].decode()), orjson.dumps(data))
+
+
+def sse(data: dict[str, Any], *, id: str, event: str = "") -> bytes:
     """One event (WHATWG HTML 9.2.6): a name only where given, one line of JSON."""
-    payload = data if isinstance(data, bytes) else orjson.dumps(data)
-    head = (f"event: {event}\n" if event else "") + (f"id: {id}\n" if id else "")
-    return b"%bdata: %b\n\n" % (head.encode(), payload)
+    head = (f"event: {event}\n" if event else "") + f"id: {id}\n"
+    return b"%bdata: %b\n\n" % (head.encode(), one_line(data))
 
 
 class EventEncoder:
@@ -2167,7 +2189,7 @@ class EventEncoder:
     def __init__(self, generation: Generation, options: StreamOptions, seen: int = 0) -> None:
         self.seen = seen
         self._generation, self._options = generation, options
-        self._escaped = bytearray(orjson.dumps(generation.text(seen))[1:-1])
+        self._escaped = bytearray(one_line(generation.text(seen))[1:-1])
         self._partial: dict[str, Any] = {}
         self._name = generation.id.encode()
 
@@ -2189,7 +2211,7 @@ class EventEncoder:
 
     def _token(self, piece: str) -> bytes:
         """What `sse` makes of a token, in one go."""
-        content = orjson.dumps(piece)
+        content = one_line(piece)
         if not self._options.accumulated:
             return b'id: %b.%d\ndata: {"type":"token","content":%b,"done":false}\n\n' % (self._name, self.seen, content)
         self._escaped += content[1:-1]
@@ -2295,18 +2317,21 @@ async def finished(queue: GenerationQueue, generation: Generation) -> Answer:
 
 # How servers say that a prompt does not fit their context, and the figures that they give: what it holds, what the
 # prompt has, what was to be written. Sources: llama.cpp 17284 and its older wording; ollama llm/llama_server.go; vllm
-# 42474 and opencode PR 25230; sglang 4048; chat-ui 1149 (TGI); lmstudio-bug-tracker 546, openclaude 353; OpenAI,
-# Mistral, llama-cpp-python.
+# 42474, 36789 and opencode PR 25230; sglang 4048; chat-ui 1149 (TGI); lmstudio-bug-tracker 546, openclaude 353;
+# tensorrtllm_backend 565; SillyTavern 3543; cline 3120; gemini-cli 6678; OpenAI, Mistral, llama-cpp-python.
 TOO_LONG = (
-    r"context[ _](?:length|size|window)|maximum (?:model|context|input|allowed) length|max_new_tokens"
-    r"|prompt is too long|`inputs` must have less than|exceed_context_size|context the overflows|\bn_keep\b"
+    r"context[ _](?:length|size|window|limit)|maximum (?:model|context|input|allowed|prompt|sequence) length"
+    r"|(?:prompt|input) is too long|`inputs` must have less than|exceed_context_size|context the overflows|\bn_keep\b"
+    r"|max_new_tokens|max_seq_len|too many tokens: |number of tokens allowed|must be at least 1, got -"
 )
 FIGURES = (
-    r"n_ctx\D{1,4}(\d+)|context (?:length|size|window)(?: is| of)?(?: only)? \(?(\d+)"
-    r"|model length of (\d+)|(\d+) maximum|<= (\d+)|less than (\d+)|allowed length \((\d+)",
-    r"(?:n_prompt_tokens|n_keep)\D{1,4}(\d+)|(\d+) (?:tokens )?(?:in|from) the (?:input )?messages"
-    r"|first (\d+) tokens|(\d+) (?:`inputs`|input) tokens|(?:request|input|tokens|length) \((\d+)|\(length (\d+)"
-    r"|(?:resulted in|contains|Given:|too long:) (\d+)",
+    r"(?:n_ctx|max_seq_len)\D{1,4}(\d+)|context (?:length|size|window)(?: is| of)?(?: only)? \(?(\d+)|exceed (\d+)"
+    r"|(?:model|sequence) length of (\d+)|maximum (?:prompt )?length (?:is )?(\d+)|(\d+) maximum|<= (\d+)"
+    r"|less than (\d+)|(?:maximum \w+ length|tokens allowed) \((\d+)",
+    r"(?:n_prompt_tokens|n_keep)\D{1,4}(\d+)|(\d+) (?:tokens )?(?:in|from) (?:the (?:input )?messages|your prompt)"
+    r"|first (\d+) tokens|(\d+) (?:`inputs`|input) tokens|(?:request|input|tokens|length|count) \((\d+)"
+    r"|(?:\(|(?:total|prompt|input|request) )length (\d+)"
+    r"|(?:resulted in|contains|Given:|too long:|received|got) (\d+)",
     r"(\d+) (?:tokens )?(?:in|for) the completion|(\d+) (?:`max_new_tokens`|output tokens)|is too large: (\d+)",
 )
 # A fault of the model's in its server's own words, of which none is from the request. Sources: ollama server/sched.go
@@ -2318,7 +2343,8 @@ CANNOT_RUN = (
 )
 FILTERED = "The language model's content filter stopped it. Change the content, or ask its operator about the filter."
 # The parts of a request that a server may refuse, and the words by which its refusal names them. Sources:
-# openai-agents-python 442, Flowise 2866, obsidian-copilot 1477, TGI 2899, langchainjs PR 6888.
+# openai-agents-python 442, Flowise 2866, obsidian-copilot 1477, TGI 2899, langchainjs PR 6888; of chat templates:
+# autogen 1037, ramalama 2425.
 OPTIONAL_PARTS = {
     "stream_options": r"stream_options|include_usage",
     "max_tokens": r"\bmax_tokens\b",
@@ -2330,7 +2356,7 @@ OPTIONAL_PARTS = {
     "json_object": r"response_format|response format|json_object",
     "chat_template_kwargs": r"chat_template_kwargs|enable_thinking",
     "think": r"\bthink(?:ing)?\b",
-    "system": r"system (?:message|role|prompt|instruction)|role\W+system|'system'",
+    "system": r"system (?:message|role|prompt|instruction)|role\W+system|'system'|roles must alternate|only user and a",
     "format": r"\bformat\b|json_schema",
 }
 # Every reason for the end of a text that is known; any other is a failure.
@@ -2356,7 +2382,7 @@ class Engine:
     """A language model's server: a prompt in, pieces of text out, a Usage at the end."""
 
     defaults: Mapping[str, Any] = {}  # sampling where the client gave none
-    sifts = False  # whether its models are so small that what the course does not bear is left out
+    sifts = is_tiny = False  # whether its models are so small that what the course does not bear is left out
     path = ""  # of a generation
     remedy = ""  # for an operator whose server is down
     parts: Sequence[str] = ()  # of OPTIONAL_PARTS, those that a request has
@@ -2513,7 +2539,7 @@ class Engine:
         message = _message(await _whole(response))
         if error := self._meaning(status, message, prompt, float(retry_after) if retry_after.isdecimal() else None):
             raise error
-        if status in (400, 422) or (status == 500 and re.search(r"'body', |\bin format\b|\binvalid format\b", message)):
+        if status in (400, 422) or (status == 500 and re.search(r"'body', |\b(?:in|invalid) format\b|Jinja", message)):
             sent = [part for part in self.parts if part not in without]
             found = {part: re.search(f"(?i){OPTIONAL_PARTS[part]}", message) for part in sent}
             if named := {part: match.start() for part, match in found.items() if match}:
@@ -2523,7 +2549,7 @@ class Engine:
     def _meaning(self, status: int, message: str, prompt: Prompt, retry_after: float | None = None) -> ApiError | None:
         """What a client is told of a refusal, or of an error in mid-stream, where that is known."""
         # A server that died repeats the last line of its log, which may tell of another prompt (Ollama 0.32).
-        if re.search(f"(?i){TOO_LONG}", message) and "terminated" not in message:
+        if status == 413 or (re.search(f"(?i){TOO_LONG}", message) and status != 429 and "terminated" not in message):
             limit, tokens, answer = (_figure(pattern, message) for pattern in FIGURES)
             if limit and (tokens or limit) + (answer or 0) >= limit:
                 self.context = limit
@@ -2743,7 +2769,8 @@ class OpenAIEngine(Engine):
 
     def read(self, record: dict[str, Any], prompt: Prompt) -> Record:
         choice: dict[str, Any] = next(iter(record.get("choices") or []), {})
-        delta, usage = choice.get("delta") or {}, record.get("usage") or {}
+        # A server that does not stream answers with a `message`.
+        delta, usage = choice.get("delta") or choice.get("message") or {}, record.get("usage") or {}
         content = delta.get("content") or ""
         thought = delta.get("reasoning_content") or delta.get("reasoning") or content
         if not isinstance(content, str):  # a list of parts, of which some are thoughts (Mistral)
@@ -2765,6 +2792,7 @@ class OpenAIEngine(Engine):
         return [model["id"] for model in models]
 
 
+TINY = 400 * 10**6  # bytes of a model's file; half a billion parameters in four bits
 CHILD_SAYS = "dccapi engine: "  # libraries write to the child's stdout too
 
 
@@ -2785,6 +2813,7 @@ class EmbeddedEngine(OpenAIEngine):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
+        self.is_tiny = cast(Path, settings.model_path).stat().st_size < TINY
         self._key = secrets.token_urlsafe(16)  # other users of this machine can reach the child's port
         self._headers = {"authorization": f"Bearer {self._key}"}
         self._ready, self._ended = asyncio.Event(), asyncio.Event()
@@ -2909,6 +2938,7 @@ OPEN_PATHS = {"/", "/demo", "/docs", "/openapi.json", "/livez", "/readyz"}  # no
 
 DEMO = HERE / "examples" / "demo.html"
 OPENAPI = HERE / "examples" / "openapi.json"  # `make openapi` writes it
+DOCUMENTS = {path.name: path for path in (*HERE.glob("README.md"), *HERE.glob("docs/*.md"))}
 DOCS_FILES = ("swagger-ui.css", "swagger-ui-bundle.js", "favicon-32x32.png")
 DOCS_PAGE = """<!doctype html>
 <html lang="en">
@@ -2970,12 +3000,12 @@ class Api:
     async def generate(self, request: Request, model: type[GenerateRequest] = GenerateRequest) -> Response:
         """A badge as JSON, as events, or later: the client's `Prefer`, `Accept` and `stream` choose."""
         body, generation = await self._posted(request, model)
-        if "respond-async" in ",".join(request.headers.getlist("prefer")):
+        if "respond-async" in ",".join(request.headers.getlist("prefer")).lower():
             self.queue.keep(generation)
             location = f"{request.state.prefix}/api/v1/generations/{generation.id}"
             headers = {"location": location, "preference-applied": "respond-async"}
             return as_json(accepted(generation, request.state.prefix), 202, headers | queue_position(generation))
-        if body.stream or "text/event-stream" in request.headers.get("accept", ""):
+        if body.stream or "text/event-stream" in request.headers.get("accept", "").lower():
             return EventStreamResponse(self.queue, generation, body)
         answer = await finished(self.queue, generation)
         return as_json(answer.model_dump(), headers=queue_position(generation))
@@ -2989,10 +3019,9 @@ class Api:
 
     async def eventsource(self, request: Request) -> Response:
         """The same for an EventSource; one that comes back goes on where it was."""
-        fields = dict(request.query_params)
+        fields = with_objects(request.query_params)
         request.state.ignored = GenerateRequest.unknown(fields)
-        read = partial(GenerateRequest.model_validate_strings, strict=False)
-        body = validated(read, fields, request.state.ignored)
+        body = validated(partial(GenerateRequest.model_validate_strings, strict=False), fields, request.state.ignored)
         if last := request.headers.get("last-event-id"):
             return self._resumed(last, body)
         generation = await self._submitted(request, body)
@@ -3023,14 +3052,17 @@ class Api:
         try:
             async with request.form(max_files=1, max_fields=64, max_part_size=self.settings.max_body_bytes) as form:
                 for name, value in form.items():
-                    if isinstance(value, str):
-                        fields[name] = value
-                    elif name == "file":
-                        chunks, file_name, media_type = iter_file(value), value.filename or "", value.content_type or ""
-                        said = await self._read(chunks, file_name, media_type, request.state.client)
+                    if name == "file":  # one that is sent without the name of a file is a text
+                        file = UploadFile(BytesIO(value.encode())) if isinstance(value, str) else value
+                        named = file.filename or "", file.content_type or ""
+                        said = await self._read(iter_file(file), *named, request.state.client)
+                    else:
+                        fields[name] = value if isinstance(value, str) else ""
         except HTTPException as error:
+            if "maximum size" in error.detail:
+                raise BodyTooLarge(f"A field may have {self.settings.max_body_bytes} bytes here.") from None
             raise invalid_fields({("body",): f"is no form with one file: {error.detail}"}) from None
-        return fields, said
+        return with_objects(fields), said
 
     async def _read(self, chunks: AsyncIterator[bytes], name: str, media_type: str, client: str) -> dict[str, Any]:
         """What `reader` says of a document, which it is handed as a file."""
@@ -3073,8 +3105,6 @@ class Api:
             with self.queue.reading(request.state.client):
                 document, said = await self._form(request)
             validate = partial(model.model_validate_strings, strict=False)
-            for name in {"badge", "badge_configuration"} & document.keys():
-                document[name] = json_object(document[name])
             if said is not None:
                 document, notes = document | {"content": said["content"]}, said["notes"]
         else:
@@ -3240,7 +3270,10 @@ class Api:
         return page(DOCS_PAGE, script="'self'", style="'self' 'unsafe-inline'", img="'self' data:")
 
     async def docs_file(self, request: Request) -> Response:
+        """A part of Swagger UI, or a document: browsers show plain text."""
         file = request.path_params["file"]
+        if file in DOCUMENTS:
+            return FileResponse(DOCUMENTS[file], headers={"cache-control": "no-cache"}, media_type="text/plain")
         if file not in DOCS_FILES:
             raise NotFound
         return FileResponse(swagger_ui.static_path / file, headers={"cache-control": "max-age=86400"})
@@ -3311,8 +3344,6 @@ async def json_body(request: Request) -> dict[str, Any]:
     is_json = media_type == "application/json" or media_type.endswith("+json")
     if not is_json and media_type != "text/plain":
         raise UnsupportedMediaType
-    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
-        raise UnsupportedMediaType("Send the body without Content-Encoding.", headers={"accept-encoding": "identity"})
     try:
         body = b"".join([chunk async for chunk in request.stream()])  # `request.body()` would keep it
         document = orjson.loads(body.removeprefix(b"\xef\xbb\xbf"))  # a byte-order mark
@@ -3324,12 +3355,13 @@ async def json_body(request: Request) -> dict[str, Any]:
     return document
 
 
-def json_object(text: str) -> Any:
-    """A field of a form that holds JSON; what is none is left to the validation."""
-    try:
-        return orjson.loads(text)
-    except ValueError:
-        return text
+def with_objects(texts: Mapping[str, str]) -> dict[str, Any]:
+    """The fields of a query or a form, of which two hold JSON; what is none is left to the validation."""
+    fields: dict[str, Any] = dict(texts)
+    for name in {"badge", "badge_configuration"} & fields.keys():
+        with contextlib.suppress(ValueError):
+            fields[name] = orjson.loads(fields[name])
+    return fields
 
 
 def _is_multipart(request: Request) -> bool:
@@ -3544,8 +3576,11 @@ class Exchange:
         self._held = size
 
     def _refusal(self, size: int) -> ApiError | None:
+        if self._headers.get(b"content-encoding", b"identity").strip().lower() != b"identity":
+            return UnsupportedMediaType("Send it without Content-Encoding.", headers={"accept-encoding": "identity"})
         if size > self._limit:
-            return BodyTooLarge(f"This is larger than the {self._limit / 2**20:.2g} MB that are taken here. Send less.")
+            told = f"This is larger than the {self._limit / 2**20:.2g} MB that are taken here."
+            return BodyTooLarge(f"{told} Send less; docs/api.md says how documents are sent.")
         return QueueFull("Too many requests have arrived in part. Send each at once.") if self._peer.is_full else None
 
     async def receive(self) -> Message:
@@ -3566,9 +3601,9 @@ class Exchange:
             self.status = message["status"]
             names = {name for name, _ in message["headers"]}
             marks = [(b"x-request-id", self._id.encode()), *DEFAULT_HEADERS]
-            ignored = [name for name in self._scope["state"].get("ignored", ()) if re.fullmatch(r"[!-+.-~]+", name)]
-            if ignored:
-                marks.append((b"x-ignored-fields", ", ".join(ignored[:20]).encode()))
+            if ignored := self._scope["state"].get("ignored", ())[:20]:
+                names_told = (re.sub(r"[^!-+\--~]+", lambda strange: quote(strange[0]), name[:64]) for name in ignored)
+                marks.append((b"x-ignored-fields", ", ".join(names_told).encode()))
             message["headers"] = [*message["headers"], *(mark for mark in marks if mark[0] not in names)]
         elif not message.get("more_body"):
             self._is_over = True
@@ -3987,6 +4022,8 @@ def set_up(config: Config, settings: Settings) -> None:
         if not name.startswith("_") and name not in vars(config):
             setattr(config, name, value)
     cast(Any, config).settings = settings
+    if settings.log_format == "json" and config.errorlog == "-":
+        config.errorlog = log  # its lines are JSON too
     config.ssl_handshake_timeout = min(config.ssl_handshake_timeout, settings.head_timeout)
 
 
@@ -4099,13 +4136,14 @@ def create_app(settings: Settings) -> Guard:
 
     app: ASGIApp = Admission(Router(api.routes(), lifespan=lifespan, redirect_slashes=False), settings, queue)
     app = ExceptionMiddleware(app, {Exception: as_problem, HTTPException: as_problem})
+    exposed = ["X-Request-ID", "X-Queue-Position", "X-Ignored-Fields", "Retry-After", "Location", "Preference-Applied"]
     app = CORSMiddleware(
         app,
         allow_origins=_listed(settings.allowed_origins),
         allow_origin_regex=None if settings.allowed_origins else LOOPBACK_PAGE,
         allow_methods=["GET", "POST", "DELETE"],
         allow_headers=["*"],
-        expose_headers=["X-Request-ID", "X-Queue-Position", "Retry-After", "Location", "Preference-Applied"],
+        expose_headers=exposed,
         max_age=86400,
     )
     return Guard(app, settings, queue)

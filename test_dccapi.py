@@ -121,6 +121,7 @@ DEFAULTS = {
     "enable_multiplexing": True, "max_per_client": 16, "connection_pool_size": 10, "keepalive_timeout": 30,
     "num_ctx": 6144, "keep_alive": "30m", "connect_timeout": 5, "first_token_timeout": 120, "token_timeout": 30,
     "generation_timeout": 300, "body_timeout": 10, "max_body_bytes": 262144, "resume_grace": 10, "result_ttl": 300,
+    "head_timeout": 10, "max_connections_per_client": 256, "max_upload_bytes": 20971520, "skills_index": None,
     "drain_timeout": 30, "heartbeat": 15, "allowed_origins": "", "log_level": "INFO", "log_format": "text",
     "model": "phi4badges", "workers": 4, "keys": {},
 }  # fmt: skip
@@ -145,7 +146,11 @@ VARIABLES: dict[str, tuple[str, Any]] = {  # each with a value other than its de
     "TOKEN_TIMEOUT": ("2", 2),
     "GENERATION_TIMEOUT": ("3", 3),
     "BODY_TIMEOUT": ("4", 4),
+    "HEAD_TIMEOUT": ("5", 5),
+    "MAX_CONNECTIONS_PER_CLIENT": ("9", 9),
     "MAX_BODY_BYTES": ("1000", 1000),
+    "MAX_UPLOAD_BYTES": ("2000", 2000),
+    "SKILLS_INDEX": ("skills.sqlite", Path("skills.sqlite")),
     "RESUME_GRACE": ("0", 0),
     "RESULT_TTL": ("6", 6),
     "DRAIN_TIMEOUT": ("0", 0),
@@ -192,6 +197,8 @@ WRONG = [
     ("ENABLE_MULTIPLEXING", "perhaps"),
     *[(name, "-1") for name in ("MAX_QUEUE", "RESUME_GRACE", "DRAIN_TIMEOUT")],
     *[(name, "0") for name in ("MAX_PER_CLIENT", "CONNECTION_POOL_SIZE", "NUM_CTX", "MAX_BODY_BYTES", "RESULT_TTL")],
+    *[(name, "0") for name in ("HEAD_TIMEOUT", "MAX_CONNECTIONS_PER_CLIENT", "MAX_UPLOAD_BYTES")],
+    *[("ALLOWED_ORIGINS", value) for value in ("lms.example.edu", "https://*.example.edu")],
     ("KEEP_ALIVE", "a while"),
     *[(f"{name}_TIMEOUT", value) for name, value in zip(
         ("KEEPALIVE", "CONNECT", "FIRST_TOKEN", "TOKEN", "GENERATION", "BODY"),
@@ -342,7 +349,7 @@ async def test_the_log_has_a_line_for_the_start_and_one_for_each_generation_with
         fields = json.loads(line)
         assert (fields["engine"], fields["finish_reason"], fields["tokens"]) == ("ollama", "stop", tokens)
         assert min(fields["queue_seconds"], fields["first_token_seconds"], fields["seconds"]) >= 0
-        assert all(json.loads(each) for each in server.log if each.startswith("{"))
+        assert all(json.loads(each) for each in server.log)
     else:
         assert re.search(
             rf"request_id=lms-7 .*engine=ollama .*queue_seconds=\d.*first_token_seconds=\d.*tokens={tokens} ", line
@@ -356,7 +363,7 @@ async def test_the_log_has_a_line_for_the_start_and_one_for_each_generation_with
 
 async def test_an_asynchronous_generation_runs_to_its_end_alone() -> None:
     async with serving(script=Script(delay=0.002)) as service, client(service) as http:
-        accepted = await http.post("/generate", json=COURSE, headers={"prefer": "respond-async"})
+        accepted = await http.post("/generate", json=COURSE, headers={"prefer": "handling=lenient, Respond-Async"})
         assert accepted.status_code == 202
         assert accepted.json()["status"] in ("queued", "running")
         location = accepted.headers["location"]
@@ -582,6 +589,11 @@ RANGES = {
         ("javascript:alert(1)", "knots.example", 5),
     ),
     "custom_instructions": (("Be brief.",), (5,)),
+    "language": (("pt-BR", "zh-Hans-x-a", ""), ("English, please", "en_US", 5)),
+    "long_content": (("refuse", "condense", None), ("cut", True)),
+    "skills": ((False, None), ("perhaps", 1)),
+    "course_id": (("x" * 200, ""), ("x" * 201, 7)),
+    "stream": ((False, None), ("perhaps",)),
     "accumulated": ((True, False), (2, "maybe")),
     "partial": ((True, False), (2, "maybe")),
 }
@@ -611,7 +623,10 @@ async def test_a_get_takes_every_field_from_its_query() -> None:
         path = f"/generate/stream?{httpx.QueryParams({**fields, 'accumulated': 'false', 'partial': ''})}"
         events = await watch(service, None, path, "GET")
         problem_in(await ask(service, None, "/generate/stream?top_k=0&seed=x", "GET"), 422, "invalid_request")
+        inner = {"content": fields["content"], "badge_configuration": '{"badge_level": "expert"}'}
+        await watch(service, None, f"/generate/stream?{httpx.QueryParams(inner)}", "GET")
     assert service.engine.calls[0].body == service.engine.calls[1].body
+    assert "Level: Expert" in service.engine.calls[2].body["prompt"]
     assert events[-1]["type"] == "final"
     assert not [event for event in events if "accumulated" in event]
 
@@ -636,7 +651,7 @@ async def test_accumulated_and_partial_are_said_in_the_query_or_in_the_body(
 
 
 @pytest.mark.parametrize("path", ["/generate", "/generate-badge-suggestions"])
-@pytest.mark.parametrize(("said", "headers"), [({"stream": True}, []), ({}, [("accept", "text/event-stream")])])
+@pytest.mark.parametrize(("said", "headers"), [({"stream": True}, []), ({}, [("accept", "Text/event-stream")])])
 async def test_generate_answers_with_events_where_the_body_or_accept_says_so(
     path: str, said: dict[str, bool], headers: list[tuple[str, str]]
 ) -> None:
@@ -716,7 +731,7 @@ async def test_a_request_id_is_made_where_none_or_a_strange_one_came(given: str 
 
 async def test_an_event_stream_is_tokens_and_exactly_one_final() -> None:
     async with serving() as service, await service.connect() as connection:
-        stream = await connection.request("POST", "/generate/stream", body=COURSE)
+        stream = await connection.request("POST", "/generate/stream", [("accept-encoding", "gzip, br")], COURSE)
         head = await connection.headers(stream)
         assert head.headers["content-type"] == "text/event-stream"
         assert head.headers["cache-control"] == "no-cache"
@@ -728,6 +743,8 @@ async def test_an_event_stream_is_tokens_and_exactly_one_final() -> None:
         assert tokens[-1]["accumulated"] == badge_json()
         assert all(token["done"] is False for token in tokens)
         assert [event["data"]["type"] for event in events if event.get("event") == "message"].count("final") == 1
+        assert [event for event in events if "retry" in event] == [{"retry": 1000}]
+        assert all(re.fullmatch(r"[\w-]{1,40}\.\d+", event["id"]) for event in events if "data" in event)
         final = events[-1]["data"]
         assert final["content"] == json.loads(badge_json())
         written = len(badge_pieces())

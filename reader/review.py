@@ -41,6 +41,7 @@ SAME = 0.8  # two sentences that share more than this of their keys say the same
 LONGEST_SENTENCE = 400  # characters; a text without full stops is cut after as many
 LONGEST_TITLE = 100
 MOST_PLACES = 200  # of a word in the course that are looked at
+MOST_OFTEN_SAID = 20_000  # characters of a course that are looked through for what it is about
 NEAR = 100  # so many sentences back a repetition is looked for
 
 # Words without meaning, and those of every badge. Words of up to three letters carry meaning only in capitals.
@@ -322,9 +323,20 @@ BEGINNINGS = [
 TITLE = re.compile(
     r"(?im)^\W*(?:course[ -](?:title|name)|title|kurstitel|titel|título(?: del? curso)?|titre(?: du cours)?"
     r"|titolo(?: del corso)?|название(?: курса)?|コース名|课程名称|اسم الدورة|عنوان الدورة)\s*[:：]\s*(.+)"
+    r"|^(?:welcome to|bienvenidos? al?|bienvenue (?:à|au|dans)|willkommen (?:zu[mr]?|in|im|bei)|benvenuti (?:a|al|in)"
+    r"|bem-vindos? (?:a|ao|à)) (?:the |this )?(?:course |curso |cours |kurs )?([^.!?\n]{3,60})"
     r"|^#{1,6}[ \t]+(.+)"
 )
+# Words of sentences that may say how a badge is to be called. Of a title's own words none may be only there.
+NAMING = re.compile(
+    r"(?i)\b(?:badges?|titles?|names?|named|renamed|heading|headline|called"
+    r"|insignias?|t[ií]tulos?|nombres?|nomes?|medalhas?|distintiv[oi]|titol[oi]|titre|nomm?e?[rz]?|insigne"
+    r"|titels?|abzeichens?|namens?|überschrift|naam|namn|märke|otsikko|nimi|merkin?|tytuł\w*|nazw\w*|odznak\w*"
+    r"|заголов\w*|назван\w*|значк\w*|бейдж\w*|başlı\w*|adı|rozet\w*)\b"
+    r"|バッジ|タイトル|名前|徽章|标题|標題|名称|名稱|배지|제목|이름|عنوان|اسم|شارة|שם|כותרת|तमगा|शीर्षक|नाम"
+)
 BEGINNING = 400  # characters of a course in which it may say what its title is
+HEADLINE = 60  # characters of a title that reads as one; what is longer is a sentence
 
 
 def _is_order(sentence: str) -> bool:
@@ -372,19 +384,21 @@ SHORT_WORDS = frozenset(
 
 
 def title_grounds(course: str) -> dict[str, Any]:
-    """What titles are compared with: the keys of what the course teaches, and of what it only orders, each between
-    spaces (a set takes ten times the memory); its own title; whether it speaks to a model."""
+    """What titles are compared with: the keys of what the course teaches, and of what it only orders or only says
+    where something is named, each between spaces (a set takes ten times the memory); its own title; whether it speaks
+    to a model."""
     orders, taught = _split(course)
+    title = _title_in("".join(taught))
     tokens = set(chain.from_iterable(map(_tokens, taught)))
     keys = {key for token in tokens for key in _keys(token.lower())}
     ordered = {key for text in orders for key in _meaning(text)} - keys
-    told, only_ordered = (f" {' '.join(sorted(found))} " for found in (keys | _short_names(tokens), ordered))
-    return {
-        "taught": told,
-        "ordered": only_ordered,
-        "title": _title_in("".join(taught)),
-        "has_orders": bool(orders),
-    }
+    naming = [sentence for text in taught for sentence in _sentences(text) if NAMING.search(sentence)]
+    others = [sentence for text in taught for sentence in _sentences(text) if not NAMING.search(sentence)]
+    if naming and len(others) > 1:
+        told = {key for token in chain.from_iterable(map(_tokens, [title, *others])) for key in _keys(token.lower())}
+        ordered |= {key for text in naming for key in _meaning(text)} - told
+    said, only_ordered = (f" {' '.join(sorted(found))} " for found in (keys | _short_names(tokens), ordered))
+    return {"taught": said, "ordered": only_ordered, "title": title, "has_orders": bool(orders)}
 
 
 def _short_names(tokens: Iterable[str]) -> set[str]:
@@ -392,12 +406,18 @@ def _short_names(tokens: Iterable[str]) -> set[str]:
     return {token for token in tokens if len(token) < 4 and token[0].isupper()} - SHORT_WORDS
 
 
+def title_is_ordered(title: str, grounds: Mapping[str, Any], options: Iterable[str] = ()) -> bool:
+    """Whether a word of the title is only in what speaks to a model, or names something; and in no option."""
+    said = {key for text in options for token in _tokens(text) for key in _keys(token.lower())}
+    return any(f" {key} " in grounds["ordered"] and key not in said for key in _meaning(title))
+
+
 def title_is_from_course(title: str, grounds: Mapping[str, Any], options: Iterable[str] = ()) -> bool:
-    """Whether a word of the title is in the course or an option, and none of it only in what speaks to a model."""
+    """Whether a word of the title is in the course or an option, and none of it is only ordered."""
     wanted = {*_meaning(title)}
     said = [*chain.from_iterable(map(_tokens, options))]
     said += [key for token in said for key in _keys(token.lower())]
-    if any(f" {key} " in grounds["ordered"] and key not in said for key in wanted):
+    if title_is_ordered(title, grounds, options):
         return False
     names = wanted | _short_names(_tokens(title))
     return not wanted or any(f" {key} " in grounds["taught"] or key in said for key in names)
@@ -415,13 +435,51 @@ def _heads_a_section(heading: str) -> bool:
 
 def _title_in(text: str) -> str:
     """The course's own title: what it calls so at its beginning, else its first heading, else how it begins."""
-    headings = (found for found in TITLE.finditer(text) if found[2] or found.start() <= BEGINNING)
-    named = next((found for found in headings if not _heads_a_section(found[1] or found[2])), None)
-    line = (named[1] or named[2]) if named else next(iter(_sentences(text)), "")
-    title = " ".join(line.split()).strip("*_#`\"' .:;,。")
+    beginning = min(BEGINNING, len(text) // 2)
+    headings = (found for found in TITLE.finditer(text) if found[3] or found.start() <= beginning)
+    named = (found[1] or found[2] or found[3] for found in headings)
+    sentences = _sentences(text)
+    if any(map(_names_something, sentences)):
+        lines = [_sentences(line) for line in text.split("\n") if line.strip()]
+        sentences = [one for line in lines if not any(map(_names_something, line)) for one in line] or sentences
+    begins = (one for one in sentences if not _heads_a_section(one.strip(" .:")))
+    line = next((one for one in named if not _heads_a_section(one)), "") or next(begins, "")
+    title = _bare(line)
+    if len(title) > HEADLINE:
+        title = _often_said(text) or _bare(re.split(r"(?<=\w{3})(?:[,;(]\s|\s[(–-])|[，；（]", title)[0])
     if len(title) > LONGEST_TITLE:
         title = title[: LONGEST_TITLE + 1].rpartition(" ")[0] or title[:LONGEST_TITLE]
     return title.rstrip(" .:;,-–") or "Course"
+
+
+def _names_something(sentence: str) -> bool:
+    """Whether it may say how a badge is to be called; a heading does not."""
+    return bool(NAMING.search(sentence) and re.search(r"[.!?。！؟]\W*\Z|[:：=]", sentence))
+
+
+def _bare(line: str) -> str:
+    return " ".join(line.split()).strip("*_#`\"' .:;,。")
+
+
+def _often_said(text: str) -> str:
+    """The words, two or three in a row, that a course says most often, if thrice: what it is about."""
+    times, spelling = Counter[str](), dict[str, str]()
+    for sentence in _sentences(text[:MOST_OFTEN_SAID]):
+        words = sentence.rstrip(" \n.!?").split()
+        for start in range(len(words)):
+            for end in (start + 2, start + 3):
+                phrase = words[start:end]
+                if len({*phrase}) == end - start and all(map(_is_telling, phrase)):
+                    key = " ".join(phrase).lower()
+                    times[key] += len(phrase) - 1
+                    spelling.setdefault(key, " ".join(phrase))
+    best = max(times, key=lambda key: times[key], default="")
+    often = best and times[best] >= 3 * best.count(" ")
+    return spelling[best][:1].upper() + spelling[best][1:] if often else ""
+
+
+def _is_telling(word: str) -> bool:
+    return word.isalpha() and bool(_meaning(word))
 
 
 # ---------------------------------------------------------------- the review

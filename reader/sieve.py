@@ -1,12 +1,14 @@
-"""What is kept of the sentences that a small model writes, one by one, and what the course says in place of the rest.
+"""What is kept of the sentences that a model writes, one by one, and what the course says in place of the rest.
 
-Small models repeat themselves, invent numbers, and fall into English. Arithmetic finds that in a sentence as in a whole
-draft (`reader.review`). What a text lacks then, in number or in words, is said with sentences of the course itself.
+Models repeat themselves and what they were asked, and leave markup behind. Small ones invent numbers, and fall into
+English. Arithmetic finds that in a sentence as in a whole draft (`reader.review`). What a text lacks then, in number or
+in words, is said with sentences of the course itself.
 """
 
 from __future__ import annotations
 
 import functools
+import html
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -14,10 +16,21 @@ from reader import condense, review
 
 FEWEST_WORDS = 12  # of a text
 ENOUGH = 0.5  # of the words of a sentence stand in the course
+ENOUGH_OF_TINY, ENOUGH_OF_ONE = 0.66, 0.5  # the same for a tiny model, and in one sentence of the course
+BEGINNING = 300  # characters of a course, where it may say its title in other words than its headline
+LONGEST_HEADLINE = 60  # characters
+FEWEST_LETTERS = 20  # of what repeats the request
 LONGEST_ITEM = 180  # characters; a longer one without a full stop was cut by the engine's grammar
 LONGEST_QUOTE = 40  # words of a sentence of the course that stands for one of the model
 END = re.compile(r"[.!?…。！？؟।][\"'”»)]*\Z")
 NOT_SAID = re.compile(r"[|{}<>@#=\\]|https?:|www\.|[?？؟]\Z|[:：,;]\W*\Z")  # links, tables, questions, what breaks off
+# Who writes, and what is beside the text: neither is of a badge.
+ASIDE = re.compile(r"(?i)\bclick\b|\b(?:image|picture|video|see) (?:above|below)\b")
+FIRST_PERSON = re.compile(r"\bI(?:['’]\w+| am| was| have| had| will| would| can| do)\b|\b[Mm]y\b")  # in English
+_INLINE = "a|abbr|b|big|code|em|font|i|img|kbd|mark|s|small|span|strong|su[bp]|tt|u"
+_BLOCK = "blockquote|br|center|div|h[1-6]|hr|li|ol|p|pre|table|tbody|t[dhr]|thead|ul"
+MARKUP = re.compile(rf"(?i)</?(?:({_INLINE})|{_BLOCK})(?:\s[^<>]{{0,80}})?/?>|&[a-z]{{2,8}};")
+MARKUP_BEGUN = re.compile(r"(?i)(?:</?(?:[a-z][^<>]{0,100})?|&[a-z]{0,8})\Z")
 MARKS = re.compile(r"\A(?:[-*•·+–>#]+|\(?\d{1,3}[.)]|\(?[a-z][.)])\s+|[*_`]{1,3}(?=\w)|(?<=[\w.!?)])[*_`]{1,3}")
 
 NEAR = 24  # so many sentences back a repetition is looked for: more than a badge has
@@ -36,10 +49,16 @@ def _count(field: str, said: Said) -> int:
     return len(texts) if field == "criteria" else sum(max(1, len(review._sentences(text))) for text in texts)
 
 
-class Sieve:
-    """Without a course it leaves out nothing but repetitions. Pure: what was said before is given each time.
+def _letters(text: str) -> str:
+    return re.sub(r"[\W_]+", "", text).casefold()
 
-    `counts` has the least and the most sentences of each text.
+
+class Sieve:
+    """Without a course it leaves out nothing but repetitions and markup. Pure: what was said before is given each time.
+
+    `counts` has the least and the most sentences of each text, `request` what the model was told to do. A course that
+    shows markup teaches it, so `keeps_markup`. The sentences of a model that `is_tiny` are hardly its own where they
+    are right, so each needs one of the course behind it.
     """
 
     def __init__(
@@ -48,11 +67,19 @@ class Sieve:
         language: str = "und",
         options: Sequence[str] = (),
         counts: Mapping[str, tuple[int, int]] = {},
+        request: str = "",
+        keeps_markup: bool = False,
+        is_tiny: bool = False,
     ) -> None:
         self.course, self.language, self.options, self.counts = course, language, options, counts
+        self.keeps_markup, self.is_tiny, self._request = keeps_markup, is_tiny, _letters(request)
 
     def kept(self, field: str, text: str, before: Said) -> str:
         """What is left of an item of a list: "" where it is not worth keeping."""
+        if (bare := self.bare(text)) != text:
+            text = " ".join(bare.split())
+        if self.echoes(text):
+            return ""
         if not self.course or field not in self.counts:
             return "" if self._is_repeated(field, text, before) else text
         room = self.counts[field][1] - _count(field, before)
@@ -61,15 +88,43 @@ class Sieve:
             parts.pop()
         said: list[tuple[str, str]] = []
         for part in parts[: max(0, room) if field == "badge_description" else None]:
+            if field == "badge_description" and part[0].islower():  # the rest of a sentence that the grammar cut
+                continue
             if self._is_borne(part) and not self._is_repeated(field, part, [*before, *said]):
                 said.append((field, self._ended(part) if field == "badge_description" else part))
         text = " ".join(part for _, part in said)
         return "" if self._is_repeated(field, text, before) else text
 
+    def bare(self, text: str) -> str:
+        """A text without markup, which small models leave in it."""
+        if self.keeps_markup:
+            return text
+        return MARKUP.sub(lambda mark: html.unescape(mark[0]) if mark[0][0] == "&" else "" if mark[1] else " ", text)
+
+    def unfinished(self, text: str) -> int:
+        """Where markup may begin that the text does not end; its length where there is none."""
+        begun = None if self.keeps_markup else MARKUP_BEGUN.search(text)
+        return begun.start() if begun else len(text)
+
+    def echoes(self, text: str) -> bool:
+        """Whether it only repeats the request's own words."""
+        letters = _letters(text)
+        return len(letters) >= FEWEST_LETTERS and letters in self._request
+
     def bears(self, title: str) -> bool:
         """Whether the course, or an option, has two thirds of the title's words."""
         keys = _meaning(title)
         return not self.course or 3 * sum(key in self._grounds.places for key in keys) >= 2 * len(keys)
+
+    def prefers(self, own: str, title: str) -> bool:
+        """Whether the course's own title is better than a tiny model's: shorter than a sentence, or a headline of
+        which the model's has nothing, as the beginning of the course has nothing of that."""
+        if not (self.course and self.is_tiny and _meaning(own)):
+            return False
+        if len(title) > LONGEST_HEADLINE > len(own):
+            return True
+        is_other = len(own) <= LONGEST_HEADLINE and set(_meaning(own)).isdisjoint(_meaning(title))
+        return is_other and title.casefold() not in " ".join(self.course[:BEGINNING].casefold().split())
 
     def more(self, field: str, before: Said) -> Iterator[str]:
         """Sentences of the course, as long as this text has too few of them or too few words."""
@@ -103,10 +158,18 @@ class Sieve:
     def _is_borne(self, sentence: str) -> bool:
         """Whether the course has its words, numbers and names."""
         keys = review._meaning(sentence)
-        borne = sum(key in self._grounds.places for key in keys)
-        if not keys or borne < ENOUGH * len(keys) or review._is_order(sentence):
+        borne = [key for key in keys if key in self._grounds.places]
+        if not keys or len(borne) < (ENOUGH_OF_TINY if self.is_tiny else ENOUGH) * len(keys):
+            return False
+        of_one = set(_meaning(self._grounds.source(borne))).intersection(borne) if self.is_tiny else keys
+        if len(of_one) < ENOUGH_OF_ONE * len(keys):
+            return False
+        if self._is_aside(sentence) or review._is_order(sentence):
             return False
         return next(self._grounds.lacks(sentence, self.language, foreign=False), None) is None
+
+    def _is_aside(self, sentence: str) -> bool:
+        return bool(ASIDE.search(sentence) or (self.language == "en" and FIRST_PERSON.search(sentence)))
 
     @functools.cached_property
     def _grounds(self) -> review.Grounds:
@@ -141,7 +204,9 @@ class Sieve:
         return [text[0].upper() + text[1:] for _, text in found if self._can_be_quoted(text)]
 
     def _can_be_quoted(self, text: str) -> bool:
-        return 2 <= review._size(text) <= LONGEST_QUOTE and not NOT_SAID.search(text) and bool(_meaning(text))
+        if NOT_SAID.search(text) or self._is_aside(text):
+            return False
+        return 2 <= review._size(text) <= LONGEST_QUOTE and bool(_meaning(text))
 
     def _tells_little(self, text: str) -> bool:
         """Dates, prices, links; names of people; a word or two."""

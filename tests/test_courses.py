@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 import dccapi
-from documents_kit import docx, paragraph
+from documents_kit import docx, odt, paragraph
 from service import COURSE, ask, asked, problem_in, serving, watch, writes
 from testkit import Script, ScriptedOpenAI, badge_json, eventually, exceeds_context, split
 
@@ -53,14 +53,39 @@ async def test_a_form_with_a_document_stands_for_the_content_of_a_request(path: 
     assert asked["options"]["seed"] == 3
 
 
+async def test_a_form_is_read_without_the_name_of_its_file_and_its_fields_are_bounded() -> None:
+    fields = {"badge_configuration": '{"badge_level": "expert", "colour": "red"}'}
+    async with serving(max_body_bytes=2000) as service:
+        bare = {"file": (None, "Knots: figure eight, clove hitch and prusik.")}
+        answer = await post(service, "/generate", files=bare, data=fields)
+        assert answer.headers["x-ignored-fields"] == "badge_configuration.colour"
+        asked = service.engine.calls[0].body["prompt"]
+        assert "figure eight, clove hitch" in asked
+        assert "Level: Expert" in asked
+        assert (await post(service, "/extract", files=bare)).json()["words"] == 7
+        other = await post(service, "/generate", files={"syllabus": ("a.docx", SYLLABUS, DOCX)})
+        assert (other.status_code, other.headers["x-ignored-fields"]) == (422, "syllabus")
+        large = await post(service, "/generate", files={"content": (None, "x" * 2001)})
+        assert (large.status_code, large.json()["error_code"]) == (413, "body_too_large")
+
+
 async def test_documents_that_cannot_be_read_are_told_and_leave_nothing_behind() -> None:
     before = glob.glob(f"{tempfile.gettempdir()}/dccapi-*")
-    bad = [(SYLLABUS[:300], 422, "document_broken"), (b"\x89PNG\r\n\x1a\n" + bytes(99), 415, "unsupported_media_type")]
+    locked = {
+        "META-INF/manifest.xml": '<manifest:manifest xmlns:manifest="m"><manifest:encryption-data/></manifest:manifest>'
+    }
+    bad = [
+        (SYLLABUS[:300], 422, "document_broken"),
+        (odt("<text:p>Knots</text:p>", **locked), 422, "document_encrypted"),
+        (docx(""), 422, "document_has_no_text"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(99), 415, "unsupported_media_type"),
+    ]
     async with serving(max_upload_bytes=300_000) as service:
         for document, status, code in bad:
             for path in ("/extract", "/generate"):
                 answer = await form(service, path, document)
                 assert (answer.status_code, answer.json()["error_code"]) == (status, code)
+                assert ("OCR" in answer.json()["detail"]) == (code not in ("document_broken", "document_encrypted"))
         too_large = await form(service, "/extract", bytes(400_000))
         assert (too_large.status_code, too_large.json()["error_code"]) == (413, "body_too_large")
         none = await post(service, "/extract", files={"other": b"x"})
@@ -133,8 +158,9 @@ async def test_the_language_is_named_and_the_lists_are_as_long_as_the_course_bea
 async def test_lists_are_told_as_a_paragraph_and_a_markdown_list() -> None:
     written = {"badge_name": "Knots", "badge_description": ["Ties.", "Checks."], "criteria": ["Tied six.", "Checked."]}
     async with serving(script=Script(pieces=split(json.dumps(written), 9))) as service:
-        *tokens, final = await watch(service)
+        *tokens, final = await watch(service, {"content": f"{COURSE['content']} Held in a cafÃ©."})
     assert json.loads("".join(token["content"] for token in tokens)) == final["content"]
+    assert "text_repaired" in {note["code"] for note in final["review"]["notes"]}
     assert final["content"]["badge_description"] == "Ties. Checks."
     assert final["content"]["criteria"]["narrative"] == "- Tied six.\n- Checked."
 
@@ -193,6 +219,12 @@ async def test_unknown_fields_are_named_and_told_where_they_look_like_known_ones
     async with serving() as service:
         answer = await ask(service, COURSE | {"temprature": 1, "colour": "red"})
         assert answer.headers["x-ignored-fields"] == "temprature, colour"
+        assert "X-Ignored-Fields" in answer.headers["access-control-expose-headers"]
+        odd = COURSE | {"course-id": 1, "größe, x": 2, "badge_configuration": {"badge_stil": "Academic"}}
+        named = "course-id, gr%C3%B6%C3%9Fe%2C%20x, badge_configuration.badge_stil"
+        assert (await ask(service, odd)).headers["x-ignored-fields"] == named
+        nested = problem_in(await ask(service, odd | {"seed": "x"}), 422, "invalid_request")["detail"]
+        assert "badge_configuration.badge_stil is not known here, badge_style is" in nested
         told = problem_in(await ask(service, {"text": "Knots", "temprature": 1}), 422, "invalid_request")["detail"]
     assert "content is missing" in told
     assert "text is not known here, content is" in told

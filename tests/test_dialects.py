@@ -86,6 +86,7 @@ THOUGHTS = {  # what stands before the badge, with a first idea for {}
     "Gemma's channel": "<|channel>thought\nMaybe {}?<channel|>",
     "only a closing tag": "Okay, a badge. Maybe {}? Yes.\n</think>\n\n",
     "only a closing tag, an idea in a fence": "Okay:\n```json\n{}\n```\nOr shorter.</think>\n",
+    "only a closing tag, and nothing before the idea": "{}</think>\n",
     "two blocks": "<think>Maybe {0}?</think>\n<think>Or {0}?</think>\n",
     "prose before and between": "Sure.\n<think>A <think> in it. {}</think>\nHere it is:\n",
 }
@@ -189,9 +190,11 @@ CASES = HERE.parent / "shared" / "cases" / "engines.jsonl"
 KNOTS = json.dumps({"badge_name": "Knots", "badge_description": "Ties knots.", "criteria": {"narrative": "Tied six."}})
 BROKEN = b'data: {"id": "7", "choices": [], "error": {"message": "CUDA out of memory"}}\n\n'
 OLD_BROKEN = b'data: {"object": "error", "message": "CUDA out of memory", "code": 500}\n\n'
+WHOLE = {"object": "chat.completion", "choices": [{"message": {"content": KNOTS}, "finish_reason": "stop"}]}
 OWN_CASES: list[tuple[str, str, list[bytes], dict[str, Any]]] = [  # name, engine, what it sends, what is wanted
     ("count of the uncached part only", "ollama", ndjson(KNOTS, prompt_eval_count=9), {}),
     ("empty lines, comments", "openai", [b"data:\n\ndata: \n\n: ping\n\nevent: message\n", *sse(KNOTS)], {}),
+    ("an answer that is no stream", "openai", [json.dumps(WHOLE).encode()], {}),
     ("a text in parts", "openai", sse({"content": [{"type": "text", "text": KNOTS}]}), {"tokens_lack": "type"}),
     ("the engine's filter", "openai", sse(KNOTS[:40], finish="content_filter"), {"detail_has": "filter"}),
     ("an error behind other keys", "openai", [*sse(KNOTS[:40])[:1], BROKEN], {"detail_has": "(out of memory)"}),
@@ -295,6 +298,19 @@ TOO_LONG: dict[str, tuple[type[ScriptedEngine], int, Any, int | None, int | None
     "OpenAI": (ScriptedOpenAI, 400, {"message": "This model's maximum context length is 128,000 tokens. However, your "
         "messages resulted in 204,308 tokens. Please reduce the length of the messages.", "param": "messages",
         "code": "context_length_exceeded"}, 128000, 204308),
+    "vLLM 0.17": (ScriptedOpenAI, 400, {**VLLM, "message": "Input length (11680) exceeds model's maximum context "
+        "length (4096)."}, 4096, 11680),
+    "vLLM 0.16": (ScriptedOpenAI, 400, {**VLLM, "param": "max_tokens", "message": "max_tokens must be at least 1, got "
+        "-7584. (parameter=max_tokens, value=-7584)"}, None, None),
+    "TensorRT-LLM": (ScriptedOpenAI, 400, {"message": "Prompt length (8219) exceeds maximum input length (8192)"},
+        8192, 8219),
+    "TabbyAPI": (ScriptedOpenAI, 400, {"message": "Request length 71599 + 2048 is greater than max_seq_len 65536"},
+        65536, 71599),
+    "xAI": (ScriptedOpenAI, 400, b'{"code": "Client specified an invalid argument", "error": "This model\'s maximum '
+        b'prompt length is 131072 but the request contains 136973 tokens."}', 131072, 136973),
+    "Gemini": (ScriptedOpenAI, 400, {"code": 400, "message": "The input token count (317740) exceeds the maximum "
+        "number of tokens allowed (131072).", "status": "INVALID_ARGUMENT"}, 131072, 317740),
+    "a proxy": (ScriptedOpenAI, 413, b"<html><h1>413 Request Entity Too Large</h1></html>", None, None),
     "Ollama 0.24": (ScriptedOllama, 400, "the input length exceeds the context length", 6144, None),
     "Ollama 0.30": (ScriptedOllama, 400, json.dumps({"error": {"code": 400, "message": "request (7515 tokens) exceeds "
         "the available context size (6144 tokens), try increasing it", "type": "exceed_context_size_error",
@@ -354,6 +370,22 @@ def _has(body: dict[str, Any], part: str) -> bool:
     if part == "json_schema":
         return body.get("response_format", {}).get("type") == "json_schema"
     return NAMES.get(part, part) in body
+
+
+WITHOUT_SYSTEM = [
+    (400, {**VLLM, "message": "Conversation roles must alternate user/assistant/user/assistant/..."}),
+    (500, {"code": 500, "message": "Error: Jinja Exception: Only user and assistant roles are supported!"}),
+]
+
+
+@pytest.mark.parametrize(("status", "error"), WITHOUT_SYSTEM)
+async def test_a_template_without_a_system_role_gets_the_instructions_from_the_user(status: int, error: Any) -> None:
+    def script(body: dict[str, Any], index: int) -> Script:
+        return Script(status=status, error=error) if _has(body, "system") else Script()
+
+    async with serving(ScriptedOpenAI(), script) as service:
+        assert (await badge_of(service))["response"] == BADGE
+        assert len(service.engine.calls) == 3  # refused once
 
 
 @pytest.mark.parametrize("part", REFUSED_PARTS)

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -123,7 +123,7 @@ class GenerationMachine(RuleBasedStateMachine):
             self.run(exit())
             self.settle()
             alone = not any(other is generation for _, _, other, _ in self.following)
-            if alone and generation.grace == 0:
+            if alone and generation.kept_until < self.loop.time() + 500:
                 assert generation.outcome is not None, "nobody waits for it, and it goes on"
 
     @rule(number=st.integers(0, 9), reason=st.sampled_from([dccapi.Cancelled, dccapi.EngineTimeout]))
@@ -249,6 +249,20 @@ async def test_an_asynchronous_generation_survives_the_grace_of_an_earlier_follo
         assert generation.state == "running"
 
 
+async def test_a_client_that_leaves_long_after_an_eventsource_frees_its_worker_at_once() -> None:
+    async with serving(script=SLOW, resume_grace=0.2) as service, await service.connect() as connection:
+        first = await connection.request("POST", "/generate/stream", body=COURSE)
+        (call,) = await service.engine.wait_for_calls(1)
+        (generation,) = service.queue.running
+        follower = await connection.request("GET", f"/generations/{generation.id}/events")
+        await connection.headers(follower)
+        connection.reset(follower)
+        await eventually(lambda: generation.kept_until and asyncio.get_running_loop().time() > generation.kept_until)
+        assert not call.closed_by_client.is_set()
+        connection.reset(first)
+        await asyncio.wait_for(call.closed_by_client.wait(), 0.15)
+
+
 async def test_a_retry_with_its_key_right_after_leaving_starts_anew() -> None:
     async with serving(script=Script(delay=0.01)) as service, await service.connect() as connection:
         key = [("idempotency-key", "k")]
@@ -272,17 +286,20 @@ JSON_VALUES = st.recursive(
     data=st.dictionaries(st.text(), JSON_VALUES, max_size=4),
     id=st.from_regex(r"[A-Za-z0-9_-]{1,22}\.\d{1,4}", fullmatch=True),
 )
+@example(data={"text": "\u2028and\u2029and\x85"}, id="a.1")
 def test_an_event_is_read_back_as_it_was_written(data: dict[str, Any], id: str) -> None:
     parser = testkit.SseParser()
     written = dccapi.sse(data, id=id, event="queue") + dccapi.sse(data, id=id)
     events = [event for number in range(len(written)) for event in parser.feed(written[number : number + 1])]
     assert events == [{"id": id, "event": name, "data": data} for name in ("queue", "message")]
+    assert written.decode().splitlines() == written.decode().split("\n")[:-1], "as httpx reads lines"
 
 
 @pure
 @given(
     pieces=st.lists(st.text(min_size=1, max_size=9), max_size=12), seen=st.integers(0, 12), accumulated=st.booleans()
 )
+@example(pieces=["\u2028", "\x85", "\u2029"], seen=1, accumulated=True)
 def test_accumulated_is_the_text_so_far_wherever_a_reader_starts(
     pieces: list[str], seen: int, accumulated: bool
 ) -> None:
@@ -294,6 +311,7 @@ def test_accumulated_is_the_text_so_far_wherever_a_reader_starts(
     parser, events = testkit.SseParser(), []
     while written := encoder.pending():
         events += parser.feed(written)
+        assert written.decode().splitlines() == written.decode().split("\n")[:-1]
     assert [event["data"] for event in events] == [
         {"type": "token", "content": pieces[n], "done": False}
         | ({"accumulated": "".join(pieces[: n + 1])} if accumulated else {})

@@ -81,6 +81,9 @@ async def test_allowed_origins_may_ask_and_read_and_no_others(allowed: str, orig
         for path, expected in (("/generate", status), ("/nothing", 404 if status == 200 else 403)):
             response = await http.post(path, json=COURSE, headers=headers)
             assert response.status_code == expected
+            if expected == 403:
+                assert response.headers["content-type"] == "application/problem+json"
+                assert response.json()["error_code"] == "forbidden"
             readable = response.headers.get("access-control-allow-origin")
             assert readable == (None if status == 403 else "*" if allowed == "*" else origin)
 
@@ -210,6 +213,9 @@ async def test_an_encoded_body_is_a_415(encoding: str) -> None:
         response = await ask(service, headers=[("content-encoding", encoding)])
         assert (response.status, response.headers["accept-encoding"]) == (415, "identity")
         assert (await ask(service, headers=[("content-encoding", "Identity")])).status == 200
+        for path, media_type in (("/extract", "text/plain"), ("/generate", "multipart/form-data; boundary=x")):
+            headers = [("content-type", media_type), ("content-encoding", encoding)]
+            assert (await ask(service, b"Knots and ropes.", path, headers=headers)).status == 415
 
 
 # --- slow markup ---

@@ -21,7 +21,7 @@ TRUE = "Students inspect hives and recognise the queen."
 ITEMS = [TRUE, "Extract and bottle honey", "Count varroa mites with a sugar shake", "They keep records of each visit."]
 
 
-def written(sieve: Sieve, description: list[str], criteria: list[str], size: int = 7) -> tuple[str, dict[str, Any]]:
+def written(sieve: Sieve, description: Any, criteria: Any, size: int = 7) -> tuple[str, dict[str, Any]]:
     text = json.dumps({"badge_name": "Beekeeping", "badge_description": description, "criteria": criteria})
     draft, tokens, before = dccapi.Draft(sieve=sieve), "", dict[str, Any]()
     for at in range(0, len(text), size):
@@ -38,11 +38,11 @@ sentences = st.lists(st.sampled_from([*ITEMS, "Learners bake bread for 9 days.",
 
 
 @pure
-@given(description=sentences, criteria=sentences, size=st.integers(1, 40))
+@given(description=sentences, criteria=sentences, size=st.integers(1, 40), is_tiny=st.booleans())
 def test_any_lists_become_a_badge_that_says_enough_once_and_nothing_else(
-    description: list[str], criteria: list[str], size: int
+    description: list[str], criteria: list[str], size: int, is_tiny: bool
 ) -> None:
-    tokens, badge = written(Sieve(COURSE, "en", (), COUNTS), description, criteria, size)
+    tokens, badge = written(Sieve(COURSE, "en", (), COUNTS, is_tiny=is_tiny), description, criteria, size)
     assert json.loads(tokens) == badge
     found = review.review(badge, COURSE)
     assert {note["code"] for note in found["notes"]} == set()
@@ -89,3 +89,69 @@ def test_an_item_that_a_token_limit_cut_counts_as_far_as_it_is_written() -> None
     tokens = draft.feed('{"badge_name": "Knots", "badge_description": ["Ties."], "criteria": ["Tie six kn')
     tokens += draft.finish(cut=True)
     assert json.loads(tokens)["criteria"]["narrative"] == "- Tie six kn"
+
+
+# --- What models leave in their texts ---
+
+SPOILT = "<pre>Ties</pre> <b>knots</b><br/>of &quot;three&quot; kinds; 3 < 4, R&D, <harness> <i class='x'>and more</i>"
+CLEAN = ["Ties", "knots of", '"three"', "kinds; 3 < 4, R&D, <harness> and more"]
+
+
+@pure
+@given(size=st.integers(1, 60), is_list=st.booleans())
+def test_markup_is_taken_out_of_texts_however_they_come(size: int, is_list: bool) -> None:
+    texts = [SPOILT, "Coils <i>a</i> rope.<br>"]
+    tokens, badge = written(Sieve(), *([[text] for text in texts] if is_list else texts), size)
+    assert json.loads(tokens) == badge
+    assert badge["badge_description"].split() == " ".join(CLEAN).split()
+    assert badge["criteria"]["narrative"].removeprefix("- ") == "Coils a rope."
+
+
+@pytest.mark.parametrize("end", ["a<b", "a <", "a &am", "a <br", "a <b", "a < b"])
+def test_what_only_begins_like_markup_stays(end: str) -> None:
+    _, badge = written(Sieve(), f"Ties {end}", ["Ties"], 1)
+    assert badge["badge_description"] == f"Ties {end}"
+
+
+def test_a_course_about_markup_keeps_it() -> None:
+    _, badge = written(Sieve(keeps_markup=True), ["Writes <b> and &nbsp; by hand."], ["Ends each <li>"])
+    assert badge["badge_description"] == "Writes <b> and &nbsp; by hand."
+    assert badge["criteria"]["narrative"] == "- Ends each <li>"
+
+
+def test_the_requests_own_words_are_no_badge() -> None:
+    told = "Each tells what the holder knows and can do in another topic of the course."
+    sieve = Sieve(request=f"- badge_description: a list of sentences. {told}")
+    _, badge = written(sieve, [told, TRUE], ITEMS)
+    assert badge["badge_description"] == TRUE
+    for texts in ([told], told):
+        with pytest.raises(dccapi.InvalidModelOutput):
+            written(sieve, texts, ITEMS)
+
+
+@pytest.mark.parametrize(
+    "invented",
+    [
+        "Colony supers prepare varroa records every Saturday.",  # words of many sentences, of none together
+        "My students inspect hives and recognise the queen, brood and stores.",
+        "Click to inspect hives safely, recognise the queen, brood and stores.",
+    ],
+)
+def test_a_tiny_models_sentence_has_a_sentence_of_the_course_behind_it(invented: str) -> None:
+    _, badge = written(Sieve(COURSE, "en", (), COUNTS, is_tiny=True), [invented, TRUE], ITEMS)
+    assert invented not in badge["badge_description"]
+
+
+@pytest.mark.parametrize(
+    ("title", "is_preferred"),
+    [
+        ("Winter Supervision", True),
+        ("Beekeeping follows a colony of honey bees from spring to the winter of one yea", True),
+        ("The First Year", False),
+        ("honey bee colony", False),
+        ("Beekeeping Basics", False),
+    ],
+)
+def test_a_courses_headline_is_better_than_a_title_that_has_nothing_of_it(title: str, is_preferred: bool) -> None:
+    assert Sieve(COURSE, "en", is_tiny=True).prefers(review.title_of(COURSE), title) == is_preferred
+    assert not Sieve(COURSE, "en").prefers(review.title_of(COURSE), title)

@@ -345,13 +345,13 @@ class BodyTimeout(ApiError, status=408):
 class IdempotencyConflict(ApiError, status=409):
     text = "This Idempotency-Key was used with another body. Use a new key for a new request."
 class BodyTooLarge(ApiError, status=413):
-    text = "The body is too large. Send less."
+    text = "The body is too large. Send less; /docs/api.md says how documents are sent."
 class ContentTooLong(ApiError, status=413):
     text = "The content does not fit the model's context. Shorten it, or write a badge for each part of the course."
 class UriTooLong(ApiError, status=414):
     text = "The query is too long. POST long content to /generate/stream."
 class UnsupportedMediaType(ApiError, status=415):
-    text = "Send the body as application/json."
+    text = "Send the body as application/json, or a document as multipart/form-data; /docs/api.md shows both."
 class DocumentBroken(ApiError, status=422):
     text = "The document cannot be read: it is damaged, or too much for the parser. Send its text."
 class DocumentEncrypted(ApiError, status=422):
@@ -371,9 +371,9 @@ class InvalidModelOutput(ApiError, status=502):
 class QueueFull(ApiError, status=503, retry_after=5):
     text = "Too many badges are waiting to be written. Try again after the time in Retry-After."
 class EngineUnreachable(ApiError, status=503, retry_after=5):
-    text = "The language model's server does not answer. Try again later; /health says more."
+    text = "The language model's server does not answer. Try again later; /health and /docs/troubleshooting.md help."
 class ModelMissing(ApiError, status=503, retry_after=30):
-    text = "The language model's server runs but does not have the model. Create it; /health names it."
+    text = "The language model's server does not have the model; /health names it, /docs/troubleshooting.md helps."
 class ShuttingDown(ApiError, status=503, retry_after=5):
     text = "The service is being stopped or restarted. Try again in a moment."
 class Cancelled(ApiError, status=503, retry_after=1):
@@ -1975,7 +1975,7 @@ class GenerationQueue:
         text = prompt.user.partition("</course>")[0].removeprefix("<course>\n")  # as much as the model has read
         lists = {name: part for name, part in prompt.schema["properties"].items() if name in Badge.model_fields}
         counts = {name: (part["minItems"], part["maxItems"]) for name, part in lists.items() if "items" in part}
-        return sieve(text, course.language, request.given_texts(), counts)
+        return sieve(text, course.language, request.given_texts(), counts, is_tiny=self.engine.is_tiny)
 
     def _title(self, prompt: Prompt, sieve: Sieve, first: bool) -> Callable[[str], str | None]:
         """What becomes of a title without a word of the course: the first is refused, the next becomes the course's.
@@ -2150,11 +2150,15 @@ def described(error: BaseException) -> str:
 # ---- Views of a generation ------------------------------------------------------------------------------------------
 
 
-def sse(data: dict[str, Any] | bytes, *, id: str = "", event: str = "") -> bytes:
+def one_line(data: Any) -> bytes:
+    """JSON without U+0085, U+2028 and U+2029, which Python's and other clients take for the end of a line."""
+    return re.sub(rb"\xc2\x85|\xe2\x80[\xa8\xa9]", lambda end: b"\\u%04x" % ord(end[0].decode()), orjson.dumps(data))
+
+
+def sse(data: dict[str, Any], *, id: str, event: str = "") -> bytes:
     """One event (WHATWG HTML 9.2.6): a name only where given, one line of JSON."""
-    payload = data if isinstance(data, bytes) else orjson.dumps(data)
-    head = (f"event: {event}\n" if event else "") + (f"id: {id}\n" if id else "")
-    return b"%bdata: %b\n\n" % (head.encode(), payload)
+    head = (f"event: {event}\n" if event else "") + f"id: {id}\n"
+    return b"%bdata: %b\n\n" % (head.encode(), one_line(data))
 
 
 class EventEncoder:
@@ -2167,7 +2171,7 @@ class EventEncoder:
     def __init__(self, generation: Generation, options: StreamOptions, seen: int = 0) -> None:
         self.seen = seen
         self._generation, self._options = generation, options
-        self._escaped = bytearray(orjson.dumps(generation.text(seen))[1:-1])
+        self._escaped = bytearray(one_line(generation.text(seen))[1:-1])
         self._partial: dict[str, Any] = {}
         self._name = generation.id.encode()
 
@@ -2189,7 +2193,7 @@ class EventEncoder:
 
     def _token(self, piece: str) -> bytes:
         """What `sse` makes of a token, in one go."""
-        content = orjson.dumps(piece)
+        content = one_line(piece)
         if not self._options.accumulated:
             return b'id: %b.%d\ndata: {"type":"token","content":%b,"done":false}\n\n' % (self._name, self.seen, content)
         self._escaped += content[1:-1]
@@ -2360,7 +2364,7 @@ class Engine:
     """A language model's server: a prompt in, pieces of text out, a Usage at the end."""
 
     defaults: Mapping[str, Any] = {}  # sampling where the client gave none
-    sifts = False  # whether its models are so small that what the course does not bear is left out
+    sifts = is_tiny = False  # whether its models are so small that what the course does not bear is left out
     path = ""  # of a generation
     remedy = ""  # for an operator whose server is down
     parts: Sequence[str] = ()  # of OPTIONAL_PARTS, those that a request has
@@ -2770,6 +2774,7 @@ class OpenAIEngine(Engine):
         return [model["id"] for model in models]
 
 
+TINY = 400 * 10**6  # bytes of a model's file; half a billion parameters in four bits
 CHILD_SAYS = "dccapi engine: "  # libraries write to the child's stdout too
 
 
@@ -2790,6 +2795,7 @@ class EmbeddedEngine(OpenAIEngine):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
+        self.is_tiny = cast(Path, settings.model_path).stat().st_size < TINY
         self._key = secrets.token_urlsafe(16)  # other users of this machine can reach the child's port
         self._headers = {"authorization": f"Bearer {self._key}"}
         self._ready, self._ended = asyncio.Event(), asyncio.Event()
@@ -2914,6 +2920,7 @@ OPEN_PATHS = {"/", "/demo", "/docs", "/openapi.json", "/livez", "/readyz"}  # no
 
 DEMO = HERE / "examples" / "demo.html"
 OPENAPI = HERE / "examples" / "openapi.json"  # `make openapi` writes it
+DOCUMENTS = {path.name: path for path in (*HERE.glob("README.md"), *HERE.glob("docs/*.md"))}
 DOCS_FILES = ("swagger-ui.css", "swagger-ui-bundle.js", "favicon-32x32.png")
 DOCS_PAGE = """<!doctype html>
 <html lang="en">
@@ -3245,7 +3252,10 @@ class Api:
         return page(DOCS_PAGE, script="'self'", style="'self' 'unsafe-inline'", img="'self' data:")
 
     async def docs_file(self, request: Request) -> Response:
+        """A part of Swagger UI, or a document: browsers show plain text."""
         file = request.path_params["file"]
+        if file in DOCUMENTS:
+            return FileResponse(DOCUMENTS[file], headers={"cache-control": "no-cache"}, media_type="text/plain")
         if file not in DOCS_FILES:
             raise NotFound
         return FileResponse(swagger_ui.static_path / file, headers={"cache-control": "max-age=86400"})
@@ -3551,7 +3561,7 @@ class Exchange:
         if self._headers.get(b"content-encoding", b"identity").strip().lower() != b"identity":
             return UnsupportedMediaType("Send it without Content-Encoding.", headers={"accept-encoding": "identity"})
         if size > self._limit:
-            return BodyTooLarge(f"A body may have {self._limit} bytes here.")
+            return BodyTooLarge(f"A body may have {self._limit} bytes here. /docs/api.md says how documents are sent.")
         return QueueFull("Too many requests have arrived in part. Send each at once.") if self._peer.is_full else None
 
     async def receive(self) -> Message:

@@ -44,7 +44,9 @@ def kind_of(path: str) -> str:
         if kind := Package(path).kind():
             return kind
         raise Refused(
-            "unsupported_media_type", "This is an archive or a spreadsheet. " + DETAILS["unsupported_media_type"]
+            "unsupported_media_type",
+            "This is an archive or a spreadsheet; /docs/catalogue.md says how a table of courses is taken. "
+            + DETAILS["unsupported_media_type"],
         )
     if head.startswith(b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"):
         with open(path, "rb") as file:

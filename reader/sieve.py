@@ -15,7 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from reader import condense, review
 
 FEWEST_WORDS = 12  # of a text
-ENOUGH, ENOUGH_OF_ONE = 0.66, 0.5  # of the words of a sentence stand in the course, and in one sentence of it
+ENOUGH = 0.5  # of the words of a sentence stand in the course
+ENOUGH_OF_TINY, ENOUGH_OF_ONE = 0.66, 0.5  # the same for a tiny model, and in one sentence of the course
 BEGINNING = 300  # characters of a course, where it may say its title in other words than its headline
 LONGEST_HEADLINE = 60  # characters
 FEWEST_LETTERS = 20  # of what repeats the request
@@ -56,7 +57,8 @@ class Sieve:
     """Without a course it leaves out nothing but repetitions and markup. Pure: what was said before is given each time.
 
     `counts` has the least and the most sentences of each text, `request` what the model was told to do. A course that
-    shows markup teaches it, so `keeps_markup`.
+    shows markup teaches it, so `keeps_markup`. The sentences of a model that `is_tiny` are hardly its own where they
+    are right, so each needs one of the course behind it.
     """
 
     def __init__(
@@ -67,9 +69,10 @@ class Sieve:
         counts: Mapping[str, tuple[int, int]] = {},
         request: str = "",
         keeps_markup: bool = False,
+        is_tiny: bool = False,
     ) -> None:
         self.course, self.language, self.options, self.counts = course, language, options, counts
-        self.keeps_markup, self._request = keeps_markup, _letters(request)
+        self.keeps_markup, self.is_tiny, self._request = keeps_markup, is_tiny, _letters(request)
 
     def kept(self, field: str, text: str, before: Said) -> str:
         """What is left of an item of a list: "" where it is not worth keeping."""
@@ -85,6 +88,8 @@ class Sieve:
             parts.pop()
         said: list[tuple[str, str]] = []
         for part in parts[: max(0, room) if field == "badge_description" else None]:
+            if field == "badge_description" and part[0].islower():  # the rest of a sentence that the grammar cut
+                continue
             if self._is_borne(part) and not self._is_repeated(field, part, [*before, *said]):
                 said.append((field, self._ended(part) if field == "badge_description" else part))
         text = " ".join(part for _, part in said)
@@ -112,9 +117,9 @@ class Sieve:
         return not self.course or 3 * sum(key in self._grounds.places for key in keys) >= 2 * len(keys)
 
     def prefers(self, own: str, title: str) -> bool:
-        """Whether the course's own title is better than a small model's: shorter than a sentence, or a headline of
+        """Whether the course's own title is better than a tiny model's: shorter than a sentence, or a headline of
         which the model's has nothing, as the beginning of the course has nothing of that."""
-        if not self.course or not _meaning(own):
+        if not (self.course and self.is_tiny and _meaning(own)):
             return False
         if len(title) > LONGEST_HEADLINE > len(own):
             return True
@@ -154,8 +159,10 @@ class Sieve:
         """Whether the course has its words, numbers and names."""
         keys = review._meaning(sentence)
         borne = [key for key in keys if key in self._grounds.places]
-        of_one = set(_meaning(self._grounds.source(borne))).intersection(borne)
-        if not keys or len(borne) < ENOUGH * len(keys) or len(of_one) < ENOUGH_OF_ONE * len(keys):
+        if not keys or len(borne) < (ENOUGH_OF_TINY if self.is_tiny else ENOUGH) * len(keys):
+            return False
+        of_one = set(_meaning(self._grounds.source(borne))).intersection(borne) if self.is_tiny else keys
+        if len(of_one) < ENOUGH_OF_ONE * len(keys):
             return False
         if self._is_aside(sentence) or review._is_order(sentence):
             return False

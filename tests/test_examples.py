@@ -24,7 +24,7 @@ import hypercorn.asyncio
 import pytest
 from hypercorn.config import Config
 from playwright.async_api import ConsoleMessage, Locator, Page, async_playwright
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 import dccapi
 from service import COURSE, COURSES, HERE, MODEL, certificate, needs_model, serving
@@ -489,6 +489,35 @@ async def test_the_client_says_what_failed_and_keeps_what_did_not() -> None:
         assert (run.code, run.out) == (1, "")
         assert run.err.count("(unauthorized)") == 4
 
+    for settings, code in (
+        ({"max_per_client": 1}, "too_many_requests"),
+        ({"max_queue": 1, "max_concurrent_requests": 1}, "queue_full"),
+    ):
+        async with serving(script=Script(gate=(gate := asyncio.Event())), **settings) as service:
+            process = await start_client(service.url, "-", "--drafts", "3")
+            assert process.stderr
+            refused = b""
+            while code.encode() not in refused:
+                refused = await process.stderr.readline()
+            assert re.search(rf"failed: .*\({code}\); Retry-After: \d+ seconds$", refused.decode().strip())
+            gate.set()
+            run = await ended(process)
+            assert (run.code, len(run.badges)) == (1, 1 if code == "too_many_requests" else 2), run
+
+
+async def test_the_client_ends_with_a_sentence_where_the_service_is_gone_for_good() -> None:
+    async with serving(script=SLOWLY) as service:
+        async with Proxy(service.port) as proxy:
+            url = f"http://localhost:{proxy.port}"
+            process = await start_client(url, "-", "--drafts", "8")
+            await service.engine.wait_for_calls(4, 20)
+        run = await ended(process)
+        assert (run.code, run.out) == (1, ""), run
+        assert run.err.splitlines()[-1].startswith(f"client.py: failed: no connection to {url}: ")
+        assert run.err.count(": failed: ") == 1
+        assert "draft 5" not in run.err
+        assert "Traceback" not in run.err
+
 
 async def test_the_client_tells_every_fault_of_a_request(tmp_path: Path) -> None:
     courses = tmp_path / "courses.jsonl"
@@ -523,14 +552,14 @@ NOBODY = f"http://127.0.0.1:{free_port()}"
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["--url", NOBODY, "--drafts", "1", "-"], 1, "no connection to http://127.0.0.1"),
         (["absent.txt"], 2, "absent.txt cannot be read: No such file or directory."),
         ([EXAMPLES], 2, "cannot be read: Is a directory."),
         ([EXAMPLES / "client.py", "--drafts", "many"], 2, "--drafts"),
         (["-", "--drafts", "0"], 2, "--drafts"),
         (["-", "--url", "http://localhost:one"], 2, "Invalid port"),
+        (["-", "--url", "http://localhost:99999"], 2, "http://localhost:99999 is no address of a service."),
         (["-", "--url", "localhost:8001"], 2, "localhost:8001 is no address of a service."),
-        (["-", "--url", NOBODY, "--api-key", "schlüssel"], 2, "client.py: "),
+        (["-", "--url", NOBODY, "--api-key", "schlüssel"], 2, "client.py: A key has only "),
     ],
 )
 async def test_the_client_ends_with_a_sentence_where_it_is_used_wrongly(
@@ -542,7 +571,37 @@ async def test_the_client_ends_with_a_sentence_where_it_is_used_wrongly(
     assert "Traceback" not in run.err
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", '{"content": "Knots"} x'])
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [("http_proxy", "socks5://localhost:1", "proxies"), ("SSL_CERT_FILE", "/absent.pem", "SSL_CERT_FILE")],
+)
+async def test_the_client_says_what_its_environment_has_wrong(variable: str, value: str, said: str) -> None:
+    run = await run_client("https://127.0.0.1:9" if variable == "SSL_CERT_FILE" else NOBODY, "-", **{variable: value})
+    assert (run.code, run.out, run.err.count("\n")) == (2, "", 1), run
+    assert said in run.err
+
+
+@pytest.mark.parametrize(
+    ("redirected", "code", "said"),
+    [
+        ("<&-", 2, "client.py: Standard input is closed."),
+        (">&-", 2, "client.py: Standard output is closed: the drafts go there."),
+        (">/dev/full", 1, "client.py: the drafts cannot be written down: No space left on device."),
+    ],
+)
+async def test_the_client_says_that_it_can_read_or_write_nothing(redirected: str, code: int, said: str) -> None:
+    async with serving() as service:
+        command = f'exec "$0" "$1" --url {service.url} - {redirected}'
+        run = await ended(await start("sh", "-c", command, sys.executable, EXAMPLES / "client.py", text=TEXT))
+    assert (run.code, run.err.splitlines()[-1]) == (code, said)
+    assert "Traceback" not in run.err
+
+
+# Python reads NaN and halves of surrogate pairs, but may not send them.
+LINES = ["[1]", '{"content": "Knots"} x', "[" * 100_000, '{"content": "Knots", "seed": NaN}', r'{"content": "\ud800"}']
+
+
+@pytest.mark.parametrize("line", LINES, ids=range(len(LINES)))
 async def test_the_client_names_a_line_that_is_no_course(tmp_path: Path, line: str) -> None:
     (courses := tmp_path / "courses.jsonl").write_text(f'{{"content": "Knots"}}\n\n{line}\n')
     run = await run_client("http://127.0.0.1:9", courses)
@@ -564,10 +623,25 @@ async def test_the_client_says_that_another_server_is_not_this_one() -> None:
     assert "Traceback" not in run.err
 
 
-@pytest.mark.parametrize("body", [{"state": "done"}, ["a"], "text", None])
-async def test_the_client_says_that_another_api_is_not_this_one(body: Any) -> None:
+EMPTY: dict[str, Any] = {"type": "partial", "badge": {}}
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "event"),
+    [
+        (202, {"state": "done"}, None),
+        (202, "text", None),
+        (202, None, None),
+        (404, ["a"], None),
+        (202, {"id": "a"}, EMPTY),
+        (202, {"id": "a"}, {"type": "final", "content": {}}),
+        (202, {"id": "a"}, "text"),
+    ],
+)
+async def test_the_client_says_that_another_api_is_not_this_one(status: int, body: Any, event: Any) -> None:
     async def other(scope: Any, receive: Any, send: Any) -> None:
-        await JSONResponse(body, 202)(scope, receive, send)
+        events = Response(f"data: {json.dumps(event)}\n\n", media_type="text/event-stream")
+        await (JSONResponse(body, status) if scope["method"] == "POST" else events)(scope, receive, send)
 
     port = free_port()
     config, stop = Config.from_mapping(bind=[f"127.0.0.1:{port}"], errorlog=None), asyncio.Event()
@@ -576,7 +650,8 @@ async def test_the_client_says_that_another_api_is_not_this_one(body: Any) -> No
     stop.set()
     await server
     assert (run.code, run.out) == (1, "")
-    assert "does not answer as dccapi does; is the address right?" in run.err.splitlines()[-1]
+    assert run.err.splitlines()[-1].endswith("; is the address right?")
+    assert "Traceback" not in run.err
 
 
 async def test_the_client_says_what_to_install_where_it_is_missing() -> None:
@@ -585,14 +660,16 @@ async def test_the_client_says_what_to_install_where_it_is_missing() -> None:
     assert run.err.endswith("Install what it needs: pip install 'httpx[http2]'\n")
 
 
-async def test_the_client_ends_quietly_where_nobody_reads_on() -> None:
-    async with serving() as service:
-        process = await start_client(service.url, "-")
+async def test_the_client_ends_quietly_and_begins_no_more_where_nobody_reads_on() -> None:
+    async with serving(script=Script(pieces=split(badge_json(), 20), delay=0.01)) as service:
+        process = await start_client(service.url, "-", "--drafts", "16")
         assert process.stdout
         process.stdout._transport.close()
         assert process.stderr
         said = (await process.stderr.read()).decode()
         assert await process.wait() == 1
+        await service.idle(1)
+        assert len(service.engine.calls) < 12
     assert "Traceback" not in said
     assert "Exception" not in said
 

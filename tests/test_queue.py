@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -286,17 +286,20 @@ JSON_VALUES = st.recursive(
     data=st.dictionaries(st.text(), JSON_VALUES, max_size=4),
     id=st.from_regex(r"[A-Za-z0-9_-]{1,22}\.\d{1,4}", fullmatch=True),
 )
+@example(data={"text": "\u2028and\u2029and\x85"}, id="a.1")
 def test_an_event_is_read_back_as_it_was_written(data: dict[str, Any], id: str) -> None:
     parser = testkit.SseParser()
     written = dccapi.sse(data, id=id, event="queue") + dccapi.sse(data, id=id)
     events = [event for number in range(len(written)) for event in parser.feed(written[number : number + 1])]
     assert events == [{"id": id, "event": name, "data": data} for name in ("queue", "message")]
+    assert written.decode().splitlines() == written.decode().split("\n")[:-1], "as httpx reads lines"
 
 
 @pure
 @given(
     pieces=st.lists(st.text(min_size=1, max_size=9), max_size=12), seen=st.integers(0, 12), accumulated=st.booleans()
 )
+@example(pieces=["\u2028", "\x85", "\u2029"], seen=1, accumulated=True)
 def test_accumulated_is_the_text_so_far_wherever_a_reader_starts(
     pieces: list[str], seen: int, accumulated: bool
 ) -> None:
@@ -308,6 +311,7 @@ def test_accumulated_is_the_text_so_far_wherever_a_reader_starts(
     parser, events = testkit.SseParser(), []
     while written := encoder.pending():
         events += parser.feed(written)
+        assert written.decode().splitlines() == written.decode().split("\n")[:-1]
     assert [event["data"] for event in events] == [
         {"type": "token", "content": pieces[n], "done": False}
         | ({"accumulated": "".join(pieces[: n + 1])} if accumulated else {})

@@ -38,11 +38,11 @@ sentences = st.lists(st.sampled_from([*ITEMS, "Learners bake bread for 9 days.",
 
 
 @pure
-@given(description=sentences, criteria=sentences, size=st.integers(1, 40))
+@given(description=sentences, criteria=sentences, size=st.integers(1, 40), is_tiny=st.booleans())
 def test_any_lists_become_a_badge_that_says_enough_once_and_nothing_else(
-    description: list[str], criteria: list[str], size: int
+    description: list[str], criteria: list[str], size: int, is_tiny: bool
 ) -> None:
-    tokens, badge = written(Sieve(COURSE, "en", (), COUNTS), description, criteria, size)
+    tokens, badge = written(Sieve(COURSE, "en", (), COUNTS, is_tiny=is_tiny), description, criteria, size)
     assert json.loads(tokens) == badge
     found = review.review(badge, COURSE)
     assert {note["code"] for note in found["notes"]} == set()
@@ -137,8 +137,8 @@ def test_the_requests_own_words_are_no_badge() -> None:
         "Click to inspect hives safely, recognise the queen, brood and stores.",
     ],
 )
-def test_a_small_models_sentence_has_a_sentence_of_the_course_behind_it(invented: str) -> None:
-    _, badge = written(Sieve(COURSE, "en", (), COUNTS), [invented, TRUE], ITEMS)
+def test_a_tiny_models_sentence_has_a_sentence_of_the_course_behind_it(invented: str) -> None:
+    _, badge = written(Sieve(COURSE, "en", (), COUNTS, is_tiny=True), [invented, TRUE], ITEMS)
     assert invented not in badge["badge_description"]
 
 
@@ -153,5 +153,5 @@ def test_a_small_models_sentence_has_a_sentence_of_the_course_behind_it(invented
     ],
 )
 def test_a_courses_headline_is_better_than_a_title_that_has_nothing_of_it(title: str, is_preferred: bool) -> None:
-    assert Sieve(COURSE, "en").prefers(review.title_of(COURSE), title) == is_preferred
-    assert not Sieve().prefers(review.title_of(COURSE), title)
+    assert Sieve(COURSE, "en", is_tiny=True).prefers(review.title_of(COURSE), title) == is_preferred
+    assert not Sieve(COURSE, "en").prefers(review.title_of(COURSE), title)

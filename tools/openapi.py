@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, Field, RootModel
 from pydantic.json_schema import models_json_schema
@@ -19,11 +19,55 @@ from pydantic.json_schema import models_json_schema
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import dccapi
-from dccapi import Answer, GenerateRequest, RegenerateRequest
+from dccapi import GenerateRequest, RegenerateRequest
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is answered
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+class Note(BaseModel):
+    """What to look at before a draft or a text is used. `code` is a word for programs."""
+
+    code: str
+    field: str
+    text: str
+    message: str
+
+
+class ReviewedSentence(BaseModel):
+    """A sentence of the draft and the sentence of the course that bears it most."""
+
+    field: str
+    text: str
+    support: float | None
+    source: str
+
+
+class Review(BaseModel):
+    """What a draft says that its course does not. `support` is a share of 0 to 1."""
+
+    language: str
+    support: float | None
+    sentences: list[ReviewedSentence]
+    notes: list[Note]
+
+
+class Written(BaseModel):
+    """What comes with every badge."""
+
+    achievement: dict[str, Any]  # its schema stands in a file
+    model: str
+    usage: dccapi.TokenUsage
+    finish_reason: Literal["stop", "length"]
+    request_id: str
+    review: Review | None = Field(description="null where the draft could not be reviewed.")
+
+
+class Answer(Written):
+    """A finished badge (contract 3.2)."""
+
+    response: dccapi.Badge
 
 
 class Accepted(BaseModel):
@@ -38,6 +82,16 @@ class Status(BaseModel):
     """A word."""
 
     status: Literal["alive", "ready"]
+
+
+class Framework(BaseModel):
+    """Where skills of the index come from, and on what terms."""
+
+    name: str
+    version: str
+    licence: str
+    notice: str
+    skills: int
 
 
 class Health(BaseModel):
@@ -61,7 +115,7 @@ class Health(BaseModel):
     version: str
     error: str | None
     content_words_that_fit: int | None
-    skills: list[dict[str, Any]] | None
+    skills: list[Framework] | None
 
 
 class Extracted(BaseModel):
@@ -72,7 +126,7 @@ class Extracted(BaseModel):
     language: str
     pages: int | None
     words: int
-    notes: list[dict[str, Any]]
+    notes: list[Note]
 
 
 class Skill(BaseModel):
@@ -95,6 +149,14 @@ class UploadedDocument(BaseModel):
     file: str = Field(json_schema_extra={"format": "binary"})
 
 
+class Fault(BaseModel):
+    """A fault of a request: where it is, what to do, and its kind."""
+
+    loc: list[str | int]
+    msg: str
+    type: str
+
+
 class Problem(BaseModel):
     """RFC 9457."""
 
@@ -105,7 +167,7 @@ class Problem(BaseModel):
     error_code: str
     request_id: str
     timestamp: str
-    errors: list[dict[str, Any]] | None = None
+    errors: list[Fault] = Field([], description="Every fault of a request that is not valid (422).")
 
 
 class GenerationState(Accepted):
@@ -121,20 +183,15 @@ class TokenEvent(BaseModel):
 
     type: Literal["token"]
     content: str
-    accumulated: str | None = Field(None, description="The text so far; absent with `accumulated=false`.")
+    accumulated: str = Field("", description="The text so far; absent with `accumulated=false`.")
     done: Literal[False]
 
 
-class FinalEvent(BaseModel):
+class FinalEvent(Written):
     """The badge. The last event."""
 
     type: Literal["final"]
     content: dccapi.Badge
-    achievement: dict[str, Any]
-    model: str
-    usage: dccapi.TokenUsage
-    finish_reason: Literal["stop", "length"]
-    request_id: str
 
 
 class ErrorEvent(BaseModel):
@@ -186,8 +243,16 @@ class Event(BaseModel):
     )
 
 
-class Links(RootModel[dict[str, Any]]):
+class EventStream(RootModel[str | Event]):
+    """Server-Sent Events. OpenAPI 3.1 has one schema for both: their text as a whole, and each of them."""
+
+
+class Links(BaseModel):
     """The paths; the demo page to a client that accepts HTML."""
+
+    name: str
+    version: str
+    links: dict[str, str]
 
 
 class Document(RootModel[dict[str, Any]]):
@@ -205,11 +270,11 @@ class Samples(RootModel[str]):
 # Schemas of requests say what is taken, those of answers what is given. Those of credentials stand in a file.
 ASKED = (GenerateRequest, RegenerateRequest, UploadedDocument)
 ANSWERED = (Answer, Accepted, GenerationState, Extracted, Skills, Health, Status, Problem, Event, *EVENTS)
-PAGES = (Links, Document, Page, Samples)
+TEXTS = (EventStream, Links, Document, Page, Samples)
 # Others are JSON.
 MEDIA_TYPES = {
     "UploadedDocument": "multipart/form-data",
-    "Event": "text/event-stream",
+    "EventStream": "text/event-stream",
     "Page": "text/html",
     "Samples": "text/plain",
 }
@@ -238,10 +303,10 @@ RESUME = ("Last-Event-ID", *VIEWS)
 POSTED = ("Idempotency-Key", "Prefer", *VIEWS)
 POSTED_STREAM = ("Idempotency-Key", *VIEWS)
 QUERY = (*(name for name in GenerateRequest.model_fields if name not in ("badge_configuration", "stream")), RESUME[0])
-WRITTEN: dict[str, Sequence[str]] = {"200": ["Answer", "Event"], "202": ["Accepted"]}
-STREAMED: dict[str, Sequence[str]] = {"200": ["Event"]}
+WRITTEN: dict[str, Sequence[str]] = {"200": ["Answer", "EventStream"], "202": ["Accepted"]}
+STREAMED: dict[str, Sequence[str]] = {"200": ["EventStream"]}
 AWARDED: dict[str, Sequence[str]] = {"200": ["OpenBadgeCredential"]}
-RESUMED: dict[str, Sequence[str]] = {"200": ["Event"], "204": []}
+RESUMED: dict[str, Sequence[str]] = {"200": ["EventStream"], "204": []}
 
 GENERATE = "A badge as JSON or, where they are accepted, as events; 202 and its URL with Prefer: respond-async."
 STREAM = "A badge as Server-Sent Events."
@@ -352,7 +417,7 @@ def asked() -> Examples:
 
 def answered() -> Examples:
     """Examples of answers, by schema and name; what is random or of today is fixed."""
-    answer = Answer(
+    answer = dccapi.Answer(
         response=BADGE,
         achievement=dccapi.build_achievement(BADGE) | {"id": URN},
         model="phi4badges",
@@ -371,7 +436,7 @@ def answered() -> Examples:
         "Accepted": {"waiting": accepted},
         "GenerationState": {"waiting": waiting, "done": done},
         "OpenBadgeCredential": {"unsigned": credential},
-        "Event": {
+        "EventStream": {
             "a badge": "retry: 1000\n\n" + events(0, ['{"badge_name": "Kn', "ots", answer]),
             "an error": events(2, ['{"badge_name": "Kn', "ots", dccapi.EngineTimeout()]),
         },
@@ -386,7 +451,7 @@ def answered() -> Examples:
     }
 
 
-def generation(log: list[str | Answer | dccapi.ApiError]) -> dccapi.Generation:
+def generation(log: list[str | dccapi.Answer | dccapi.ApiError]) -> dccapi.Generation:
     return dccapi.Generation(
         "",
         REQUEST_ID,
@@ -395,7 +460,7 @@ def generation(log: list[str | Answer | dccapi.ApiError]) -> dccapi.Generation:
     )
 
 
-def events(seen: int, log: list[str | Answer | dccapi.ApiError]) -> str:
+def events(seen: int, log: list[str | dccapi.Answer | dccapi.ApiError]) -> str:
     """The events of a generation after those that its reader has seen."""
     encoder = dccapi.EventEncoder(generation(log), dccapi.StreamOptions(partial=True), seen)
     position = b"" if seen else encoder.queue(3, 12.5)
@@ -442,6 +507,10 @@ def document() -> dict[str, Any]:
             "license": {"name": "MIT", "identifier": "MIT"},
             "description": "Open Badges 3.0 drafts from course descriptions. Every path stands at the root as well.",
         },
+        "externalDocs": {
+            "description": "The API with examples; docs/README.md names the other documents.",
+            "url": "docs/api.md",
+        },
         "servers": [{"url": "/api/v1"}],
         "paths": paths,
         "components": {
@@ -456,21 +525,36 @@ def document() -> dict[str, Any]:
     }
 
 
+CHOICES: dict[str, Sequence[str]] = {
+    **{choice: tuple(values) for choice, values in dccapi.CHOICES.items()},
+    "long_content": get_args(GenerateRequest.model_fields["long_content"].annotation),
+}
+
+
 def component_schemas() -> dict[str, Any]:
     """The schemas of all models, by name."""
     models: Any = [(model, "validation") for model in ASKED]
-    models += [(model, "serialization") for model in (*ANSWERED, *PAGES)]
+    models += [(model, "serialization") for model in (*ANSWERED, *TEXTS)]
     _, definitions = models_json_schema(models, ref_template="#/components/schemas/{model}")
     schemas: dict[str, Any] = definitions["$defs"]
-    for name in ("GenerateRequest", "RegenerateRequest", "BadgeOptions"):
-        describe_options(schemas[name])
-    for name in ("GenerateRequest", "RegenerateRequest"):
-        describe_content(schemas[name])
-    for file in sorted(dccapi.OPENAPI.parent.glob("*.schema.json")):
-        schemas |= definitions_of(file, schemas.keys())
+    for model in ANSWERED:
+        for field in schemas[model.__name__].get("properties", {}).values():
+            field.pop("default", None)  # generators of clients take what has one for what is always there
     for name in ("Answer", "FinalEvent"):
         schemas[name]["properties"]["achievement"] = reference("Achievement")
+    for name in ("GenerateRequest", "RegenerateRequest", "BadgeOptions"):
+        describe_options(schemas[name])
+    schemas |= {schema_of(choice): {"type": "string", "enum": [*values]} for choice, values in CHOICES.items()}
+    schemas["NotGiven"] = {"description": "The same as no value.", "type": "string", "enum": [*dccapi.NOT_GIVEN]}
+    for file in sorted(dccapi.OPENAPI.parent.glob("*.schema.json")):
+        schemas |= definitions_of(file, schemas.keys())
+    schemas["Achievement"]["properties"]["alignment"] = {"type": "array", "items": reference("Alignment")}  # of `Node`
     return schemas
+
+
+def schema_of(choice: str) -> str:
+    """The name of the schema of a choice: generators of clients make one type of it."""
+    return choice.title().replace("_", "")
 
 
 # Readers of OpenAPI unfold what refers to itself until they give up: these stay closed. The service checks them.
@@ -489,26 +573,41 @@ def definitions_of(file: Path, taken: Container[str]) -> dict[str, Any]:
     prefix = re.sub(r"\W", "_", file.name.removesuffix(".schema.json"))
     names = {name: f"{prefix}_{name}" if name in taken else name for name in json.loads(text)["$defs"]}
     text = re.sub(r'"#/\$defs/(\w+)"', lambda found: json.dumps(reference(names[found[1]])["$ref"]), text)
-    schemas = {names[name]: CLOSED.get(name, schema) for name, schema in json.loads(text)["$defs"].items()}
-    for schema in schemas.values():  # without `Node`, nothing is known to be one name too many
-        schema.pop("unevaluatedProperties", None)
-    return schemas
+    definitions = json.loads(text)["$defs"]
+    return {names[name]: CLOSED.get(name) or readable(schema) for name, schema in definitions.items()}
+
+
+def readable(node: Any) -> Any:
+    """The same for generators of clients: they read nothing beside a `$ref`, neither `if` nor `then`, and no choice
+    of constants."""
+    if not isinstance(node, dict):
+        return [readable(item) for item in node] if isinstance(node, list) else node
+    schema = {name: readable(value) for name, value in node.items()}
+    for place in schema.get("prefixItems", ()):
+        if "const" in place:
+            place |= {"type": "string", "enum": [place.pop("const")]}
+    schema.pop("unevaluatedProperties", None)  # without `Node`, nothing is known to be one name too many
+    if schema.get("if") == {"type": "string"}:
+        return {"anyOf": [schema["then"], schema["else"]]}  # the other is no string
+    if schema.keys() & {"properties", "required"} and "$ref" in schema:
+        base = {"$ref": schema.pop("$ref")}
+        return schema if base == reference("Node") else {"allOf": [base], **schema}
+    return schema
 
 
 def describe_options(schema: dict[str, Any]) -> None:
-    """Say of a request what its validators in code do: the choices, and what stands for "not given"."""
-    properties = schema["properties"]
-    properties |= {choice: {"enum": list(values)} for choice, values in dccapi.CHOICES.items()}
-    for name in properties.keys() - {"content", "badge", "field"}:
-        properties[name] = {"anyOf": [properties[name], {"enum": [*dccapi.NOT_GIVEN, None]}]}
+    """Say of a request what its validators in code do: the choices, and what stands for "not given".
 
-
-def describe_content(schema: dict[str, Any]) -> None:
-    """`course_input` stands for `content` where that is not given, and is ignored where it is."""
-    absent = {"enum": [*dccapi.NOT_GIVEN, None]}
-    instead = {"course_input": schema["properties"]["content"], "content": absent}
-    schema["anyOf"] = [{"required": ["content"]}, {"properties": instead, "required": ["course_input"]}]
-    schema["required"].remove("content")
+    A default stands with its type: where it stands with the field, generators of clients ask for the field or send it.
+    """
+    for name in schema["properties"].keys() - {"content", "badge", "field"}:
+        field = schema["properties"][name]
+        field.pop("title", None)
+        described = {"description": field.pop("description")} if "description" in field else {}
+        default = {"default": field.pop("default")} if field.get("default") is not None else {}
+        kinds = [reference(schema_of(name))] if name in CHOICES else field.pop("anyOf", [field])
+        given = [kind | default for kind in kinds if kind != {"type": "null"}]
+        schema["properties"][name] = described | {"anyOf": [*given, reference("NotGiven"), {"type": "null"}]}
 
 
 def problem_responses() -> dict[str, Any]:
@@ -538,7 +637,7 @@ def operation(one: Operation, schemas: dict[str, Any], examples: Examples) -> di
     described: dict[str, Any] = {
         "summary": one.summary,
         "tags": [one.tag],
-        "operationId": f"{one.method}_{re.sub('[^a-z]+', '_', one.path).strip('_')}".strip("_"),
+        "operationId": f"{one.method}_{re.sub('[^a-z]+', '_', one.path).strip('_') or 'index'}",
         "parameters": [parameter(name, schemas["GenerateRequest"]["properties"]) for name in names],
         "responses": responses(one, schemas, examples),
     }

@@ -3117,8 +3117,8 @@ class Api:
 
     async def _prompt(self, body: GenerateRequest, client: str, notes: Sequence[dict[str, Any]]) -> Prompt:
         said = await self.readers.ask("text", client, content=body.content)
-        if not re.search(VISIBLE, said["text"]):
-            raise invalid_fields({("content",): "must hold text that can be seen, not only markup"})
+        if not re.search(r"[^\W_]", said["text"]):
+            raise invalid_fields({("content",): "must hold words that can be seen, not only markup or marks"})
         course = Course(**said | {"notes": [*notes, *said["notes"]]})
         return build_prompt(body, course, self.system_prompt, self.engine.defaults)
 
@@ -3561,7 +3561,8 @@ class Exchange:
         if self._headers.get(b"content-encoding", b"identity").strip().lower() != b"identity":
             return UnsupportedMediaType("Send it without Content-Encoding.", headers={"accept-encoding": "identity"})
         if size > self._limit:
-            return BodyTooLarge(f"A body may have {self._limit} bytes here. /docs/api.md says how documents are sent.")
+            taken = f"This is larger than the {self._limit / 2**20:.2g} MB that are taken here."
+            return BodyTooLarge(f"{taken} Send less; /docs/api.md says how documents are sent.")
         return QueueFull("Too many requests have arrived in part. Send each at once.") if self._peer.is_full else None
 
     async def receive(self) -> Message:

@@ -55,6 +55,7 @@ LIGHT_WORDS = (
     " methods practice practices procedure procedures tool tools software program programs activities work setup"
     " appropriate proper specific various"
 )
+HALF_ENDING = re.compile(r"(?<=\w{3})(?:ati?o?|i[no]?|m|men?|a)\Z")
 ENDINGS = re.compile(r"(?<=\w{4})(?:ations?|ating|ated|ates?)\Z|(?<=\w{3})(?:ments?|ings?|ions?|ed|es|e|s)\Z")
 
 
@@ -156,6 +157,12 @@ class Index:
         )
         return [row for (row,) in rows]
 
+    def begun(self, stem: str) -> str:
+        """A last word as it is typed: of "weldin", which begins no stem, what stands before the half of its ending."""
+        if self.ranked([stem], 1, prefix=True):
+            return stem
+        return HALF_ENDING.sub("", stem)
+
     def known(self, skills: Sequence[int]) -> Iterator[tuple[int, frozenset[str], list[frozenset[str]]]]:
         """Of each of these skills: itself, the stems of its label, those of all its names, the label first."""
         rows = self.db.execute(
@@ -213,6 +220,7 @@ def search(path: str, query: str, most: int = MOST_FOUND) -> dict[str, Any]:
         words = [*dict.fromkeys(stems(query[:LONGEST_QUERY]))][:12]
         if not words:
             return {"skills": []}
+        words[-1] = index.begun(words[-1])
         wanted = frozenset(words)
         best: dict[int, float] = {}
         ranked = index.ranked(words, 4 * most, prefix=True)

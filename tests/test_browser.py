@@ -551,8 +551,9 @@ async def test_one_field_is_written_anew_and_can_be_put_back() -> None:
         await page.click("#undo")
         await expect(field(page, 1, "Description")).to_have_value(before)
         await card(page, 1).get_by_role("button", name="Write again").click()
-        await states(page, "Failed")
         await expect(card(page, 1).locator(".alert")).to_contain_text("Try again")
+        await states(page, "Draft")
+        await expect(field(page, 1, "Description")).to_have_value(before)
 
 
 async def test_a_refused_request_is_told_once_at_the_form() -> None:
@@ -709,6 +710,9 @@ async def test_everything_can_be_done_with_the_keyboard() -> None:
         await expect(card(page, 1).get_by_role("button", name="Stop")).to_be_focused()
         await states(page, *["Draft"] * 4)
         await expect(card(page, 1).get_by_role("button", name="Export")).to_be_focused()
+        assert not (await field(page, 1, "Criteria").input_value()).endswith(" By hand.")
+        await page.keyboard.press("Control+z")
+        await expect(field(page, 1, "Criteria")).to_have_value(re.compile(" By hand.$"))
         await page.keyboard.press("Enter")
         await tab_to("For badge systems")
         await page.keyboard.press("Escape")

@@ -148,6 +148,9 @@ FAILURES = {  # what goes wrong: the script and settings, the status and error_c
     "nothing comes at all": (Script(pieces=[]), {}, 502, "invalid_model_output"),
     "only prose comes": (Script(pieces=["Sure, ", "here is ", "a badge."]), {}, 502, "invalid_model_output"),
     "placeholders come": (Script(pieces=split(badge_json(name="string"))), {}, 502, "invalid_model_output"),
+    "what was asked comes back": (
+        Script(pieces=split(badge_json("Knots", "Sentences that explain what this course teaches and which topics."))),
+        {}, 502, "invalid_model_output"),
     "the limit comes before the narrative": (
         Script(pieces=split(badge_json())[:20], done_reason="length"), {}, 502, "invalid_model_output"),
     "the engine fails": (Script(status=500, error="CUDA error at 127.0.0.1:9, key s3cret"), {}, 502, "engine_error"),

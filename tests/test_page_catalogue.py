@@ -97,6 +97,7 @@ async def test_one_tab_writes_and_another_follows_and_takes_over(tmp_path: Path)
         await second.goto(page.url)
         await says(second, "6 of 12")
         await expect(second.locator("#catalogue-wait")).to_contain_text("Another tab")
+        assert set(await second.locator(".line-of.waiting .cell-notes").all_inner_texts()) == {""}
         await second.click("#catalogue-pause")
         await says(page, "pausing, 4 being written")
         gate.set()
@@ -122,7 +123,7 @@ async def test_what_passes_is_waited_for_and_what_does_not_is_a_failed_row(tmp_p
         failed = page.locator(".line-of .cell-notes")
         await expect(failed).to_have_count(3)
         told = await failed.all_inner_texts()
-        assert "262144" in told[0]
+        assert "0.25 MB" in told[0]
         assert "badge_level" in told[1]
         assert told[2] == "This row has no content."
 
@@ -180,6 +181,7 @@ async def test_what_is_wrong_with_a_table_is_told_before_anything_is_written(tmp
         await expect(page.locator("#columns-faults")).to_contain_text("No id in line 4")
         await expect(page.locator("#columns-write")).to_be_disabled()
         await page.select_option("#columns-id", label="None: number the rows")
+        await expect(page.locator("#columns-notes")).to_contain_text("1 row of fewer than 12 words")
         await page.uncheck("#columns-content [value='1']")
         await expect(page.locator("#columns-notes")).to_contain_text("1 row without content")
         await expect(page.locator("#columns-notes")).to_contain_text("the content of another: line 3 (as 2)")

@@ -86,6 +86,7 @@ async def test_drafts_of_the_earlier_page_are_taken_over_and_none_is_dropped() -
         assert await page.evaluate("Object.keys(localStorage).filter(key => key.includes('draft.')).length") == 0
         await write(page, 1)
         await expect(page.locator(".card")).to_have_count(31)
+        await expect(page.locator(".card:visible")).to_have_count(1)
         await page.reload()
         await expect(page.locator("#cards .group")).to_have_count(2)
         await page.click(".group:nth-child(2) .fold")
@@ -160,7 +161,8 @@ async def test_four_drafts_differ_on_purpose_and_their_parts_can_be_put_together
         assert len(set(emphases)) == 4
         group = page.locator(".group")
         await expect(group).to_have_count(1)
-        await expect(group.locator("h3")).to_contain_text("Knots for climbers")
+        await expect(group.locator("h3")).to_contain_text("Knots for climbers: figure eight, clove hitch, prusik")
+        await expect(field(page, 1, "Description")).to_have_attribute("lang", "en")
         await group.get_by_role("button", name="Compare two").click()
         await expect(group.locator(".versus mark")).not_to_have_count(0)
         shown = await group.locator(".versus .words.description mark").all_inner_texts()
@@ -190,6 +192,10 @@ async def test_a_stopped_draft_can_be_copied_exported_and_written_on() -> None:
         await expect(card(page, 1).get_by_role("button", name="Copy")).to_be_enabled()
         await card(page, 1).get_by_role("button", name="Rewrite the criteria").click()
         await expect(field(page, 1, "Criteria")).to_have_value("- Ties every knot")
+        await field(page, 1, "Description").fill("By hand.")
+        await card(page, 1).get_by_role("button", name="Write again").click()
+        await expect(card(page, 1).locator(".alert")).to_contain_text("Try again")
+        await expect(field(page, 1, "Description")).to_have_value("By hand.")
 
 
 @pytest.mark.parametrize(
@@ -235,6 +241,11 @@ async def test_a_waiting_card_is_small_and_a_dead_server_stops_the_clock() -> No
         await expect(card(page, 1).locator(".alert")).to_contain_text("goes on by itself")
         clock = await card(page, 1).locator(".figures").inner_text()
         assert " s" not in clock.replace("stopped", ""), "no clock runs"
+        await page.click("#write")
+        await expect(page.locator("#form-error")).to_contain_text("does not answer")
+        proxy._server = await asyncio.start_server(proxy._carry, "127.0.0.1", proxy.port)
+        await expect(page.locator("#form-error")).to_be_empty(timeout=20_000)
+        await expect(card(page, 1).locator(".alert")).to_be_empty()
         await card(page, 1).get_by_role("button", name="Stop").click()
         await expect(card(page, 1).locator(".state")).to_have_text("Stopped")
 
@@ -255,7 +266,8 @@ async def test_the_form_says_faults_in_its_own_words_and_completes_an_address() 
         await page.fill("#institute_url", "not an address")
         await page.click("#write")
         await expect(page.locator("#form-error")).to_contain_text("Institution’s website: write a web address")
-        await page.fill("#institute_url", "https://example.edu")
+        await page.fill("#institute_url", "exämple.edu")
         await page.click("#write")
         await states(page, "Draft")
+        await expect(page.locator("#institute_url")).to_have_value("https://xn--exmple-cua.edu")
         assert service.engine.calls[0].body["options"]["num_predict"] >= 600

@@ -151,6 +151,10 @@ async def test_skills_are_searched_best_first(index: str) -> None:
         assert [one["score"] for one in best] == sorted((one["score"] for one in best), reverse=True)
         assert len(best) <= skills.MOST_FOUND
         assert "debug software" in {one["name"] for one in await found(service, "debu")}
+        for typed in ("weldin", "arc%20weldi", "negotiat"):
+            assert {"negotiate compromises", "apply arc welding techniques"} & {
+                one["name"] for one in await found(service, typed)
+            }, typed
         for strange in ("%22%20OR%20*", "NEAR(", "%F0%9F%AA%A2", "x" * 5000, "%00"):
             assert (await ask(service, None, f"/skills?q={strange}", "GET")).status in (200, 422)
         problem = problem_in(await ask(service, None, "/skills", "GET"), 422, "invalid_request")

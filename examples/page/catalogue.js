@@ -427,7 +427,7 @@ function coursesOf() {
   for (const control of $('columns-options').querySelectorAll('[data-option]')) {
     if (control.value.trim()) shared[control.dataset.option] = control.value.trim();
   }
-  const lines = {missing: [], twice: [], wrong: [], empty: [], same: [], long: []};
+  const lines = {missing: [], twice: [], wrong: [], empty: [], same: [], short: [], long: []};
   const ids = new Map(), contents = new Map(), fits = state.health.content_words_that_fit;
   const courses = table.rows.map(({line, cells}, n) => {
     const course = {n, id: id < 0 ? String(n + 1) : cells[id].trim(), content: contentOf(table.columns, content, cells), options: {...shared}};
@@ -445,7 +445,9 @@ function coursesOf() {
     if (!text) lines.empty.push(line);
     else if (contents.has(text)) lines.same.push(`${line} (as ${contents.get(text)})`);
     else contents.set(text, line);
-    if (fits && text.split(/\s+/).length > fits) lines.long.push(line);
+    const words = wordCount(text);
+    if (text && words < LITTLE) lines.short.push(line);
+    if (fits && words > fits) lines.long.push(line);
     return course;
   });
   return {courses, lines, own, hasIds: id >= 0, hasContent: content.length > 0, fits};
@@ -479,6 +481,7 @@ function columnsChanged() {
   const notes = [
     lines.empty.length && `${counted(lines.empty.length, 'row')} without content, which will be listed as failed: line ${few(lines.empty)}.`,
     lines.same.length && `${counted(lines.same.length, 'row')} with the content of another: line ${few(lines.same)}.`,
+    lines.short.length && `${counted(lines.short.length, 'row')} of fewer than ${LITTLE} words, from which little can be written: line ${few(lines.short)}.`,
     lines.long.length && `${counted(lines.long.length, 'row')} longer than the ${count(fits)} words that fit, so condensed: line ${few(lines.long)}.`,
     own.length && `Options of each row, by the names of their columns: ${own.map(([, name]) => name).join(', ')}.`,
   ].filter(Boolean);
@@ -614,13 +617,13 @@ async function openRow(n, isAgain = false) {
   setText($('row-state'), words);
   for (const name of Object.keys(TEXTS)) {
     const input = $(CARD[name]);
-    Object.assign(input, {value: texts[name], readOnly: !isDone});
+    Object.assign(input, {value: texts[name], readOnly: !isDone, lang: languageOf(record)});
     input.closest('.field').hidden = !isDone;
     fitHeight(input);
   }
   $('row-draft').hidden = !isDone;
   drawRowArt(course);
-  const skills = record.achievement?.tag ?? [];
+  const skills = skillsOf(record).map(({name, framework}) => framework ? `${name} (${framework})` : name);
   setText($('row-skills'), skills.length ? `Skills: ${skills.join(', ')}` : '');
   setText($('row-error'), record.status === 'failed' ? record.error.detail : '');
   const notes = record.review?.notes ?? [];
@@ -870,7 +873,7 @@ function fillRow(n, place, made, height) {
   setText(title.children[0], row.title || row.id);
   setText(title.children[1], [row.title && row.id, row.isCorrected && 'corrected'].filter(Boolean).join(' · '));
   setText(support, supportText(row.support));
-  setText(notes, row.note + (row.notes > 1 ? ` And ${row.notes - 1} more.` : ''));
+  setText(notes, (row.note ?? '') + (row.notes > 1 ? ` And ${row.notes - 1} more.` : ''));
   const [told, button] = state.children;
   told.className = `state dot ${tone}`;
   setText(told, words);

@@ -44,7 +44,7 @@ function openCompare(group, drafts) {
   if (!isOpen) group.compare.querySelector('select').focus();
 }
 
-const isComparable = draft => !isLive(draft) && Object.values(draft.fields).some(text => text.trim());
+const isComparable = draft => !isLive(draft) && hasText(draft);
 const nameOf = draft => [`Draft ${draft.number}`, emphasisOf(draft).name].filter(Boolean).join(', ');
 const emphasisOf = draft => EMPHASES[draft.emphasis] ?? {name: ''};
 
@@ -75,6 +75,7 @@ function drawCompare(group, drafts) {
     const words = pair.map(draft => wordsIn(draft.fields[name])), marks = shared(...words);
     sides.forEach(({text, use, who}, side) => {
       setText(who, nameOf(pair[side]));
+      text.lang = languageOf(pair[side]);
       text.replaceChildren(...markedText(words[side], marks[side]));
       const other = pair[1 - side];
       setText(use, `Use this ${FIELDS[name].label.toLowerCase()} in draft ${other.number}`);

@@ -11,18 +11,45 @@ const UNSPACED = /[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u
 /** The words of a text as the service counts them: two letters of a script without spaces are about a word. */
 const wordCount = text => (text.match(/\S+/g)?.length ?? 0) + Math.floor((text.match(UNSPACED)?.length ?? 0) / 2);
 
+const LONG = 20000; // characters from which a browser takes its time with a text
+const LITTLE = 12; // words: what else a draft from fewer says is mostly the model's own
+
 function showLength() {
   const words = wordCount($('content').value), fits = state.health.content_words_that_fit;
   const isLong = Boolean(fits) && words > fits;
   const number = count => count.toLocaleString('en');
-  setText($('words'), !words ? '' : fits ? `${number(words)} of about ${number(fits)} words` : plural(words, 'word'));
-  $('words').classList.toggle('over', isLong);
+  const isShort = words > 0 && words < LITTLE, told = fits ? `${number(words)} of about ${number(fits)} words` : plural(words, 'word');
+  setText($('words'), !words ? '' : isShort ? `${told}: little to go by` : told);
+  $('words').classList.toggle('over', isLong || isShort);
   $('long-told').hidden = !isLong;
+}
+
+/** With dir=auto Chromium looks for the direction anew with each line that it takes in: seconds with a long text. */
+function directContent(text) {
+  const way = text.length < LONG ? 'auto' : startsRightToLeft(text) ? 'rtl' : 'ltr';
+  if ($('content').dir !== way) $('content').dir = way;
+}
+
+function fillContent(text) {
+  $('content').dir = 'ltr';
+  $('content').value = text;
+  directContent(text);
+}
+
+/** Chromium takes a pasted text in line by line, and is busy for seconds with a long one. */
+function pasteLong(event, pasted) {
+  const box = event.currentTarget, before = box.value;
+  event.preventDefault();
+  directContent(pasted);
+  box.setRangeText(pasted, box.selectionStart, box.selectionEnd, 'end');
+  courseEdited();
+  formChanged();
+  toast('A long text is pasted.', () => setContent(before, ''));
 }
 
 function setContent(text, source, {language = '', notes = [], isDocument = false} = {}) {
   course = {source, language, notes, isDocument};
-  $('content').value = text;
+  fillContent(text);
   $('content').scrollTop = 0;
   state.error = [];
   markInvalid([]);
@@ -32,6 +59,7 @@ function setContent(text, source, {language = '', notes = [], isDocument = false
 
 /** What is typed is no sample any more; a document stays one while it is corrected. */
 function courseEdited() {
+  directContent($('content').value);
   if (!course.isDocument || !$('content').value.trim()) course = {source: '', language: '', notes: [], isDocument: false};
   showCourse();
 }
@@ -149,5 +177,9 @@ function listenToDocuments() {
   $('open').onclick = () => $('file').click();
   $('file').onchange = () => { if ($('file').files[0]) readFile($('file').files[0]); $('file').value = ''; };
   $('reading-stop').onclick = () => reading?.abort();
-  $('content').addEventListener('paste', () => setTimeout(() => learnLanguage($('content').value)));
+  $('content').addEventListener('paste', event => {
+    const pasted = event.clipboardData?.getData('text/plain') ?? '';
+    if (pasted.length >= LONG) pasteLong(event, pasted);
+    setTimeout(() => learnLanguage($('content').value));
+  });
 }

@@ -45,7 +45,7 @@ function placeAt(parent, index, node) {
 
 const groups = new Map(); // batch id: its elements
 const folded = new Set(); // batch ids
-const MANY = 12; // drafts that stand open when the page is opened; older courses are folded to a line
+const MANY = 8; // drafts that stand open when a course is written or the page is opened; older courses are folded to a line
 
 function foldOld() {
   const courses = [...grouped(state.drafts)];
@@ -175,11 +175,13 @@ function drawCard(draft, card) {
   drawArt(draft, card);
   drawSkills(draft, card.skills);
   const current = rewriting ?? (live ? Object.keys(FIELDS).findLast(name => draft.fields[name]) : undefined);
-  for (const [name, {field, input, anew}] of Object.entries(card.fields)) {
+  const lang = languageOf(draft) || (requestOf(draft).language ?? '');
+  for (const [name, {field, input, anew, read}] of Object.entries(card.fields)) {
     const writing = live || rewriting === name;
     if (field.classList.contains('writing') && name !== current) input.scrollTop = 0; // written: now it is read
     field.classList.toggle('writing', name === current);
     input.readOnly = writing;
+    if (input.lang !== lang) input.lang = read.lang = lang; // for the spell-check, and for whoever has it read aloud
     if (input.value !== draft.fields[name]) {
       const follows = input.scrollTop + input.clientHeight > input.scrollHeight - 30;
       input.value = draft.fields[name];
@@ -205,7 +207,7 @@ function drawActions(draft, card, busy) {
   act.stop.disabled = draft.stopping;
   act.again.hidden = act.copy.hidden = act.export.hidden = busy;
   act.export.disabled = !draft.fields.name.trim();
-  act.copy.disabled = !Object.values(draft.fields).some(text => text.trim());
+  act.copy.disabled = !hasText(draft);
   act.design.disabled = act.svg.disabled = act.png.disabled = isLive(draft) || !draft.fields.name.trim();
   if (focused === act.stop && act.stop.hidden) (act.export.disabled ? act.again : act.export).focus();
 }
@@ -268,7 +270,7 @@ function edit(draft, name, text) {
 }
 
 function removeDrafts(drafts, text) {
-  const back = drafts.filter(draft => !isBusy(draft) && Object.values(draft.fields).some(text => text.trim()));
+  const back = drafts.filter(draft => !isBusy(draft) && hasText(draft));
   drafts.forEach(dropDraft);
   render();
   $('drafts-title').focus();

@@ -31,7 +31,7 @@ async function copy(text, tell = toast) {
 // What a draft says, in pieces that paper, Word and a table take
 
 const startsRightToLeft = text => /^[^\p{L}]*[\u0590-\u08ff\ufb1d-\ufefc]/u.test(text);
-const languageOf = draft => draft.review?.language ?? '';
+const languageOf = ({review}) => [undefined, null, 'und'].includes(review?.language) ? '' : review.language;
 const runsOf = text => text.split(/\*\*(.+?)\*\*/).map((run, index) => ({text: run, bold: index % 2 === 1})).filter(run => run.text);
 
 /** Paragraphs and items of a list of the few marks of Markdown that drafts have. */
@@ -79,9 +79,9 @@ function zipOf(files) {
 const xml = text => text.replace(/[^\t\n\r -\ud7ff\ue000-\ufffd\u{10000}-\u{10ffff}]/gu, '').replace(/[&<>"]/g, mark => `&#${mark.charCodeAt()};`);
 const OPEN_XML = 'http://schemas.openxmlformats.org';
 const WORD_STYLES = {
-  Normal: ['Normal', '<w:spacing w:after="120" w:line="276" w:lineRule="auto"/>', '<w:sz w:val="22"/>'],
-  Title: ['Title', '<w:keepNext/><w:spacing w:before="120" w:after="120"/>', '<w:b/><w:sz w:val="40"/>'],
-  Heading1: ['heading 1', '<w:keepNext/><w:spacing w:before="280" w:after="80"/><w:outlineLvl w:val="0"/>', '<w:b/><w:sz w:val="26"/>'],
+  Normal: ['Normal', '<w:spacing w:after="120" w:line="276" w:lineRule="auto"/>', '<w:sz w:val="22"/><w:szCs w:val="22"/>'],
+  Title: ['Title', '<w:keepNext/><w:spacing w:before="120" w:after="120"/>', '<w:b/><w:bCs/><w:sz w:val="40"/><w:szCs w:val="40"/>'],
+  Heading1: ['heading 1', '<w:keepNext/><w:spacing w:before="280" w:after="80"/><w:outlineLvl w:val="0"/>', '<w:b/><w:bCs/><w:sz w:val="26"/><w:szCs w:val="26"/>'],
   ListParagraph: ['List Paragraph', '<w:numPr><w:numId w:val="1"/></w:numPr><w:spacing w:after="60"/>', ''],
 };
 
@@ -89,7 +89,7 @@ function wordParagraph(runs, style = '', more = '') {
   const isRight = startsRightToLeft(runs.map(run => run.text).join(''));
   const marks = `${style && `<w:pStyle w:val="${style}"/>`}${more}${isRight ? '<w:bidi/>' : ''}`;
   const said = runs.map(({text, bold}) => {
-    const looks = `${bold ? '<w:b/>' : ''}${isRight ? '<w:rtl/>' : ''}`;
+    const looks = `${bold ? '<w:b/><w:bCs/>' : ''}${isRight ? '<w:rtl/>' : ''}`;
     return `<w:r>${looks && `<w:rPr>${looks}</w:rPr>`}<w:t xml:space="preserve">${xml(text)}</w:t></w:r>`;
   });
   return `<w:p>${marks && `<w:pPr>${marks}</w:pPr>`}${said.join('')}</w:p>`;
@@ -215,6 +215,9 @@ const exportFormat = () => new FormData($('export').querySelector('form')).get('
 const tellExport = text => { $('export-told').textContent = text; };
 const SAVES = {word: 'Download for Word', print: 'Print…', csv: 'Download CSV'};
 
+/** An e-mail address is meant as a mailto: URI. */
+const completedRecipient = text => /^[^\s@:/]+@[^\s@]+\.[^\s@]+$/.test(text.trim()) ? `mailto:${text.trim()}` : completedUrl(text);
+
 async function exported() {
   const format = exportFormat(), draft = exporting;
   const badge = badgeOf(draft);
@@ -224,7 +227,7 @@ async function exported() {
   const issuer = format === 'credential' ? {id: completedUrl($('issuer-id').value), name: $('issuer-name').value.trim()} : {id: 'did:example:issuer', name: 'Issuer'};
   if (!issuer.id || !issuer.name) throw new Problem('Name the issuer and its web address: a credential says who awards it.', {code: 'no_issuer'});
   const image = $('export').querySelector('[name=image]').checked ? `data:image/svg+xml;base64,${base64(svgText(draft))}` : undefined;
-  const recipient = format === 'credential' && $('recipient').value.trim() || undefined;
+  const recipient = format === 'credential' && completedRecipient($('recipient').value) || undefined;
   const body = {...(achievement ? {achievement} : {badge}), issuer, image, recipient_id: recipient};
   const credential = await (await api('credentials', {method: 'POST', body})).json();
   if (format === 'credential') {
@@ -255,10 +258,22 @@ async function preview(isFinal = false) {
   }
 }
 
+/** A fault as the service has found it, in the words of the page. */
+function exportFault({loc, msg}) {
+  const known = {
+    'issuer.name': ['issuer-name', msg],
+    'issuer.id': ['issuer-id', 'write the address of the institution with https:// in front, for example https://example.edu'],
+    recipient_id: ['recipient', 'write an e-mail address, a web address or a DID, for example learner@example.edu'],
+  }[loc.join('.')];
+  if (known) return {control: known[0], label: labelOf(known[0]), msg: known[1]};
+  const name = Object.keys(FIELDS).find(name => loc[0] !== 'issuer' && String(loc[1]).endsWith(name));
+  if (!name) return {label: loc.join(' '), msg};
+  return {label: FIELDS[name].label, msg: exporting.fields[name].trim() ? msg : 'there is nothing yet; close this and write it in the draft'};
+}
+
 function showExportFault(problem, isFinal) {
-  const controls = {'issuer.id': 'issuer-id', 'issuer.name': 'issuer-name', 'recipient_id': 'recipient'};
-  const faults = (problem.errors ?? []).map(({loc, msg}) => ({control: controls[loc.join('.')], where: loc.join(' '), msg}));
-  const text = faults.map(({control, where, msg}) => `${control ? labelOf(control) : where}: ${msg}.`).join(' ');
+  const faults = (problem.errors ?? []).map(exportFault);
+  const text = faults.map(({label, msg}) => `${label}: ${msg}.`).join(' ');
   $('export-error').textContent = text || problem.message;
   const wrong = problem.code === 'no_issuer' ? ['issuer-name', 'issuer-id'].filter(id => !$(id).value.trim()) : faults.map(fault => fault.control).filter(Boolean);
   wrong.forEach(id => $(id).setAttribute('aria-invalid', 'true'));
@@ -306,6 +321,7 @@ function listenToExport() {
     preview();
   });
   $('issuer-id').addEventListener('change', () => { $('issuer-id').value = completedUrl($('issuer-id').value); });
+  $('recipient').addEventListener('change', () => { $('recipient').value = completedRecipient($('recipient').value); });
   $('export-copy').onclick = () => takeExport(text => copy(text, tellExport));
   $('export').addEventListener('submit', event => { event.preventDefault(); saveExport(); });
   addEventListener('beforeprint', () => { // the browser's own Print

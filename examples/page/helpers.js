@@ -17,6 +17,7 @@ function uid() { // crypto.randomUUID is missing from pages over plain HTTP
 const randomSeed = () => crypto.getRandomValues(new Uint32Array(1))[0] % 1e6;
 const isLive = draft => LIVE.includes(draft.state);
 const isBusy = draft => isLive(draft) || rewrites.has(draft.id);
+const hasText = draft => Object.values(draft.fields).some(text => text.trim());
 const isWhole = draft => Object.keys(FIELDS).every(name => draft.fields[name].trim());
 const requestOf = draft => state.batches[draft.batch].request;
 const plural = (count, noun) => `${count} ${noun}${count === 1 ? '' : 's'}`;
@@ -41,6 +42,19 @@ function toast(text, undo) {
   $('toast').classList.add('shown');
   clearTimeout(toastTimer);
   toastTimer = setTimeout(hideToast, undo ? 10000 : 5000);
+}
+/** It stays while somebody is at it; Ctrl+Z is Undo too wherever no text is edited, which has an Undo of its own. */
+function listenToToast() {
+  const stay = () => clearTimeout(toastTimer), go = () => { stay(); toastTimer = setTimeout(hideToast, 5000); };
+  for (const [name, action] of [['pointerenter', stay], ['focusin', stay], ['pointerleave', go], ['focusout', go]]) $('toast').addEventListener(name, action);
+  const takeBack = () => { undoAction?.(); hideToast(); };
+  $('undo').onclick = takeBack;
+  addEventListener('keydown', event => {
+    const isUndo = event.key.toLowerCase() === 'z' && (event.ctrlKey || event.metaKey) && !event.shiftKey;
+    if (!isUndo || event.target.matches('input:not([type=radio], [type=checkbox]), textarea') || $('undo').hidden || !$('toast').classList.contains('shown')) return;
+    event.preventDefault();
+    takeBack();
+  });
 }
 function hideToast() {
   if ($('toast').contains(document.activeElement)) $('drafts-title').focus();

@@ -143,7 +143,7 @@ function blank() {
   return {
     state: 'sending', run: uid(), owner: TAB, generation: null, position: 0, wait: 0, waitSince: 0, queuedAt: 0, tokens: 0, started: 0, firstToken: 0, seconds: 0,
     fields: {name: '', description: '', criteria: ''}, achievement: null, review: null, accepted: [], finish: '', error: null,
-    lost: false, lostSince: 0, stopping: false, bare: false,
+    lost: false, lostSince: 0, stopping: false, bare: false, before: null,
   };
 }
 
@@ -168,6 +168,7 @@ async function writeDrafts() {
   state.batches[batch] = {request: shared, created: Date.now(), title: courseTitle(shared.content)};
   const drafts = Array.from({length: count}, (_, index) => newDraft(batch, index + 1, seed + index));
   state.drafts = [...drafts, ...state.drafts];
+  foldOld();
   draw();
   if ($('drafts-title').getBoundingClientRect().top > innerHeight * .7) $('drafts-title').scrollIntoView({behavior: 'smooth'});
   // The first one tells whether the request is in order; four equal complaints would help nobody.
@@ -186,7 +187,9 @@ async function writeDrafts() {
 function courseTitle(content) {
   const plain = content.slice(0, 5000).replace(/<(script|style|head)\b[\s\S]*?<\/\1>|<!--[\s\S]*?-->|<[^>]*>/gi, '\n').replace(/^[\s#>*=-]+/gm, '');
   const line = plain.split('\n').map(line => line.replace(/[*_`]{2,}/g, '').trim()).find(line => /[\p{L}\p{N}]/u.test(line)) ?? 'Course';
-  return line.length > 80 ? `${line.slice(0, 80).replace(/\s+\S*$/, '')}…` : line;
+  if (line.length <= 80) return line;
+  const [, sentence] = /^(.{8,80}?(?:\p{L}{3}|\b[IVX]+|[\p{N})”"]))(?:[.!?](?=\s)|[。！？])/u.exec(line) ?? [];
+  return sentence ?? `${line.slice(0, 80).replace(/\s+\S*$/, '')}…`;
 }
 
 /** Ask for a generation. The key makes a repetition, after a reload or a cut, find the same one again. */
@@ -299,16 +302,23 @@ function end(draft, outcome) {
 }
 
 function finish(draft, final) {
+  const {before} = draft;
   draft.tokens = final.usage.completion_tokens;
   learnPace({tokens: draft.tokens, rate: rateOf(draft)});
-  end(draft, {state: 'done', review: final.review ?? null, accepted: [], fields: fieldsOf(final.content), achievement: final.achievement, finish: final.finish_reason, error: null});
+  end(draft, {state: 'done', review: final.review ?? null, accepted: [], fields: fieldsOf(final.content), achievement: final.achievement, finish: final.finish_reason, error: null, before: null});
+  if (before) toast(`Draft ${draft.number} is written again.`, () => putBack(draft, before));
   announce(`Draft ${draft.number} is written: ${draft.fields.name}`);
 }
 
 function fail(draft, problem) {
   const stopped = problem.code === 'cancelled';
-  const bare = !Object.values(draft.fields).some(text => text);
-  end(draft, {state: stopped ? 'stopped' : 'failed', bare, error: stopped ? null : {detail: problem.message, retryAfter: problem.retryAfter}});
+  const bare = !hasText(draft), {before} = draft;
+  const error = stopped ? null : {detail: problem.message, retryAfter: problem.retryAfter, code: problem.code};
+  if (before && (bare || !stopped)) putBack(draft, before, error); // a try that came to nothing costs nothing
+  else {
+    end(draft, {state: stopped ? 'stopped' : 'failed', bare, error, before: null});
+    if (before) toast(`Draft ${draft.number} is stopped. Undo brings back what it was before.`, () => putBack(draft, before));
+  }
   if (!stopped) announce(`Draft ${draft.number} failed. ${problem.message}`);
 }
 
@@ -330,21 +340,22 @@ async function stop(draft) {
   }
 }
 
+/** Write a draft anew. What it was stays with it until the new one is there. */
 function again(draft) {
-  const before = structuredClone(draft);
-  Object.assign(draft, blank(), {seed: randomSeed(), favourite: draft.favourite});
+  const {before: _, art: _art, favourite: _favourite, ...before} = structuredClone(draft);
+  Object.assign(draft, blank(), {seed: randomSeed(), before: hasText(draft) ? before : null});
   send(draft);
   draw(); // now, or there is no Stop yet to take the focus
   cards.get(draft.id).act.stop.focus();
-  if (isWhole(before)) {
-    toast(`Draft ${draft.number} is being written again.`, async () => {
-      if (isLive(draft)) stop(draft);
-      unfollow(draft.id);
-      Object.assign(draft, before);
-      save(draft);
-      render();
-    });
-  }
+  if (draft.before) toast(`Draft ${draft.number} is being written again.`, () => putBack(draft, before));
+}
+
+function putBack(draft, before, error = before.error) {
+  if (isLive(draft)) stop(draft);
+  unfollow(draft.id);
+  Object.assign(draft, structuredClone(before), {error, before: null, lost: false, stopping: false});
+  save(draft);
+  render();
 }
 
 /** Write one field anew to suit the rest. */
@@ -379,7 +390,7 @@ async function rewrite(draft, field) {
   } catch (problem) {
     draft.fields[field] = before;
     if (problem.name !== 'AbortError') {
-      draft.error = {detail: problem instanceof Problem ? problem.message : 'The connection was cut while the field was written. Try again.', retryAfter: 0};
+      draft.error = {detail: problem instanceof Problem ? problem.message : 'The connection was cut while the field was written. Try again.', retryAfter: 0, code: problem.code};
     }
   } finally {
     rewrites.delete(draft.id);
@@ -432,7 +443,10 @@ function refuseForm(problem) {
   const errors = problem.errors ?? [];
   markInvalid(errors);
   const faults = errors.filter(fault => fault.msg).map(fault => `${labelOf(fault.loc.at(-1))}: ${wordsOf(fault)}`);
-  const tooLong = problem.fits ? `The course description is too long for this model, which reads about ${problem.fits.toLocaleString('en')} words. Shorten it, or take a part of it.` : '';
+  const fits = problem.fits || (problem.code === 'body_too_large' && state.health.content_words_that_fit);
+  const tooLong = fits ? `The course description is too long for this model, which reads about ${fits.toLocaleString('en')} words. Shorten it, or take a part of it.` : '';
+  state.isUnreached = problem.code === 'unreachable';
+  if (state.isUnreached) checkHealth();
   state.error = faults.length ? faults : [tooLong || problem.message];
   render();
   const first = $('composer').querySelector('[aria-invalid=true]') ?? (problem.status === 413 ? $('content') : null);
@@ -457,8 +471,14 @@ function markInvalid(errors) {
   }
 }
 
-/** `example.edu` is meant as https://example.edu. */
-const completedUrl = text => /^(?!\w+:)[\p{L}\p{N}-]+(\.[\p{L}\p{N}-]+)+(:\d+)?([/?#]\S*)?$/u.test(text.trim()) ? `https://${text.trim()}` : text.trim();
+/** `example.edu` is meant as https://example.edu, and a name with ä or 大 in it as the one that is asked for (IDNA). */
+function completedUrl(text) {
+  const typed = text.trim(), isBare = /^(?!\w+:)[\p{L}\p{N}-]+(\.[\p{L}\p{N}-]+)+(:\d+)?([/?#]\S*)?$/u.test(typed);
+  const whole = isBare ? `https://${typed}` : typed;
+  if (!/^https?:\/*[^\s/]\S*$/i.test(whole) || /^https?:\/\/[\x21-\x7e]+$/.test(whole) || !URL.canParse(whole)) return whole;
+  const {href} = new URL(whole);
+  return whole.endsWith('/') ? href : href.replace(/\/$/, '');
+}
 
 function completeUrls() {
   $('institute_url').value = completedUrl($('institute_url').value);
@@ -495,7 +515,8 @@ function buildForm() {
   const kept = store.read('form');
   for (const [name, value] of Object.entries(kept?.values ?? {})) {
     const control = $('composer').elements[name];
-    if (control) control.value = value;
+    if (name === 'content') fillContent(value);
+    else if (control) control.value = value;
   }
   keptCourse();
 }
@@ -506,15 +527,26 @@ let healthTimer;
 async function checkHealth() {
   clearTimeout(healthTimer);
   if (document.hidden) return;
-  const key = storedKey();
+  const key = storedKey(), wasUnreachable = state.health.unreachable;
   try {
     const response = await fetch(new URL('health', BASE), {headers: key ? {Authorization: `Bearer ${key}`} : {}, cache: 'no-store', signal: AbortSignal.timeout(10000)});
     state.health = response.status === 401 ? {locked: true} : await response.json();
   } catch {
     state.health = {unreachable: true};
   }
+  if (wasUnreachable && !state.health.unreachable) forgetUnreached();
   renderHealth();
   healthTimer = setTimeout(checkHealth, state.health.unreachable || state.drafts.some(isLive) ? 3000 : 15000);
+}
+
+/** The service answers again: what says that it does not goes away. */
+function forgetUnreached() {
+  if (state.isUnreached) state.error = [];
+  state.isUnreached = false;
+  for (const draft of state.drafts.filter(draft => draft.error?.code === 'unreachable' && hasText(draft))) {
+    draft.error = null;
+    save(draft);
+  }
 }
 
 const checkHealthSoon = debounced(400, () => checkHealth());
@@ -598,7 +630,7 @@ function listen() {
   $('stop-all').onclick = () => { state.drafts.filter(isBusy).forEach(stop); $('drafts-title').focus(); };
   $('clear').onclick = () => removeDrafts([...state.drafts], 'All drafts removed.');
   $('institute_url').onchange = completeUrls;
-  $('undo').onclick = () => { undoAction?.(); hideToast(); };
+  listenToToast();
   $('change-key').onclick = () => askForKey(storedKey());
   $('forget').onclick = () => {
     if (!confirm('Forget the drafts, the catalogue, the course text, the issuer and the key that this browser keeps for this page?')) return;

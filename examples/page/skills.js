@@ -38,17 +38,19 @@ function makeSkills(draft) {
   const input = element('input', {id: `skill-${draft.id}`, autocomplete: 'off', placeholder: 'Add a skill', maxLength: 200, dir: 'auto'});
   const options = element('ul', {id: `skills-found-${draft.id}`, className: 'options', role: 'listbox', ariaLabel: 'Skills found', hidden: true});
   for (const [name, value] of [['role', 'combobox'], ['aria-expanded', 'false'], ['aria-controls', options.id], ['aria-autocomplete', 'list']]) input.setAttribute(name, value);
+  const told = element('p', {className: 'hint', role: 'status', dir: 'auto'});
   const chips = element('ul', {className: 'chips'}), suggestions = element('details', {className: 'suggestions'});
-  const root = element('div', {className: 'skills', hidden: true}, element('div', {className: 'row spread'}, label), chips, element('div', {className: 'adding'}, input, options), suggestions);
-  searchSkills(draft, input, options);
+  const root = element('div', {className: 'skills', hidden: true}, element('div', {className: 'row spread'}, label), chips, element('div', {className: 'adding'}, input, options, told), suggestions);
+  searchSkills(draft, input, options, told);
   return {root, chips, input, suggestions, drawn: ''};
 }
 
 /** A combobox (ARIA Authoring Practices): what is typed is a skill too where the index has none. */
-function searchSkills(draft, input, options) {
+function searchSkills(draft, input, options, told) {
   let found = [], chosen = -1, number = 0;
-  const show = skills => {
+  const show = (skills, text = '') => {
     [found, chosen] = [skills, -1];
+    setText(told, text);
     options.replaceChildren(...skills.map(({name, framework}, index) => {
       const option = element('li', {role: 'option', id: `${options.id}-${index}`, ariaSelected: 'false', onpointerdown: event => { event.preventDefault(); take(skills[index]); }}, name);
       if (framework) option.append(element('span', {className: 'hint', textContent: framework}));
@@ -76,7 +78,7 @@ function searchSkills(draft, input, options) {
     if (!state.health.skills || query.length < 2) return show([]);
     try {
       const skills = await (await api(`skills?q=${encodeURIComponent(query)}`)).json();
-      if (asked === number && document.activeElement === input) show(skills.slice(0, 8));
+      if (asked === number && document.activeElement === input) show(skills.slice(0, 8), skills.length ? '' : `No framework has it. Enter adds “${query}” as it is.`);
     } catch { if (asked === number) show([]); }
   });
   input.addEventListener('input', ask);

@@ -710,9 +710,6 @@ class Prompt:
         return self.request.long_content == "condense" and fits >= FEWEST_WORDS
 
 
-ORDER = "Write the badge for this course"
-
-
 def build_prompt(
     request: GenerateRequest, course: Course, system: str, defaults: Mapping[str, Any], text: str | None = None
 ) -> Prompt:
@@ -735,7 +732,7 @@ def build_prompt(
     language = LANGUAGES.get(tag.partition("-")[0].lower(), tag)
     schema, asked = _asked(request, word_count(text), [name for name in Badge.model_fields if name not in kept])
     in_language = "" if language == "und" else f", in {language}"
-    closing = f"{ORDER}{in_language}: {'; '.join(asked)}."
+    closing = f"Write the badge for this course{in_language}: {'; '.join(asked)}."
     text = re.sub(r"(?i)<(?=\s*+/?\s*+course\b)", "\u2039", text)  # possessive: a linear pass
     user = "\n".join(["<course>", text, "</course>", "", *options, closing])
     user = re.sub(CHAT_MARKS, lambda mark: "\u2039" if mark[0] == "<" else "\uff3b", user)
@@ -769,19 +766,6 @@ def _asked(request: GenerateRequest, words: int, fields: list[str]) -> tuple[dic
     properties = {name: schemas[name] for name in fields}
     schema = {"type": "object", "properties": properties, "required": fields}
     return schema, [sentences[name] for name in fields]
-
-
-def repeats_request(badge: Badge, prompt: Prompt) -> bool:
-    """Whether a text of the badge has eight words in a row of what was asked of the model, which the course has not."""
-
-    def runs(text: str) -> set[tuple[str, ...]]:
-        words = text.split()
-        return {tuple(words[at : at + 8]) for at in range(len(words) - 7)}
-
-    course, _, asked = prompt.user.rpartition(f"\n{ORDER}")
-    written = (badge.badge_name, badge.badge_description, badge.criteria.narrative)
-    repeated = set[tuple[str, ...]]().union(*map(runs, written)) & runs(ORDER + asked)
-    return bool(repeated) and not repeated <= runs(course)
 
 
 def skills_in(tags: Sequence[str], prompt: Prompt) -> list[str]:
@@ -1943,8 +1927,6 @@ class GenerationQueue:
         if broken_off:  # the engine did not say how much it had read: as much as for the second call
             spent.update(prompt_tokens=usage.prompt_tokens, completion_tokens=broken_off)
         badge = cast(Badge, draft.badge)
-        if repeats_request(badge, prompt):
-            raise InvalidModelOutput("The language model repeated the request and wrote no badge. Try another seed.")
         tags = skills_in(badge._tags, prompt)
         found = await self._review(badge, tags, prompt, generation.client)
         return Answer(
@@ -3579,8 +3561,8 @@ class Exchange:
         if self._headers.get(b"content-encoding", b"identity").strip().lower() != b"identity":
             return UnsupportedMediaType("Send it without Content-Encoding.", headers={"accept-encoding": "identity"})
         if size > self._limit:
-            told = f"This is larger than the {self._limit / 2**20:.2g} MB that are taken here."
-            return BodyTooLarge(f"{told} Send less; docs/api.md says how documents are sent.")
+            taken = f"This is larger than the {self._limit / 2**20:.2g} MB that are taken here."
+            return BodyTooLarge(f"{taken} Send less; /docs/api.md says how documents are sent.")
         return QueueFull("Too many requests have arrived in part. Send each at once.") if self._peer.is_full else None
 
     async def receive(self) -> Message:

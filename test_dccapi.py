@@ -617,9 +617,11 @@ async def test_a_get_takes_every_field_from_its_query() -> None:
         "repeat_penalty": 1.1, "seed": 5, "badge_style": "academic", "badge_tone": "Engaging",
         "badge_level": "Beginner",
         "criterion_style": "task-oriented", "institution": "Alpine Club", "custom_instructions": "Be brief.",
+        "institute_url": "https://alpine.example", "language": "pt-BR", "long_content": "refuse", "skills": False,
+        "course_id": "K-1",
     }  # fmt: skip
     async with serving() as service:
-        await writes(service, fields)
+        answer = await writes(service, fields)
         path = f"/generate/stream?{httpx.QueryParams({**fields, 'accumulated': 'false', 'partial': ''})}"
         events = await watch(service, None, path, "GET")
         problem_in(await ask(service, None, "/generate/stream?top_k=0&seed=x", "GET"), 422, "invalid_request")
@@ -628,6 +630,7 @@ async def test_a_get_takes_every_field_from_its_query() -> None:
     assert service.engine.calls[0].body == service.engine.calls[1].body
     assert "Level: Expert" in service.engine.calls[2].body["prompt"]
     assert events[-1]["type"] == "final"
+    assert events[-1]["achievement"]["id"] == answer["achievement"]["id"]
     assert not [event for event in events if "accumulated" in event]
 
 
@@ -817,7 +820,7 @@ async def test_partial_events_grow_to_the_final_badge() -> None:
 
 
 async def test_the_tokens_of_a_stream_are_what_the_engine_writes_as_it_is_written() -> None:
-    pieces = split(badge_json(name='Knoten: é 🧗 <b>&\u2028</b> \\ "'), 40)
+    pieces = split(badge_json(name='Knoten: é 🧗 a<b&\u2028> \\ "'), 40)
     async with serving(script=Script(pieces=pieces)) as service:
         *tokens, final = await watch(service)
     contents = [token["content"] for token in tokens]

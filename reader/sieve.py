@@ -19,7 +19,7 @@ ENOUGH = 0.5  # of the words of a sentence stand in the course
 ENOUGH_OF_TINY, ENOUGH_OF_ONE = 0.66, 0.5  # the same for a tiny model, and in one sentence of the course
 BEGINNING = 300  # characters of a course, where it may say its title in other words than its headline
 LONGEST_HEADLINE = 60  # characters
-FEWEST_LETTERS = 20  # of what repeats the request
+REPEATED_RUN = 8  # words in a row of the request
 LONGEST_ITEM = 180  # characters; a longer one without a full stop was cut by the engine's grammar
 LONGEST_QUOTE = 40  # words of a sentence of the course that stands for one of the model
 END = re.compile(r"[.!?…。！？؟।][\"'”»)]*\Z")
@@ -49,8 +49,9 @@ def _count(field: str, said: Said) -> int:
     return len(texts) if field == "criteria" else sum(max(1, len(review._sentences(text))) for text in texts)
 
 
-def _letters(text: str) -> str:
-    return re.sub(r"[\W_]+", "", text).casefold()
+def _runs(text: str) -> set[tuple[str, ...]]:
+    words = text.split()
+    return {tuple(words[at : at + REPEATED_RUN]) for at in range(len(words) - REPEATED_RUN + 1)}
 
 
 class Sieve:
@@ -72,7 +73,7 @@ class Sieve:
         is_tiny: bool = False,
     ) -> None:
         self.course, self.language, self.options, self.counts = course, language, options, counts
-        self.keeps_markup, self.is_tiny, self._request = keeps_markup, is_tiny, _letters(request)
+        self.keeps_markup, self.is_tiny, self._request = keeps_markup, is_tiny, _runs(request)
 
     def kept(self, field: str, text: str, before: Said) -> str:
         """What is left of an item of a list: "" where it is not worth keeping."""
@@ -107,9 +108,8 @@ class Sieve:
         return begun.start() if begun else len(text)
 
     def echoes(self, text: str) -> bool:
-        """Whether it only repeats the request's own words."""
-        letters = _letters(text)
-        return len(letters) >= FEWEST_LETTERS and letters in self._request
+        """Whether it repeats the request's own words."""
+        return not self._request.isdisjoint(_runs(text))
 
     def bears(self, title: str) -> bool:
         """Whether the course, or an option, has two thirds of the title's words."""

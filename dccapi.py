@@ -756,10 +756,10 @@ def _asked(request: GenerateRequest, words: int, fields: list[str]) -> tuple[dic
     }
     sentences = {
         "badge_name": "badge_name, a short title",
-        "badge_description": f"badge_description with {_between(few, 'or', many)} sentences that explain what this course teaches "
-        "and which topics it covers",
-        "criteria": f"criteria with {_between(least, 'to', most)} short items, each one task or skill of this course, in other "
-        "words than the description",
+        "badge_description": f"badge_description with {_between(few, 'or', many)} sentences that explain what this "
+        "course teaches and which topics it covers",
+        "criteria": f"criteria with {_between(least, 'to', most)} short items, each one task or skill of this course, "
+        "in other words than the description",
         "skills": "skills with the short names of up to 8 skills of this course",
     }
     fields = [*fields, "skills"] if request.skills and "criteria" in fields and "badge_name" in fields else fields

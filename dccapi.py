@@ -756,16 +756,20 @@ def _asked(request: GenerateRequest, words: int, fields: list[str]) -> tuple[dic
     }
     sentences = {
         "badge_name": "badge_name, a short title",
-        "badge_description": f"badge_description with {few} or {many} sentences that explain what this course teaches "
-        "and which topics it covers",
-        "criteria": f"criteria with {least} to {most} short items, each one task or skill of this course, in other "
-        "words than the description",
+        "badge_description": f"badge_description with {_between(few, 'or', many)} sentences that explain what this "
+        "course teaches and which topics it covers",
+        "criteria": f"criteria with {_between(least, 'to', most)} short items, each one task or skill of this course, "
+        "in other words than the description",
         "skills": "skills with the short names of up to 8 skills of this course",
     }
     fields = [*fields, "skills"] if request.skills and "criteria" in fields and "badge_name" in fields else fields
     properties = {name: schemas[name] for name in fields}
     schema = {"type": "object", "properties": properties, "required": fields}
     return schema, [sentences[name] for name in fields]
+
+
+def _between(few: int, word: str, many: int) -> str:
+    return f"{few} {word} {many}" if few < many else str(many)
 
 
 def skills_in(tags: Sequence[str], prompt: Prompt) -> list[str]:

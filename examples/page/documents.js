@@ -102,6 +102,7 @@ async function extracted(file, onprogress) {
     const {status, body, retryAfter} = await sendDocument(file, key, onprogress);
     if (status === 200) return body;
     if (status !== 401 || !await askForKey(key)) {
+      if (status === 413) throw new Problem(`${file.name} is larger than this service takes. Choose a part of it, or paste its text.`, {status});
       throw new Problem(`${file.name}: ${body.detail ?? `The service answered ${status}. Try again in a moment.`}`, {status, code: body.error_code, retryAfter});
     }
   }

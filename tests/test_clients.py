@@ -201,7 +201,6 @@ async def test_a_typescript_client_made_of_the_openapi_document_writes_a_badge(t
     generate("node", *made, directory=tmp_path)
     strictly = [
         "--strict",
-        "--noUncheckedIndexedAccess",
         "--skipLibCheck",
         "--module",
         "nodenext",

@@ -410,9 +410,9 @@ def test_a_request_that_is_made_to_be_slow_is_refused_at_once() -> None:
         party = {"id": "https://h.edu", "type": ["Profile"], "endorsement": [{**ENDORSEMENT, "issuer": party}]}
     wide = {"tag": [1] * 100_000}, {"alignment": [{}] * 60_000}, {"endorsement": [{}] * 60_000}
     for terms in ({"ext:knot": deep}, {"ext:knot": deeper}, {"creator": party}, *wide):
-        start = time.perf_counter()
+        start = time.process_time()
         assert faults(achievement={**ACHIEVEMENT, **terms})
-        assert time.perf_counter() - start < 1
+        assert time.process_time() - start < 1
 
 
 # -- our schema beside the official ones and the contexts

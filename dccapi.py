@@ -836,6 +836,7 @@ AT_ONCE = 4096  # characters
 MAX_READ = 2**19  # characters of the objects of one text that are read in search of a badge: they may lie in each other
 NOT_PROSE = re.compile(r"[\W_]*+(?:json)?+[\W_]*+", re.I)  # before an object: nothing, or the fence of a code block
 BULLET = re.compile(r"\A\s*(?:[-*•]\s+)?")
+TITLE_LABEL = re.compile(r"(?i)\A\s*badge(?:[ _](?:name|title))?\s*:(?=.*\w)")
 STRING_RUN = re.compile(r'[^"\\]+')
 PLAIN = re.compile(r'[^"\\<&]*\Z')
 ESCAPE = re.compile(r'\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|["\\/bfnrt]|[^u])')
@@ -960,7 +961,8 @@ class BadgeReader:
     def _field(self, name: str, first: str) -> Iterator[None]:
         """A text, or a list of texts, of the badge."""
         if name == "badge_name" and first == '"':
-            title = self._title(self._sieve.bare((yield from self._string())).strip())
+            text = self._sieve.bare((yield from self._string()))
+            title = self._title(TITLE_LABEL.sub("", text).strip())
             self.refused = title is None
         if first not in '"[' or (first == "[" and name == "badge_name") or self.refused:
             raise BrokenBadge

@@ -325,7 +325,7 @@ TITLE = re.compile(
     r"|titolo(?: del corso)?|название(?: курса)?|コース名|课程名称|اسم الدورة|عنوان الدورة)\s*[:：]\s*(.+)"
     r"|^(?:welcome to|bienvenidos? al?|bienvenue (?:à|au|dans)|willkommen (?:zu[mr]?|in|im|bei)|benvenuti (?:a|al|in)"
     r"|bem-vindos? (?:a|ao|à)) (?:the |this )?(?:course |curso |cours |kurs )?([^.!?\n]{3,60})"
-    r"|^#{1,6}[ \t]+(.+)"
+    r"|^(?:#{1,6}|={1,6})[ \t]+(.+)"
 )
 # Words of sentences that may say how a badge is to be called. Of a title's own words none may be only there.
 NAMING = re.compile(
@@ -442,8 +442,8 @@ def _title_in(text: str) -> str:
     if any(map(_names_something, sentences)):
         lines = [_sentences(line) for line in text.split("\n") if line.strip()]
         sentences = [one for line in lines if not any(map(_names_something, line)) for one in line] or sentences
-    begins = (one for one in sentences if not _heads_a_section(one.strip(" .:")))
-    line = next((one for one in named if not _heads_a_section(one)), "") or next(begins, "")
+    begins = (one for one in sentences if _meaning(one) and not _heads_a_section(one.strip(" .:")))
+    line = next((one for one in named if _meaning(one) and not _heads_a_section(one)), "") or next(begins, "")
     title = _bare(line)
     if len(title) > HEADLINE:
         title = _often_said(text) or _bare(re.split(r"(?<=\w{3})(?:[,;(]\s|\s[(–-])|[，；（]", title)[0])
@@ -458,7 +458,7 @@ def _names_something(sentence: str) -> bool:
 
 
 def _bare(line: str) -> str:
-    return " ".join(line.split()).strip("*_#`\"' .:;,。")
+    return " ".join(line.split()).strip("*_#=`\"' .:;,。")
 
 
 def _often_said(text: str) -> str:

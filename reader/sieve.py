@@ -23,7 +23,10 @@ REPEATED_RUN = 8  # words in a row of the request
 LONGEST_ITEM = 180  # characters; a longer one without a full stop was cut by the engine's grammar
 LONGEST_QUOTE = 40  # words of a sentence of the course that stands for one of the model
 END = re.compile(r"[.!?…。！？؟।][\"'”»)]*\Z")
-NOT_SAID = re.compile(r"[|{}<>@#=\\]|https?:|www\.|[?？؟]\Z|[:：,;]\W*\Z")  # links, tables, questions, what breaks off
+# Links, tables, marks, questions, and what breaks off.
+NOT_SAID = re.compile(r"[\[\]|{}<>@=\\]|(?<![A-Za-z])#|https?:|www\.|[?？؟]\Z|[:：,;]\W*\Z")
+    r"[][|{}<>@=\\]|(?<![A-Za-z])#|https?:|www\.|[?？؟]\Z|[:：,;]\W*\Z"
+)  # links, tables, questions, what breaks off
 # Who writes, and what is beside the text: neither is of a badge.
 ASIDE = re.compile(r"(?i)\bclick\b|\b(?:image|picture|video|see) (?:above|below)\b")
 FIRST_PERSON = re.compile(r"\bI(?:['’]\w+| am| was| have| had| will| would| can| do)\b|\b[Mm]y\b")  # in English
@@ -41,6 +44,11 @@ Said = Sequence[tuple[str, str]]  # the field and the text of each sentence befo
 
 
 _meaning = functools.lru_cache(256)(review._meaning)
+
+
+def _begins(sentence: str) -> bool:
+    first = sentence.lstrip("\"'“«¿¡(")[:1]
+    return first.isalnum() and not first.islower()
 
 
 def _count(field: str, said: Said) -> int:
@@ -89,7 +97,7 @@ class Sieve:
             parts.pop()
         said: list[tuple[str, str]] = []
         for part in parts[: max(0, room) if field == "badge_description" else None]:
-            if field == "badge_description" and part[0].islower():  # the rest of a sentence that the grammar cut
+            if field == "badge_description" and not _begins(part):  # the rest of one that the grammar cut
                 continue
             if self._is_borne(part) and not self._is_repeated(field, part, [*before, *said]):
                 said.append((field, self._ended(part) if field == "badge_description" else part))
@@ -121,7 +129,7 @@ class Sieve:
         which the model's has nothing, as the beginning of the course has nothing of that."""
         if not (self.course and self.is_tiny and _meaning(own)):
             return False
-        if len(title) > LONGEST_HEADLINE > len(own):
+        if not _meaning(title) or len(title) > LONGEST_HEADLINE > len(own):
             return True
         is_other = len(own) <= LONGEST_HEADLINE and set(_meaning(own)).isdisjoint(_meaning(title))
         return is_other and title.casefold() not in " ".join(self.course[:BEGINNING].casefold().split())
@@ -162,7 +170,7 @@ class Sieve:
         if not keys or len(borne) < (ENOUGH_OF_TINY if self.is_tiny else ENOUGH) * len(keys):
             return False
         of_one = set(_meaning(self._grounds.source(borne))).intersection(borne) if self.is_tiny else keys
-        if len(of_one) < ENOUGH_OF_ONE * len(keys):
+        if len(of_one) < ENOUGH_OF_ONE * len(keys) or (self.is_tiny and NOT_SAID.search(sentence)):
             return False
         if self._is_aside(sentence) or review._is_order(sentence):
             return False

@@ -377,6 +377,8 @@ def test_a_title_has_a_word_of_the_course(title: str, is_from_course: bool) -> N
         (KNOTS, "Knots for climbers"),
         ("Syllabus, autumn\nCourse title: **Knots and Ropes** \nTwo evenings.", "Knots and Ropes"),
         ("Welcome.\n\n## Ropes\n\nTwo evenings.", "Ropes"),
+        ("= Ropes and Rescue\n:categories: climbing\n\n== This Course\n\nTwo evenings.", "Ropes and Rescue"),
+        ("This Course\nTwo evenings with ropes.", "Two evenings with ropes"),
         ("Título del curso: Nudos\nDos tardes.", "Nudos"),
         ("コース名：溶接入門\n五日間の実習。", "溶接入門"),
         ("Course Syllabus\nWelcome to CLB2: Knots and Ropes. Two evenings.", "CLB2: Knots and Ropes"),

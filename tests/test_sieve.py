@@ -13,6 +13,7 @@ import dccapi
 from reader import review
 from reader.sieve import FEWEST_WORDS, Sieve
 from service import HERE, pure
+from testkit import badge_json
 
 SHORT = [json.loads(line) for line in (HERE / "tools" / "data" / "short.jsonl").read_text("utf-8").splitlines()]
 COURSE = next(course["content"] for course in SHORT if course["id"] == "short-en")
@@ -119,6 +120,11 @@ def test_a_course_about_markup_keeps_it() -> None:
     assert badge["criteria"]["narrative"] == "- Ends each <li>"
 
 
+@pytest.mark.parametrize("title", ["BADGE: Rope Work", "Badge name: Rope Work", " badge_title:Rope Work", "Rope Work"])
+def test_a_title_is_not_called_a_badge(title: str) -> None:
+    assert dccapi.parse_badge(badge_json(name=title)).badge_name == "Rope Work"
+
+
 def test_the_requests_own_words_are_no_badge() -> None:
     told = "Each tells what the holder knows and can do in another topic of the course."
     sieve = Sieve(request=f"- badge_description: a list of sentences. {told}")
@@ -135,6 +141,8 @@ def test_the_requests_own_words_are_no_badge() -> None:
         "Colony supers prepare varroa records every Saturday.",  # words of many sentences, of none together
         "My students inspect hives and recognise the queen, brood and stores.",
         "Click to inspect hives safely, recognise the queen, brood and stores.",
+        "inspect hives safely, recognise the queen, brood and stores.",
+        "[lessons]# Inspect hives safely, recognise the queen, brood and stores.",
     ],
 )
 def test_a_tiny_models_sentence_has_a_sentence_of_the_course_behind_it(invented: str) -> None:

@@ -25,8 +25,6 @@ LONGEST_QUOTE = 40  # words of a sentence of the course that stands for one of t
 END = re.compile(r"[.!?…。！？؟।][\"'”»)]*\Z")
 # Links, tables, marks, questions, and what breaks off.
 NOT_SAID = re.compile(r"[\[\]|{}<>@=\\]|(?<![A-Za-z])#|https?:|www\.|[?？؟]\Z|[:：,;]\W*\Z")
-    r"[][|{}<>@=\\]|(?<![A-Za-z])#|https?:|www\.|[?？؟]\Z|[:：,;]\W*\Z"
-)  # links, tables, questions, what breaks off
 # Who writes, and what is beside the text: neither is of a badge.
 ASIDE = re.compile(r"(?i)\bclick\b|\b(?:image|picture|video|see) (?:above|below)\b")
 FIRST_PERSON = re.compile(r"\bI(?:['’]\w+| am| was| have| had| will| would| can| do)\b|\b[Mm]y\b")  # in English

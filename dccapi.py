@@ -107,7 +107,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from reader import review
-from reader.sieve import MARKUP, Sieve
+from reader.sieve import EVERY_MARKUP, MARKUP, Sieve
 
 __version__ = "0.2.0"
 
@@ -1979,7 +1979,9 @@ class GenerationQueue:
         """What leaves out repetitions; with small models also what the course does not bear, for which it has words."""
         request, course = prompt.request, prompt.course
         asked = f"{prompt.system}\n{prompt.user.rpartition(chr(10))[2]}"
-        sieve = partial(Sieve, request=asked, keeps_markup=MARKUP.search(course.text) is not None)
+        teaches_markup = EVERY_MARKUP.search(course.text) is not None
+        markup = None if teaches_markup else EVERY_MARKUP if self.engine.sifts else MARKUP
+        sieve = partial(Sieve, request=asked, markup=markup)
         is_short = word_count(course.text) < FEWEST_TO_SIFT  # then hardly a sentence is left
         if is_short or not self.engine.sifts or request.language not in (None, course.language):
             return sieve()
@@ -3572,7 +3574,7 @@ class Exchange:
         if self._headers.get(b"content-encoding", b"identity").strip().lower() != b"identity":
             return UnsupportedMediaType("Send it without Content-Encoding.", headers={"accept-encoding": "identity"})
         if size > self._limit:
-            taken = f"This is larger than the {self._limit / 2**20:.2g} MB that are taken here."
+            taken = f"This is larger than the {self._limit} bytes ({self._limit / 2**20:.2g} MB) that are taken here."
             return BodyTooLarge(f"{taken} Send less; /docs/api.md says how documents are sent.")
         return QueueFull("Too many requests have arrived in part. Send each at once.") if self._peer.is_full else None
 

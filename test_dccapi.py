@@ -820,7 +820,7 @@ async def test_partial_events_grow_to_the_final_badge() -> None:
 
 
 async def test_the_tokens_of_a_stream_are_what_the_engine_writes_as_it_is_written() -> None:
-    pieces = split(badge_json(name='Knoten: é 🧗 a<b&\u2028> \\ "'), 40)
+    pieces = split(badge_json(name='Knoten: é 🧗 <b>&\u2028</b> \\ "'), 40)
     async with serving(script=Script(pieces=pieces)) as service:
         *tokens, final = await watch(service)
     contents = [token["content"] for token in tokens]

@@ -28,9 +28,11 @@ NOT_SAID = re.compile(r"[\[\]|{}<>@=\\]|(?<![A-Za-z])#|https?:|www\.|[?？؟]\Z|
 # Who writes, and what is beside the text: neither is of a badge.
 ASIDE = re.compile(r"(?i)\bclick\b|\b(?:image|picture|video|see) (?:above|below)\b")
 FIRST_PERSON = re.compile(r"\bI(?:['’]\w+| am| was| have| had| will| would| can| do)\b|\b[Mm]y\b")  # in English
-_INLINE = "a|abbr|b|big|code|em|font|i|img|kbd|mark|s|small|span|strong|su[bp]|tt|u"
-_BLOCK = "blockquote|br|center|div|h[1-6]|hr|li|ol|p|pre|table|tbody|t[dhr]|thead|ul"
-MARKUP = re.compile(rf"(?i)</?(?:({_INLINE})|{_BLOCK})(?:\s[^<>]{{0,80}})?/?>|&[a-z]{{2,8}};")
+# Markup that stands for a space, and in EVERY_MARKUP also what changes letters, that small models leave behind.
+_BLOCK = r"<(?:/?(?:blockquote|center|div|h[1-6]|li|ol|p|pre|table|tbody|t[dhr]|thead|ul)|br|hr)(?:\s[^<>]{0,80})?/?>"
+_INLINE = r"</?(?:a|abbr|b|big|code|em|font|i|img|kbd|mark|s|small|span|strong|su[bp]|tt|u)(?:\s[^<>]{0,80})?/?>"
+MARKUP = re.compile(rf"(?i)(?P<space>{_BLOCK})|&[a-z]{{2,8}};")
+EVERY_MARKUP = re.compile(rf"(?i)(?P<space>{_BLOCK})|{_INLINE}|&[a-z]{{2,8}};")
 MARKUP_BEGUN = re.compile(r"(?i)(?:</?(?:[a-z][^<>]{0,100})?|&[a-z]{0,8})\Z")
 MARKS = re.compile(r"\A(?:[-*•·+–>#]+|\(?\d{1,3}[.)]|\(?[a-z][.)])\s+|[*_`]{1,3}(?=\w)|(?<=[\w.!?)])[*_`]{1,3}")
 
@@ -63,9 +65,9 @@ def _runs(text: str) -> set[tuple[str, ...]]:
 class Sieve:
     """Without a course it leaves out nothing but repetitions and markup. Pure: what was said before is given each time.
 
-    `counts` has the least and the most sentences of each text, `request` what the model was told to do. A course that
-    shows markup teaches it, so `keeps_markup`. The sentences of a model that `is_tiny` are hardly its own where they
-    are right, so each needs one of the course behind it.
+    `counts` has the least and the most sentences of each text, `request` what the model was told to do, `markup` what
+    is taken out of its texts. The sentences of a model that `is_tiny` are hardly its own where they are right, so each
+    needs one of the course behind it.
     """
 
     def __init__(
@@ -75,11 +77,11 @@ class Sieve:
         options: Sequence[str] = (),
         counts: Mapping[str, tuple[int, int]] = {},
         request: str = "",
-        keeps_markup: bool = False,
+        markup: re.Pattern[str] | None = MARKUP,
         is_tiny: bool = False,
     ) -> None:
         self.course, self.language, self.options, self.counts = course, language, options, counts
-        self.keeps_markup, self.is_tiny, self._request = keeps_markup, is_tiny, _runs(request)
+        self.markup, self.is_tiny, self._request = markup, is_tiny, _runs(request)
 
     def kept(self, field: str, text: str, before: Said) -> str:
         """What is left of an item of a list: "" where it is not worth keeping."""
@@ -103,14 +105,16 @@ class Sieve:
         return "" if self._is_repeated(field, text, before) else text
 
     def bare(self, text: str) -> str:
-        """A text without markup, which small models leave in it."""
-        if self.keeps_markup:
-            return text
-        return MARKUP.sub(lambda mark: html.unescape(mark[0]) if mark[0][0] == "&" else "" if mark[1] else " ", text)
+        """A text without the markup that a model left in it."""
+
+        def said(mark: re.Match[str]) -> str:
+            return html.unescape(mark[0]) if mark[0][0] == "&" else " " if mark["space"] else ""
+
+        return self.markup.sub(said, text) if self.markup else text
 
     def unfinished(self, text: str) -> int:
         """Where markup may begin that the text does not end; its length where there is none."""
-        begun = None if self.keeps_markup else MARKUP_BEGUN.search(text)
+        begun = MARKUP_BEGUN.search(text) if self.markup else None
         return begun.start() if begun else len(text)
 
     def echoes(self, text: str) -> bool:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import dccapi
 from reader import review
-from reader.sieve import FEWEST_WORDS, Sieve
+from reader.sieve import EVERY_MARKUP, FEWEST_WORDS, Sieve
 from service import HERE, pure
 from testkit import badge_json
 
@@ -102,7 +102,7 @@ CLEAN = ["Ties", "knots of", '"three"', "kinds; 3 < 4, R&D, <harness> and more"]
 @given(size=st.integers(1, 60), is_list=st.booleans())
 def test_markup_is_taken_out_of_texts_however_they_come(size: int, is_list: bool) -> None:
     texts = [SPOILT, "Coils <i>a</i> rope.<br>"]
-    tokens, badge = written(Sieve(), *([[text] for text in texts] if is_list else texts), size)
+    tokens, badge = written(Sieve(markup=EVERY_MARKUP), *([[text] for text in texts] if is_list else texts), size)
     assert json.loads(tokens) == badge
     assert badge["badge_description"].split() == " ".join(CLEAN).split()
     assert badge["criteria"]["narrative"].removeprefix("- ") == "Coils a rope."
@@ -114,8 +114,13 @@ def test_what_only_begins_like_markup_stays(end: str) -> None:
     assert badge["badge_description"] == f"Ties {end}"
 
 
+def test_of_other_models_only_breaks_and_blocks_are_taken_out() -> None:
+    badge = dccapi.parse_badge(badge_json(name="Rope<br>Work", description="<pre>Ties a <b>knot</b></pre>"))
+    assert (badge.badge_name, badge.badge_description) == ("Rope Work", "Ties a <b>knot</b>")
+
+
 def test_a_course_about_markup_keeps_it() -> None:
-    _, badge = written(Sieve(keeps_markup=True), ["Writes <b> and &nbsp; by hand."], ["Ends each <li>"])
+    _, badge = written(Sieve(markup=None), ["Writes <b> and &nbsp; by hand."], ["Ends each <li>"])
     assert badge["badge_description"] == "Writes <b> and &nbsp; by hand."
     assert badge["criteria"]["narrative"] == "- Ends each <li>"
 

@@ -396,7 +396,8 @@ async def test_the_real_model_writes_four_drafts_over_h2_and_one_becomes_a_crede
         await card(page, 2).get_by_role("button", name="Write again").click()
         await expect(card(page, 2).locator(".state")).to_have_text("Writing", timeout=60_000)
         await card(page, 2).get_by_role("button", name="Stop").click()
-        await expect(card(page, 2).locator(".state")).to_have_text("Stopped")
+        # Where nothing was written yet, the draft before is back.
+        await expect(card(page, 2).locator(".state")).to_have_text(re.compile("Stopped|Draft"))
         await expect(page.locator("#service-lines")).to_contain_text("0 writing, 0 waiting")
 
 

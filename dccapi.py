@@ -417,7 +417,7 @@ FAULTS = {
     "value_error": "{error}",
 }
 PATTERNS = {
-    "content": "must be the course description, in words that can be seen",
+    "content": "must be the course description, as text that can be seen",
     "institute_url": "must be the address of the institution, for example https://example.edu",
     "language": "must be a language tag, for example en or pt-BR",
 }
@@ -493,11 +493,6 @@ OTHER_NAMES = {"course_input": "content", "user_prompt": "custom_instructions"}
 MISTAKEN = dict.fromkeys(("text", "course", "course_text", "course_description", "description", "input"), "content")
 # One character that can be seen: neither control nor space nor format character.
 VISIBLE = r"[^\x00-\x20\x7f-\xa0\xad\u1680\u2000-\u200f\u2028-\u202f\u205f-\u206f\u3000\ufeff]"
-# One of a word: no punctuation and no symbol of the common blocks either.
-LEGIBLE = (
-    r"[^\x00-\x2f\x3a-\x40\x5b-\x60\x7b-\xa9\xab-\xb4\xb6-\xb9\xbb-\xbf\xd7\xf7\u1680\u2000-\u206f\u2190-\u2bff"
-    r"\u3000-\u3004\u3008-\u3020\ufeff]"
-)
 
 
 def _integral(value: object) -> object:
@@ -567,7 +562,7 @@ class BadgeOptions(BaseModel):
 class GenerateRequest(StreamOptions, BadgeOptions):
     """A course and how its badge is to be written (contract 3.1). Unknown fields are ignored."""
 
-    content: str = Field(pattern=LEGIBLE, description="The course description; `course_input` is another name for it.")
+    content: str = Field(pattern=VISIBLE, description="The course description; `course_input` is another name for it.")
     temperature: Annotated[float | None, Field(ge=0, le=2, allow_inf_nan=False)] = 0.2
     max_tokens: Annotated[Annotated[int, Field(ge=1, le=4096)] | None, Whole] = 1024
     top_p: Annotated[float | None, Field(ge=0, le=1, allow_inf_nan=False)] = 0.8
@@ -3130,8 +3125,8 @@ class Api:
 
     async def _prompt(self, body: GenerateRequest, client: str, notes: Sequence[dict[str, Any]]) -> Prompt:
         said = await self.readers.ask("text", client, content=body.content)
-        if not re.search(LEGIBLE, said["text"]):
-            raise invalid_fields({("content",): "must hold words that can be seen, not only markup or marks"})
+        if not re.search(VISIBLE, said["text"]):
+            raise invalid_fields({("content",): "must hold text that can be seen, not only markup"})
         course = Course(**said | {"notes": [*notes, *said["notes"]]})
         return build_prompt(body, course, self.system_prompt, self.engine.defaults)
 

@@ -298,7 +298,6 @@ def test_utf_8_that_was_read_as_windows_1252_is_read_again(words: list[str]) -> 
             "&lt;p&gt;&lt;/p&gt;",
         ),
         *("<style>p {}</style>", "<p>\u200b</p>", '<img src="x.png" alt="Logo">', "<script>x()</script>\n<div></div>"),
-        *("...", "-- * __", "\u2605 \u2192"),
     ],
 )
 async def test_a_course_of_nothing_visible_is_refused_with_a_sentence(content: str) -> None:

@@ -608,6 +608,7 @@ async def test_with_keys_on_the_page_asks_for_one() -> None:
     async with serving(script=drafts(), api_keys="office:right-key") as service, demo_at(service.url + "/") as page:
         await expect(page.locator("#health")).to_contain_text("A key is needed")
         await write(page, 2)
+        await expect(page.locator("#key-dialog")).to_be_visible()
         await page.keyboard.press("Escape")
         await expect(page.locator("#form-error")).to_contain_text("needs a key")
         await page.click("#write")

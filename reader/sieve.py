@@ -19,6 +19,7 @@ ENOUGH = 0.5  # of the words of a sentence stand in the course
 ENOUGH_OF_TINY, ENOUGH_OF_ONE = 0.66, 0.5  # the same for a tiny model, and in one sentence of the course
 BEGINNING = 300  # characters of a course, where it may say its title in other words than its headline
 LONGEST_HEADLINE = 60  # characters
+LONGEST_SAID = 6  # words of a title that a course says beside its headline
 REPEATED_RUN = 8  # words in a row of the request
 LONGEST_ITEM = 180  # characters; a longer one without a full stop was cut by the engine's grammar
 LONGEST_QUOTE = 40  # words of a sentence of the course that stands for one of the model
@@ -134,7 +135,8 @@ class Sieve:
         if not _meaning(title) or len(title) > LONGEST_HEADLINE > len(own):
             return True
         is_other = len(own) <= LONGEST_HEADLINE and set(_meaning(own)).isdisjoint(_meaning(title))
-        return is_other and title.casefold() not in " ".join(self.course[:BEGINNING].casefold().split())
+        is_said = title.casefold() in " ".join(self.course[:BEGINNING].casefold().split())
+        return is_other and not (is_said and len(title.split()) <= LONGEST_SAID)
 
     def more(self, field: str, before: Said) -> Iterator[str]:
         """Sentences of the course, as long as this text has too few of them or too few words."""

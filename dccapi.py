@@ -838,7 +838,7 @@ ESCAPE = re.compile(r'\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]
 ESCAPE_BEGUN = re.compile(r"\\(?:u[0-9a-fA-F]{0,3}|u[dD][89abAB][0-9a-fA-F]{2}(?:\\(?:u[0-9a-fA-F]{0,3})?)?)?\Z")
 NOT_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 ONLY_REPETITIONS = Sieve()
-FEWEST_TO_SIFT = 40  # words of a course
+FEWEST_TO_SIFT, FEWEST_OF_TINY = 40, 12  # words of a course; a tiny model's own sentences are worth less
 TAG_KEYS = ("tags", "tag", "skills")
 
 
@@ -970,11 +970,15 @@ class BadgeReader:
             yield from self._string(write=True)
         else:
             self._at += 1
+            spare = ""
             while (yield from self._peek()) == '"':
                 text = BULLET.sub("", (yield from self._string(is_item=True))).rstrip().replace("\r\n", "\n")
+                spare = spare or self._sieve.spare(text)
                 self._item(name, self._sieve.kept(name, text, self._items))
             for sentence in self._sieve.more(name, self._items):
                 self._item(name, sentence)
+            if not self.said:  # a poor text can be corrected, none cannot
+                self._item(name, spare)
             yield from self._expect("]")
         if name == "badge_description" and not (_says_nothing("".join(self.said)) or self._names_institution()):
             self._write(f" ({self._institution})")
@@ -1977,7 +1981,8 @@ class GenerationQueue:
         teaches_markup = EVERY_MARKUP.search(course.text) is not None
         markup = None if teaches_markup else EVERY_MARKUP if self.engine.sifts else MARKUP
         sieve = partial(Sieve, request=asked, markup=markup)
-        is_short = word_count(course.text) < FEWEST_TO_SIFT  # then hardly a sentence is left
+        fewest = FEWEST_OF_TINY if self.engine.is_tiny else FEWEST_TO_SIFT
+        is_short = word_count(course.text) < fewest  # then hardly a sentence is left
         if is_short or not self.engine.sifts or request.language not in (None, course.language):
             return sieve()
         text = prompt.user.partition("</course>")[0].removeprefix("<course>\n")  # as much as the model has read

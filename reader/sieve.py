@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from reader import condense, review
 
 FEWEST_WORDS = 12  # of a text
+FEW = 3  # sentences that a text may have in any case, where it has not as many words
 ENOUGH = 0.5  # of the words of a sentence stand in the course
 ENOUGH_OF_TINY, ENOUGH_OF_ONE = 0.66, 0.5  # the same for a tiny model, and in one sentence of the course
 BEGINNING = 300  # characters of a course, where it may say its title in other words than its headline
@@ -122,6 +123,11 @@ class Sieve:
         """Whether it repeats the request's own words."""
         return not self._request.isdisjoint(_runs(text))
 
+    def spare(self, text: str) -> str:
+        """What an item is worth where no other is left."""
+        text = " ".join(self.bare(text).split())
+        return "" if self.echoes(text) else text
+
     def bears(self, title: str) -> bool:
         """Whether the course, or an option, has two thirds of the title's words."""
         keys = _meaning(title)
@@ -147,7 +153,7 @@ class Sieve:
         for sentence in self._best(field):
             words = sum(review._size(text) for name, text in said if name == field)
             count = _count(field, said)
-            if count >= most or (count >= least and words >= FEWEST_WORDS):
+            if count >= (least if words >= FEWEST_WORDS else max(most, FEW)) or count >= max(most, FEW):
                 return
             if not self._is_repeated(field, sentence, said, all_fields=True):
                 said.append((field, sentence))

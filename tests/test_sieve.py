@@ -168,3 +168,19 @@ def test_a_tiny_models_sentence_has_a_sentence_of_the_course_behind_it(invented:
 def test_a_courses_headline_is_better_than_a_title_that_has_nothing_of_it(title: str, is_preferred: bool) -> None:
     assert Sieve(COURSE, "en", is_tiny=True).prefers(review.title_of(COURSE), title) == is_preferred
     assert not Sieve(COURSE, "en").prefers(review.title_of(COURSE), title)
+
+
+def test_a_tiny_course_is_said_as_a_whole() -> None:
+    course = "Knots for climbers: figure eight, clove hitch, prusik. Practical exam on the wall."
+    sieve = Sieve(course, "en", (), {"badge_description": (1, 1), "criteria": (2, 2)}, is_tiny=True)
+    _, badge = written(sieve, ["This badge will be used by you in your future job."], ["clove hitch", "prusik"])
+    assert sorted(badge["badge_description"].split()) == sorted(course.split())
+
+
+def test_where_nothing_else_is_left_a_poor_text_stays() -> None:
+    sieve = Sieve(
+        "Intro to SQL", "en", (), COUNTS, request="Each tells what the holder knows and can do now", is_tiny=True
+    )
+    poor = ["Each tells what the holder knows and can do now", "Bakes <br>bread"]
+    _, badge = written(sieve, poor, poor)
+    assert badge["criteria"]["narrative"] == "- Bakes bread"

@@ -2012,7 +2012,7 @@ class GenerationQueue:
             if first:
                 return None
             # The beginning of a text without a heading is a poor title, though better than what no course has.
-            is_title = len(own) <= 60 or sieve.course or course.orders(title, options)
+            is_title = len(own) <= review.HEADLINE or sieve.course or course.orders(title, options)
             return own if is_title and not _says_nothing(own) else title
 
         return accepted

@@ -392,8 +392,9 @@ def title_grounds(course: str) -> dict[str, Any]:
     tokens = set(chain.from_iterable(map(_tokens, taught)))
     keys = {key for token in tokens for key in _keys(token.lower())}
     ordered = {key for text in orders for key in _meaning(text)} - keys
-    naming = [sentence for text in taught for sentence in _sentences(text) if NAMING.search(sentence)]
-    others = [sentence for text in taught for sentence in _sentences(text) if not NAMING.search(sentence)]
+    sentences = [sentence for text in taught for sentence in _sentences(text)]
+    naming = [*filter(NAMING.search, sentences)]
+    others = [sentence for sentence in sentences if not NAMING.search(sentence)]
     if naming and len(others) > 1:
         told = {key for token in chain.from_iterable(map(_tokens, [title, *others])) for key in _keys(token.lower())}
         ordered |= {key for text in naming for key in _meaning(text)} - told

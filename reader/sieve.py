@@ -19,7 +19,6 @@ FEW = 3  # sentences that a text may have in any case, where it has not as many 
 ENOUGH = 0.5  # of the words of a sentence stand in the course
 ENOUGH_OF_TINY, ENOUGH_OF_ONE = 0.66, 0.5  # the same for a tiny model, and in one sentence of the course
 BEGINNING = 300  # characters of a course, where it may say its title in other words than its headline
-LONGEST_HEADLINE = 60  # characters
 LONGEST_SAID = 6  # words of a title that a course says beside its headline
 REPEATED_RUN = 8  # words in a row of the request
 LONGEST_ITEM = 180  # characters; a longer one without a full stop was cut by the engine's grammar
@@ -138,9 +137,9 @@ class Sieve:
         which the model's has nothing, as the beginning of the course has nothing of that."""
         if not (self.course and self.is_tiny and _meaning(own)):
             return False
-        if not _meaning(title) or len(title) > LONGEST_HEADLINE > len(own):
+        if not _meaning(title) or len(title) > review.HEADLINE > len(own):
             return True
-        is_other = len(own) <= LONGEST_HEADLINE and set(_meaning(own)).isdisjoint(_meaning(title))
+        is_other = len(own) <= review.HEADLINE and set(_meaning(own)).isdisjoint(_meaning(title))
         is_said = title.casefold() in " ".join(self.course[:BEGINNING].casefold().split())
         return is_other and not (is_said and len(title.split()) <= LONGEST_SAID)
 
@@ -153,7 +152,7 @@ class Sieve:
         for sentence in self._best(field):
             words = sum(review._size(text) for name, text in said if name == field)
             count = _count(field, said)
-            if count >= (least if words >= FEWEST_WORDS else max(most, FEW)) or count >= max(most, FEW):
+            if count >= (least if words >= FEWEST_WORDS else max(most, FEW)):
                 return
             if not self._is_repeated(field, sentence, said, all_fields=True):
                 said.append((field, sentence))

@@ -830,7 +830,7 @@ LONGEST_MARK = 64
 AT_ONCE = 4096  # characters
 MAX_READ = 2**19  # characters of the objects of one text that are read in search of a badge: they may lie in each other
 NOT_PROSE = re.compile(r"[\W_]*+(?:json)?+[\W_]*+", re.I)  # before an object: nothing, or the fence of a code block
-BULLET = re.compile(r"\A\s*(?:[-*•]\s+)?")
+BULLET = re.compile(r"\A\s*(?:[-*•·.]\s+)?")
 TITLE_LABEL = re.compile(r"(?i)\A\s*badge(?:[ _](?:name|title))?\s*:(?=.*\w)")
 STRING_RUN = re.compile(r'[^"\\]+')
 PLAIN = re.compile(r'[^"\\<&]*\Z')
@@ -882,7 +882,7 @@ class BadgeReader:
         self.said: list[str] = []  # the pieces of that text
         self.refused = False  # whether `title` found no title for what was written
         self.kept, self._institution, self._title, self._sieve = kept, institution, title, sieve
-        self._items: list[tuple[str, str]] = []  # of lists: the field and the text
+        self._items: list[tuple[str, str]] = []  # what a list may repeat: the field and the text
         self._text, self._at = "", 0  # what was fed, and how far it is read
         self._ended = self._cut = False
         self._out = [orjson.dumps(dict(kept)).decode()[:-1]]
@@ -966,6 +966,7 @@ class BadgeReader:
         self.fields[name] = self.said = []
         if name == "badge_name":
             self._write(cast(str, title))
+            self._items.append((name, cast(str, title)))
         elif first == '"':
             yield from self._string(write=True)
         else:
@@ -2006,7 +2007,7 @@ class GenerationQueue:
         def accepted(title: str) -> str | None:
             says_nothing = _says_nothing(title)
             if not says_nothing and course.has_word_of(title, options) and sieve.bears(title):
-                return own if sieve.prefers(own, title) else title
+                return own if sieve.prefers(own, title) else sieve.with_capital(title)
             if says_nothing and not sieve.course:
                 return title
             if first:

@@ -569,7 +569,7 @@ def review(
     said = [("badge_description", text) for text in _sentences(description)]
     said += [("criteria", text) for text in _items(narrative)]
     meanings = [_meaning(text) for _, text in said]
-    numbers = [count for _, text in said for count in _counts(text)]
+    numbers = [count for text in (title, *(text for _, text in said)) for count in _counts(text)]
     units = {unit for _, _, unit in numbers} - {""}
     named = _meaning(title)
     wanted = units.union(named, *meanings, (number for _, number, _ in numbers))
@@ -597,6 +597,8 @@ def review(
     found += [(code, field, texts[field]) for code, field in lengths]
     if not foreign and named and grounds.places.keys().isdisjoint(named):
         found.append(("title_not_from_course", "badge_name", title))
+    # Most words of a title begin with a capital, so only its numbers tell what is not the course's.
+    found += [(code, "badge_name", words) for code, words in grounds.lacks(title, language, foreign=True)]
     found += [("instructions_in_course", "content", text) for text in told]
     shares = [one["support"] for one in sentences if one["support"] is not None]
     noted = [{"code": code, "field": field, "text": text, "message": NOTES[code]} for code, field, text in found]

@@ -25,7 +25,16 @@ LONGEST_ITEM = 180  # characters; a longer one without a full stop was cut by th
 LONGEST_QUOTE = 40  # words of a sentence of the course that stands for one of the model
 END = re.compile(r"[.!?…。！？؟।][\"'”»)]*\Z")
 # Links, tables, marks, questions, and what breaks off.
-NOT_SAID = re.compile(r"[\[\]|{}<>@=\\]|(?<![A-Za-z])#|https?:|www\.|[?？؟]\Z|[:：,;]\W*\Z")
+NOT_SAID = re.compile(r"[\[\]|{}<>@=\\]|(?<![A-Za-z])#|https?:|www\.|[?？؟]\Z|[:：,;](?:\W*|\s*\d{1,2}[.)]?)\Z")
+# What somebody has to know before a course is not what it teaches.
+REQUIRED = re.compile(
+    r"(?i)\W*(?:(?:\w+ )?(?:pre-?requisites?|prior knowledge|required knowledge|entry requirements|prerrequisitos?"
+    r"|requisitos previos|conocimientos previos|pré-?requis\w*|connaissances préalables|\w*voraussetzung(?:en)?"
+    r"|vorkenntnisse|conhecimentos prévios|prerequisit[oi]|esitie\w+|voorkennis|förkunskap\w*|forkundskab\w*"
+    r"|forkunnskap\w*|wymagania wstępne|предварительные|пререквизит\w*|ön koşul\w*)(?!\w)"
+    r"|前提|履修条件|先修|预备知识|선수 ?과목|المتطلبات)"
+)
+MOST_REQUIRED = 0.34  # of a course; where it seems to be more, what follows was not told from it
 # Who writes, and what is beside the text: neither is of a badge.
 ASIDE = re.compile(r"(?i)\bclick\b|\b(?:image|picture|video|see) (?:above|below)\b")
 FIRST_PERSON = re.compile(r"\bI(?:['’]\w+| am| was| have| had| will| would| can| do)\b|\b[Mm]y\b")  # in English
@@ -35,7 +44,12 @@ _INLINE = r"</?(?:a|abbr|b|big|code|em|font|i|img|kbd|mark|s|small|span|strong|s
 MARKUP = re.compile(rf"(?i)(?P<space>{_BLOCK})|&[a-z]{{2,8}};")
 EVERY_MARKUP = re.compile(rf"(?i)(?P<space>{_BLOCK})|{_INLINE}|&[a-z]{{2,8}};")
 MARKUP_BEGUN = re.compile(r"(?i)(?:</?(?:[a-z][^<>]{0,100})?|&[a-z]{0,8})\Z")
-MARKS = re.compile(r"\A(?:[-*•·+–>#]+|\(?\d{1,3}[.)]|\(?[a-z][.)])\s+|[*_`]{1,3}(?=\w)|(?<=[\w.!?)])[*_`]{1,3}")
+MARKS = re.compile(
+    r"\A(?:[-*•·+–>#.\u2190-\u2bff\ufe0f\U0001f000-\U0001faff]+|\(?\d{1,3}[.)]|\(?[a-z][.)])\s+"
+    r"|(?<![\w*_`])[*_`]{1,3}(?=\w)|(?<=[\w.!?)])[*_`]{1,3}(?!\w)"
+)
+
+LETTER = re.compile(r"[^\W\d_]")
 
 NEAR = 24  # so many sentences back a repetition is looked for: more than a badge has
 COMMA = re.compile(r"[,;、，،；]\s*")
@@ -56,6 +70,11 @@ def _count(field: str, said: Said) -> int:
     """The sentences of a description, the items of criteria."""
     texts = [text for name, text in said if name == field]
     return len(texts) if field == "criteria" else sum(max(1, len(review._sentences(text))) for text in texts)
+
+
+def _plain(text: str) -> set[str]:
+    """Its sentences, however they are set."""
+    return {" ".join(sentence.casefold().split()) for sentence in review._sentences(text)}
 
 
 def _runs(text: str) -> set[tuple[str, ...]]:
@@ -88,7 +107,7 @@ class Sieve:
         """What is left of an item of a list: "" where it is not worth keeping."""
         if (bare := self.bare(text)) != text:
             text = " ".join(bare.split())
-        if self.echoes(text):
+        if self.echoes(text) or not LETTER.search(text):
             return ""
         if not self.course or field not in self.counts:
             return "" if self._is_repeated(field, text, before) else text
@@ -125,7 +144,7 @@ class Sieve:
     def spare(self, text: str) -> str:
         """What an item is worth where no other is left."""
         text = " ".join(self.bare(text).split())
-        return "" if self.echoes(text) else text
+        return "" if self.echoes(text) or not LETTER.search(text) else text
 
     def bears(self, title: str) -> bool:
         """Whether the course, or an option, has two thirds of the title's words."""
@@ -143,18 +162,23 @@ class Sieve:
         is_said = title.casefold() in " ".join(self.course[:BEGINNING].casefold().split())
         return is_other and not (is_said and len(title.split()) <= LONGEST_SAID)
 
+    def with_capital(self, title: str) -> str:
+        """A title as titles are written, where a model of ours wrote it without a capital."""
+        return title[:1].upper() + title[1:] if self.course and title.islower() else title
+
     def more(self, field: str, before: Said) -> Iterator[str]:
         """Sentences of the course, as long as this text has too few of them or too few words."""
         if not self.course or field not in self.counts:
             return
         least, most = self.counts[field]
         said = [*before]
-        for sentence in self._best(field):
+        best = self._best(field)
+        for sentence, all_fields in [(one, True) for one in best] + [(one, False) for one in best]:
             words = sum(review._size(text) for name, text in said if name == field)
             count = _count(field, said)
-            if count >= (least if words >= FEWEST_WORDS else max(most, FEW)):
-                return
-            if not self._is_repeated(field, sentence, said, all_fields=True):
+            if count >= (least if words >= FEWEST_WORDS else max(most, FEW)) or (count and not all_fields):
+                return  # what the other text says as well is only better than nothing
+            if not self._is_repeated(field, sentence, said, all_fields=all_fields):
                 said.append((field, sentence))
                 yield sentence
 
@@ -164,7 +188,7 @@ class Sieve:
         keys = _meaning(text)
         apart = ((name, one) for name, other in before[-NEAR:] for one in {other, *review._sentences(other)})
         for name, other in apart:
-            same_field = name == field or all_fields
+            same_field = name in (field, "badge_name") or all_fields
             bare, heard = text.casefold().strip(" .。"), other.casefold().strip(" .。")
             if same_field and (bare == heard or (all_fields and name == field and bare in heard)):
                 return True
@@ -190,7 +214,28 @@ class Sieve:
 
     @functools.cached_property
     def _grounds(self) -> review.Grounds:
-        return review.Grounds([*review._split(self.course)[1], *self.options], None, None)
+        taught = [piece for piece in self._pieces if not self._required.intersection(_plain(piece))]
+        return review.Grounds([*taught, *self.options], None, None)
+
+    @functools.cached_property
+    def _pieces(self) -> list[str]:
+        return review._split(self.course)[1]
+
+    @functools.cached_property
+    def _sections(self) -> list[condense.Section]:
+        """The sections of the course, whose lines may be wrapped, with what each sentence tells."""
+        lines = (" ".join(piece.split()) + piece[len(piece.rstrip()) :] for piece in self._pieces)
+        sections = condense._sections("".join(lines))
+        condense._score(sections)
+        return sections
+
+    @functools.cached_property
+    def _required(self) -> set[str]:
+        """The sentences that say what is to be known before."""
+        pieces = [(piece.text, section.heading) for section in self._sections for piece in section.pieces]
+        found = [text for text, heading in pieces if REQUIRED.match(heading) or REQUIRED.match(text)]
+        is_part = sum(map(len, found)) < MOST_REQUIRED * sum(len(text) for text, _ in pieces)
+        return {plain for text in found for plain in _plain(text)} if is_part else set()
 
     # -- sentences of the course
 
@@ -200,16 +245,12 @@ class Sieve:
 
     def _best(self, field: str) -> list[str]:
         """What can stand in a text: what tells most first, whole sentences before parts of them."""
-        pieces = review._split(self.course)[1]  # whose lines may be wrapped
-        sections = condense._sections(
-            "".join(" ".join(piece.split()) + piece[len(piece.rstrip()) :] for piece in pieces)
-        )
-        condense._score(sections)
         title = review.title_of(self.course)
         found: list[tuple[tuple[int, float], str]] = []
-        for section, piece in ((one, piece) for one in sections for piece in one.pieces):
+        for section, piece in ((one, piece) for one in self._sections for piece in one.pieces):
             whole = " ".join(MARKS.sub("", piece.text.strip()).split())
             last = piece.is_heading or section.weight < 0 or self._tells_little(whole) or title == whole.rstrip(".")
+            last = last or not self._required.isdisjoint(_plain(piece.text))
             if field == "badge_description":
                 found.append(((4 * last + (not END.search(whole)), -piece.score), self._ended(whole)))
                 continue

@@ -170,6 +170,39 @@ def test_a_courses_headline_is_better_than_a_title_that_has_nothing_of_it(title:
     assert not Sieve(COURSE, "en").prefers(review.title_of(COURSE), title)
 
 
+@pytest.mark.parametrize(
+    "sieve", [Sieve(), Sieve(COURSE, "en", (), COUNTS), Sieve(COURSE, "en", (), COUNTS, is_tiny=True)]
+)
+def test_neither_bare_numbers_nor_the_title_are_items(sieve: Sieve) -> None:
+    _, badge = written(sieve, [TRUE], ["3", "BEEKEEPING.", *ITEMS])
+    assert badge["criteria"]["narrative"].startswith(f"- {ITEMS[0]}\n")
+
+
+@pytest.mark.parametrize("label", ["## Prerequisites\n\n", "Prerequisites: ", "Prior knowledge\n\n"])
+@pytest.mark.parametrize("is_tiny", [True, False])
+def test_what_has_to_be_known_before_is_not_what_a_course_teaches(label: str, is_tiny: bool) -> None:
+    known = "Handle tools such as knives and the smoker gun."
+    sieve = Sieve(f"{COURSE}\n\n{label}{known}", "en", (), COUNTS, is_tiny=is_tiny)
+    _, badge = written(sieve, [known, TRUE], [known, *ITEMS])
+    assert "smoker gun" not in str(badge)
+
+
+def test_a_quote_loses_the_marks_before_it_and_around_words_but_none_within() -> None:
+    course = (
+        "+ They build graphs with neo4j_graphrag for all of the 2*3 *tables*.\n\u2713 They query __them__ in `Cypher`."
+    )
+    counts = {"badge_description": (2, 2), "criteria": (2, 2)}
+    _, badge = written(Sieve(course, "en", (), counts), ["BADGE"], ["BADGE"])
+    said = "They build graphs with neo4j_graphrag for all of the 2*3 tables. They query them in Cypher."
+    assert badge["badge_description"] == said
+
+
+def test_a_title_has_a_capital_where_a_model_of_ours_wrote_none() -> None:
+    assert Sieve(COURSE).with_capital("bees in winter") == "Bees in winter"
+    assert Sieve(COURSE).with_capital("iOS for beekeepers") == "iOS for beekeepers"
+    assert Sieve().with_capital("bees in winter") == "bees in winter"
+
+
 def test_a_tiny_course_is_said_as_a_whole() -> None:
     course = "Knots for climbers: figure eight, clove hitch, prusik. Practical exam on the wall."
     sieve = Sieve(course, "en", (), {"badge_description": (1, 1), "criteria": (2, 2)}, is_tiny=True)
@@ -179,7 +212,7 @@ def test_a_tiny_course_is_said_as_a_whole() -> None:
 
 def test_where_nothing_else_is_left_a_poor_text_stays() -> None:
     sieve = Sieve(
-        "Intro to SQL", "en", (), COUNTS, request="Each tells what the holder knows and can do now", is_tiny=True
+        "https://sql.example", "en", (), COUNTS, request="Each tells what the holder knows and can do now", is_tiny=True
     )
     poor = ["Each tells what the holder knows and can do now", "Bakes <br>bread"]
     _, badge = written(sieve, poor, poor)

@@ -13,6 +13,9 @@ INSTALLED := .venv/.installed$(of_python)
 CANDIDATES := $(if $(PYTHON),"$(PYTHON)",python3.13 python3.12 python3.11 python3)
 IS_USABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 
+# Files of tests; `tests/conftest.py` keeps apart what cannot stand company. ARGS="-n 0" for one after another.
+TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
+
 # Where `make demo` listens: HOST=0.0.0.0 lets other machines in.
 HOST := 127.0.0.1
 
@@ -133,10 +136,10 @@ run: $(RUNNABLE)
 	@exec $(VENV_PYTHON) dccapi.py
 
 test: install $(SMALL_MODEL) $(SKILLS)
-	@$(VENV_PYTHON) -m pytest $(ARGS)
+	@$(VENV_PYTHON) -m pytest $(TWO_AT_A_TIME) $(ARGS)
 
 quick: install $(SKILLS)
-	@$(VENV_PYTHON) -m pytest -m "not slow" $(ARGS)
+	@$(VENV_PYTHON) -m pytest $(TWO_AT_A_TIME) -m "not slow" $(ARGS)
 
 bench: install
 	@$(VENV_PYTHON) tools/bench.py $(ARGS)

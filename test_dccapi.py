@@ -1283,6 +1283,7 @@ async def test_credentials_in_the_engines_url_are_used_and_not_shown(credentials
 # --- 3.6 Lifetimes ---
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("path", ["/generate", "/generate/stream"])
 @pytest.mark.parametrize("way", ["reset", "close"])
 @pytest.mark.parametrize("moment", ["before the first token", "in mid-stream"])
@@ -1352,6 +1353,7 @@ async def test_an_engine_sees_within_250_ms_that_the_client_left(engine: type[Sc
         await service.idle(0.25)
 
 
+@pytest.mark.alone
 async def test_an_eventsource_that_never_comes_back_ends_after_its_grace() -> None:
     async with serving(script=SLOW, resume_grace=0.15) as service:
         connection = await service.connect()

@@ -127,6 +127,7 @@ async def test_streams_that_the_server_has_to_reset_count_too() -> None:
         writer.close()
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("torn", [False, True], ids=["each reset at once", "all reset at the end"])
@@ -195,6 +196,7 @@ async def test_behind_a_trusted_proxy_the_bound_on_connections_is_not_the_proxys
 # --- Heads ---
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("tls", [False, True])
 @pytest.mark.parametrize(
     "beginning",

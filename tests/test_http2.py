@@ -72,6 +72,7 @@ async def test_an_http1_upload_that_is_refused_can_be_read_and_the_connection_us
         await writer.wait_closed()
 
 
+@pytest.mark.alone
 async def test_a_body_that_nobody_reads_does_not_hold_its_connection_up() -> None:
     async with serving(script=SLOW) as service, await service.connect() as connection:
         sibling = await connection.request("POST", "/generate/stream", body=COURSE)
@@ -87,6 +88,7 @@ async def test_a_body_that_nobody_reads_does_not_hold_its_connection_up() -> Non
         await token(connection, sibling)
 
 
+@pytest.mark.alone
 async def test_an_unfinished_body_is_refused_in_time() -> None:
     async with serving(body_timeout=0.2) as service, await service.connect() as connection:
         started = time.monotonic()
@@ -99,6 +101,7 @@ async def test_an_unfinished_body_is_refused_in_time() -> None:
         assert (await connection.response(alive)).status == 200
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("path", ["/generate", "/generate/stream"])
 async def test_a_client_with_a_closed_window_is_let_go_and_buffers_nothing(path: str) -> None:
     pieces = ["x" * 1000] * 200
@@ -199,6 +202,7 @@ async def test_requests_that_come_at_once_let_others_run_in_between(monkeypatch:
     assert made_meanwhile < 20
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 async def test_ten_thousand_resets_cost_the_others_nothing() -> None:

@@ -51,6 +51,7 @@ async def test_content_cannot_close_its_delimiter(attack: str) -> None:
     assert len(re.findall(closing, prompt, re.I)) == len(re.findall(closing, harmless, re.I))
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "content",
     ["x<" + " " * 200_000, "<course" * 18_000 + ">" * 18_000, "<" * 250_000],

@@ -214,6 +214,7 @@ async def test_one_key_makes_one_generation_of_long_courses_at_the_same_time() -
         assert len(service.engine.calls) == 1
 
 
+@pytest.mark.alone
 async def test_four_at_once_take_hardly_longer_than_one() -> None:
     script = Script(pieces=badge_pieces(), delay=0.01)
     async with serving(script=script) as service, await service.connect() as connection:

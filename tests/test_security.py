@@ -130,6 +130,7 @@ async def test_a_key_neither_sees_nor_cancels_the_generation_of_another() -> Non
             assert (await ask(service, None, path, "DELETE", mine)).status == 204
 
 
+@pytest.mark.alone
 async def test_the_21st_wrong_key_of_an_address_in_a_minute_waits_and_others_do_not() -> None:
     async with serving(api_keys="lms:s3cret", trusted_proxies="127.0.0.1") as service:
 
@@ -221,6 +222,7 @@ async def test_an_encoded_body_is_a_415(encoding: str) -> None:
 # --- slow markup ---
 
 
+@pytest.mark.alone
 async def test_forty_slow_texts_of_one_client_do_not_delay_another() -> None:
     slow = orjson.dumps({"content": "[" * 240_000})
     async with serving(trusted_proxies="127.0.0.1") as service, await service.connect() as connection:

@@ -160,7 +160,8 @@ class Sieve:
             return True
         is_other = len(own) <= review.HEADLINE and set(_meaning(own)).isdisjoint(_meaning(title))
         is_said = title.casefold() in " ".join(self.course[:BEGINNING].casefold().split())
-        return is_other and not (is_said and len(title.split()) <= LONGEST_SAID)
+        words = title.split()  # some of two or three letters are none of a title: "this one"
+        return is_other and not (is_said and len(words) <= LONGEST_SAID and max(map(len, words)) > 4)
 
     def with_capital(self, title: str) -> str:
         """A title as titles are written, where a model of ours wrote it without a capital."""

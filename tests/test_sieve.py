@@ -203,6 +203,13 @@ def test_a_title_has_a_capital_where_a_model_of_ours_wrote_none() -> None:
     assert Sieve().with_capital("bees in winter") == "bees in winter"
 
 
+def test_some_short_words_of_a_course_are_no_title() -> None:
+    course = "Λιανικό εμπόριο\n\nΣε αυτά τα μαθήματα μετράτε το απόθεμα ενός καταστήματος με κάμερα και μικροελεγκτή."
+    sieve = Sieve(course, "el", is_tiny=True)
+    assert sieve.prefers(review.title_of(course), "Αυτά τα")
+    assert not sieve.prefers(review.title_of(course), "Απόθεμα ενός καταστήματος")
+
+
 def test_a_tiny_course_is_said_as_a_whole() -> None:
     course = "Knots for climbers: figure eight, clove hitch, prusik. Practical exam on the wall."
     sieve = Sieve(course, "en", (), {"badge_description": (1, 1), "criteria": (2, 2)}, is_tiny=True)

@@ -490,6 +490,7 @@ OPTION_LABELS = {
 }
 NOT_GIVEN = ("", "not-specified")
 OTHER_NAMES = {"course_input": "content", "user_prompt": "custom_instructions"}
+# Names that clients of other services use for the content; a 422 says what is meant.
 MISTAKEN = dict.fromkeys(("text", "course", "course_text", "course_description", "description", "input"), "content")
 # One character that can be seen: neither control nor space nor format character.
 VISIBLE = r"[^\x00-\x20\x7f-\xa0\xad\u1680\u2000-\u200f\u2028-\u202f\u205f-\u206f\u3000\ufeff]"
@@ -560,7 +561,7 @@ class BadgeOptions(BaseModel):
 
 
 class GenerateRequest(StreamOptions, BadgeOptions):
-    """A course and how its badge is to be written (contract 3.1). Unknown fields are ignored."""
+    """A course and how its badge is to be written (contract 3.1). `Exchange.send` names what is not known."""
 
     content: str = Field(pattern=VISIBLE, description="The course description; `course_input` is another name for it.")
     temperature: Annotated[float | None, Field(ge=0, le=2, allow_inf_nan=False)] = 0.2
@@ -1386,7 +1387,7 @@ def build_credential(request: dict[str, Any]) -> dict[str, Any]:
     return credential
 
 
-# ---- Course text: processes that read it, and judge drafts beside it ------------------------------------------------
+# ---- Readers: child processes that read documents and review drafts -------------------------------------------------
 
 DOCUMENT_ERRORS = {
     error.code: error
@@ -1398,7 +1399,8 @@ class Readers:
     """Processes that run `reader`: documents and markup to plain text, long courses to shorter ones, reviews.
 
     A document can be made to take minutes and gigabytes, so none is read in the service. A process that is too slow, or
-    whose client leaves, is killed; the next task starts another. One client has half of them at most for each purpose.
+    whose client leaves, is killed; the next task starts another. One client has half of them at most for courses that
+    are to be queued, and half for drafts that are being written.
     """
 
     def __init__(self) -> None:
@@ -3027,47 +3029,6 @@ class Api:
         """HEAD starts nothing."""
         return Response(headers=EVENT_STREAM_HEADERS)
 
-    async def credentials(self, request: Request) -> Response:
-        """An unsigned OpenBadgeCredential."""
-        return as_json(build_credential(await json_body(request)))
-
-    async def extract(self, request: Request) -> Response:
-        """The text of a document; no engine involved."""
-        with self.queue.reading(request.state.client):
-            if not _is_multipart(request):
-                name, media_type = "", request.headers.get("content-type", "")
-                return as_json(await self._read(request.stream(), name, media_type, request.state.client))
-            _, said = await self._form(request)
-        if said is None:
-            raise invalid_fields({("file",): "is missing; send the document in it"})
-        return as_json(said)
-
-    async def _form(self, request: Request) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        """The fields of a form, and what the document in its part `file` says."""
-        fields, said = {}, None
-        try:
-            async with request.form(max_files=1, max_fields=64, max_part_size=self.settings.max_body_bytes) as form:
-                for name, value in form.items():
-                    if name == "file":  # one that is sent without the name of a file is a text
-                        file = UploadFile(BytesIO(value.encode())) if isinstance(value, str) else value
-                        named = file.filename or "", file.content_type or ""
-                        said = await self._read(iter_file(file), *named, request.state.client)
-                    else:
-                        fields[name] = value if isinstance(value, str) else ""
-        except HTTPException as error:
-            if "maximum size" in error.detail:
-                raise BodyTooLarge(f"A field may have {self.settings.max_body_bytes} bytes here.") from None
-            raise invalid_fields({("body",): f"is no form with one file: {error.detail}"}) from None
-        return with_objects(fields), said
-
-    async def _read(self, chunks: AsyncIterator[bytes], name: str, media_type: str, client: str) -> dict[str, Any]:
-        """What `reader` says of a document, which it is handed as a file."""
-        with tempfile.NamedTemporaryFile(prefix="dccapi-") as file:
-            async for chunk in chunks:
-                file.write(chunk)
-            file.flush()
-            return await self.readers.ask("document", client, path=file.name, name=name, media_type=media_type)
-
     async def generation(self, request: Request) -> Response:
         """State and result of a generation."""
         generation = self._known(request)
@@ -3078,7 +3039,7 @@ class Api:
         return as_json(state | {"position": generation.position, "result": result, "error": error})
 
     async def cancel(self, request: Request) -> Response:
-        """Its state stays to be seen."""
+        """End it. Its state can still be asked for."""
         self.queue.end(self._known(request), Cancelled())
         return Response(status_code=204)
 
@@ -3099,10 +3060,10 @@ class Api:
         validate: Callable[[Any], GenerateRequest] = model.model_validate
         if _is_multipart(request):
             with self.queue.reading(request.state.client):
-                document, said = await self._form(request)
+                document, extracted = await self._form(request)
             validate = partial(model.model_validate_strings, strict=False)
-            if said is not None:
-                document, notes = document | {"content": said["content"]}, said["notes"]
+            if extracted is not None:
+                document, notes = document | {"content": extracted["content"]}, extracted["notes"]
         else:
             document = await json_body(request)
         request.state.ignored = model.unknown(document)
@@ -3154,6 +3115,49 @@ class Api:
             return Response(status_code=204)
         return EventStreamResponse(self.queue, generation, options, seen=seen, grace=self.settings.resume_grace)
 
+    # -- documents, credentials and skills: no engine is involved
+
+    async def credentials(self, request: Request) -> Response:
+        """An unsigned OpenBadgeCredential."""
+        return as_json(build_credential(await json_body(request)))
+
+    async def extract(self, request: Request) -> Response:
+        """The text of a document; no engine involved."""
+        with self.queue.reading(request.state.client):
+            if not _is_multipart(request):
+                name, media_type = "", request.headers.get("content-type", "")
+                return as_json(await self._read(request.stream(), name, media_type, request.state.client))
+            _, document = await self._form(request)
+        if document is None:
+            raise invalid_fields({("file",): "is missing; send the document in it"})
+        return as_json(document)
+
+    async def _form(self, request: Request) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """The fields of a form, and what the document in its part `file` says."""
+        fields, document = {}, None
+        try:
+            async with request.form(max_files=1, max_fields=64, max_part_size=self.settings.max_body_bytes) as form:
+                for name, value in form.items():
+                    if name == "file":  # one that is sent without the name of a file is a text
+                        file = UploadFile(BytesIO(value.encode())) if isinstance(value, str) else value
+                        named = file.filename or "", file.content_type or ""
+                        document = await self._read(iter_file(file), *named, request.state.client)
+                    else:
+                        fields[name] = value if isinstance(value, str) else ""
+        except HTTPException as error:
+            if "maximum size" in error.detail:
+                raise BodyTooLarge(f"A field may have {self.settings.max_body_bytes} bytes here.") from None
+            raise invalid_fields({("body",): f"is no form with one file: {error.detail}"}) from None
+        return with_objects(fields), document
+
+    async def _read(self, chunks: AsyncIterator[bytes], name: str, media_type: str, client: str) -> dict[str, Any]:
+        """What `reader` says of a document, which it is handed as a file."""
+        with tempfile.NamedTemporaryFile(prefix="dccapi-") as file:
+            async for chunk in chunks:
+                file.write(chunk)
+            file.flush()
+            return await self.readers.ask("document", client, path=file.name, name=name, media_type=media_type)
+
     async def skills(self, request: Request) -> Response:
         """The skills of the index that a query may mean, best first. Raises NotFound without an index."""
         if not self.settings.skills_index:
@@ -3162,22 +3166,22 @@ class Api:
         if not re.search(VISIBLE, query):
             raise invalid_fields({("q",): "must be a word of the skill that is looked for"})
         index = str(self.settings.skills_index)
-        said = await self.readers.ask("skills", request.state.client, path=index, query=query)
-        if "fault" in said:
+        answer = await self.readers.ask("skills", request.state.client, path=index, query=query)
+        if "fault" in answer:
             raise NotFound("The index of skills cannot be read. The service's operator finds the reason in /health.")
-        return as_json(said["skills"])
+        return as_json(answer["skills"])
 
     async def frameworks(self) -> tuple[list[dict[str, Any]] | None, str | None]:
         """Those of the index of skills, or why it cannot be read, which the log says too."""
         if not self.settings.skills_index:
             return None, None
         try:
-            said = await self.readers.ask("frameworks", "", path=str(self.settings.skills_index))
+            answer = await self.readers.ask("frameworks", "", path=str(self.settings.skills_index))
         except ApiError as error:
-            said = {"fault": error.detail}
-        if fault := said.get("fault"):
+            answer = {"fault": error.detail}
+        if fault := answer.get("fault"):
             warn_once(f"badges get no alignments: {fault}", time.monotonic() // 3600)
-        return said.get("frameworks"), fault and f"SKILLS_INDEX: {fault}"
+        return answer.get("frameworks"), fault and f"SKILLS_INDEX: {fault}"
 
     # -- state
 
@@ -3394,7 +3398,7 @@ def idempotency_key(request: Request) -> str | None:
     return key
 
 
-# ---- Guard: what stands between Hypercorn and the app ---------------------------------------------------------------
+# ---- Guard: bounds, who may ask, headers on every response, errors as JSON ------------------------------------------
 
 DEFAULT_HEADERS = [
     (b"x-content-type-options", b"nosniff"),

@@ -17,7 +17,7 @@ from reader import condense, review
 FEWEST_WORDS = 12  # of a text
 FEW = 3  # sentences that a text may have in any case, where it has not as many words
 ENOUGH = 0.5  # of the words of a sentence stand in the course
-ENOUGH_OF_TINY, ENOUGH_OF_ONE = 0.66, 0.5  # the same for a tiny model, and in one sentence of the course
+ENOUGH_OF_TINY, ENOUGH_OF_ONE = 0.75, 0.5  # the same for a tiny model, and in one sentence of the course
 BEGINNING = 300  # characters of a course, where it may say its title in other words than its headline
 LONGEST_SAID = 6  # words of a title that a course says beside its headline
 REPEATED_RUN = 8  # words in a row of the request

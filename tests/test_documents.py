@@ -1,4 +1,4 @@
-"""What is read in documents of every kind, and what is answered to those that are made to do harm."""
+"""What `reader` reads in documents of every kind, and what it says of bad ones. Over HTTP: test_dccapi.py."""
 
 from __future__ import annotations
 

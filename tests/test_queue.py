@@ -418,3 +418,41 @@ async def test_two_thousand_generations_half_of_them_abandoned_leave_nothing() -
         assert sum(outcomes.values()) == 2000
         assert outcomes["abandoned"] > 800
         assert growth < 32 * 1024
+
+
+# --- Courses that are read ---
+
+
+async def test_each_eighth_place_goes_to_the_oldest() -> None:
+    settings = dccapi.Settings(max_concurrent_requests=1)
+    queue = dccapi.GenerationQueue(settings, dccapi.OllamaEngine(settings), dccapi.Readers())
+    await queue.start()
+    try:
+        for worker in queue._tasks:
+            worker.cancel()
+        prompt = dccapi.build_prompt(dccapi.GenerateRequest(**COURSE), dccapi.Course(COURSE["content"]), "", {})
+        oldest, urgent = queue.submit("a", "1", 6), queue.submit("b", "2", 1)
+        for generation in (oldest, urgent):
+            queue.ready(generation, prompt)
+        assert queue._next() is urgent
+        queue._starts = 7
+        assert queue._next() is oldest
+    finally:
+        await queue.stop()
+
+
+async def test_a_document_that_is_read_at_a_stop_is_still_answered() -> None:
+    async with serving() as service:
+        with service.queue.reading("a client"):
+            assert service.queue.waiting == 1
+            await service.queue.drain()
+        assert service.queue.waiting == 0
+
+
+async def test_a_generation_that_is_ended_while_its_course_is_read_keeps_none_of_it() -> None:
+    async with serving() as service:
+        generation = service.queue.submit("a client", "request")
+        service.queue.end(generation, dccapi.Cancelled())
+        prompt = dccapi.build_prompt(dccapi.GenerateRequest(**COURSE), dccapi.Course(COURSE["content"]), "", {})
+        service.queue.ready(generation, prompt)
+        assert generation.prompt is None

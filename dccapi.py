@@ -832,6 +832,7 @@ AT_ONCE = 4096  # characters
 MAX_READ = 2**19  # characters of the objects of one text that are read in search of a badge: they may lie in each other
 NOT_PROSE = re.compile(r"[\W_]*+(?:json)?+[\W_]*+", re.I)  # before an object: nothing, or the fence of a code block
 BULLET = re.compile(r"\A\s*(?:[-*•·.]\s+)?")
+FULL_STOP = re.compile(r"(?<=\w)[.!?。！？।]\Z")
 TITLE_LABEL = re.compile(r"(?i)\A\s*badge(?:[ _](?:name|title))?\s*:(?=.*\w)")
 STRING_RUN = re.compile(r'[^"\\]+')
 PLAIN = re.compile(r'[^"\\<&]*\Z')
@@ -880,6 +881,7 @@ class BadgeReader:
         self.done = self.broken = False
         self.plain = False  # whether the next piece continues a text, and may be taken as it is
         self.closing = ""  # what ends the text that is being written
+        self._stop = ""  # of its last sentence, before which an institution may still come
         self.said: list[str] = []  # the pieces of that text
         self.refused = False  # whether `title` found no title for what was written
         self.kept, self._institution, self._title, self._sieve = kept, institution, title, sieve
@@ -899,6 +901,7 @@ class BadgeReader:
             self.done = not self.missing() and (self._cut or not self.closing)
             self.broken = not self.done
         if self.done and not self.missing():
+            self._write_stop()
             self._out.append(self.closing + "}")
         if self.done or self.broken:
             self.rest = self._text[self._at :]
@@ -984,13 +987,22 @@ class BadgeReader:
             yield from self._expect("]")
         if name == "badge_description" and not (_says_nothing("".join(self.said)) or self._names_institution()):
             self._write(f" ({self._institution})")
+        self._write_stop()
         self._out.append(self.closing)
         self.closing = ""
 
     def _item(self, name: str, text: str) -> None:
         if text:
-            self._write((("\n- " if self.said else "- ") if name == "criteria" else " " if self.said else "") + text)
+            self._write_stop()
+            rest = FULL_STOP.sub("", text) if name == "badge_description" else text
+            self._write((("\n- " if self.said else "- ") if name == "criteria" else " " if self.said else "") + rest)
+            self._stop = text[len(rest) :]
             self._items.append((name, text))
+
+    def _write_stop(self) -> None:
+        if self._stop:
+            self._write(self._stop)
+            self._stop = ""
 
     def _names_institution(self) -> bool:
         if not self._institution:

@@ -1380,14 +1380,12 @@ async def test_documents_that_cannot_be_read_are_told_and_leave_nothing_behind()
 
 TOPICS = " ".join(f"Topic {number} is the knot that climbers call number {number}." for number in range(200))
 POLICY = " ".join(f"Work that is {number} days late loses {number} marks." for number in range(900))
-SYLLABUS_OF_POLICIES = (
-    f"# Knots\n\nLearners tie knots for climbing.\n\n## Late policy\n\n{POLICY}\n\n## Topics\n\n{TOPICS}\n"
-)
+LONG_COURSE = f"# Knots\n\nLearners tie knots for climbing.\n\n## Late policy\n\n{POLICY}\n\n## Topics\n\n{TOPICS}\n"
 
 
 async def test_long_content_refuse_is_a_413() -> None:
     async with serving() as service:
-        body = {"content": SYLLABUS_OF_POLICIES, "long_content": "refuse"}
+        body = {"content": LONG_COURSE, "long_content": "refuse"}
         assert "6144" in problem_in(await ask(service, body), 413, "content_too_long")["detail"]
         assert not service.engine.calls
 
@@ -1682,18 +1680,18 @@ async def test_a_stop_drains_and_exits_with_0(
 
 async def test_a_long_course_is_condensed_and_the_review_says_so() -> None:
     async with serving() as service:
-        answer = await writes(service, {"content": SYLLABUS_OF_POLICIES})
+        answer = await writes(service, {"content": LONG_COURSE})
         assert "Learners tie knots for climbing." in service.engine.calls[0].body["prompt"]
         assert len(service.engine.calls[0].body["prompt"].split()) < 4000
     condensed = next(note for note in answer["review"]["notes"] if note["code"] == "condensed")
     assert "Late policy" in condensed["text"]
-    assert str(len(SYLLABUS_OF_POLICIES.split())) in condensed["message"]
+    assert str(len(LONG_COURSE.split())) in condensed["message"]
 
 
 async def test_a_course_that_the_engine_refuses_as_too_long_is_condensed_to_its_figures() -> None:
     refusal = exceeds_context(9000, 6144)
     async with serving(ScriptedOpenAI(), lambda body, index: refusal if index == 0 else Script()) as service:
-        *_, final = await watch(service, {"content": SYLLABUS_OF_POLICIES})
+        *_, final = await watch(service, {"content": LONG_COURSE})
         sizes = [len(str(call.body["messages"]).split()) for call in service.engine.calls]
     assert sizes[0] > 9000 > sizes[1]
     assert final["type"] == "final"

@@ -18,6 +18,7 @@ FEWEST_WORDS = 12  # of a text
 FEW = 3  # sentences that a text may have in any case, where it has not as many words
 ENOUGH = 0.5  # of the words of a sentence stand in the course
 ENOUGH_OF_TINY, ENOUGH_OF_ONE = 0.75, 0.5  # the same for a tiny model, and in one sentence of the course
+LONG_WORD, ENOUGH_OF_WORDS = 5, 0.8  # letters; of those words of a sentence the course has, but for their endings
 BEGINNING = 300  # characters of a course, where it may say its title in other words than its headline
 LONGEST_SAID = 6  # words of a title that a course says beside its headline
 REPEATED_RUN = 8  # words in a row of the request
@@ -206,9 +207,21 @@ class Sieve:
         of_one = set(_meaning(self._grounds.source(borne))).intersection(borne) if self.is_tiny else keys
         if len(of_one) < ENOUGH_OF_ONE * len(keys) or (self.is_tiny and NOT_SAID.search(sentence)):
             return False
-        if self._is_aside(sentence) or review._is_order(sentence):
+        if self._is_aside(sentence) or review._is_order(sentence) or self._is_invented(sentence):
             return False
         return next(self._grounds.lacks(sentence, self.language, foreign=False), None) is None
+
+    def _is_invented(self, sentence: str) -> bool:
+        """Whether it has words that no language has: outside English a tiny model makes them up of beginnings."""
+        if not self.is_tiny or self.language in ("en", "und"):
+            return False
+        words = [word for word in review._tokens(sentence.lower()) if word.isalpha() and len(word) >= LONG_WORD]
+        known = sum(word[: max(LONG_WORD - 1, len(word) - 2)] in self._word_beginnings for word in words)
+        return known < ENOUGH_OF_WORDS * len(words)
+
+    @functools.cached_property
+    def _word_beginnings(self) -> set[str]:
+        return {word[:end] for word in self._grounds.vocabulary for end in range(LONG_WORD - 1, len(word) + 1)}
 
     def _is_aside(self, sentence: str) -> bool:
         return bool(ASIDE.search(sentence) or (self.language == "en" and FIRST_PERSON.search(sentence)))

@@ -156,6 +156,19 @@ def test_a_tiny_models_sentence_has_a_sentence_of_the_course_behind_it(invented:
 
 
 @pytest.mark.parametrize(
+    ("sentence", "is_kept"),
+    [
+        ("Die Lernenden erkennen die Königin und die Brut, und ernten den Honigs.", True),
+        ("Die Lernenden erkenntigen die Königin und die Bruterschöpfung, und müschten Honigaufruf.", False),
+    ],
+)
+def test_outside_english_a_tiny_models_words_are_those_of_the_course(sentence: str, is_kept: bool) -> None:
+    course = "Die Lernenden erkennen die Königin und die Brut. Sie ernten Honig. Sie zählen Milben im Herbst."
+    _, badge = written(Sieve(course, "de", (), COUNTS, is_tiny=True), [sentence], [])
+    assert (sentence in badge["badge_description"]) == is_kept
+
+
+@pytest.mark.parametrize(
     ("title", "is_preferred"),
     [
         ("Winter Supervision", True),

@@ -38,6 +38,7 @@ REQUIRED = re.compile(
 MOST_REQUIRED = 0.34  # of a course; where it seems to be more, what follows was not told from it
 # Who writes, and what is beside the text: neither is of a badge.
 ASIDE = re.compile(r"(?i)\bclick\b|\b(?:image|picture|video|see) (?:above|below)\b")
+BADGE = re.compile(r"(?i)\bbadges?\b")  # of which a tiny model says when it is due and whose it is
 FIRST_PERSON = re.compile(r"\bI(?:['’]\w+| am| was| have| had| will| would| can| do)\b|\b[Mm]y\b")  # in English
 # Markup that stands for a space, and in EVERY_MARKUP also what changes letters, that small models leave behind.
 _BLOCK = r"<(?:/?(?:blockquote|center|div|h[1-6]|li|ol|p|pre|table|tbody|t[dhr]|thead|ul)|br|hr)(?:\s[^<>]{0,80})?/?>"
@@ -224,7 +225,8 @@ class Sieve:
         return {word[:end] for word in self._grounds.vocabulary for end in range(LONG_WORD - 1, len(word) + 1)}
 
     def _is_aside(self, sentence: str) -> bool:
-        return bool(ASIDE.search(sentence) or (self.language == "en" and FIRST_PERSON.search(sentence)))
+        is_of_badge = self.is_tiny and BADGE.search(sentence) and not BADGE.search(self.course)
+        return bool(is_of_badge or ASIDE.search(sentence) or (self.language == "en" and FIRST_PERSON.search(sentence)))
 
     @functools.cached_property
     def _grounds(self) -> review.Grounds:

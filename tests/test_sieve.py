@@ -147,6 +147,7 @@ def test_the_requests_own_words_are_no_badge() -> None:
         "My students inspect hives and recognise the queen, brood and stores.",
         "Click to inspect hives safely, recognise the queen, brood and stores.",
         "inspect hives safely, recognise the queen, brood and stores.",
+        "You are required to inspect hives, recognise the queen, brood and stores and complete this badge.",
         "[lessons]# Inspect hives safely, recognise the queen, brood and stores.",
     ],
 )

@@ -166,8 +166,10 @@ class Sieve:
         return is_other and not (is_said and len(words) <= LONGEST_SAID and max(map(len, words)) > 4)
 
     def with_capital(self, title: str) -> str:
-        """A title as titles are written, where a model of ours wrote it without a capital."""
-        return title[:1].upper() + title[1:] if self.course and title.islower() else title
+        """A title as titles are written, where a model of ours wrote it in small letters or in capitals alone."""
+        if not self.course or not (title.islower() or (title.isupper() and len(title.split()) > 2)):
+            return title
+        return title[:1].upper() + (title[1:] if title.islower() or title in self.course else title[1:].lower())
 
     def more(self, field: str, before: Said) -> Iterator[str]:
         """Sentences of the course, as long as this text has too few of them or too few words."""

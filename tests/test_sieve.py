@@ -215,6 +215,8 @@ def test_a_title_has_a_capital_where_a_model_of_ours_wrote_none() -> None:
     assert Sieve(COURSE).with_capital("bees in winter") == "Bees in winter"
     assert Sieve(COURSE).with_capital("iOS for beekeepers") == "iOS for beekeepers"
     assert Sieve().with_capital("bees in winter") == "bees in winter"
+    assert Sieve(COURSE).with_capital("BEES IN WINTER") == "Bees in winter"
+    assert Sieve(COURSE + "\nBEES AND SQL").with_capital("BEES AND SQL") == "BEES AND SQL"
 
 
 def test_some_short_words_of_a_course_are_no_title() -> None:

@@ -2021,7 +2021,7 @@ class GenerationQueue:
         def accepted(title: str) -> str | None:
             says_nothing = _says_nothing(title)
             if not says_nothing and course.has_word_of(title, options) and sieve.bears(title):
-                return own if sieve.prefers(own, title) else sieve.with_capital(title)
+                return own if sieve.prefers(own, title) else sieve.as_title(title)
             if says_nothing and not sieve.course:
                 return title
             if first:

@@ -335,6 +335,38 @@ NAMING = re.compile(
     r"|заголов\w*|назван\w*|значк\w*|бейдж\w*|başlı\w*|adı|rozet\w*)\b"
     r"|バッジ|タイトル|名前|徽章|标题|標題|名称|名稱|배지|제목|이름|عنوان|اسم|شارة|שם|כותרת|तमगा|शीर्षक|नाम"
 )
+# "This seminar explores", "Ce cours présente": what follows is the subject.
+_WHOM = r"(?:\s(?:you|(?:[\w-]+\s)?(?:students|learners|participants)))?"
+_TELLS = rf"""(?:address(?:es)?|analy[sz]es?|considers?|covers?|deals?\swith|deepens?|describes?|discuss(?:es)?
+    |emphasi[sz]es?|evaluates?|examines?|explains?|explores?|familiari[sz]es?{_WHOM}\swith|focus(?:es)?\son|gives?{_WHOM}
+    |introduces?{_WHOM}(?:\sto)?|investigates?|looks?\sat|offers?{_WHOM}|presents?|provides?{_WHOM}(?:\swith)?|reviews?
+    |stud(?:y|ies)|surveys?|teach(?:es)?{_WHOM}(?:\show\sto)?|traces?|treats?)"""
+_COURSE = "(?:class|course|lecture|lesson|module|programme?|seminar|survey|training|unit|workshop)s?"
+_KIND = r"(?:analysis|exploration|introduction|overview|study|survey|topics|treatment|understanding)\s(?:in|of|to)"
+ABOUT = re.compile(
+    rf"""(?ix)\A\W*(?:
+    (?:in\s)?(?:this|the|our|an?)\s(?:[\w-]+\s){{0,3}}?{_COURSE},?\s(?:(?:we|you|students)\s)?(?:will\s)?
+        (?:(?:is|are)\s(?:designed|intended|meant)\sto\s|(?:aim|seek|continue)s?\sto\s)?
+        (?:{_TELLS}|is\s(?:about|on|centered\s(?:on|around))|is(?=\san?\s))
+    | the\s(?:aim|focus|goal|objective|purpose)s?\s(?:of\s(?:this|the)\s(?:[\w-]+\s){{1,3}}?)?(?:is|are|will\sbe)
+        \s(?:on|to\s{_TELLS})
+    | (?:este|el|o)\scurso\s(?:aborda|apresenta|cobre|cubre|enseña|ensina|explora|introduce|oferece|ofrece|presenta
+        |trata(?:\s(?:de|sobre))?)
+    | (?:ce|le)\scours\s(?:aborde|couvre|enseigne|explore|introduit\sà|porte\ssur|présente|traite\sde)
+    | (?:dieser|der)\skurs\s(?:behandelt|bietet|erklärt|führt\sin|gibt|vermittelt)
+    | (?:questo|il)\scorso\s(?:affronta|esplora|insegna|introduce|offre|presenta|tratta(?:\sdi)?)
+    | (?=an?\s(?:[\w-]+\s)?{_KIND}\s) (?<!\w))
+    \s*(?<!\w)(?:(?:an?\s|the\s|selected\s)?(?:[\w-]+\s){{0,2}}?{_KIND}\s)?
+    (?:(?:both|key|major|selected|some\sof|various)\s|the\s(?:key|major|various)\s){{0,2}}
+    (?:(?:an?|the|el|los|las?|les?|une?|os?|as?|die|der|das|den|il|gli|i)\s)?(?!(?:as|at|by|for|in|of|on|to|with)\b)(?=\w)"""
+)
+# What says more of a subject than a title does, and what a title does not end with.
+MORE = re.compile(
+    r"[,;:(?!]|\s[–—-]\s|\s(?:which|that|using|through|as\sit|with\san?|while|where|who|whose|and\show)\b"
+)
+LOOSE_END = re.compile(
+    r"(?i)(?:\s(?:an?|and|as|at|by|for|from|in|into|is|of|on|or|the|to|with|de|la|et|y|e|und|di))+\Z"
+)
 BEGINNING = 400  # characters of a course in which it may say what its title is
 HEADLINE = 60  # characters of a title that reads as one; what is longer is a sentence
 
@@ -444,13 +476,29 @@ def _title_in(text: str) -> str:
         lines = [_sentences(line) for line in text.split("\n") if line.strip()]
         sentences = [one for line in lines if not any(map(_names_something, line)) for one in line] or sentences
     begins = (one for one in sentences if _meaning(one) and not _heads_a_section(one.strip(" .:")))
-    line = next((one for one in named if _meaning(one) and not _heads_a_section(one)), "") or next(begins, "")
-    title = _bare(line)
+    line = heading = next((one for one in named if _meaning(one) and not _heads_a_section(one)), "")
+    line = line or next(begins, "")
+    is_headline = heading or (len(line) <= HEADLINE and line[-1:] not in ".!?")
+    about = "" if is_headline else next(filter(None, map(subject_of, [line, *sentences[:5]])), "")
+    title = about or _bare(line)
     if len(title) > HEADLINE:
         title = _often_said(text) or _bare(re.split(r"(?<=\w{3})(?:[,;(]\s|\s[(–-])|[，；（]", title)[0])
     if len(title) > LONGEST_TITLE:
         title = title[: LONGEST_TITLE + 1].rpartition(" ")[0] or title[:LONGEST_TITLE]
     return title.rstrip(" .:;,-–") or "Course"
+
+
+def subject_of(sentence: str) -> str:
+    """What a sentence is about, as a title: "This seminar explores Iranian culture, society and politics", Iranian
+    culture. "" where it is none of this kind."""
+    said = " ".join(sentence.split())
+    if not (about := ABOUT.match(said)):
+        return ""
+    subject = MORE.split(said[about.end() :])[0].rstrip(" .")
+    if len(subject) > HEADLINE:
+        subject = subject[: HEADLINE + 1].rpartition(" ")[0]
+    subject = _bare(LOOSE_END.sub("", subject))
+    return subject[:1].upper() + subject[1:] if len(_meaning(subject)) > 1 else ""
 
 
 def _names_something(sentence: str) -> bool:

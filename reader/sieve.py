@@ -25,6 +25,9 @@ REPEATED_RUN = 8  # words in a row of the request
 LONGEST_ITEM = 180  # characters; a longer one without a full stop was cut by the engine's grammar
 LONGEST_QUOTE = 40  # words of a sentence of the course that stands for one of the model
 END = re.compile(r"[.!?…。！？؟।][\"'”»)]*\Z")
+LABEL = re.compile(r"(?i)\A(?:badge[ _])?(?:name|title|description|criteria|criterion|narrative)\s*:\s*(?=\w)")
+IDENTIFIER = re.compile(r"\w+_\w+")
+CUT_SHORT = re.compile(r"(?i)\b(?:an?|and|as|for|of|or|the|with)[.…]?\Z")  # in English
 # Links, tables, marks, questions, and what breaks off.
 NOT_SAID = re.compile(r"[\[\]|{}<>@=\\]|(?<![A-Za-z])#|https?:|www\.|[?？؟]\Z|[:：,;](?:\W*|\s*\d{1,2}[.)]?)\Z")
 # What somebody has to know before a course is not what it teaches.
@@ -34,6 +37,11 @@ REQUIRED = re.compile(
     r"|vorkenntnisse|conhecimentos prévios|prerequisit[oi]|esitie\w+|voorkennis|förkunskap\w*|forkundskab\w*"
     r"|forkunnskap\w*|wymagania wstępne|предварительные|пререквизит\w*|ön koşul\w*)(?!\w)"
     r"|前提|履修条件|先修|预备知识|선수 ?과목|المتطلبات)"
+)
+ASSUMED = re.compile(
+    r"(?i)\bprerequisites?\b|\bpermission of (?:the )?instructor\b|\bwe assume that\b"
+    r"|\b(?:background|experience|familiarity|knowledge)\b.{0,80}\b(?:is|are) (?:assumed|expected|recommended|required)"
+    r"|\bno (?:prior|previous) \w+"
 )
 MOST_REQUIRED = 0.34  # of a course; where it seems to be more, what follows was not told from it
 # Who writes, and what is beside the text: neither is of a badge.
@@ -55,6 +63,11 @@ LETTER = re.compile(r"[^\W\d_]")
 
 NEAR = 24  # so many sentences back a repetition is looked for: more than a badge has
 COMMA = re.compile(r"[,;、，،；]\s*")
+# The beginnings of parts that say nothing alone.
+LEANS = re.compile(
+    r"(?i)(?:and|as|because|but|by|e\.g|especially|for|from|in|including|on|or|particularly|ranging|rather|so|such|than"
+    r"|that|then|though|through|to|where|which|while|who|whose|with|within|without)\b"
+)
 AND = re.compile(r"[,;、，،；]\s*|\s(?:and|und|et|y|e|och|og|en|ja|sekä|ve|и|і|oraz)\s|\s(?=و\w{3})")
 
 Said = Sequence[tuple[str, str]]  # the field and the text of each sentence before
@@ -114,7 +127,7 @@ class Sieve:
         if not self.course or field not in self.counts:
             return "" if self._is_repeated(field, text, before) else text
         room = self.counts[field][1] - _count(field, before)
-        parts = review._sentences(" ".join(text.split()))
+        parts = [LABEL.sub("", part) for part in review._sentences(" ".join(text.split()))]
         if parts and not END.search(parts[-1]) and (len(parts) > 1 or len(text) > LONGEST_ITEM):  # cut off
             parts.pop()
         said: list[tuple[str, str]] = []
@@ -165,8 +178,9 @@ class Sieve:
         words = title.split()  # some of two or three letters are none of a title: "this one"
         return is_other and not (is_said and len(words) <= LONGEST_SAID and max(map(len, words)) > 4)
 
-    def with_capital(self, title: str) -> str:
-        """A title as titles are written, where a model of ours wrote it in small letters or in capitals alone."""
+    def as_title(self, title: str) -> str:
+        """A title as titles are written, where a model of ours wrote a sentence, small letters or capitals alone."""
+        title = (review.subject_of(title) if self.course else "") or title
         if not self.course or not (title.islower() or (title.isupper() and len(title.split()) > 2)):
             return title
         return title[:1].upper() + (title[1:] if title.islower() or title in self.course else title[1:].lower())
@@ -212,6 +226,8 @@ class Sieve:
             return False
         if self._is_aside(sentence) or review._is_order(sentence) or self._is_invented(sentence):
             return False
+        if any(word not in self.course for word in IDENTIFIER.findall(sentence)):
+            return False
         return next(self._grounds.lacks(sentence, self.language, foreign=False), None) is None
 
     def _is_invented(self, sentence: str) -> bool:
@@ -228,7 +244,8 @@ class Sieve:
 
     def _is_aside(self, sentence: str) -> bool:
         is_of_badge = self.is_tiny and BADGE.search(sentence) and not BADGE.search(self.course)
-        return bool(is_of_badge or ASIDE.search(sentence) or (self.language == "en" and FIRST_PERSON.search(sentence)))
+        in_english = self.language == "en" and (FIRST_PERSON.search(sentence) or CUT_SHORT.search(sentence))
+        return bool(is_of_badge or in_english or ASIDE.search(sentence))
 
     @functools.cached_property
     def _grounds(self) -> review.Grounds:
@@ -251,7 +268,9 @@ class Sieve:
     def _required(self) -> set[str]:
         """The sentences that say what is to be known before."""
         pieces = [(piece.text, section.heading) for section in self._sections for piece in section.pieces]
-        found = [text for text, heading in pieces if REQUIRED.match(heading) or REQUIRED.match(text)]
+        found = [
+            text for text, heading in pieces if REQUIRED.match(heading) or REQUIRED.match(text) or ASSUMED.search(text)
+        ]
         is_part = sum(map(len, found)) < MOST_REQUIRED * sum(len(text) for text, _ in pieces)
         return {plain for text in found for plain in _plain(text)} if is_part else set()
 
@@ -274,7 +293,7 @@ class Sieve:
                 continue
             found.append(((4 * last, -piece.score), whole))
             for rank, mark in enumerate((COMMA, AND), 1):
-                parts = [part for part in mark.split(whole) if review._size(part) >= 3]
+                parts = [part for part in mark.split(whole) if review._size(part) >= 3 and not LEANS.match(part)]
                 found += [((4 * last + rank, -piece.score), part) for part in parts if part != whole]
         found.sort(key=lambda one: one[0])
         return [text[0].upper() + text[1:] for _, text in found if self._can_be_quoted(text)]

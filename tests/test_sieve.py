@@ -212,11 +212,11 @@ def test_a_quote_loses_the_marks_before_it_and_around_words_but_none_within() ->
 
 
 def test_a_title_has_a_capital_where_a_model_of_ours_wrote_none() -> None:
-    assert Sieve(COURSE).with_capital("bees in winter") == "Bees in winter"
-    assert Sieve(COURSE).with_capital("iOS for beekeepers") == "iOS for beekeepers"
-    assert Sieve().with_capital("bees in winter") == "bees in winter"
-    assert Sieve(COURSE).with_capital("BEES IN WINTER") == "Bees in winter"
-    assert Sieve(COURSE + "\nBEES AND SQL").with_capital("BEES AND SQL") == "BEES AND SQL"
+    assert Sieve(COURSE).as_title("bees in winter") == "Bees in winter"
+    assert Sieve(COURSE).as_title("iOS for beekeepers") == "iOS for beekeepers"
+    assert Sieve().as_title("bees in winter") == "bees in winter"
+    assert Sieve(COURSE).as_title("BEES IN WINTER") == "Bees in winter"
+    assert Sieve(COURSE + "\nBEES AND SQL").as_title("BEES AND SQL") == "BEES AND SQL"
 
 
 def test_some_short_words_of_a_course_are_no_title() -> None:

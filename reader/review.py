@@ -498,7 +498,8 @@ def subject_of(sentence: str) -> str:
     if len(subject) > HEADLINE:
         subject = subject[: HEADLINE + 1].rpartition(" ")[0]
     subject = _bare(LOOSE_END.sub("", subject))
-    return subject[:1].upper() + subject[1:] if len(_meaning(subject)) > 1 else ""
+    is_whole = " " in subject or said[-1] in ".!?"  # a model's may be cut behind the first word
+    return subject[:1].upper() + subject[1:] if is_whole and _meaning(subject) else ""
 
 
 def _names_something(sentence: str) -> bool:

@@ -192,6 +192,22 @@ def test_neither_bare_numbers_nor_the_title_are_items(sieve: Sieve) -> None:
     assert badge["criteria"]["narrative"].startswith(f"- {ITEMS[0]}\n")
 
 
+@pytest.mark.parametrize(
+    ("item", "kept"),
+    [
+        ("Description: Extract and bottle the honey", "Extract and bottle the honey"),
+        ("Badge_name: Beekeeping", ""),
+        ("queen_skills", ""),
+        ("Recognise the queen, brood and", ""),
+        ("Bottle honey. No prior experience is required. A basic knowledge of bees is assumed.", "Bottle honey."),
+    ],
+)
+def test_what_is_left_of_an_item_of_a_model_of_ours(item: str, kept: str) -> None:
+    course = f"{COURSE} No prior experience is required. A basic knowledge of bees is assumed."
+    before = [("badge_name", "Beekeeping")]
+    assert Sieve(course, "en", (), COUNTS, is_tiny=True).kept("criteria", item, before) == kept
+
+
 @pytest.mark.parametrize("label", ["## Prerequisites\n\n", "Prerequisites: ", "Prior knowledge\n\n"])
 @pytest.mark.parametrize("is_tiny", [True, False])
 def test_what_has_to_be_known_before_is_not_what_a_course_teaches(label: str, is_tiny: bool) -> None:
@@ -209,6 +225,10 @@ def test_a_quote_loses_the_marks_before_it_and_around_words_but_none_within() ->
     _, badge = written(Sieve(course, "en", (), counts), ["BADGE"], ["BADGE"])
     said = "They build graphs with neo4j_graphrag for all of the 2*3 tables. They query them in Cypher."
     assert badge["badge_description"] == said
+
+
+def test_a_title_that_is_a_sentence_becomes_what_it_is_about() -> None:
+    assert Sieve(COURSE).as_title("This course introduces you to bees in winter, and") == "Bees in winter"
 
 
 def test_a_title_has_a_capital_where_a_model_of_ours_wrote_none() -> None:

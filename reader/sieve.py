@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import html
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 
 from reader import condense, review
@@ -61,6 +62,24 @@ MARKS = re.compile(
 
 LETTER = re.compile(r"[^\W\d_]")
 
+SCRIPTS = {
+    *("ARABIC", "ARMENIAN", "BENGALI", "CJK", "CYRILLIC", "DEVANAGARI", "GEORGIAN", "GUJARATI", "GURMUKHI", "HANGUL"),
+    *(
+        "HEBREW",
+        "HIRAGANA",
+        "KANNADA",
+        "KATAKANA",
+        "KHMER",
+        "LAO",
+        "MALAYALAM",
+        "MYANMAR",
+        "SINHALA",
+        "TAMIL",
+        "TELUGU",
+    ),
+    "THAI",
+}
+
 NEAR = 24  # so many sentences back a repetition is looked for: more than a badge has
 COMMA = re.compile(r"[,;、，،；]\s*")
 # The beginnings of parts that say nothing alone.
@@ -85,6 +104,11 @@ def _count(field: str, said: Said) -> int:
     """The sentences of a description, the items of criteria."""
     texts = [text for name, text in said if name == field]
     return len(texts) if field == "criteria" else sum(max(1, len(review._sentences(text))) for text in texts)
+
+
+def _scripts(text: str) -> set[str]:
+    """The scripts of its letters. Latin and Greek ones stand in texts of any language."""
+    return {unicodedata.name(letter, "").partition(" ")[0] for letter in {*text} if letter.isalpha()} & SCRIPTS
 
 
 def _plain(text: str) -> set[str]:
@@ -226,7 +250,7 @@ class Sieve:
             return False
         if self._is_aside(sentence) or review._is_order(sentence) or self._is_invented(sentence):
             return False
-        if any(word not in self.course for word in IDENTIFIER.findall(sentence)):
+        if any(word not in self.course for word in IDENTIFIER.findall(sentence)) or _scripts(sentence) - self._scripts:
             return False
         return next(self._grounds.lacks(sentence, self.language, foreign=False), None) is None
 
@@ -237,6 +261,10 @@ class Sieve:
         words = [word for word in review._tokens(sentence.lower()) if word.isalpha() and len(word) >= LONG_WORD]
         known = sum(word[: max(LONG_WORD - 1, len(word) - 2)] in self._word_beginnings for word in words)
         return known < ENOUGH_OF_WORDS * len(words)
+
+    @functools.cached_property
+    def _scripts(self) -> set[str]:
+        return _scripts(self.course).union(*map(_scripts, self.options))
 
     @functools.cached_property
     def _word_beginnings(self) -> set[str]:

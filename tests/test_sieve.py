@@ -192,6 +192,13 @@ def test_neither_bare_numbers_nor_the_title_are_items(sieve: Sieve) -> None:
     assert badge["criteria"]["narrative"].startswith(f"- {ITEMS[0]}\n")
 
 
+def test_letters_of_another_script_than_the_courses_are_no_text() -> None:
+    course = "अपने पौधे को क्लाउड में स्थानांतरित करें। मिट्टी की नमी का पता लगाएं।"
+    sieve = Sieve(course, "hi", (), COUNTS)
+    assert sieve.kept("criteria", "अपने पौधे को क्लाउड में स्थानांतरित करें।", [])
+    assert not sieve.kept("criteria", "अपने पौधे को क्लाउ드 में स्थानাংतरित करें।", [])
+
+
 @pytest.mark.parametrize(
     ("item", "kept"),
     [

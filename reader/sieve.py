@@ -62,9 +62,9 @@ MARKS = re.compile(
 
 LETTER = re.compile(r"[^\W\d_]")
 
-SCRIPTS = set(
-    "ARABIC ARMENIAN BENGALI CJK CYRILLIC DEVANAGARI GEORGIAN GUJARATI GURMUKHI HANGUL HEBREW HIRAGANA KANNADA KATAKANA "
-    "KHMER LAO MALAYALAM MYANMAR SINHALA TAMIL TELUGU THAI".split()  # noqa: SIM905 - one string reads better than a list
+SCRIPT = re.compile(
+    "ARABIC|ARMENIAN|BENGALI|CJK|CYRILLIC|DEVANAGARI|GEORGIAN|GUJARATI|GURMUKHI|HANGUL|HEBREW|HIRAGANA|KANNADA|KATAKANA"
+    "|KHMER|LAO|MALAYALAM|MYANMAR|SINHALA|TAMIL|TELUGU|THAI"
 )
 
 NEAR = 24  # so many sentences back a repetition is looked for: more than a badge has
@@ -95,7 +95,8 @@ def _count(field: str, said: Said) -> int:
 
 def _scripts(text: str) -> set[str]:
     """The scripts of its letters. Latin and Greek ones stand in texts of any language."""
-    return {unicodedata.name(letter, "").partition(" ")[0] for letter in {*text} if letter.isalpha()} & SCRIPTS
+    names = (unicodedata.name(letter, "") for letter in {*text} if letter.isalpha() and not letter.isascii())
+    return {script[0] for script in map(SCRIPT.match, names) if script}
 
 
 def _plain(text: str) -> set[str]:

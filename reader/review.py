@@ -350,6 +350,7 @@ ABOUT = re.compile(
         (?:{_TELLS}|is\s(?:about|on|centered\s(?:on|around))|is(?=\san?\s))
     | the\s(?:aim|focus|goal|objective|purpose)s?\s(?:of\s(?:this|the)\s(?:[\w-]+\s){{1,3}}?)?(?:is|are|will\sbe)
         \s(?:on|to\s{_TELLS})
+    | (?:this\sis\s)?an?\s(?:[\w-]+\s){{0,4}}?{_COURSE}\s(?:about|in|on)
     | (?:este|el|o)\scurso\s(?:aborda|apresenta|cobre|cubre|enseña|ensina|explora|introduce|oferece|ofrece|presenta
         |trata(?:\s(?:de|sobre))?)
     | (?:ce|le)\scours\s(?:aborde|couvre|enseigne|explore|introduit\sà|porte\ssur|présente|traite\sde)
@@ -485,7 +486,13 @@ def _title_in(text: str) -> str:
         title = _often_said(text) or _bare(re.split(r"(?<=\w{3})(?:[,;(]\s|\s[(–-])|[，；（]", title)[0])
     if len(title) > LONGEST_TITLE:
         title = title[: LONGEST_TITLE + 1].rpartition(" ")[0] or title[:LONGEST_TITLE]
-    return title.rstrip(" .:;,-–") or "Course"
+    return LOOSE_END.sub("", title).rstrip(" .:;,-–") or "Course"
+
+
+def shortened(title: str, length: int) -> str:
+    """Its whole words in fewer characters than `length`, without an end that leads on."""
+    words = title if len(title) < length else title[:length].rpartition(" ")[0] or title
+    return LOOSE_END.sub("", words)
 
 
 def subject_of(sentence: str) -> str:
@@ -494,10 +501,7 @@ def subject_of(sentence: str) -> str:
     said = " ".join(sentence.split())
     if not (about := ABOUT.match(said)):
         return ""
-    subject = MORE.split(said[about.end() :])[0].rstrip(" .")
-    if len(subject) > HEADLINE:
-        subject = subject[: HEADLINE + 1].rpartition(" ")[0]
-    subject = _bare(LOOSE_END.sub("", subject))
+    subject = _bare(shortened(MORE.split(said[about.end() :])[0].rstrip(" ."), HEADLINE + 1))
     is_whole = " " in subject or said[-1] in ".!?"  # a model's may be cut behind the first word
     return subject[:1].upper() + subject[1:] if is_whole and _meaning(subject) else ""
 

@@ -20,6 +20,7 @@ FEW = 3  # sentences that a text may have in any case, where it has not as many 
 ENOUGH = 0.5  # of the words of a sentence stand in the course
 ENOUGH_OF_TINY, ENOUGH_OF_ONE = 0.75, 0.5  # the same for a tiny model, and in one sentence of the course
 LONG_WORD, ENOUGH_OF_WORDS = 5, 0.8  # letters; of those words of a sentence the course has, but for their endings
+CUT_TITLE = 80  # characters; as long a title was cut by the engine's grammar
 BEGINNING = 300  # characters of a course, where it may say its title in other words than its headline
 LONGEST_SAID = 6  # words of a title that a course says beside its headline
 REPEATED_RUN = 8  # words in a row of the request
@@ -192,7 +193,10 @@ class Sieve:
 
     def as_title(self, title: str) -> str:
         """A title as titles are written, where a model of ours wrote a sentence, small letters or capitals alone."""
-        title = (review.subject_of(title) if self.course else "") or title
+        if self.course:
+            title = review.subject_of(title) or (
+                review.shortened(title, CUT_TITLE) if len(title) >= CUT_TITLE else title
+            )
         if not self.course or not (title.islower() or (title.isupper() and len(title.split()) > 2)):
             return title
         return title[:1].upper() + (title[1:] if title.islower() or title in self.course else title[1:].lower())
@@ -237,6 +241,8 @@ class Sieve:
         if len(of_one) < ENOUGH_OF_ONE * len(keys) or (self.is_tiny and NOT_SAID.search(sentence)):
             return False
         if self._is_aside(sentence) or review._is_order(sentence) or self._is_invented(sentence):
+            return False
+        if REQUIRED.match(sentence) or ASSUMED.search(sentence) or not self._required.isdisjoint(_plain(sentence)):
             return False
         if any(word not in self.course for word in IDENTIFIER.findall(sentence)) or _scripts(sentence) - self._scripts:
             return False

@@ -396,6 +396,10 @@ def test_a_title_has_a_word_of_the_course(title: str, is_from_course: bool) -> N
         ("Held at night. The goal of this course is to teach students how to tie knots.", "Tie knots"),
         ("A one-semester survey of Islamic art which examines culture as it functions.", "Islamic art"),
         ("This course is an introduction to some of the problems of law: what is it?", "Problems of law"),
+        (
+            "This is a graduate level course on the physics of semiconductor devices.",
+            "Physics of semiconductor devices",
+        ),
         ("Este curso aborda los nudos de escalada, y su uso.", "Nudos de escalada"),
         ("Ce cours présente les nœuds d'escalade, en deux soirées.", "Nœuds d'escalade"),
         ("Dieser Kurs behandelt die Knoten des Kletterns.", "Knoten des Kletterns"),

@@ -236,6 +236,8 @@ def test_a_quote_loses_the_marks_before_it_and_around_words_but_none_within() ->
 
 def test_a_title_that_is_a_sentence_becomes_what_it_is_about() -> None:
     assert Sieve(COURSE).as_title("This course introduces you to bees in winter, and") == "Bees in winter"
+    cut = "Fundamental Principles of the Colonies of Honey Bees in Winter and of the Semicon"
+    assert Sieve(COURSE).as_title(cut) == "Fundamental Principles of the Colonies of Honey Bees in Winter"
 
 
 def test_a_title_has_a_capital_where_a_model_of_ours_wrote_none() -> None:

@@ -67,7 +67,7 @@ def trusting_tls() -> ssl.SSLContext:
     return context
 
 
-async def eventually(condition: Callable[[], Any], timeout: float = 5, what: str = "the condition") -> Any:
+async def eventually(condition: Callable[[], Any], timeout: float = 15, what: str = "the condition") -> Any:
     """Wait until `condition()` is true, and return what it gave."""
     deadline = time.monotonic() + timeout
     while not (result := condition()):

@@ -25,7 +25,7 @@ BEGINNING = 300  # characters of a course, where it may say its title in other w
 LONGEST_SAID = 6  # words of a title that a course says beside its headline
 REPEATED_RUN = 8  # words in a row of the request
 LONGEST_ITEM = 180  # characters; a longer one without a full stop was cut by the engine's grammar
-LONGEST_QUOTE = 40  # words of a sentence of the course that stands for one of the model
+LONG_QUOTE, LONGEST_QUOTE = 40, 80  # words of a sentence of the course that stands for one of the model
 END = re.compile(r"[.!?…。！？؟।][\"'”»)]*\Z")
 LABEL = re.compile(r"(?i)\A(?:badge[ _])?(?:name|title|description|criteria|criterion|narrative)\s*:\s*(?=\w)")
 IDENTIFIER = re.compile(r"\w+_\w+")
@@ -309,7 +309,7 @@ class Sieve:
         for section, piece in ((one, piece) for one in self._sections for piece in one.pieces):
             whole = " ".join(MARKS.sub("", piece.text.strip()).split())
             last = piece.is_heading or section.weight < 0 or self._tells_little(whole) or title == whole.rstrip(".")
-            last = last or not self._required.isdisjoint(_plain(piece.text))
+            last = last or not self._required.isdisjoint(_plain(piece.text)) or review._size(whole) > LONG_QUOTE
             if field == "badge_description":
                 found.append(((4 * last + (not END.search(whole)), -piece.score), self._ended(whole)))
                 continue

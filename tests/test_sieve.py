@@ -234,6 +234,13 @@ def test_a_quote_loses_the_marks_before_it_and_around_words_but_none_within() ->
     assert badge["badge_description"] == said
 
 
+def test_a_long_sentence_of_the_course_is_better_than_none() -> None:
+    long = f"Topics are {', '.join(f'the care of hive number {number} in its winter' for number in range(2, 7))}."
+    sieve = Sieve(f"Learners inspect hives. {long} They extract honey.", "en", (), COUNTS)
+    _, badge = written(sieve, ["BADGE"], ["BADGE"])
+    assert badge["badge_description"] == f"They extract honey. Learners inspect hives. {long}"
+
+
 def test_a_title_that_is_a_sentence_becomes_what_it_is_about() -> None:
     assert Sieve(COURSE).as_title("This course introduces you to bees in winter, and") == "Bees in winter"
     cut = "Fundamental Principles of the Colonies of Honey Bees in Winter and of the Semicon"

@@ -255,7 +255,7 @@ async def test_the_component_stops_one_draft_or_all_and_its_end_stops_them_too(c
                 await says(page, "Drafts: 4 stopped")
             else:
                 await page.evaluate("window.leave()")
-            await service.idle(1)
+            await service.idle()
             assert all(call.closed_by_client.is_set() for call in calls[begun:])
         assert visit.complaints == []
 
@@ -669,7 +669,7 @@ async def test_the_client_ends_quietly_and_begins_no_more_where_nobody_reads_on(
         assert process.stderr
         said = (await process.stderr.read()).decode()
         assert await process.wait() == 1
-        await service.idle(1)
+        await service.idle()
         assert len(service.engine.calls) < 12
     assert "Traceback" not in said
     assert "Exception" not in said
@@ -682,7 +682,7 @@ async def test_the_client_stops_its_generations_when_it_is_interrupted() -> None
         await eventually(lambda: all(call.pieces_sent > 5 for call in calls))
         process.send_signal(signal.SIGINT)
         run = await ended(process)
-        await service.idle(1)
+        await service.idle()
         assert (run.code, run.out) == (130, ""), run
         assert "Traceback" not in run.err
         assert all(call.closed_by_client.is_set() for call in calls)

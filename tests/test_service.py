@@ -336,7 +336,7 @@ async def test_the_openapi_document_is_true(tmp_path: Path) -> None:
             )
             schemathesis = await asyncio.create_subprocess_exec(
                 str(Path(sys.executable).with_name("schemathesis")),
-                *("run", f"{url}/openapi.json", "--url", f"{url}/api/v1", "--max-examples", "10", "--seed", "1"),
+                *("run", f"{url}/openapi.json", "--url", f"{url}/api/v1", "--max-examples", "5", "--seed", "1"),
                 *("--checks", "all", "--exclude-checks", "use_after_free", "--warnings", "off"),
                 cwd=tmp_path,
                 stdout=asyncio.subprocess.PIPE,

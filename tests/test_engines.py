@@ -337,6 +337,7 @@ async def test_a_probe_that_fails_once_its_askers_have_left_is_not_logged() -> N
 # --- Limits and odd answers ---
 
 
+@pytest.mark.alone
 @ENGINES
 @pytest.mark.parametrize("blank", ["    ", "\n\t\n  "])
 async def test_a_loop_of_white_space_is_stopped_at_the_engine(engine: type[ScriptedEngine], blank: str) -> None:
@@ -350,6 +351,7 @@ async def test_a_loop_of_white_space_is_stopped_at_the_engine(engine: type[Scrip
     assert service.engine.calls[0].pieces_sent < 1000
 
 
+@pytest.mark.alone
 async def test_an_engine_that_ignores_num_predict_is_stopped() -> None:
     async with serving(script=Script(pieces=["a "] * 3000, delay=0.001)) as service:
         problem_in(await ask(service, COURSE | {"max_tokens": 20}), 502, "invalid_model_output")

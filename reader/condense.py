@@ -243,7 +243,7 @@ def _sections(content: str) -> list[Section]:
             above.append((level, weight))
             if len(sections) == 1:  # the title of the course
                 weight = weight or 1
-            sections.append(Section(text.strip("# :*"), weight, [Piece(before, text, is_heading=True)]))
+            sections.append(Section(text.strip("#= :*"), weight, [Piece(before, text, is_heading=True)]))
         elif (label := LABEL.match(text)) and _weight(label[1]) < 0 <= sections[-1].weight:
             sections.append(Section(label[1].strip("-* "), -1, _pieces(before, text)))
             sections.append(Section("", sections[-2].weight))
@@ -254,7 +254,7 @@ def _sections(content: str) -> list[Section]:
 
 def _heading_level(before: str, text: str, after: re.Match[str] | None) -> int:
     """1 for the highest; 0 for a line of the text."""
-    if marks := re.match(r"(#{1,6})\s", text):
+    if marks := re.match(r"(#{1,6}|={1,6})\s", text):  # of Markdown, of AsciiDoc
         return len(marks[1])
     if len(text) > 80 or len(text.split()) > 10 or text[-1] in ".,;!。，；" or " | " in text or after is None:
         return 0

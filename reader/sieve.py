@@ -45,7 +45,7 @@ ASSUMED = re.compile(
     r"|\b(?:background|experience|familiarity|knowledge)\b.{0,80}\b(?:is|are) (?:assumed|expected|recommended|required)"
     r"|\bno (?:prior|previous) \w+"
 )
-MOST_REQUIRED = 0.34  # of a course; where it seems to be more, what follows was not told from it
+MOST_BESIDE = 0.5  # of a course; where it seems to be more, what follows was not told from it
 # Who writes, and what is beside the text: neither is of a badge.
 ASIDE = re.compile(r"(?i)\bclick\b|\b(?:image|picture|video|see) (?:above|below)\b")
 BADGE = re.compile(r"(?i)\bbadges?\b")  # of which a tiny model says when it is due and whose it is
@@ -92,6 +92,10 @@ def _count(field: str, said: Said) -> int:
     """The sentences of a description, the items of criteria."""
     texts = [text for name, text in said if name == field]
     return len(texts) if field == "criteria" else sum(max(1, len(review._sentences(text))) for text in texts)
+
+
+def _is_required(sentence: str, heading: str = "") -> bool:
+    return bool(REQUIRED.match(heading) or REQUIRED.match(sentence) or ASSUMED.search(sentence))
 
 
 def _scripts(text: str) -> set[str]:
@@ -242,7 +246,7 @@ class Sieve:
             return False
         if self._is_aside(sentence) or review._is_order(sentence) or self._is_invented(sentence):
             return False
-        if REQUIRED.match(sentence) or ASSUMED.search(sentence) or not self._required.isdisjoint(_plain(sentence)):
+        if _is_required(sentence) or not self._beside.isdisjoint(_plain(sentence)):
             return False
         if any(word not in self.course for word in IDENTIFIER.findall(sentence)) or _scripts(sentence) - self._scripts:
             return False
@@ -271,7 +275,7 @@ class Sieve:
 
     @functools.cached_property
     def _grounds(self) -> review.Grounds:
-        taught = [piece for piece in self._pieces if not self._required.intersection(_plain(piece))]
+        taught = [piece for piece in self._pieces if not self._beside.intersection(_plain(piece))]
         return review.Grounds([*taught, *self.options], None, None)
 
     @functools.cached_property
@@ -287,13 +291,11 @@ class Sieve:
         return sections
 
     @functools.cached_property
-    def _required(self) -> set[str]:
-        """The sentences that say what is to be known before."""
-        pieces = [(piece.text, section.heading) for section in self._sections for piece in section.pieces]
-        found = [
-            text for text, heading in pieces if REQUIRED.match(heading) or REQUIRED.match(text) or ASSUMED.search(text)
-        ]
-        is_part = sum(map(len, found)) < MOST_REQUIRED * sum(len(text) for text, _ in pieces)
+    def _beside(self) -> set[str]:
+        """The sentences that say what is to be known before, and those of policies, contacts and readings."""
+        pieces = [(piece.text, section) for section in self._sections for piece in section.pieces]
+        found = [text for text, section in pieces if section.weight < 0 or _is_required(text, section.heading)]
+        is_part = sum(map(len, found)) < MOST_BESIDE * sum(len(text) for text, _ in pieces)
         return {plain for text in found for plain in _plain(text)} if is_part else set()
 
     # -- sentences of the course
@@ -309,7 +311,7 @@ class Sieve:
         for section, piece in ((one, piece) for one in self._sections for piece in one.pieces):
             whole = " ".join(MARKS.sub("", piece.text.strip()).split())
             last = piece.is_heading or section.weight < 0 or self._tells_little(whole) or title == whole.rstrip(".")
-            last = last or not self._required.isdisjoint(_plain(piece.text)) or review._size(whole) > LONG_QUOTE
+            last = last or not self._beside.isdisjoint(_plain(piece.text)) or review._size(whole) > LONG_QUOTE
             if field == "badge_description":
                 found.append(((4 * last + (not END.search(whole)), -piece.score), self._ended(whole)))
                 continue

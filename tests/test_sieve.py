@@ -215,9 +215,19 @@ def test_what_is_left_of_an_item_of_a_model_of_ours(item: str, kept: str) -> Non
     assert Sieve(course, "en", (), COUNTS, is_tiny=True).kept("criteria", item, before) == kept
 
 
-@pytest.mark.parametrize("label", ["## Prerequisites\n\n", "Prerequisites: ", "Prior knowledge\n\n"])
+@pytest.mark.parametrize(
+    "label",
+    [
+        "## Prerequisites\n\n",
+        "=== Prerequisites\n\n",
+        "Prerequisites: ",
+        "Prior knowledge\n\n",
+        "## Late policy\n\n",
+        "Office hours: ",
+    ],
+)
 @pytest.mark.parametrize("is_tiny", [True, False])
-def test_what_has_to_be_known_before_is_not_what_a_course_teaches(label: str, is_tiny: bool) -> None:
+def test_what_is_to_be_known_before_and_policies_are_not_what_a_course_teaches(label: str, is_tiny: bool) -> None:
     known = "Handle tools such as knives and the smoker gun."
     sieve = Sieve(f"{COURSE}\n\n{label}{known}", "en", (), COUNTS, is_tiny=is_tiny)
     _, badge = written(sieve, [known, TRUE], [known, *ITEMS])

@@ -27,7 +27,10 @@ REPEATED_RUN = 8  # words in a row of the request
 LONGEST_ITEM = 180  # characters; a longer one without a full stop was cut by the engine's grammar
 LONG_QUOTE, LONGEST_QUOTE = 40, 80  # words of a sentence of the course that stands for one of the model
 END = re.compile(r"[.!?…。！？؟।][\"'”»)]*\Z")
-LABEL = re.compile(r"(?i)\A(?:badge[ _])?(?:name|title|description|criteria|criterion|narrative)\s*:\s*(?=\w)")
+LABEL = re.compile(
+    r"(?i)\A(?:(?:badge|course)[ _])?(?:criteria|criterion|description|features|name|narrative|overview|summary|title)"
+    r"\s*:\s*(?=\w)"
+)
 IDENTIFIER = re.compile(r"\w+_\w+")
 CUT_SHORT = re.compile(r"(?i)\b(?:an?|and|as|for|of|or|the|with)[.…]?\Z")  # in English
 # Links, tables, marks, questions, and what breaks off.
@@ -47,7 +50,7 @@ ASSUMED = re.compile(
 )
 MOST_BESIDE = 0.5  # of a course; where it seems to be more, what follows was not told from it
 # Who writes, and what is beside the text: neither is of a badge.
-ASIDE = re.compile(r"(?i)\bclick\b|\b(?:image|picture|video|see) (?:above|below)\b")
+ASIDE = re.compile(r"(?i)\bclick\b|\bfor more information\b|\b(?:image|picture|video|see) (?:above|below)\b")
 BADGE = re.compile(r"(?i)\bbadges?\b")  # of which a tiny model says when it is due and whose it is
 FIRST_PERSON = re.compile(r"\bI(?:['’]\w+| am| was| have| had| will| would| can| do)\b|\b[Mm]y\b")  # in English
 # Markup that stands for a space, and in EVERY_MARKUP also what changes letters, that small models leave behind.
@@ -72,8 +75,9 @@ NEAR = 24  # so many sentences back a repetition is looked for: more than a badg
 COMMA = re.compile(r"[,;、，،；]\s*")
 # The beginnings of parts that say nothing alone.
 LEANS = re.compile(
-    r"(?i)(?:and|as|because|but|by|e\.g|especially|for|from|in|including|on|or|particularly|ranging|rather|so|such|than"
-    r"|that|then|though|through|to|where|which|while|who|whose|with|within|without)\b"
+    r"(?i)(?:after|although|and|as|at|because|before|but|by|designed|during|e\.g|especially|for|from|her|his|if|in"
+    r"|including|its|on|or|our|over|particularly|ranging|rather|so|such|than|that|their|then|though|through|throughout|to"
+    r"|under|upon|using|when|where|which|while|who|whose|with|within|without|your)\b"
 )
 AND = re.compile(r"[,;、，،；]\s*|\s(?:and|und|et|y|e|och|og|en|ja|sekä|ve|и|і|oraz)\s|\s(?=و\w{3})")
 
@@ -242,7 +246,9 @@ class Sieve:
         if not keys or len(borne) < (ENOUGH_OF_TINY if self.is_tiny else ENOUGH) * len(keys):
             return False
         of_one = set(_meaning(self._grounds.source(borne))).intersection(borne) if self.is_tiny else keys
-        if len(of_one) < ENOUGH_OF_ONE * len(keys) or (self.is_tiny and NOT_SAID.search(sentence)):
+        if len(of_one) < ENOUGH_OF_ONE * len(keys):
+            return False
+        if self.is_tiny and (NOT_SAID.search(sentence) or sentence.count("(") != sentence.count(")")):
             return False
         if self._is_aside(sentence) or review._is_order(sentence) or self._is_invented(sentence):
             return False
@@ -312,6 +318,7 @@ class Sieve:
             whole = " ".join(MARKS.sub("", piece.text.strip()).split())
             last = piece.is_heading or section.weight < 0 or self._tells_little(whole) or title == whole.rstrip(".")
             last = last or not self._beside.isdisjoint(_plain(piece.text)) or review._size(whole) > LONG_QUOTE
+            last = last or whole.count("(") != whole.count(")")
             if field == "badge_description":
                 found.append(((4 * last + (not END.search(whole)), -piece.score), self._ended(whole)))
                 continue

@@ -204,6 +204,7 @@ def test_letters_of_another_script_than_the_courses_are_no_text() -> None:
     [
         ("Description: Extract and bottle the honey", "Extract and bottle the honey"),
         ("Badge_name: Beekeeping", ""),
+        ("Inspect hives safely, recognise the queen, brood and stores (an example", ""),
         ("queen_skills", ""),
         ("Recognise the queen, brood and", ""),
         ("Bottle honey. No prior experience is required. A basic knowledge of bees is assumed.", "Bottle honey."),

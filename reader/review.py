@@ -359,7 +359,7 @@ ABOUT = re.compile(
     | (?=an?\s(?:[\w-]+\s)?{_KIND}\s) (?<!\w))
     \s*(?<!\w)(?:(?:an?\s|the\s|selected\s)?(?:[\w-]+\s){{0,2}}?{_KIND}\s)?
     (?:(?:both|key|major|selected|some\sof|various)\s|the\s(?:key|major|various)\s){{0,2}}
-    (?:(?:an?|the|el|los|las?|les?|une?|os?|as?|die|der|das|den|il|gli|i)\s)?(?!(?:as|at|by|for|in|of|on|to|with)\b)(?=\w)"""
+    (?:(?:an?|the|el|los|las?|les?|une?|os?|as?|die|der|das|den|il|gli|i)\s)?(?!(?:as|at|by|for|in|of|on|to|with|you|students|learners|participants)\b)(?=\w)"""
 )
 # What says more of a subject than a title does, and what a title does not end with.
 MORE = re.compile(
@@ -501,7 +501,9 @@ def subject_of(sentence: str) -> str:
     said = " ".join(sentence.split())
     if not (about := ABOUT.match(said)):
         return ""
-    subject = _bare(shortened(MORE.split(said[about.end() :])[0].rstrip(" ."), HEADLINE + 1))
+    rest = said[about.end() :]
+    subject = MORE.split(rest)[0].rstrip(" .")
+    subject = _bare(shortened(subject if " " in subject or subject == rest.rstrip(" .") else rest, HEADLINE + 1))
     is_whole = " " in subject or said[-1] in ".!?"  # a model's may be cut behind the first word
     return subject[:1].upper() + subject[1:] if is_whole and _meaning(subject) else ""
 

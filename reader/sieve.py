@@ -50,7 +50,9 @@ ASSUMED = re.compile(
 )
 MOST_BESIDE = 0.5  # of a course; where it seems to be more, what follows was not told from it
 # Who writes, and what is beside the text: neither is of a badge.
-ASIDE = re.compile(r"(?i)\bclick\b|\bfor more information\b|\b(?:image|picture|video|see) (?:above|below)\b")
+ASIDE = re.compile(
+    r"(?i)\bclick\b|\bfor more information\b|\bis no instruction\b|\b(?:image|picture|video|see) (?:above|below)\b"
+)
 BADGE = re.compile(r"(?i)\bbadges?\b")  # of which a tiny model says when it is due and whose it is
 FIRST_PERSON = re.compile(r"\bI(?:['’]\w+| am| was| have| had| will| would| can| do)\b|\b[Mm]y\b")  # in English
 # Markup that stands for a space, and in EVERY_MARKUP also what changes letters, that small models leave behind.
@@ -147,6 +149,8 @@ class Sieve:
             return ""
         if not self.course or field not in self.counts:
             return "" if self._is_repeated(field, text, before) else text
+        if text.casefold().strip(" .") in map(str.casefold, self.options):
+            return ""
         room = self.counts[field][1] - _count(field, before)
         parts = [LABEL.sub("", part) for part in review._sentences(" ".join(text.split()))]
         if parts and not END.search(parts[-1]) and (len(parts) > 1 or len(text) > LONGEST_ITEM):  # cut off

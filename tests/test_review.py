@@ -400,6 +400,11 @@ def test_a_title_has_a_word_of_the_course(title: str, is_from_course: bool) -> N
             "This is a graduate level course on the physics of semiconductor devices.",
             "Physics of semiconductor devices",
         ),
+        (
+            "This course explores strategic, business and legal decisions. Two papers.",
+            "Strategic, business and legal decisions",
+        ),
+        ("This course teaches students of law to be good. Ropes.", "This course teaches students of law to be good"),
         ("Este curso aborda los nudos de escalada, y su uso.", "Nudos de escalada"),
         ("Ce cours présente les nœuds d'escalade, en deux soirées.", "Nœuds d'escalade"),
         ("Dieser Kurs behandelt die Knoten des Kletterns.", "Knoten des Kletterns"),

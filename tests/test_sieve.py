@@ -206,6 +206,7 @@ def test_letters_of_another_script_than_the_courses_are_no_text() -> None:
         ("Badge_name: Beekeeping", ""),
         ("Inspect hives safely, recognise the queen, brood and stores (an example", ""),
         ("queen_skills", ""),
+        ("example University", ""),
         ("Recognise the queen, brood and", ""),
         ("Bottle honey. No prior experience is required. A basic knowledge of bees is assumed.", "Bottle honey."),
     ],
@@ -213,7 +214,8 @@ def test_letters_of_another_script_than_the_courses_are_no_text() -> None:
 def test_what_is_left_of_an_item_of_a_model_of_ours(item: str, kept: str) -> None:
     course = f"{COURSE} No prior experience is required. A basic knowledge of bees is assumed."
     before = [("badge_name", "Beekeeping")]
-    assert Sieve(course, "en", (), COUNTS, is_tiny=True).kept("criteria", item, before) == kept
+    sieve = Sieve(course, "en", ("Example University",), COUNTS, is_tiny=True)
+    assert sieve.kept("criteria", item, before) == kept
 
 
 @pytest.mark.parametrize(

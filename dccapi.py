@@ -632,18 +632,6 @@ CHAT_MARKS = (
     r"<(?=[|\uff5c][^<>\n]{1,60}>|/?(?:(?:start|end)_of_\w+|s|[be]os|unk|pad|think|tool_(?:call|response))>|</?SYS>>)"
     r"|\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|IMG)\])"
 )
-# As a small model knows them: by their English names.
-LANGUAGES = dict(
-    re.findall(
-        r"(\w+):(\w+)",
-        "ar:Arabic bg:Bulgarian bn:Bengali ca:Catalan cs:Czech cy:Welsh da:Danish de:German el:Greek en:English "
-        "es:Spanish et:Estonian eu:Basque fa:Persian fi:Finnish fr:French ga:Irish gl:Galician he:Hebrew hi:Hindi "
-        "hr:Croatian hu:Hungarian id:Indonesian is:Icelandic it:Italian ja:Japanese ko:Korean lt:Lithuanian lv:Latvian "
-        "ms:Malay nb:Norwegian nl:Dutch nn:Norwegian no:Norwegian pl:Polish pt:Portuguese ro:Romanian ru:Russian "
-        "sk:Slovak sl:Slovenian sr:Serbian sv:Swedish sw:Swahili ta:Tamil th:Thai tr:Turkish uk:Ukrainian ur:Urdu "
-        "vi:Vietnamese zh:Chinese",
-    )
-)
 # The letters of scripts without spaces between words.
 UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
 FEWEST_WORDS = 100  # to which a course is condensed: less is no course
@@ -730,7 +718,7 @@ def build_prompt(
         kept = {name: part for name, part in request.badge.model_dump().items() if name != request.field}
         options.append(f"This is the badge without what is to be written:\n{orjson.dumps(kept).decode()}")
     tag = request.language or course.language
-    language = LANGUAGES.get(tag.partition("-")[0].lower(), tag)
+    language = review.LANGUAGES.get(tag.partition("-")[0].lower(), tag)
     schema, asked = _asked(request, word_count(text), [name for name in Badge.model_fields if name not in kept])
     in_language = "" if language == "und" else f", in {language}"
     closing = f"Write the badge for this course{in_language}: {'; '.join(asked)}."

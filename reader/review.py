@@ -77,11 +77,22 @@ NUMBER_WORDS = {
 
 # The scripts of one language. Japanese stands before Chinese, whose characters it has as well.
 SCRIPTS = {"ja": "[\u3041-\u30ff]", "ko": "[\uac00-\ud7a3]", "zh": "[\u3400-\u9fff]", "th": "[\u0e00-\u0e7f]"}
-# Of the 176 languages of the library: without the small ones, for which short texts would be taken.
-KNOWN = (
-    "af am ar az be bg bn bs ca cs cy da de el en es et eu fa fi fr ga gl gu he hi hr hu hy id is it ja ka kk km kn ko"
-    " ku ky lo lt lv mk ml mn mr ms mt my ne nl no pa pl ps pt ro ru si sk sl so sq sr sv sw ta te th tl tr uk ur uz vi"
-    " zh"
+# Those of the 176 languages of the library for which no short text of another one is taken. Small models know them by
+# their English names.
+LANGUAGES = dict(
+    re.findall(
+        r"(\w+):(\w+)",
+        """
+    af:Afrikaans am:Amharic ar:Arabic az:Azerbaijani be:Belarusian bg:Bulgarian bn:Bengali bs:Bosnian ca:Catalan
+    cs:Czech cy:Welsh da:Danish de:German el:Greek en:English es:Spanish et:Estonian eu:Basque fa:Persian fi:Finnish
+    fr:French ga:Irish gl:Galician gu:Gujarati he:Hebrew hi:Hindi hr:Croatian hu:Hungarian hy:Armenian id:Indonesian
+    is:Icelandic it:Italian ja:Japanese ka:Georgian kk:Kazakh km:Khmer kn:Kannada ko:Korean ku:Kurdish ky:Kyrgyz lo:Lao
+    lt:Lithuanian lv:Latvian mk:Macedonian ml:Malayalam mn:Mongolian mr:Marathi ms:Malay mt:Maltese my:Burmese
+    nb:Norwegian ne:Nepali nl:Dutch nn:Norwegian no:Norwegian pa:Punjabi pl:Polish ps:Pashto pt:Portuguese ro:Romanian ru:Russian
+    si:Sinhala sk:Slovak sl:Slovenian so:Somali sq:Albanian sr:Serbian sv:Swedish sw:Swahili ta:Tamil te:Telugu th:Thai
+    tl:Tagalog tr:Turkish uk:Ukrainian ur:Urdu uz:Uzbek vi:Vietnamese zh:Chinese
+    """,
+    )
 )
 ALIKE = ("hr sr bs", "da no", "gl pt", "gl es", "id ms", "cs sk", "bg mk", "af nl")  # taken for each other
 
@@ -110,7 +121,7 @@ def language_of(text: str) -> str:
     language = str(labels[0]).removeprefix("__label__") if labels else "und"
     # A few words of English look like other languages, not the other way round.
     sure = labels and scores[0] > (0.4 if letters >= 20 or language == "en" else 0.85)
-    return language if sure and language in KNOWN.split() else "und"
+    return language if sure and language in LANGUAGES and language != "nn" else "und"
 
 
 def _differ(one: str, other: str) -> bool:

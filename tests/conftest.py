@@ -1,4 +1,8 @@
-"""Two files of tests at a time (`make test`), the long ones first; a test that is marked `alone` has none beside it."""
+"""Two files of tests at a time (`make test`). A test that is marked `slow` or `alone` has none beside it.
+
+Two tests in Chromium, or with the real model, take each other's processor, and Chromium ends its connections when a
+network of podman's comes or goes.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,8 @@ class Turns:
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
         with self._door.open("w") as door, self._room.open("w") as room:
             fcntl.flock(door, fcntl.LOCK_EX)
-            fcntl.flock(room, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
+            is_alone = item.get_closest_marker("alone") or item.get_closest_marker("slow")
+            fcntl.flock(room, fcntl.LOCK_EX if is_alone else fcntl.LOCK_SH)
             fcntl.flock(door, fcntl.LOCK_UN)
             return (yield)
 

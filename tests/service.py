@@ -277,11 +277,9 @@ def judge() -> Any:
 
 ENGINES = pytest.mark.parametrize("engine", [ScriptedOllama, ScriptedOpenAI])
 
-
-def needs_model(test: Any) -> Any:
-    """With the small model, and alone: it takes every core, and two of it take more than twice as long."""
-    is_absent = not MODEL.exists() and not os.environ.get("CI")
-    return pytest.mark.alone(pytest.mark.skipif(is_absent, reason="needs the small model: make model")(test))
+needs_model = pytest.mark.skipif(
+    not MODEL.exists() and not os.environ.get("CI"), reason="needs the small model: make model"
+)
 
 
 def texts_of(badge: dict[str, Any]) -> dict[str, str]:

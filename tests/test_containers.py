@@ -40,7 +40,6 @@ MISSING = [program for program in ("podman", "debootstrap") if not shutil.which(
 MISSING += ["root"] if os.geteuid() else []
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.alone,  # Chromium ends its connections when a network of podman's comes or goes
     pytest.mark.timeout(600),
     pytest.mark.skipif(bool(MISSING) and not os.environ.get("CI"), reason=f"needs {', '.join(MISSING)}"),
 ]

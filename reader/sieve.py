@@ -19,7 +19,8 @@ FEWEST_WORDS = 12  # of a text
 FEW = 3  # sentences that a text may have in any case, where it has not as many words
 ENOUGH = 0.5  # of the words of a sentence stand in the course
 ENOUGH_OF_TINY, ENOUGH_OF_ONE = 0.75, 0.5  # the same for a tiny model, and in one sentence of the course
-LONG_WORD, ENOUGH_OF_WORDS = 5, 0.8  # letters; of those words of a sentence the course has, but for their endings
+LONG_WORD, LONGEST_WORD = 5, 40  # letters of words that are looked at, and of their beginnings
+ENOUGH_OF_WORDS = 0.8  # of those words of a sentence the course has, but for their endings
 CUT_TITLE = 80  # characters; as long a title was cut by the engine's grammar
 BEGINNING = 300  # characters of a course, where it may say its title in other words than its headline
 LONGEST_SAID = 6  # words of a title that a course says beside its headline
@@ -276,7 +277,8 @@ class Sieve:
 
     @functools.cached_property
     def _word_beginnings(self) -> set[str]:
-        return {word[:end] for word in self._grounds.vocabulary for end in range(LONG_WORD - 1, len(word) + 1)}
+        words = (word[:LONGEST_WORD] for word in self._grounds.vocabulary)
+        return {word[:end] for word in words for end in range(LONG_WORD - 1, len(word) + 1)}
 
     def _is_aside(self, sentence: str) -> bool:
         is_of_badge = self.is_tiny and BADGE.search(sentence) and not BADGE.search(self.course)

@@ -169,6 +169,12 @@ def test_outside_english_a_tiny_models_words_are_those_of_the_course(sentence: s
     assert (sentence in badge["badge_description"]) == is_kept
 
 
+def test_a_word_of_any_length_takes_little_memory() -> None:
+    sieve = Sieve("Bienen " + "a" * 200_000, "de", (), COUNTS, is_tiny=True)
+    sieve.kept("criteria", "Die Bienen fliegen im Herbst.", [])
+    assert sum(map(len, sieve._word_beginnings)) < 2000
+
+
 @pytest.mark.parametrize(
     ("title", "is_preferred"),
     [

@@ -268,7 +268,8 @@ class Sieve:
         if not self.is_tiny or self.language in ("en", "und"):
             return False
         words = [word for word in review._tokens(sentence.lower()) if word.isalpha() and len(word) >= LONG_WORD]
-        known = sum(word[: max(LONG_WORD - 1, len(word) - 2)] in self._word_beginnings for word in words)
+        beginnings = (word[: max(LONG_WORD - 1, min(len(word) - 2, LONGEST_WORD))] for word in words)
+        known = sum(beginning in self._word_beginnings for beginning in beginnings)
         return known < ENOUGH_OF_WORDS * len(words)
 
     @functools.cached_property

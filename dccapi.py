@@ -1409,21 +1409,21 @@ class Readers:
         self._shares = weakref.WeakValueDictionary[tuple[str, bool], asyncio.Semaphore]()
 
     async def ask(self, task: str, client: str, **arguments: Any) -> dict[str, Any]:
-        """What a task of `reader` says. Raises one of DOCUMENT_ERRORS."""
+        """What `reader` answers to a task. Raises one of DOCUMENT_ERRORS."""
         # A worker waits for these, so they do not wait behind courses that are not in a worker yet.
         is_of_worker = task in ("condense", "review")
         share = self._shares.setdefault((client, is_of_worker), asyncio.Semaphore(READERS // 2))
         seconds = DOCUMENT_TIMEOUT if task == "document" else TEXT_TIMEOUT
         try:
             async with share, self._free, asyncio.timeout(seconds):
-                said = await self._asked(orjson.dumps({"task": task, **arguments}))
+                answer = await self._asked(orjson.dumps({"task": task, **arguments}))
         except TimeoutError:
             raise DocumentTooSlow from None
         except (OSError, EOFError, ValueError):  # it ran into its limits
             raise DocumentBroken from None
-        if error := DOCUMENT_ERRORS.get(said.get("error", "")):
-            raise error(said.get("detail", ""))
-        return said
+        if error := DOCUMENT_ERRORS.get(answer.get("error", "")):
+            raise error(answer.get("detail", ""))
+        return answer
 
     async def _asked(self, question: bytes) -> dict[str, Any]:
         reader = self._idle.pop() if self._idle else await _started("-m", "reader", cwd=HERE)
@@ -3091,10 +3091,10 @@ class Api:
         return generation
 
     async def _prompt(self, body: GenerateRequest, client: str, notes: Sequence[dict[str, Any]]) -> Prompt:
-        said = await self.readers.ask("text", client, content=body.content)
-        if not re.search(VISIBLE, said["text"]):
+        read = await self.readers.ask("text", client, content=body.content)
+        if not re.search(VISIBLE, read["text"]):
             raise invalid_fields({("content",): "must hold text that can be seen, not only markup"})
-        course = Course(**said | {"notes": [*notes, *said["notes"]]})
+        course = Course(**read | {"notes": [*notes, *read["notes"]]})
         return build_prompt(body, course, self.system_prompt, self.engine.defaults)
 
     def _known(self, request: Request, of_anyone: bool = False) -> Generation:

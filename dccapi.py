@@ -820,7 +820,7 @@ AT_ONCE = 4096  # characters
 MAX_READ = 2**19  # characters of the objects of one text that are read in search of a badge: they may lie in each other
 NOT_PROSE = re.compile(r"[\W_]*+(?:json)?+[\W_]*+", re.I)  # before an object: nothing, or the fence of a code block
 BULLET = re.compile(r"\A\s*(?:[-*•·.]\s+)?")
-FULL_STOP = re.compile(r"(?<=\w)[.!?。！？।]\Z")
+FULL_STOP = re.compile(r"(?<=[^\s.!?…])[.!?。！？।]\Z")
 TITLE_LABEL = re.compile(r"(?i)\A\s*badge(?:[ _](?:name|title))?\s*:(?=.*\w)")
 STRING_RUN = re.compile(r'[^"\\]+')
 PLAIN = re.compile(r'[^"\\<&]*\Z')
@@ -869,11 +869,12 @@ class BadgeReader:
         self.done = self.broken = False
         self.plain = False  # whether the next piece continues a text, and may be taken as it is
         self.closing = ""  # what ends the text that is being written
-        self._stop = ""  # of its last sentence, before which an institution may still come
+        self._stop = ""  # the full stop of its last sentence, held back until the institution may be in
         self.said: list[str] = []  # the pieces of that text
         self.refused = False  # whether `title` found no title for what was written
         self.kept, self._institution, self._title, self._sieve = kept, institution, title, sieve
-        self._items: list[tuple[str, str]] = []  # what a list may repeat: the field and the text
+        # What a list may not repeat: the field and the text.
+        self._items = [(name, str(text)) for name, text in kept.items() if name == "badge_name"]
         self._text, self._at = "", 0  # what was fed, and how far it is read
         self._ended = self._cut = False
         self._out = [orjson.dumps(dict(kept)).decode()[:-1]]
@@ -889,8 +890,9 @@ class BadgeReader:
             self.done = not self.missing() and (self._cut or not self.closing)
             self.broken = not self.done
         if self.done and not self.missing():
-            self._write_stop()
-            self._out.append(self.closing + "}")
+            if self.closing:
+                self._end_text([*self.fields][-1])
+            self._out.append("}")
         if self.done or self.broken:
             self.rest = self._text[self._at :]
         rendered = "".join(self._out)
@@ -973,6 +975,9 @@ class BadgeReader:
             if not self.said:  # a poor text can be corrected, none cannot
                 self._item(name, spare)
             yield from self._expect("]")
+        self._end_text(name)
+
+    def _end_text(self, name: str) -> None:
         if name == "badge_description" and not (_says_nothing("".join(self.said)) or self._names_institution()):
             self._write(f" ({self._institution})")
         self._write_stop()

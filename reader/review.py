@@ -77,8 +77,8 @@ NUMBER_WORDS = {
 
 # The scripts of one language. Japanese stands before Chinese, whose characters it has as well.
 SCRIPTS = {"ja": "[\u3041-\u30ff]", "ko": "[\uac00-\ud7a3]", "zh": "[\u3400-\u9fff]", "th": "[\u0e00-\u0e7f]"}
-# Those of the 176 languages of the library for which no short text of another one is taken. Small models know them by
-# their English names.
+# Those of the library's 176 languages that are not mistaken for others in short texts, and the English names by which
+# small models know them.
 LANGUAGES = dict(
     re.findall(
         r"(\w+):(\w+)",
@@ -177,10 +177,18 @@ def _tokens(text: str) -> list[str]:
     return (ASCII_TOKEN if text.isascii() else TOKEN).findall(text)
 
 
+def bare(word: str) -> str:
+    """A word without the article, and the "and", that Arabic and Hebrew write in one with it."""
+    if not "\u0590" <= word < "\u0700":
+        return word
+    word = ARTICLE.sub("", word, count=1)
+    return word.removeprefix("و") if len(word) > 4 else word
+
+
 def _stem(word: str) -> str:
     if "\uac00" <= word < "\ud7b0":  # the endings of Korean stand behind two syllables or more
         return word[:2]
-    word = ARTICLE.sub("", word, count=1) if "\u0590" <= word < "\u0700" else word
+    word = bare(word)
     stem = word.rstrip("s")[:5] if len(word) > 3 else word
     return stem.rstrip("eiy") if len(stem) > 3 else stem or word
 
@@ -347,7 +355,7 @@ NAMING = re.compile(
     r"|バッジ|タイトル|名前|徽章|标题|標題|名称|名稱|배지|제목|이름|عنوان|اسم|شارة|שם|כותרת|तमगा|शीर्षक|नाम"
 )
 # "This seminar explores", "Ce cours présente": what follows is the subject.
-_WHOM = r"(?:\s(?:you|(?:[\w-]+\s)?(?:students|learners|participants)))?"
+_WHOM = r"(?:\s(?:you|(?:[\w-]+\s)?(?:students?|learners?|participants?)))?"
 _TELLS = rf"""(?:address(?:es)?|analy[sz]es?|considers?|covers?|deals?\swith|deepens?|describes?|discuss(?:es)?
     |emphasi[sz]es?|evaluates?|examines?|explains?|explores?|familiari[sz]es?{_WHOM}\swith|focus(?:es)?\son|gives?{_WHOM}
     |introduces?{_WHOM}(?:\sto)?|investigates?|looks?\sat|offers?{_WHOM}|presents?|provides?{_WHOM}(?:\swith)?|reviews?
@@ -358,27 +366,28 @@ ABOUT = re.compile(
     rf"""(?ix)\A\W*(?:
     (?:in\s)?(?:this|the|our|an?)\s(?:[\w-]+\s){{0,3}}?{_COURSE},?\s(?:(?:we|you|students)\s)?(?:will\s)?
         (?:(?:is|are)\s(?:designed|intended|meant)\sto\s|(?:aim|seek|continue)s?\sto\s)?
-        (?:{_TELLS}|is\s(?:about|on|centered\s(?:on|around))|is(?=\san?\s))
+        (?:{_TELLS}|is\s(?:about|on|centered\s(?:on|around))|is(?=\san?\s(?:[\w-]+\s){{0,2}}{_KIND}))
     | the\s(?:aim|focus|goal|objective|purpose)s?\s(?:of\s(?:this|the)\s(?:[\w-]+\s){{1,3}}?)?(?:is|are|will\sbe)
         \s(?:on|to\s{_TELLS})
     | (?:this\sis\s)?an?\s(?:[\w-]+\s){{0,4}}?{_COURSE}\s(?:about|in|on)
     | (?:este|el|o)\scurso\s(?:aborda|apresenta|cobre|cubre|enseña|ensina|explora|introduce|oferece|ofrece|presenta
         |trata(?:\s(?:de|sobre))?)
     | (?:ce|le)\scours\s(?:aborde|couvre|enseigne|explore|introduit\sà|porte\ssur|présente|traite\sde)
-    | (?:dieser|der)\skurs\s(?:behandelt|bietet|erklärt|führt\sin|gibt|vermittelt)
+    | (?:dieser|der)\skurs\s(?:behandelt|bietet|erklärt|gibt|vermittelt)
     | (?:questo|il)\scorso\s(?:affronta|esplora|insegna|introduce|offre|presenta|tratta(?:\sdi)?)
     | (?=an?\s(?:[\w-]+\s)?{_KIND}\s) (?<!\w))
     \s*(?<!\w)(?:(?:an?\s|the\s|selected\s)?(?:[\w-]+\s){{0,2}}?{_KIND}\s)?
     (?:(?:both|key|major|selected|some\sof|various)\s|the\s(?:key|major|various)\s){{0,2}}
-    (?:(?:an?|the|el|los|las?|les?|une?|os?|as?|die|der|das|den|il|gli|i)\s)?(?!(?:as|at|by|for|in|of|on|to|with|you|students|learners|participants)\b)(?=\w)"""
+    (?!(?:\w{{1,3}}\s){{0,2}}(?:as|at|by|for|in|of|on|to|with|you|students?|learners?|participants?|opportunity
+        |prerequisite|elective|following|(?:\d+|two|three|four|five)\s(?:\w+\s)?(?:areas|topics)|alumn\w+|estudiantes
+        |studenti|étudiants|ihnen|euch|studierenden?|teilnehmenden?)\b)
+    (?:(?:an?|the|el|los|las?|les?|une?|os?|as?|die|der|das|den|il|gli|i)\s)?(?=\w)"""
 )
 # What says more of a subject than a title does, and what a title does not end with.
 MORE = re.compile(
     r"[,;:(?!]|\s[–—-]\s|\s(?:which|that|using|through|as\sit|with\san?|while|where|who|whose|and\show)\b"
 )
-LOOSE_END = re.compile(
-    r"(?i)(?:\s(?:an?|and|as|at|by|for|from|in|into|is|of|on|or|the|to|with|de|la|et|y|e|und|di))+\Z"
-)
+LOOSE_END = re.compile(r"(?:\s(?:an?|and|as|at|by|for|from|in|into|is|of|on|or|the|to|with|de|la|et|y|e|und|di))+\Z")
 BEGINNING = 400  # characters of a course in which it may say what its title is
 HEADLINE = 60  # characters of a title that reads as one; what is longer is a sentence
 
@@ -490,20 +499,20 @@ def _title_in(text: str) -> str:
     begins = (one for one in sentences if _meaning(one) and not _heads_a_section(one.strip(" .:")))
     line = heading = next((one for one in named if _meaning(one) and not _heads_a_section(one)), "")
     line = line or next(begins, "")
-    is_headline = heading or (len(line) <= HEADLINE and line[-1:] not in ".!?")
-    about = "" if is_headline else next(filter(None, map(subject_of, [line, *sentences[:5]])), "")
+    about = subject_of(line)
+    if not (heading or about or _is_headline(line, text)):
+        about = next(filter(None, map(subject_of, sentences[:5])), "")
     title = about or _bare(line)
     if len(title) > HEADLINE:
         title = _often_said(text) or _bare(re.split(r"(?<=\w{3})(?:[,;(]\s|\s[(–-])|[，；（]", title)[0])
     if len(title) > LONGEST_TITLE:
-        title = title[: LONGEST_TITLE + 1].rpartition(" ")[0] or title[:LONGEST_TITLE]
-    return LOOSE_END.sub("", title).rstrip(" .:;,-–") or "Course"
+        title = shortened(title, LONGEST_TITLE + 1) if " " in title[:LONGEST_TITLE] else title[:LONGEST_TITLE]
+    return title.rstrip(" .:;,-–") or "Course"
 
 
 def shortened(title: str, length: int) -> str:
-    """Its whole words in fewer characters than `length`, without an end that leads on."""
-    words = title if len(title) < length else title[:length].rpartition(" ")[0] or title
-    return LOOSE_END.sub("", words)
+    """A title of `length` characters or more cut to whole words, without an end that leads on."""
+    return title if len(title) < length else LOOSE_END.sub("", title[:length].rpartition(" ")[0] or title)
 
 
 def subject_of(sentence: str) -> str:
@@ -517,6 +526,13 @@ def subject_of(sentence: str) -> str:
     subject = _bare(shortened(subject if " " in subject or subject == rest.rstrip(" .") else rest, HEADLINE + 1))
     is_whole = " " in subject or said[-1] in ".!?"  # a model's may be cut behind the first word
     return subject[:1].upper() + subject[1:] if is_whole and _meaning(subject) else ""
+
+
+def _is_headline(line: str, text: str) -> bool:
+    """Whether a first line or sentence is a title: short, and what follows speaks of it."""
+    if not line or len(line) > HEADLINE:
+        return False
+    return not {*_meaning(line)}.isdisjoint(_meaning(text.partition(line)[2][:MOST_OFTEN_SAID]))
 
 
 def _names_something(sentence: str) -> bool:

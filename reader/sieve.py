@@ -20,7 +20,7 @@ FEW = 3  # sentences that a text may have in any case, where it has not as many 
 ENOUGH = 0.5  # of the words of a sentence stand in the course
 ENOUGH_OF_TINY, ENOUGH_OF_ONE = 0.75, 0.5  # the same for a tiny model, and in one sentence of the course
 LONG_WORD, LONGEST_WORD = 5, 40  # letters of words that are looked at, and of their beginnings
-ENOUGH_OF_WORDS = 0.8  # of those words of a sentence the course has, but for their endings
+ENOUGH_OF_WORDS = 0.8  # share of the long words of a sentence whose beginning is one of the course's
 CUT_TITLE = 80  # characters; as long a title was cut by the engine's grammar
 BEGINNING = 300  # characters of a course, where it may say its title in other words than its headline
 LONGEST_SAID = 6  # words of a title that a course says beside its headline
@@ -33,28 +33,38 @@ LABEL = re.compile(
     r"\s*:\s*(?=\w)"
 )
 IDENTIFIER = re.compile(r"\w+_\w+")
-CUT_SHORT = re.compile(r"(?i)\b(?:an?|and|as|for|of|or|the|with)[.…]?\Z")  # in English
+CUT_SHORT = re.compile(r"\b(?:an?|and|as|for|of|or|the|with)…?\Z")  # in English; what ends in a full stop is whole
 # Links, tables, marks, questions, and what breaks off.
 NOT_SAID = re.compile(r"[\[\]|{}<>@=\\]|(?<![A-Za-z])#|https?:|www\.|[?？؟]\Z|[:：,;](?:\W*|\s*\d{1,2}[.)]?)\Z")
-# What somebody has to know before a course is not what it teaches.
-REQUIRED = re.compile(
-    r"(?i)\W*(?:(?:\w+ )?(?:pre-?requisites?|prior knowledge|required knowledge|entry requirements|prerrequisitos?"
-    r"|requisitos previos|conocimientos previos|pré-?requis\w*|connaissances préalables|\w*voraussetzung(?:en)?"
-    r"|vorkenntnisse|conhecimentos prévios|prerequisit[oi]|esitie\w+|voorkennis|förkunskap\w*|forkundskab\w*"
-    r"|forkunnskap\w*|wymagania wstępne|предварительные|пререквизит\w*|ön koşul\w*)(?!\w)"
-    r"|前提|履修条件|先修|预备知识|선수 ?과목|المتطلبات)"
+# What has to be known before a course, and its policies, are not what it teaches. They are told by headings of only
+# these words, or of one more before them, by such a word with a colon, and in English by whole phrases.
+_BEFORE = (
+    r"pre-?requisites?|prior knowledge|required knowledge|entry requirements|prerrequisitos?|requisitos previos"
+    r"|conocimientos previos|pré-?requis|connaissances préalables|(?:teilnahme)?voraussetzung(?:en)?|vorkenntnisse"
+    r"|pré-requisitos?|conhecimentos prévios|prerequisit[oi]|esitiedot|edeltävät opinnot|voorkennis|förkunskaper"
+    r"|forkundskaber|forkunnskaper|wymagania wstępne|пререквизиты|предварительные требования|ön koşul(?:lar)?"
+    r"|前提知識|履修条件|先修课程|先修要求|预备知识|선수 ?과목|المتطلبات السابقة"
 )
+_POLICY = (
+    r"polic(?:y|ies)|office hours|contact|contact information|academic (?:honesty|integrity)|plagiarism|grading"
+    r"|grading scale|attendance|disclaimer|references|bibliography|readings?|required texts?|acknowledge?ments?"
+    r"|bibliografía|bibliografia|bibliographie|literatur|contacto|kontakt|haftungsausschluss|aviso legal|avertissement"
+    r"|descargo de responsabilidad|免責事項|免责声明|参考文献|면책 조항"
+)
+BESIDE = re.compile(rf"(?i)\W*(?:\w+ )?(?:{_BEFORE}|{_POLICY})(?: knowledge)?(?:\W*\Z|\s*[:：])")
 ASSUMED = re.compile(
-    r"(?i)\bprerequisites?\b|\bpermission of (?:the )?instructor\b|\bwe assume that\b"
-    r"|\b(?:background|experience|familiarity|knowledge)\b.{0,80}\b(?:is|are) (?:assumed|expected|recommended|required)"
-    r"|\bno (?:prior|previous) \w+"
+    r"(?i)\bpermission of (?:the )?instructor\b|\bwe (?:also )?assume (?:that|an?)\b"
+    r"|\bis a prerequisite (?:for|to) (?:the|this)\b"
+    r"|\b(?:background|experience|familiarity|knowledge)(?: (?:in|of|with) (?!how|if|wh)[\w ,-]{1,60}?)? (?:is|are)"
+    r" (?:assumed|expected|recommended|required)"
+    r"|\bno (?:prior|previous) (?:\w+ )?(?:background|coursework|experience|exposure|knowledge)\b"
 )
-MOST_BESIDE = 0.5  # of a course; where it seems to be more, what follows was not told from it
+MOST_BESIDE = 0.5  # If more of a course looks like that, its headings were misread: nothing is left out then.
 # Who writes, and what is beside the text: neither is of a badge.
 ASIDE = re.compile(
     r"(?i)\bclick\b|\bfor more information\b|\bis no instruction\b|\b(?:image|picture|video|see) (?:above|below)\b"
 )
-BADGE = re.compile(r"(?i)\bbadges?\b")  # of which a tiny model says when it is due and whose it is
+BADGE = re.compile(r"(?i)\bbadges?\b")  # Tiny models write about the badge itself; such sentences are left out.
 FIRST_PERSON = re.compile(r"\bI(?:['’]\w+| am| was| have| had| will| would| can| do)\b|\b[Mm]y\b")  # in English
 # Markup that stands for a space, and in EVERY_MARKUP also what changes letters, that small models leave behind.
 _BLOCK = r"<(?:/?(?:blockquote|center|div|h[1-6]|li|ol|p|pre|table|tbody|t[dhr]|thead|ul)|br|hr)(?:\s[^<>]{0,80})?/?>"
@@ -64,9 +74,8 @@ EVERY_MARKUP = re.compile(rf"(?i)(?P<space>{_BLOCK})|{_INLINE}|&[a-z]{{2,8}};")
 MARKUP_BEGUN = re.compile(r"(?i)(?:</?(?:[a-z][^<>]{0,100})?|&[a-z]{0,8})\Z")
 MARKS = re.compile(
     r"\A(?:[-*•·+–>#.\u2190-\u2bff\ufe0f\U0001f000-\U0001faff]+|\(?\d{1,3}[.)]|\(?[a-z][.)])\s+"
-    r"|(?<![\w*_`])[*_`]{1,3}(?=\w)|(?<=[\w.!?)])[*_`]{1,3}(?!\w)"
+    r"|(?<!\w)([*`]{1,3})(?=\S)(?P<marked>[^*`\n]+)(?<=\S)\1(?!\w)"
 )
-
 LETTER = re.compile(r"[^\W\d_]")
 
 SCRIPT = re.compile(
@@ -76,11 +85,11 @@ SCRIPT = re.compile(
 
 NEAR = 24  # so many sentences back a repetition is looked for: more than a badge has
 COMMA = re.compile(r"[,;、，،；]\s*")
-# The beginnings of parts that say nothing alone.
+# The beginnings of parts that say nothing alone, in English.
 LEANS = re.compile(
-    r"(?i)(?:after|although|and|as|at|because|before|but|by|designed|during|e\.g|especially|for|from|her|his|if|in"
-    r"|including|its|on|or|our|over|particularly|ranging|rather|so|such|than|that|their|then|though|through|throughout|to"
-    r"|under|upon|using|when|where|which|while|who|whose|with|within|without|your)\b"
+    r"(?i)(?:after|although|and|as|at|because|before|but|by|designed|during|e\.g|especially|from|her|his|in|including|its"
+    r"|on|or|our|over|particularly|ranging|rather|so|such|than|that|their|then|though|through|throughout|to|under|upon"
+    r"|using|when|where|which|who|whose|with|within|without|your)(?![-\w])"
 )
 AND = re.compile(r"[,;、，،；]\s*|\s(?:and|und|et|y|e|och|og|en|ja|sekä|ve|и|і|oraz)\s|\s(?=و\w{3})")
 
@@ -101,8 +110,13 @@ def _count(field: str, said: Said) -> int:
     return len(texts) if field == "criteria" else sum(max(1, len(review._sentences(text))) for text in texts)
 
 
-def _is_required(sentence: str, heading: str = "") -> bool:
-    return bool(REQUIRED.match(heading) or REQUIRED.match(sentence) or ASSUMED.search(sentence))
+def _is_beside(sentence: str, heading: str = "") -> bool:
+    return bool(BESIDE.match(heading) or BESIDE.match(sentence) or ASSUMED.search(sentence))
+
+
+def _bare_word(word: str) -> str:
+    """`review.bare`; "" for what is no word, or of a script without spaces."""
+    return review.bare(word) if word.isalpha() and not review.IS_UNSPACED.match(word) else ""
 
 
 def _scripts(text: str) -> set[str]:
@@ -112,7 +126,7 @@ def _scripts(text: str) -> set[str]:
 
 
 def _plain(text: str) -> set[str]:
-    """Its sentences, however they are set."""
+    """Its sentences, in small letters and with single spaces."""
     return {" ".join(sentence.casefold().split()) for sentence in review._sentences(text)}
 
 
@@ -205,14 +219,12 @@ class Sieve:
         return is_other and not (is_said and len(words) <= LONGEST_SAID and max(map(len, words)) > 4)
 
     def as_title(self, title: str) -> str:
-        """A title as titles are written, where a model of ours wrote a sentence, small letters or capitals alone."""
-        if self.course:
-            title = review.subject_of(title) or (
-                review.shortened(title, CUT_TITLE) if len(title) >= CUT_TITLE else title
-            )
-        if not self.course or not (title.islower() or (title.isupper() and len(title.split()) > 2)):
+        """A title of the embedded model as titles are written, where it is a sentence, cut off or without a capital."""
+        if not self.course:
             return title
-        return title[:1].upper() + (title[1:] if title.islower() or title in self.course else title[1:].lower())
+        is_sentence = not re.match(r"(?i)an?\s", title)  # "An Introduction to Rope Work" is a title
+        title = (review.subject_of(title) if is_sentence else "") or review.shortened(title, CUT_TITLE)
+        return title[:1].upper() + title[1:] if title.islower() else title
 
     def more(self, field: str, before: Said) -> Iterator[str]:
         """Sentences of the course, as long as this text has too few of them or too few words."""
@@ -257,18 +269,19 @@ class Sieve:
             return False
         if self._is_aside(sentence) or review._is_order(sentence) or self._is_invented(sentence):
             return False
-        if _is_required(sentence) or not self._beside.isdisjoint(_plain(sentence)):
+        if _is_beside(sentence) or not self._beside.isdisjoint(_plain(sentence)):
             return False
         if any(word not in self.course for word in IDENTIFIER.findall(sentence)) or _scripts(sentence) - self._scripts:
             return False
         return next(self._grounds.lacks(sentence, self.language, foreign=False), None) is None
 
     def _is_invented(self, sentence: str) -> bool:
-        """Whether it has words that no language has: outside English a tiny model makes them up of beginnings."""
+        """Whether the course has not even the beginnings of its words: outside English tiny models invent some."""
         if not self.is_tiny or self.language in ("en", "und"):
             return False
-        words = [word for word in review._tokens(sentence.lower()) if word.isalpha() and len(word) >= LONG_WORD]
-        beginnings = (word[: max(LONG_WORD - 1, min(len(word) - 2, LONGEST_WORD))] for word in words)
+        words = [word for word in map(_bare_word, review._tokens(sentence.lower())) if len(word) >= LONG_WORD]
+        # Endings of up to four letters differ.
+        beginnings = (word[: max(LONG_WORD - 1, min(len(word) - 4, LONGEST_WORD))] for word in words)
         known = sum(beginning in self._word_beginnings for beginning in beginnings)
         return known < ENOUGH_OF_WORDS * len(words)
 
@@ -278,7 +291,7 @@ class Sieve:
 
     @functools.cached_property
     def _word_beginnings(self) -> set[str]:
-        words = (word[:LONGEST_WORD] for word in self._grounds.vocabulary)
+        words = (_bare_word(word)[:LONGEST_WORD] for word in self._grounds.vocabulary)
         return {word[:end] for word in words for end in range(LONG_WORD - 1, len(word) + 1)}
 
     def _is_aside(self, sentence: str) -> bool:
@@ -305,9 +318,9 @@ class Sieve:
 
     @functools.cached_property
     def _beside(self) -> set[str]:
-        """The sentences that say what is to be known before, and those of policies, contacts and readings."""
+        """The sentences that say what is to be known before, and those of policies."""
         pieces = [(piece.text, section) for section in self._sections for piece in section.pieces]
-        found = [text for text, section in pieces if section.weight < 0 or _is_required(text, section.heading)]
+        found = [text for text, section in pieces if _is_beside(text, section.heading)]
         is_part = sum(map(len, found)) < MOST_BESIDE * sum(len(text) for text, _ in pieces)
         return {plain for text in found for plain in _plain(text)} if is_part else set()
 
@@ -322,7 +335,7 @@ class Sieve:
         title = review.title_of(self.course)
         found: list[tuple[tuple[int, float], str]] = []
         for section, piece in ((one, piece) for one in self._sections for piece in one.pieces):
-            whole = " ".join(MARKS.sub("", piece.text.strip()).split())
+            whole = " ".join(MARKS.sub(lambda mark: mark["marked"] or "", piece.text.strip()).split())
             last = piece.is_heading or section.weight < 0 or self._tells_little(whole) or title == whole.rstrip(".")
             last = last or not self._beside.isdisjoint(_plain(piece.text)) or review._size(whole) > LONG_QUOTE
             last = last or whole.count("(") != whole.count(")")
@@ -331,10 +344,13 @@ class Sieve:
                 continue
             found.append(((4 * last, -piece.score), whole))
             for rank, mark in enumerate((COMMA, AND), 1):
-                parts = [part for part in mark.split(whole) if review._size(part) >= 3 and not LEANS.match(part)]
+                parts = [part for part in mark.split(whole) if review._size(part) >= 3 and not self._leans(part)]
                 found += [((4 * last + rank, -piece.score), part) for part in parts if part != whole]
         found.sort(key=lambda one: one[0])
         return [text[0].upper() + text[1:] for _, text in found if self._can_be_quoted(text)]
+
+    def _leans(self, part: str) -> bool:
+        return self.language == "en" and LEANS.match(part) is not None
 
     def _can_be_quoted(self, text: str) -> bool:
         if NOT_SAID.search(text) or self._is_aside(text):

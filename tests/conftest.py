@@ -15,24 +15,29 @@ import pytest
 
 
 class Turns:
-    """Of one worker of pytest-xdist. Who waits to be alone keeps others from beginning, so it waits for one test."""
+    """The locks of one worker of pytest-xdist. A test takes the door before the room, so one that waits to be alone
+    keeps others from beginning."""
 
     def __init__(self, run: str) -> None:
-        place = Path(tempfile.gettempdir())
-        self._door, self._room = place / f"dccapi-tests-{run}.door", place / f"dccapi-tests-{run}.room"
+        self._paths = [Path(tempfile.gettempdir(), f"dccapi-tests-{run}.{name}") for name in ("door", "room")]
+        self._door, self._room = (path.open("w") for path in self._paths)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
-        with self._door.open("w") as door, self._room.open("w") as room:
-            fcntl.flock(door, fcntl.LOCK_EX)
-            is_alone = item.get_closest_marker("alone") or item.get_closest_marker("slow")
-            fcntl.flock(room, fcntl.LOCK_EX if is_alone else fcntl.LOCK_SH)
-            fcntl.flock(door, fcntl.LOCK_UN)
+        fcntl.flock(self._door, fcntl.LOCK_EX)
+        is_alone = item.get_closest_marker("alone") or item.get_closest_marker("slow")
+        fcntl.flock(self._room, fcntl.LOCK_EX if is_alone else fcntl.LOCK_SH)
+        fcntl.flock(self._door, fcntl.LOCK_UN)
+        try:
             return (yield)
+        finally:
+            fcntl.flock(self._room, fcntl.LOCK_UN)
 
     def pytest_unconfigure(self) -> None:
-        self._door.unlink(missing_ok=True)
-        self._room.unlink(missing_ok=True)
+        self._door.close()
+        self._room.close()
+        for path in self._paths:  # the other workers have them open
+            path.unlink(missing_ok=True)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -361,6 +361,17 @@ def test_a_syllabus_speaks_to_no_model(text: str) -> None:
     assert not title_grounds(text)["has_orders"]
 
 
+def test_a_number_in_a_title_that_the_course_does_not_have_is_noted() -> None:
+    badge = {"badge_name": "Knots 301", "badge_description": KNOTS, "criteria": {"narrative": "- Tie knots"}}
+    notes = [(note["code"], note["field"], note["text"]) for note in review.review(badge, KNOTS)["notes"]]
+    assert ("unsupported_number", "badge_name", "301") in notes
+    assert not [
+        note
+        for note in review.review({**badge, "badge_name": "Knots"}, KNOTS)["notes"]
+        if note["field"] == "badge_name"
+    ]
+
+
 @pytest.mark.parametrize(
     ("title", "is_from_course"),
     [("Climbing Knots", True), ("Knot Master", True), ("Cooking Master", False), ("クッキング", False)],
@@ -405,6 +416,9 @@ def test_a_title_has_a_word_of_the_course(title: str, is_from_course: bool) -> N
             "Strategic, business and legal decisions",
         ),
         ("This course teaches students of law to be good. Ropes.", "This course teaches students of law to be good"),
+        ("# Mathematics A\n\nFunctions and limits.", "Mathematics A"),
+        ("Introduction to bees. This course teaches hive inspection and bees in winter.", "Introduction to bees"),
+        ("This course covers the following topics: hives.", "This course covers the following topics: hives"),
         ("Este curso aborda los nudos de escalada, y su uso.", "Nudos de escalada"),
         ("Ce cours présente les nœuds d'escalade, en deux soirées.", "Nœuds d'escalade"),
         ("Dieser Kurs behandelt die Knoten des Kletterns.", "Knoten des Kletterns"),

@@ -245,12 +245,50 @@ def test_what_is_to_be_known_before_and_policies_are_not_what_a_course_teaches(l
 
 def test_a_quote_loses_the_marks_before_it_and_around_words_but_none_within() -> None:
     course = (
-        "+ They build graphs with neo4j_graphrag for all of the 2*3 *tables*.\n\u2713 They query __them__ in `Cypher`."
+        "+ They build graphs with neo4j_graphrag for all of the 2*3 *tables*.\n\u2713 They query *them* in `Cypher`."
     )
     counts = {"badge_description": (2, 2), "criteria": (2, 2)}
     _, badge = written(Sieve(course, "en", (), counts), ["BADGE"], ["BADGE"])
     said = "They build graphs with neo4j_graphrag for all of the 2*3 tables. They query them in Cypher."
     assert badge["badge_description"] == said
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "Demonstrate knowledge of when informed consent is required.",
+        "Explain the prerequisites of photosynthesis.",
+        "Describe the metabolism of vitamin A.",
+        "Explain what each tool is used for.",
+        "For loops over lists and while loops with conditions",
+    ],
+)
+def test_what_only_looks_like_a_prerequisite_or_an_end_stays(sentence: str) -> None:
+    sieve = Sieve(f"{COURSE} {sentence}", "en", (), COUNTS, is_tiny=True)
+    assert sieve.kept("criteria", sentence, []) == sentence
+
+
+@pytest.mark.parametrize(
+    ("language", "sentence"), [("zh", "统计蜂螨数量"), ("ar", "يستخرجون العسل ويتعرفون على الملكة.")]
+)
+def test_words_that_are_written_together_are_those_of_the_course(language: str, sentence: str) -> None:
+    course = {
+        "zh": "学员学会安全检查蜂箱,识别蜂王和工蜂。秋季统计蜂螨数量。",
+        "ar": "يتعرف المتعلمون على الملكة ويستخرجون العسل من الخلية.",
+    }
+    assert Sieve(course[language], language, (), COUNTS, is_tiny=True).kept("criteria", sentence, [])
+
+
+def test_where_most_of_a_course_seems_to_be_policies_nothing_is_left_out_for_that() -> None:
+    course = f"Bees.\n\n## Late policy\n\n{TRUE} They keep records of each visit. They extract honey in summer."
+    assert Sieve(course, "en", (), COUNTS).kept("criteria", TRUE, []) == TRUE
+
+
+def test_the_parts_of_a_sentence_that_lean_on_it_are_no_items() -> None:
+    course = "In the end, learners inspect hives, including the queen and her brood, ranging over many months."
+    _, badge = written(Sieve(course, "en", (), COUNTS), ["BADGE"], ["BADGE"])
+    assert "- Including" not in badge["criteria"]["narrative"]
+    assert "- Ranging" not in badge["criteria"]["narrative"]
 
 
 def test_a_long_sentence_of_the_course_is_better_than_none() -> None:
@@ -270,7 +308,6 @@ def test_a_title_has_a_capital_where_a_model_of_ours_wrote_none() -> None:
     assert Sieve(COURSE).as_title("bees in winter") == "Bees in winter"
     assert Sieve(COURSE).as_title("iOS for beekeepers") == "iOS for beekeepers"
     assert Sieve().as_title("bees in winter") == "bees in winter"
-    assert Sieve(COURSE).as_title("BEES IN WINTER") == "Bees in winter"
     assert Sieve(COURSE + "\nBEES AND SQL").as_title("BEES AND SQL") == "BEES AND SQL"
 
 

@@ -193,3 +193,19 @@ def test_tokens_are_the_json_of_the_badge_that_is_found_in_torn_text(text: str) 
     for size in (1, 3, 4, 7, 1000):
         tokens, badge = told(TORN[text], [size])
         assert json.loads(tokens) == badge == json.loads(KNOTS), size
+
+
+@pytest.mark.parametrize("description", ['["Ties knots.", "Checks th', '"Ties knots. Checks th'])
+def test_an_institution_is_added_to_a_description_that_a_token_limit_cut(description: str) -> None:
+    kept = {"badge_name": "Knots", "criteria": {"narrative": "- Tied six"}}
+    draft = dccapi.Draft(kept, "Alpine Club")
+    tokens = draft.feed('{"badge_description": ' + description) + draft.finish(cut=True)
+    assert json.loads(tokens)["badge_description"] == "Ties knots. Checks th (Alpine Club)"
+    assert draft.badge
+    assert draft.badge.badge_description == "Ties knots. Checks th (Alpine Club)"
+
+
+def test_a_field_written_anew_does_not_repeat_the_kept_title() -> None:
+    draft = dccapi.Draft({"badge_name": "Knots", "badge_description": "Ties knots."})
+    tokens = draft.feed('{"criteria": ["Knots", "Tie six"]}') + draft.finish(cut=False)
+    assert json.loads(tokens)["criteria"]["narrative"] == "- Tie six"

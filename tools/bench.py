@@ -60,7 +60,7 @@ def record(text: str, **more: Any) -> bytes:
 def piece(number: int, count: int, word: str) -> str:
     """A token of a badge of `count` tokens."""
     if number == 0:
-        return f'{{"badge_name": "La terminal de Unix{word}", "badge_description": "Figures.", "criteria": {{"narrative": "'
+        return f'{{"badge_name": "Unix{word}", "badge_description": "Figures.", "criteria": {{"narrative": "'
     return '"}}' if number == count - 1 else word
 
 

@@ -136,7 +136,7 @@ run: $(RUNNABLE)
 	@exec $(VENV_PYTHON) dccapi.py
 
 test: install $(SMALL_MODEL) $(SKILLS)
-	@$(VENV_PYTHON) -m pytest $(TWO_AT_A_TIME) $(ARGS)
+	@$(VENV_PYTHON) -m pytest $(ARGS)
 
 quick: install $(SKILLS)
 	@$(VENV_PYTHON) -m pytest $(TWO_AT_A_TIME) -m "not slow" $(ARGS)

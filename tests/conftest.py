@@ -1,4 +1,4 @@
-"""Two files of tests at a time (`make test`). A test that is marked `slow` or `alone` has none beside it.
+"""Two files of tests at a time (`make quick`). A test that is marked `slow` or `alone` has none beside it.
 
 Two tests in Chromium, or with the real model, take each other's processor, and Chromium ends its connections when a
 network of podman's comes or goes.

@@ -138,8 +138,8 @@ def test_no_text_takes_the_square_of_its_length(piece: str) -> None:
         return time.process_time() - start
 
     for end in ("", "end"):
-        short = seconds(75_000, end)
-        assert seconds(300_000, end) < 8 * short + 0.1  # four times the length, where a square is sixteen
+        # Four times the length, where a square is sixteen. Python may collect garbage in the middle of one try.
+        assert any(seconds(300_000, end) < 8 * seconds(75_000, end) + 0.1 for _ in range(3))
 
 
 def test_a_process_of_documents_condenses() -> None:

@@ -13,7 +13,7 @@ INSTALLED := .venv/.installed$(of_python)
 CANDIDATES := $(if $(PYTHON),"$(PYTHON)",python3.13 python3.12 python3.11 python3)
 IS_USABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 
-# Files of tests; `tests/conftest.py` keeps apart what cannot stand company. ARGS="-n 0" for one after another.
+# Files of tests, without the slow ones, which take each other's processor. ARGS="-n 0" for one after another.
 TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
 
 # Where `make demo` listens: HOST=0.0.0.0 lets other machines in.

@@ -800,9 +800,9 @@ def too_long(prompt: Prompt, limit: int | None, tokens: int | None = None, answe
     return ContentTooLong(detail, context_tokens=limit, content_words_that_fit=fits, **members)
 
 
-# The words of the schema, with nothing but letters and digits left of them. One string reads better than a list.
+# The words of the schema, with nothing but letters and digits left of them.
 PLACEHOLDERS = frozenset(
-    "string text badge badgename badgetitle badgedescription name title description criteria narrative "  # noqa: SIM905
+    "string text badge badgename badgetitle badgedescription name title description criteria narrative "  # noqa: SIM905 - reads better than a list
     "criterianarrative object value example placeholder todo tbd null none na".split()
 ) | {""}
 _THOUGHT = "think|thinking|thoughts?|reasoning"
@@ -3561,8 +3561,8 @@ class Exchange:
                     size += len(chunk)
                     refused = refused or self._refusal(size)
                     if chunk and not refused and not self._is_over:
-                        # What is larger than an ordinary body is not held in memory. `_watch` closes it.
-                        self._body = self._body or tempfile.SpooledTemporaryFile(settings.max_body_bytes)  # noqa: SIM115
+                        # What is larger than an ordinary body is not held in memory.
+                        self._body = self._body or tempfile.SpooledTemporaryFile(settings.max_body_bytes)  # noqa: SIM115 - `_watch` closes it
                         self._body.write(chunk)
                         self._hold(size)
         except TimeoutError:
@@ -3785,8 +3785,8 @@ class GuardedH2Protocol(H2Protocol):
         self._is_leaving = False
         self.priority: Any = NoPriorities()
         self.connection.state_machine._transitions = STAYS_OPEN
-        # h2 would drop what is still to leave; replacing a method is what mypy is told to pass over.
-        self.connection.clear_outbound_data_buffer = lambda: None  # type: ignore[method-assign]
+        # h2 would drop what is still to leave.
+        self.connection.clear_outbound_data_buffer = lambda: None  # type: ignore[method-assign]  # it is replaced
 
     async def send_task(self) -> None:
         """Not needed."""

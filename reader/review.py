@@ -431,8 +431,7 @@ def sentences_of(course: str) -> list[str]:
 
 
 SHORT_WORDS = frozenset(
-    # One string reads better than a list.
-    "A An And At By Con Das De Der Des Di Die Du El For I In La Las Le Les Los Of On The To Und".split()  # noqa: SIM905
+    "A An And At By Con Das De Der Des Di Die Du El For I In La Las Le Les Los Of On The To Und".split()  # noqa: SIM905 - reads better than a list
 )
 
 

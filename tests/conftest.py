@@ -1,8 +1,4 @@
-"""Two files of tests at a time (`make quick`). A test that is marked `slow` or `alone` has none beside it.
-
-Two tests in Chromium, or with the real model, take each other's processor, and Chromium ends its connections when a
-network of podman's comes or goes.
-"""
+"""Two files of tests at a time (`make quick`). A test that is marked `alone` has none beside it."""
 
 from __future__ import annotations
 
@@ -25,8 +21,7 @@ class Turns:
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
         fcntl.flock(self._door, fcntl.LOCK_EX)
-        is_alone = item.get_closest_marker("alone") or item.get_closest_marker("slow")
-        fcntl.flock(self._room, fcntl.LOCK_EX if is_alone else fcntl.LOCK_SH)
+        fcntl.flock(self._room, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
         fcntl.flock(self._door, fcntl.LOCK_UN)
         try:
             return (yield)
@@ -44,8 +39,3 @@ def pytest_configure(config: pytest.Config) -> None:
     # A plugin, because the hooks of this file are not asked for the tests of `test_dccapi.py`.
     if worker := getattr(config, "workerinput", None):
         config.pluginmanager.register(Turns(worker["testrunuid"]))
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: item.get_closest_marker("slow") is None)

@@ -69,8 +69,7 @@ from pathlib import Path
 
 from testkit import Script, ScriptedOllama
 
-# A place in the Ollama image, whose stand-in keeps its models there.
-KEPT = Path("/root/.ollama/models.json")
+KEPT = Path.home() / ".ollama" / "models.json"  # where Ollama keeps its models, below HOME
 
 
 class Ollama(ScriptedOllama):

@@ -246,7 +246,9 @@ class Sieve:
 
     def _is_repeated(self, field: str, text: str, before: Said, all_fields: bool = False) -> bool:
         keys = _meaning(text)
-        apart = ((name, one) for name, other in before[-NEAR:] for one in {other, *review._sentences(other)})
+        # A short course may have no other sentence for the description than its title.
+        others = [one for one in before[-NEAR:] if one[0] != "badge_name" or field == "criteria"]
+        apart = ((name, one) for name, other in others for one in {other, *review._sentences(other)})
         for name, other in apart:
             same_field = name in (field, "badge_name") or all_fields
             bare, heard = text.casefold().strip(" .。"), other.casefold().strip(" .。")

@@ -311,6 +311,16 @@ def test_a_title_has_a_capital_where_a_model_of_ours_wrote_none() -> None:
     assert Sieve(COURSE + "\nBEES AND SQL").as_title("BEES AND SQL") == "BEES AND SQL"
 
 
+def test_a_description_may_have_the_sentence_that_is_the_title() -> None:
+    course = "Beekeeping: hives, queens, honey. Practical exam in the apiary."
+    sieve = Sieve(course, "en", (), {"badge_description": (1, 1), "criteria": (2, 2)}, is_tiny=True)
+    draft = dccapi.Draft({"badge_name": "Beekeeping: Hives, Queens, Honey"}, sieve=sieve)
+    draft.feed('{"badge_description": ["BADGE"], "criteria": ["BADGE"]}')
+    draft.finish(cut=False)
+    assert draft.badge
+    assert sorted(draft.badge.badge_description.split()) == sorted(course.split())
+
+
 def test_some_short_words_of_a_course_are_no_title() -> None:
     course = "Λιανικό εμπόριο\n\nΣε αυτά τα μαθήματα μετράτε το απόθεμα ενός καταστήματος με κάμερα και μικροελεγκτή."
     sieve = Sieve(course, "el", is_tiny=True)

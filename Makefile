@@ -13,7 +13,7 @@ INSTALLED := .venv/.installed$(of_python)
 CANDIDATES := $(if $(PYTHON),"$(PYTHON)",python3.13 python3.12 python3.11 python3)
 IS_USABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 
-# Files of tests, without the slow ones, which take each other's processor. ARGS="-n 0" for one after another.
+# Two files of tests beside each other. ARGS="-n 0" for one after another.
 TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
 
 # Where `make demo` listens: HOST=0.0.0.0 lets other machines in.
@@ -136,7 +136,7 @@ run: $(RUNNABLE)
 	@exec $(VENV_PYTHON) dccapi.py
 
 test: install $(SMALL_MODEL) $(SKILLS)
-	@$(VENV_PYTHON) -m pytest $(ARGS)
+	@$(VENV_PYTHON) -m pytest $(TWO_AT_A_TIME) $(ARGS)
 
 quick: install $(SKILLS)
 	@$(VENV_PYTHON) -m pytest $(TWO_AT_A_TIME) -m "not slow" $(ARGS)

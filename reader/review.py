@@ -193,6 +193,7 @@ def _stem(word: str) -> str:
     return stem.rstrip("eiy") if len(stem) > 3 else stem or word
 
 
+@functools.lru_cache(8192)  # most words of a course are those of the one before
 def _keys(token: str) -> Sequence[str]:
     """What a token, in small letters, is compared by; nothing for a word without meaning."""
     if token[0].isdecimal():  # 1,024 is 1024; 0,5 is 0.5; ١٢ is 12
@@ -208,7 +209,7 @@ def _meaning(text: str) -> list[str]:
     """The keys of the words that carry meaning, each once."""
     words = [
         word.lower()
-        for word in _tokens(text)
+        for word in dict.fromkeys(_tokens(text))
         if len(word) > 3 or word > "\u02ff" or word[0].isdecimal() or word[:2].isupper() or word.lower() in NUMBER_WORDS
     ]
     return [*dict.fromkeys(chain.from_iterable(map(_keys, words)))]
@@ -216,11 +217,16 @@ def _meaning(text: str) -> list[str]:
 
 def _size(text: str) -> int:
     """Its words; of an unspaced text about as many."""
-    return sum(len(token) // 2 or 1 if IS_UNSPACED.match(token) else 1 for token in _tokens(text))
+    tokens = _tokens(text)
+    if text.isascii():
+        return len(tokens)
+    return sum(len(token) // 2 or 1 if IS_UNSPACED.match(token) else 1 for token in tokens)
 
 
 def _counts(text: str) -> Iterator[tuple[str, str, str]]:
     """Each number: with what it counts, as it stands there; its value; the key of the word that it counts, or ""."""
+    if not re.search(r"\d", text) and NUMBER_WORDS.keys().isdisjoint(_tokens(text.lower())):
+        return  # as most sentences have none
     tokens = [*TOKEN.finditer(text)]
     for token, after in zip_longest(tokens, tokens[1:]):
         if not token[0][0].isdecimal() and token[0].lower() not in NUMBER_WORDS:
@@ -239,7 +245,10 @@ def _names(sentence: str, language: str) -> Iterator[str]:
     """The words that name something: by their capitals, or by Latin letters amid another script."""
     amid_others = OTHER_SCRIPT.search(sentence)
     for found in TOKEN.finditer(sentence):
-        word, before = found[0], sentence[: found.start()].rstrip(" \"'“„«»(*_")
+        word = found[0]
+        if word.islower() and not amid_others:
+            continue  # as most are
+        before = sentence[: found.start()].rstrip(" \"'“„«»(*_")
         inside = before and before[-1] not in ":.!?–—-/" and language != "de"  # German nouns have capitals
         capital = inside and word[0].isupper() and word.lower() not in STOP_WORDS
         if (
@@ -548,10 +557,11 @@ def _often_said(text: str) -> str:
     times, spelling = Counter[str](), dict[str, str]()
     for sentence in _sentences(text[:MOST_OFTEN_SAID]):
         words = sentence.rstrip(" \n.!?").split()
+        tells = [*map(_is_telling, words)]
         for start in range(len(words)):
             for end in (start + 2, start + 3):
                 phrase = words[start:end]
-                if len({*phrase}) == end - start and all(map(_is_telling, phrase)):
+                if all(tells[start:end]) and len({*phrase}) == end - start:
                     key = " ".join(phrase).lower()
                     times[key] += len(phrase) - 1
                     spelling.setdefault(key, " ".join(phrase))

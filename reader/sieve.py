@@ -130,8 +130,9 @@ def _plain(text: str) -> set[str]:
     return {" ".join(sentence.casefold().split()) for sentence in review._sentences(text)}
 
 
-def _runs(text: str) -> set[tuple[str, ...]]:
-    words = text.split()
+@functools.lru_cache(16)
+def _runs(request: str) -> set[tuple[str, ...]]:
+    words = request.split()
     return {tuple(words[at : at + REPEATED_RUN]) for at in range(len(words) - REPEATED_RUN + 1)}
 
 
@@ -194,7 +195,9 @@ class Sieve:
 
     def echoes(self, text: str) -> bool:
         """Whether it repeats the request's own words."""
-        return not self._request.isdisjoint(_runs(text))
+        words = text.split()
+        runs = (tuple(words[at : at + REPEATED_RUN]) for at, word in enumerate(words) if word in self._starts)
+        return not self._request.isdisjoint(runs)
 
     def spare(self, text: str) -> str:
         """What an item is worth where no other is left."""
@@ -286,6 +289,10 @@ class Sieve:
         beginnings = (word[: max(LONG_WORD - 1, min(len(word) - 4, LONGEST_WORD))] for word in words)
         known = sum(beginning in self._word_beginnings for beginning in beginnings)
         return known < ENOUGH_OF_WORDS * len(words)
+
+    @functools.cached_property
+    def _starts(self) -> set[str]:
+        return {run[0] for run in self._request}
 
     @functools.cached_property
     def _scripts(self) -> set[str]:

@@ -1,4 +1,4 @@
-"""Two files of tests at a time (`make quick`). A test that is marked `alone` has none beside it."""
+"""Two files of tests at a time. A test that is marked `alone` has none beside it."""
 
 from __future__ import annotations
 

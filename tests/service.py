@@ -11,7 +11,7 @@ import os
 import re
 import socket
 import sys
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -277,9 +277,11 @@ def judge() -> Any:
 
 ENGINES = pytest.mark.parametrize("engine", [ScriptedOllama, ScriptedOpenAI])
 
-needs_model = pytest.mark.skipif(
-    not MODEL.exists() and not os.environ.get("CI"), reason="needs the small model: make model"
-)
+
+def needs_model(test: Callable[..., Any]) -> Callable[..., Any]:
+    """A test with the small model, which takes both cores."""
+    is_there = MODEL.exists() or bool(os.environ.get("CI"))
+    return pytest.mark.alone(pytest.mark.skipif(not is_there, reason="needs the small model: make model")(test))
 
 
 def texts_of(badge: dict[str, Any]) -> dict[str, str]:

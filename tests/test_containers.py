@@ -40,6 +40,7 @@ MISSING = [program for program in ("podman", "debootstrap") if not shutil.which(
 MISSING += ["root"] if os.geteuid() else []
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.alone,  # podman's networks cut connections of browsers
     pytest.mark.timeout(600),
     pytest.mark.skipif(bool(MISSING) and not os.environ.get("CI"), reason=f"needs {', '.join(MISSING)}"),
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import itertools
 import json
 import os
 import re
@@ -34,12 +35,21 @@ from h2.settings import SettingCodes, Settings
 # ---------------------------------------------------------------- waiting and measuring
 
 
+# Below those that the kernel gives to outgoing connections, and others for each worker of pytest-xdist.
+_ports = itertools.cycle(
+    range(20_000, 26_000) if os.environ.get("PYTEST_XDIST_WORKER") != "gw1" else range(26_000, 32_000)
+)
+for _ in range(os.getpid() % 6_000):  # not those of the run before, whose connections may still be closing
+    next(_ports)
+
+
 def free_port() -> int:
-    """A TCP port of the loopback interface that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port of the loopback interface that is free, and that nobody else takes soon."""
+    while True:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", next(_ports)))
+            port: int = probe.getsockname()[1]
+            return port
 
 
 def rss_kib(pid: int, parent: bytes = b"") -> int:

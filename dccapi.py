@@ -125,7 +125,7 @@ MAX_LINE = 4 * 2**20  # of an engine's answer; Ollama's last line carries the co
 MAX_OUTPUT_CHARS = 2**18  # of one generation: 4,096 tokens of 64 characters
 MAX_BLANK_RUN = 200  # white space in a row; models loop on it under `format` (ollama 2577)
 MAX_QUERY = 32 * 2**10  # bytes; Hypercorn refuses headers over 64 KiB
-MAX_WRITE = 64 * 2**10  # bytes that one write of an event stream may hold, so also what one stream can buffer
+MAX_WRITE = 128 * 2**10  # bytes that one write of an event stream may hold, so also what one stream can buffer
 RESETS_AT_ONCE, RESETS_PER_SECOND = 1000, 33  # nghttp2's own limits (nghttp2_option_set_stream_reset_rate_limit)
 MAX_PEERS = 10_000  # addresses that are remembered
 MAX_HELD = 96 * 2**20  # bytes of requests under way and of bodies that have not arrived whole
@@ -822,7 +822,7 @@ BULLET = re.compile(r"\A\s*(?:[-*•·.]\s+)?")
 FULL_STOP = re.compile(r"(?<=[^\s.!?…])[.!?。！？।]\Z")
 TITLE_LABEL = re.compile(r"(?i)\A\s*badge(?:[ _](?:name|title))?\s*:(?=.*\w)")
 STRING_RUN = re.compile(r'[^"\\]+')
-PLAIN = re.compile(r'[^"\\<&]*\Z')
+PLAIN = re.compile(r'[^"\\<&]+\Z')
 ESCAPE = re.compile(r'\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|["\\/bfnrt]|[^u])')
 ESCAPE_BEGUN = re.compile(r"\\(?:u[0-9a-fA-F]{0,3}|u[dD][89abAB][0-9a-fA-F]{2}(?:\\(?:u[0-9a-fA-F]{0,3})?)?)?\Z")
 NOT_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -1130,7 +1130,8 @@ class Draft:
     def feed(self, piece: str) -> str:
         """What this piece of the model's text adds to the JSON of the badge."""
         reader = self._reader
-        if reader is not None and reader.plain and _is_plain(piece):
+        # As most are: there is nothing to decode, to trim or to end in it.
+        if reader is not None and reader.plain and piece.isprintable() and piece[-1:] != " " and PLAIN.match(piece):
             self._raw.append(piece)
             reader.said.append(piece)
             return "" if self._silent else piece
@@ -1220,11 +1221,6 @@ class Draft:
         if found is None:
             raise InvalidModelOutput
         return found
-
-
-def _is_plain(piece: str) -> bool:
-    """Whether there is nothing to decode, to trim or to end in a piece of a text."""
-    return piece.isprintable() and piece[-1:] not in " " and PLAIN.match(piece) is not None
 
 
 def parse_badge(text: str, *, cut: bool = False, kept: Mapping[str, Any] = {}) -> Badge:

@@ -416,7 +416,7 @@ async def plain(engine: str) -> AsyncIterator[Peer]:
 async def dccapi(engine: str, **settings: str) -> AsyncIterator[Peer]:
     port = free_port()
     env = {"OLLAMA_URL": engine, "LOG_LEVEL": "WARNING", "MAX_CONCURRENT_REQUESTS": "64"}
-    env |= {"MAX_QUEUE": "2000", "MAX_PER_CLIENT": "3000", **settings}
+    env |= {"MAX_QUEUE": "2000", "MAX_PER_CLIENT": "3000", "MAX_CONNECTIONS_PER_CLIENT": "3000", **settings}
     command = [str(HERE / "dccapi.py"), "--bind", f"127.0.0.1:{port}", "--certs", "/nonexistent"]
     async with Server(command, env, f"http://127.0.0.1:{port}/livez", HERE) as process:
         yield Peer("dccapi", port, process, http2=True)

@@ -832,7 +832,7 @@ TAG_KEYS = ("tags", "tag", "skills")
 
 
 def _says_nothing(text: str) -> bool:
-    return re.sub(r"[\W_]+", "", text).casefold() in PLACEHOLDERS
+    return re.sub(r"[\W_]+", "", text[:1000]).casefold() in PLACEHOLDERS
 
 
 class TitleRefused(Exception):
@@ -1555,10 +1555,6 @@ class Call:
     def asks(self, now: float) -> None:
         self.asked, self.begun = now, 0.0
 
-    def lives(self, now: float) -> None:
-        self.begun = self.begun or now
-        self.last = now
-
     def deadline(self, settings: Settings, read_until: float) -> tuple[float, str]:
         """The next deadline, and the setting that it comes from. `read_until`: when another prompt was last read."""
         allowance = settings.first_token_timeout * min(self.beside, settings.workers - 1)
@@ -2081,7 +2077,8 @@ class GenerationQueue:
         async for piece in pieces:
             if isinstance(piece, Usage):
                 return piece
-            call.lives(now())
+            call.last = now()
+            call.begun = call.begun or call.last
             if not piece:
                 continue
             call.first_token = call.first_token or call.last

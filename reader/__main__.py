@@ -7,6 +7,7 @@ stdin does. Its memory, its processor time, its files and its network are limite
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -148,6 +149,9 @@ def _refuse(event: str, _: object) -> None:
 def main() -> None:
     """Reads requests from stdin, writes answers to stdout, each behind its length in eight bytes, until EOF."""
     _confine()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # then a service that wakes this one does not lose its core to it
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     while head := sys.stdin.buffer.read(8):
         answer = answered(orjson.loads(sys.stdin.buffer.read(int.from_bytes(head))))
         sys.stdout.buffer.write(len(answer).to_bytes(8) + answer)

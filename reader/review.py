@@ -613,9 +613,11 @@ class Grounds:
         found = Counter(chain.from_iterable(self.places[key] for key in keys))
         return self.sentences[max(found, key=lambda place: (found[place], -place))].strip() if found else ""
 
-    def lacks(self, sentence: str, language: str, foreign: bool) -> Iterator[tuple[str, str]]:
+    def lacks(
+        self, sentence: str, language: str, foreign: bool, counts: Iterable[tuple[str, str, str]] | None = None
+    ) -> Iterator[tuple[str, str]]:
         """The numbers and names of a sentence that the course does not have. Another language has words of its own."""
-        for text, number, unit in _counts(sentence):
+        for text, number, unit in _counts(sentence) if counts is None else counts:
             if not self.has_number(number, unit) and (text[0].isdecimal() or not foreign):
                 yield "unsupported_number", text
         for name in [] if foreign else dict.fromkeys(_names(sentence, language)):
@@ -660,7 +662,8 @@ def review(
     said = [("badge_description", text) for text in _sentences(description)]
     said += [("criteria", text) for text in _items(narrative)]
     meanings = [_meaning(text) for _, text in said]
-    numbers = [count for text in (title, *(text for _, text in said)) for count in _counts(text)]
+    counts = {text: [*_counts(text)] for text in (title, *(text for _, text in said))}
+    numbers = [*chain.from_iterable(counts.values())]
     units = {unit for _, _, unit in numbers} - {""}
     named = _meaning(title)
     wanted = units.union(named, *meanings, (number for _, number, _ in numbers))
@@ -673,7 +676,7 @@ def review(
         borne = [] if foreign else [key for key in keys if key in grounds.places]
         support = None if foreign or not keys else round(len(borne) / len(keys), 2)
         sentences.append({"field": field, "text": text, "support": support, "source": grounds.source(borne)})
-        found += [(code, field, words) for code, words in grounds.lacks(text, language, foreign)]
+        found += [(code, field, words) for code, words in grounds.lacks(text, language, foreign, counts[text])]
         if support is not None and support < LOW_SUPPORT and len(keys) > 2:
             found.append(("low_support", field, text))
         if any(_same(field, keys, *one) for one in before[-NEAR:]):
@@ -689,7 +692,7 @@ def review(
     if not foreign and named and grounds.places.keys().isdisjoint(named):
         found.append(("title_not_from_course", "badge_name", title))
     # Most words of a title begin with a capital, so only its numbers tell what is not the course's.
-    found += [(code, "badge_name", words) for code, words in grounds.lacks(title, language, foreign=True)]
+    found += [(code, "badge_name", words) for code, words in grounds.lacks(title, language, True, counts[title])]
     found += [("instructions_in_course", "content", text) for text in told]
     shares = [one["support"] for one in sentences if one["support"] is not None]
     noted = [{"code": code, "field": field, "text": text, "message": NOTES[code]} for code, field, text in found]

@@ -45,7 +45,7 @@ help:
 	@echo "make demo     engine, API and a self-signed certificate with the small bundled model; Ctrl-C ends it"
 	@echo "              (MODEL=1.5b: with a larger one, 1.1 GB once, for drafts worth reading; HOST=0.0.0.0: for other machines too)"
 	@echo "make run      the API against the configured engine (Ollama unless ENGINE says otherwise)"
-	@echo "make test     every test (ARGS=… goes to pytest)"
+	@echo "make test     every test (ARGS=… goes to pytest; -n 0: one after another)"
 	@echo "make quick    the tests without browser, containers, nginx, real model and load: about 3 minutes"
 	@echo "make bench    the speed beside that of peers, about 4 minutes (ARGS=\"--real --json bench.json\"; ARGS=--help)"
 	@echo "make eval     drafts of real courses, judged (ARGS=\"--model 1.5b --json new.json --against old.json\"; ARGS=--help)"

@@ -193,7 +193,6 @@ def _stem(word: str) -> str:
     return stem.rstrip("eiy") if len(stem) > 3 else stem or word
 
 
-@functools.lru_cache(8192)  # most words of a course are those of the one before
 def _keys(token: str) -> Sequence[str]:
     """What a token, in small letters, is compared by; nothing for a word without meaning."""
     if token[0].isdecimal():  # 1,024 is 1024; 0,5 is 0.5; ١٢ is 12

@@ -530,6 +530,15 @@ async def test_where_a_server_does_not_count_the_pieces_of_its_answer_are_counte
     assert usage == {"prompt_tokens": 0, "completion_tokens": len(badge_pieces()), "total_tokens": len(badge_pieces())}
 
 
+@pytest.mark.parametrize("engine", [ScriptedOllama, ScriptedOpenAI])
+@pytest.mark.parametrize("rest", [b"", b"x" * 5 * 2**20], ids=["cut off", "without end"])
+async def test_what_follows_the_last_record_does_not_matter(engine: type[ScriptedEngine], rest: bytes) -> None:
+    double = engine()
+    double.end_of_body = b"%x\r\n%b" % (len(rest) + 1, rest)
+    async with serving(double, Script(close_after_response=True)) as service:
+        assert (await writes(service))["finish_reason"] == "stop"
+
+
 async def test_a_server_that_refuses_everything_is_asked_twice_at_most() -> None:
     refusal = Script(status=400, error={"message": "top_k: not permitted", "type": "invalid_request_error"})
     async with serving(ScriptedOpenAI(), refusal) as service:

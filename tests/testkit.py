@@ -7,6 +7,7 @@ import codecs
 import itertools
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -35,21 +36,19 @@ from h2.settings import SettingCodes, Settings
 # ---------------------------------------------------------------- waiting and measuring
 
 
-# Below those that the kernel gives to outgoing connections, and others for each worker of pytest-xdist.
-_ports = itertools.cycle(
-    range(20_000, 26_000) if os.environ.get("PYTEST_XDIST_WORKER") != "gw1" else range(26_000, 32_000)
-)
-for _ in range(os.getpid() % 6_000):  # not those of the run before, whose connections may still be closing
-    next(_ports)
+# Below those that the kernel gives to outgoing connections, and others for each of four workers of pytest-xdist.
+_first = 20_000 + 3_000 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 4)
+_ports = itertools.count(random.randrange(3_000))  # another run may be under way
 
 
 def free_port() -> int:
     """A TCP port of the loopback interface that is free, and that nobody else takes soon."""
-    while True:
+    for number in itertools.islice(_ports, 3_000):
         with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", next(_ports)))
-            port: int = probe.getsockname()[1]
+            port = _first + number % 3_000
+            probe.bind(("127.0.0.1", port))
             return port
+    raise OSError("no port is free")
 
 
 def rss_kib(pid: int, parent: bytes = b"") -> int:

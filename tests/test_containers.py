@@ -244,7 +244,7 @@ class Stack:
                 await asyncio.sleep(0.05)
                 pid = (await self.inspect(service))["State"]["Pid"]
 
-    async def answers(self, path: str, status: int, timeout: float = 60) -> Any:
+    async def answers(self, path: str, status: int, timeout: float = 120) -> Any:
         """The document at `path`, once it comes with this status."""
         answer = "no connection"
         with contextlib.suppress(TimeoutError):

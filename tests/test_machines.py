@@ -431,6 +431,7 @@ async def test_the_longest_query_passes_and_no_log_holds_it(tmp_path: Path) -> N
 
 
 @needs_nginx
+@pytest.mark.alone
 async def test_a_replica_that_is_taken_out_and_stopped_under_load_costs_no_client_anything(tmp_path: Path) -> None:
     stopped = asyncio.Event()
     numbers = itertools.count()

@@ -7,7 +7,6 @@ stdin does. Its memory, its processor time, its files and its network are limite
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import resource
@@ -149,9 +148,6 @@ def _refuse(event: str, _: object) -> None:
 def main() -> None:
     """Reads requests from stdin, writes answers to stdout, each behind its length in eight bytes, until EOF."""
     _confine()
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):  # of a sandbox
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # waking it takes no core from the service
     while head := sys.stdin.buffer.read(8):
         answer = answered(orjson.loads(sys.stdin.buffer.read(int.from_bytes(head))))
         sys.stdout.buffer.write(len(answer).to_bytes(8) + answer)

@@ -360,9 +360,8 @@ async def test_a_slow_reader_that_keeps_taking_is_not_let_go() -> None:
         stream = await connection.request("POST", "/generate/stream", body=COURSE)
         taken = connection._streams[stream]
         began = time.monotonic()
-        while (
-            time.monotonic() - began < 3
-        ):  # a frame of 16 KiB takes half the timeout, a write of 128 KiB four times it
+        # A frame of 16 KiB takes half the timeout, a write of 128 KiB four times it.
+        while time.monotonic() - began < 3:
             await eventually(lambda: taken.unacknowledged or taken.over)
             assert not taken.over
             await asyncio.sleep(0.06)

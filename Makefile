@@ -13,8 +13,8 @@ INSTALLED := .venv/.installed$(of_python)
 CANDIDATES := $(if $(PYTHON),"$(PYTHON)",python3.13 python3.12 python3.11 python3)
 IS_USABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 
-# Two files of tests beside each other. ARGS="-n 0" for one after another.
-TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
+# Two files of tests beside each other, or three of those that mostly wait. ARGS="-n 0" for one after another.
+AT_A_TIME := --dist loadfile --no-loadscope-reorder -n
 
 # Where `make demo` listens: HOST=0.0.0.0 lets other machines in.
 HOST := 127.0.0.1
@@ -46,7 +46,7 @@ help:
 	@echo "              (MODEL=1.5b: with a larger one, 1.1 GB once, for drafts worth reading; HOST=0.0.0.0: for other machines too)"
 	@echo "make run      the API against the configured engine (Ollama unless ENGINE says otherwise)"
 	@echo "make test     every test (ARGS=… goes to pytest; -n 0: one after another)"
-	@echo "make quick    the tests without browser, containers, nginx, real model and load: about 3 minutes"
+	@echo "make quick    the tests without browser, containers, nginx, real model and load, and without long ones: 90 seconds"
 	@echo "make bench    the speed beside that of peers, about 4 minutes (ARGS=\"--real --json bench.json\"; ARGS=--help)"
 	@echo "make eval     drafts of real courses, judged (ARGS=\"--model 1.5b --json new.json --against old.json\"; ARGS=--help)"
 	@echo "make openapi  examples/openapi.json anew, after a change of routes, requests or errors"
@@ -136,10 +136,10 @@ run: $(RUNNABLE)
 	@exec $(VENV_PYTHON) dccapi.py
 
 test: install $(SMALL_MODEL) $(SKILLS)
-	@$(VENV_PYTHON) -m pytest $(TWO_AT_A_TIME) $(ARGS)
+	@$(VENV_PYTHON) -m pytest $(AT_A_TIME) 2 $(ARGS)
 
 quick: install $(SKILLS)
-	@$(VENV_PYTHON) -m pytest $(TWO_AT_A_TIME) -m "not slow" $(ARGS)
+	@$(VENV_PYTHON) -m pytest $(AT_A_TIME) 3 -m "not slow" $(ARGS)
 
 bench: install
 	@$(VENV_PYTHON) tools/bench.py $(ARGS)

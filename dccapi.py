@@ -1426,6 +1426,7 @@ class Readers:
         return answer
 
     async def _asked(self, question: bytes) -> dict[str, Any]:
+        self._idle = [one for one in self._idle if one.returncode is None]  # the kernel may have killed one
         reader = self._idle.pop() if self._idle else await _started("-m", "reader", cwd=HERE)
         stdin, stdout = cast(asyncio.StreamWriter, reader.stdin), cast(asyncio.StreamReader, reader.stdout)
         try:
@@ -2412,7 +2413,7 @@ class Engine:
                 timeout=aiohttp.ClientTimeout(total=None, connect=settings.connect_timeout),
                 headers={"accept-encoding": "identity", **self._headers},
                 json_serialize_bytes=orjson.dumps,
-                read_bufsize=2**15,  # bytes; aiohttp holds up to twice as many for each call
+                read_bufsize=2**12,  # bytes; aiohttp holds up to twice as many for each call
                 trace_configs=[trace],
             )
             for connector in (pool, aiohttp.TCPConnector(force_close=True))

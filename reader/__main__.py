@@ -124,6 +124,7 @@ def _confine() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # of files: libraries try whether they can write one
+    sys.dont_write_bytecode = True  # Python would leave half of a .pyc file, and read it ever after (cpython 126606)
     signal.signal(signal.SIGPROF, _too_slow)
     sys.addaudithook(_refuse)
 

@@ -1,4 +1,4 @@
-"""The text of DOCX, ODT and PPTX documents, by way of HTML."""
+"""The text of DOCX, ODT and PPTX documents, by way of HTML. Imported where one is read: it takes memory and time."""
 
 from __future__ import annotations
 

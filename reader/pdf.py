@@ -1,4 +1,7 @@
-"""The text of PDF documents in reading order: headings, lists, tables and columns by where words stand on a page."""
+"""The text of PDF documents in reading order: headings, lists, tables and columns by where words stand on a page.
+
+Imported where one is read: it takes memory and time.
+"""
 
 from __future__ import annotations
 

@@ -554,9 +554,10 @@ def _bare(line: str) -> str:
 def _often_said(text: str) -> str:
     """The words, two or three in a row, that a course says most often, if thrice: what it is about."""
     times, spelling = Counter[str](), dict[str, str]()
-    for sentence in _sentences(text[:MOST_OFTEN_SAID]):
-        words = sentence.rstrip(" \n.!?").split()
-        tells = [*map(_is_telling, words)]
+    sentences = [sentence.rstrip(" \n.!?").split() for sentence in _sentences(text[:MOST_OFTEN_SAID])]
+    often = Counter(word.lower() for words in sentences for word in words)
+    for words in sentences:
+        tells = [often[word.lower()] > 1 and _is_telling(word) for word in words]
         for start in range(len(words)):
             for end in (start + 2, start + 3):
                 phrase = words[start:end]
@@ -565,8 +566,8 @@ def _often_said(text: str) -> str:
                     times[key] += len(phrase) - 1
                     spelling.setdefault(key, " ".join(phrase))
     best = max(times, key=lambda key: times[key], default="")
-    often = best and times[best] >= 3 * best.count(" ")
-    return spelling[best][:1].upper() + spelling[best][1:] if often else ""
+    is_often = best and times[best] >= 3 * best.count(" ")
+    return spelling[best][:1].upper() + spelling[best][1:] if is_often else ""
 
 
 def _is_telling(word: str) -> bool:

@@ -67,7 +67,11 @@ class Service:
 
 @contextlib.asynccontextmanager
 async def serving(
-    engine: ScriptedEngine | None = None, script: Any = None, tls: bool = False, **settings: Any
+    engine: ScriptedEngine | None = None,
+    script: Any = None,
+    tls: bool = False,
+    new_readers: bool = False,
+    **settings: Any,
 ) -> AsyncIterator[Service]:
     async with engine or ScriptedOllama() as engine:
         if script is not None:
@@ -90,10 +94,31 @@ async def serving(
         # Hypercorn's last step of a start.
         await eventually(lambda: server.done() or any("raise_shutdown" in repr(task) for task in asyncio.all_tasks()))
         try:
-            yield Service(port, engine, app.queue)
+            with contextlib.nullcontext() if new_readers else lent_readers(app.queue.readers):
+                yield Service(port, engine, app.queue)
         finally:
             stop.set()
             await server
+
+
+READERS: list[asyncio.subprocess.Process] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+async def readers() -> AsyncIterator[None]:
+    yield
+    while READERS:
+        await dccapi._killed(READERS.pop())
+
+
+@contextlib.contextmanager
+def lent_readers(readers: dccapi.Readers) -> Iterator[None]:
+    """Processes that read for one test of a file after another: each takes 0.2 s of the processor to start."""
+    readers._idle, READERS[:] = READERS[:], []
+    try:
+        yield
+    finally:
+        readers._idle, READERS[:] = [], readers._idle
 
 
 def certificate() -> tuple[str, str]:

@@ -239,6 +239,7 @@ def note_headers(monkeypatch: pytest.MonkeyPatch, seen: list[tuple[str | None, .
     monkeypatch.setattr(dccapi.Guard, "__call__", noting)
 
 
+@pytest.mark.slow
 async def test_a_second_run_writes_what_changed_and_what_failed_only(tmp_path: Path) -> None:
     broken = {"1"}
 
@@ -355,6 +356,7 @@ async def test_patience_has_an_end(tmp_path: Path) -> None:
     assert not (tmp_path / "drafts.jsonl").read_text()
 
 
+@pytest.mark.slow
 async def test_a_service_that_was_drained_or_killed_is_waited_for(tmp_path: Path) -> None:
     drafts, port = tmp_path / "drafts.jsonl", testkit.free_port()
     url = f"http://127.0.0.1:{port}"
@@ -418,6 +420,7 @@ async def test_ctrl_c_finishes_what_is_in_flight_and_a_second_one_stops_now(tmp_
         await service.idle()
 
 
+@pytest.mark.slow
 async def test_nothing_is_lost_and_nothing_written_twice_under_sigkill(tmp_path: Path) -> None:
     """Kills at random moments. A course whose generation was under way joins it: no call is made twice."""
     count, drafts, chance = 60, tmp_path / "drafts.jsonl", random.Random(16)

@@ -127,6 +127,7 @@ def test_twenty_thousand_words_are_condensed_at_once() -> None:
     assert time.process_time() - start < 1
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 @pytest.mark.parametrize(
     "piece", ["\n", "\x0b", " \n", "a. ", "9 ", "(", "# ", "a\n\n", "結", ":", "| ", "a", "A-F: 9 "]

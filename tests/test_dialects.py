@@ -635,6 +635,7 @@ async def test_prompts_that_are_read_at_once_wait_for_each_other() -> None:
         assert int(response.headers["retry-after"]) >= 1
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 async def test_an_engine_that_is_stuck_ends_within_its_bounds() -> None:
     waits = {"first_token_timeout": 0.3, "token_timeout": 0.3, "generation_timeout": 1.5, "max_concurrent_requests": 2}

@@ -245,6 +245,7 @@ def before(command: str, directory: Path) -> None:
         (directory / "outputs.jsonl").write_text("\n".join(map(json.dumps, outputs)))
 
 
+@pytest.mark.slow
 @needs("curl", "openssl")
 @pytest.mark.timeout(180)
 async def test_the_commands_of_the_documents_do_what_they_say(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import random
+import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,6 +89,16 @@ def test_no_task_opens_a_connection_starts_a_program_or_writes_a_file() -> None:
     run = subprocess.run([sys.executable, "-c", program], cwd=HERE, capture_output=True, text=True, check=False)
     Path("/tmp/dccapi-never").unlink(missing_ok=True)
     assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_a_process_that_may_write_no_files_leaves_no_broken_bytecode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+    shutil.copytree(HERE / "reader", tmp_path / "reader", ignore=shutil.ignore_patterns("__pycache__"))
+    for _ in range(2):  # the second would import what the first has left
+        with child(tmp_path) as running:
+            assert "Knots" in read(running, tmp_path / "file", docx(paragraph("Knots")))["content"]
 
 
 # --- Formats ---
@@ -461,6 +472,7 @@ ENDLESS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("language", ENDLESS)
 def test_a_document_that_takes_too_long_is_told_so(tmp_path: Path, language: str) -> None:
     changed_reader(tmp_path, "__main__.py", '{"document": 15}', '{"document": 1}')
@@ -486,12 +498,14 @@ ANSWERS = {"", BROKEN, ENCRYPTED, SLOW, NO_TEXT, UNSUPPORTED}
 damage = settings(pure, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
+@pytest.mark.slow
 @damage
 @given(st.sampled_from(SAMPLES), st.floats(0, 1))
 def test_a_document_cut_off_anywhere_is_answered(reader: Child, tmp_path: Path, sample: bytes, share: float) -> None:
     assert error_of(read(reader, tmp_path / "file", sample[: int(share * len(sample))])) in ANSWERS
 
 
+@pytest.mark.slow
 @damage
 @given(st.sampled_from(SAMPLES), st.lists(st.tuples(st.floats(0, 1), st.integers(0, 7)), min_size=1, max_size=40))
 def test_a_document_of_flipped_bits_is_answered(

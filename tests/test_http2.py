@@ -351,6 +351,7 @@ async def test_a_strange_request_kills_no_sibling_and_logs_no_traceback(fields: 
     assert not [line for line in lines if "Traceback" in line]
 
 
+@pytest.mark.slow
 async def test_a_slow_reader_that_keeps_taking_is_not_let_go() -> None:
     script = Script(pieces=split(badge_json(narrative="knots " * 2000)), delay=0.001)
     async with (
@@ -390,6 +391,7 @@ async def wide_open(service: Service, path: str, count: int) -> AsyncIterator[tu
         yield client, connection
 
 
+@pytest.mark.slow
 async def test_a_slow_but_steady_reader_loses_none_of_its_many_streams() -> None:
     """Streams that write at once, each on its own, wait for all that the others have written: over TOKEN_TIMEOUT."""
     streams, rate, gate = 60, 1_500_000, asyncio.Event()

@@ -222,6 +222,7 @@ async def test_an_encoded_body_is_a_415(encoding: str) -> None:
 # --- slow markup ---
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 async def test_forty_slow_texts_of_one_client_do_not_delay_another() -> None:
     slow = orjson.dumps({"content": "[" * 240_000})
@@ -240,7 +241,7 @@ async def test_forty_slow_texts_of_one_client_do_not_delay_another() -> None:
 async def test_a_text_that_is_parsed_too_long_is_a_422_and_its_parser_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     parsers = spied(monkeypatch)
     monkeypatch.setattr(dccapi, "TEXT_TIMEOUT", 0.001)
-    async with serving() as service:
+    async with serving(new_readers=True) as service:
         response = await ask(service, {"content": "<p>Knots</p>"})
         assert (response.status, response.json()["error_code"]) == (422, "document_too_slow")
         monkeypatch.setattr(dccapi, "TEXT_TIMEOUT", 5)
@@ -248,11 +249,23 @@ async def test_a_text_that_is_parsed_too_long_is_a_422_and_its_parser_is_gone(mo
         assert parsers[0].returncode is not None or len(parsers) == 1
 
 
+async def test_a_parser_that_was_killed_while_it_had_nothing_to_do_is_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parsers = spied(monkeypatch)
+    async with serving(new_readers=True) as service:
+        assert (await ask(service)).status == 200
+        for parser in parsers:
+            parser.kill()
+            await parser.wait()
+        assert (await ask(service)).status == 200
+
+
 async def test_a_parser_without_memory_is_a_422(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     changed_reader(tmp_path, "__main__.py", "MAX_MEMORY = 2**29", "MAX_MEMORY = 2**20")
     (tmp_path / "hypercorn.toml").write_text((HERE / "hypercorn.toml").read_text())
     monkeypatch.setattr(dccapi, "HERE", tmp_path)
-    async with serving() as service:
+    async with serving(new_readers=True) as service:
         response = await ask(service, {"content": "<p>Knots</p>" * 10_000})
         assert (response.status, response.json()["error_code"]) == (422, "document_broken")
 
@@ -264,7 +277,7 @@ async def test_what_is_parsed_counts_as_in_flight_and_ends_with_its_client(
     changed_reader(tmp_path, "__main__.py", "    _confine()\n", "    sys.stdin.read()\n")  # never answers
     (tmp_path / "hypercorn.toml").write_text((HERE / "hypercorn.toml").read_text())
     monkeypatch.setattr(dccapi, "HERE", tmp_path)
-    async with serving(max_per_client=1) as service, await service.connect() as connection:
+    async with serving(new_readers=True, max_per_client=1) as service, await service.connect() as connection:
         stream = await connection.request("POST", "/generate", body={"content": "<p>Knots</p>"})
         await eventually(lambda: parsers)
         assert (await ask(service)).status == 429

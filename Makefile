@@ -13,7 +13,7 @@ INSTALLED := .venv/.installed$(of_python)
 CANDIDATES := $(if $(PYTHON),"$(PYTHON)",python3.13 python3.12 python3.11 python3)
 IS_USABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 
-# Two files of tests beside each other, or three of those that mostly wait. ARGS="-n 0" for one after another.
+# Two files of tests beside each other, or three where none has a browser. ARGS="-n 0" for one after another.
 AT_A_TIME := --dist loadfile --no-loadscope-reorder -n
 
 # Where `make demo` listens: HOST=0.0.0.0 lets other machines in.

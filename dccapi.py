@@ -85,6 +85,7 @@ from openapi_ui_bundles import swagger_ui
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.exposition import choose_encoder
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -141,6 +142,21 @@ LOOPBACK_PAGE = r"https?://(?:(?:[\w-]+\.)*localhost|127(?:\.\d{1,3}){3}|\[::1\]
 LOCAL_HOST = r"(?i)(?:[^.:]*|[\w.-]+\.localhost|[\d.]+|\[[\da-f:.]+\])(?::\d+)?"
 SERVICE_TIME = 20.0  # seconds that a generation is taken to last until one has been measured
 
+
+def _matching(pattern: str, words: str) -> AfterValidator:
+    def checked(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise ValueError(words)
+        return value
+
+    return AfterValidator(checked)
+
+
+_URL = r"(https?://([^\s/?#]*@)?([^\s/?#@:\[\]]+|\[[0-9a-f:]+\])(:\d{1,5})?(/[^\s?#]*)?)?"
+Url = Annotated[
+    str, _matching(_URL, "must be a URL such as http://localhost:11434"), AfterValidator(lambda url: url.rstrip("/"))
+]
+Duration = Annotated[str, _matching(r"-?\d+|-?(\d+(\.\d+)?(ms|s|m|h))+", "must be a duration such as 30m, or seconds")]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -151,9 +167,9 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(frozen=True, env_ignore_empty=True, extra="ignore")
 
     engine: Literal["ollama", "openai", "embedded"] = "ollama"
-    ollama_url: str = "http://localhost:11434"
-    openai_base_url: str = ""
-    openai_api_key: str = Field("", repr=False)
+    ollama_url: Url = "http://localhost:11434"
+    openai_base_url: Url = ""
+    openai_api_key: Annotated[str, _matching(r"\s*[!-~]*\s*", "must be one line of ASCII")] = Field("", repr=False)
     model_name: str = ""
     model_path: Path | None = None
     system_prompt_file: Path = HERE / "SYSTEM_PROMPT.txt"
@@ -164,7 +180,7 @@ class Settings(BaseSettings):
     connection_pool_size: Count = 10
     keepalive_timeout: Seconds = 30
     num_ctx: Annotated[int, Field(ge=256)] = 6144
-    keep_alive: str = "30m"
+    keep_alive: Duration = "30m"
     connect_timeout: Seconds = 5
     first_token_timeout: Seconds = 120
     token_timeout: Seconds = 30
@@ -193,14 +209,6 @@ class Settings(BaseSettings):
             return value.upper() if info.field_name == "log_level" else value.lower()
         return value
 
-    @field_validator("ollama_url", "openai_base_url")
-    @classmethod
-    def _http_url(cls, value: str) -> str:
-        host = r"([^\s/?#@:\[\]]+|\[[0-9a-f:]+\])(:\d{1,5})?"
-        if value and not re.fullmatch(rf"https?://([^\s/?#]*@)?{host}(/[^\s?#]*)?", value):
-            raise ValueError("must be a URL such as http://localhost:11434")
-        return value.rstrip("/")
-
     @field_validator("system_prompt_file", "model_path", "api_keys_file")
     @classmethod
     def _readable_file(cls, value: Path | None, info: ValidationInfo) -> Path | None:
@@ -208,20 +216,6 @@ class Settings(BaseSettings):
             raise ValueError(f"no readable file at {value}")
         if value is not None and info.field_name != "model_path":
             value.read_text("utf-8")  # UnicodeDecodeError is a ValueError
-        return value
-
-    @field_validator("keep_alive")
-    @classmethod
-    def _duration(cls, value: str) -> str:
-        if not re.fullmatch(r"-?\d+|-?(\d+(\.\d+)?(ms|s|m|h))+", value):
-            raise ValueError("must be a duration such as 30m, or seconds")
-        return value
-
-    @field_validator("openai_api_key")
-    @classmethod
-    def _one_line(cls, value: str) -> str:
-        if not re.fullmatch(r"[\x21-\x7e]*", value := value.strip()):
-            raise ValueError("must be one line of ASCII")
         return value
 
     @field_validator("allowed_origins")
@@ -422,30 +416,25 @@ PATTERNS = {
 }
 
 
-def invalid(error: ValidationError, unknown: Sequence[str] = ()) -> InvalidRequest:
-    """Every fault of a request in words, without the values."""
-    faults = []
-    for fault in error.errors(include_url=False, include_input=False):
-        words = FAULTS.get(fault["type"]) or PATTERNS.get(str(fault["loc"][-1]), "must be text that can be seen")
-        faults.append((fault["loc"], words.format(**fault.get("ctx", {})).replace("'", ""), fault["type"]))
-    return _invalid_request(faults, unknown)
+Place = tuple[str | int, ...]  # of a field in a request
 
 
-def invalid_fields(messages: Mapping[tuple[str | int, ...], str]) -> InvalidRequest:
-    """The faults of a request by the places of its fields."""
-    return _invalid_request([(place, message, "value_error") for place, message in messages.items()])
+def in_words(fault: Mapping[str, Any]) -> str:
+    words = FAULTS.get(fault["type"]) or PATTERNS.get(str(fault["loc"][-1]), "must be text that can be seen")
+    return words.format(**fault.get("ctx", {})).replace("'", "")
 
 
-def _invalid_request(
-    faults: Sequence[tuple[tuple[str | int, ...], str, str]], unknown: Sequence[str] = ()
+def invalid(
+    faults: Mapping[Place, str], types: Mapping[Place, str] = {}, unknown: Sequence[str] = ()
 ) -> InvalidRequest:
-    told = [f"{'.'.join(map(str, place)) or 'the request'} {message}" for place, message, _ in faults]
+    """Every fault of a request, by the place of its field, and what the fields that are not known look like."""
+    told = [f"{'.'.join(map(str, place)) or 'the request'} {message}" for place, message in faults.items()]
+    known = GenerateRequest.model_fields
     for name in unknown:
-        known = GenerateRequest.model_fields
         last = name.rpartition(".")[2]
         if meant := [MISTAKEN[last]] if last in MISTAKEN else get_close_matches(last, known, 1, 0.7):
             told.append(f"{name} is not known here, {meant[0]} is")
-    errors = [{"loc": [*place], "msg": message, "type": type} for place, message, type in faults]
+    errors = [{"loc": [*place], "msg": text, "type": types.get(place, "value_error")} for place, text in faults.items()]
     return InvalidRequest(f"The request is not valid: {'; '.join(told)}.", errors=errors)
 
 
@@ -831,6 +820,10 @@ FEWEST_TO_SIFT, FEWEST_OF_TINY = 40, 12  # words of a course; a tiny model's own
 TAG_KEYS = ("tags", "tag", "skills")
 
 
+# What becomes of a title; None where the model is to be asked for another.
+TitleCheck = Callable[[str], str | None]
+
+
 def _says_nothing(text: str) -> bool:
     return re.sub(r"[\W_]+", "", text[:1000]).casefold() in PLACEHOLDERS
 
@@ -855,13 +848,7 @@ class BadgeReader:
     models forget it. Superfluous and missing commas, other fields and objects around the badge do not matter.
     """
 
-    def __init__(
-        self,
-        kept: Mapping[str, Any] = {},
-        institution: str = "",
-        title: Callable[[str], str | None] = str,
-        sieve: Sieve = ONLY_REPETITIONS,
-    ) -> None:
+    def __init__(self, kept: Mapping[str, Any], institution: str, title: TitleCheck, sieve: Sieve) -> None:
         self.fields: dict[str, list[str]] = {}  # texts in pieces
         self.tags: list[str] = []
         self.rest = ""  # what followed the object
@@ -1113,7 +1100,7 @@ class Draft:
         self,
         kept: Mapping[str, Any] = {},
         institution: str = "",
-        title: Callable[[str], str | None] = str,
+        title: TitleCheck = str,
         sieve: Sieve = ONLY_REPETITIONS,
     ) -> None:
         self.badge: Badge | None = None  # once it is finished
@@ -1341,7 +1328,7 @@ def check_request(request: dict[str, Any]) -> None:
             if result.get(name) and offered is not None and result[name] not in offered:
                 faults["achievement", "resultDescription", index, name] = "must be one of those that this result offers"
     if faults:
-        raise invalid_fields(faults)
+        raise invalid(faults)
 
 
 def build_credential(request: dict[str, Any]) -> dict[str, Any]:
@@ -1349,7 +1336,7 @@ def build_credential(request: dict[str, Any]) -> dict[str, Any]:
     try:
         request = orjson.loads(orjson.dumps([request]))[0]  # a copy, as deep as the credential
     except TypeError:
-        raise invalid_fields({(): "has more than 250 levels"}) from None
+        raise invalid({(): "has more than 250 levels"}) from None
     for part in (request, request.get("issuer")):
         if isinstance(part, dict) and isinstance(image := part.get("image"), str | dict):
             part["image"] = {"type": "Image", **({"id": image} if isinstance(image, str) else image)}
@@ -1381,9 +1368,9 @@ def build_credential(request: dict[str, Any]) -> dict[str, Any]:
     # Indented: it is to fit however it is laid out.
     text = orjson.dumps(credential, option=orjson.OPT_INDENT_2)
     if len(text) > MAX_CREDENTIAL_BYTES:
-        raise invalid_fields({(): f"the credential has {len(text)} bytes, at most {MAX_CREDENTIAL_BYTES} are allowed"})
+        raise invalid({(): f"the credential has {len(text)} bytes, at most {MAX_CREDENTIAL_BYTES} are allowed"})
     if b"{{" in text or b"}}" in text:
-        raise invalid_fields({(): "a signed part has {{ or }}, which DCC's dashboard takes for Handlebars"})
+        raise invalid({(): "a signed part has {{ or }}, which DCC's dashboard takes for Handlebars"})
     return credential
 
 
@@ -1586,18 +1573,11 @@ class Metrics:
             asked = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model")
             return Histogram(name, help, [*asked, *labels], buckets=buckets, registry=registry)
 
-        self._duration = histogram(
-            "gen_ai_server_request_duration_seconds", "From the engine call to its end", SECONDS, "error_type"
-        )
-        self._first = histogram(
-            "gen_ai_server_time_to_first_token_seconds", "From the call to the first token", SECONDS
-        )
-        self._each = histogram(
-            "gen_ai_server_time_per_output_token_seconds", "Between the tokens after the first", SECONDS_A_TOKEN
-        )
-        self._tokens = histogram(
-            "gen_ai_client_token_usage", "Tokens of a finished generation", TOKENS, "gen_ai_token_type"
-        )
+        server = "gen_ai_server"
+        self._duration = histogram(f"{server}_request_duration_seconds", "Of engine calls", SECONDS, "error_type")
+        self._first = histogram(f"{server}_time_to_first_token_seconds", "From the call to the first token", SECONDS)
+        self._each = histogram(f"{server}_time_per_output_token_seconds", "Between later tokens", SECONDS_A_TOKEN)
+        self._tokens = histogram("gen_ai_client_token_usage", "Of a finished generation", TOKENS, "gen_ai_token_type")
         self._wait = histogram("dccapi_queue_wait_seconds", "From admission to the engine call", SECONDS)
         self._generations = Counter(
             "dccapi_generations",
@@ -1992,7 +1972,7 @@ class GenerationQueue:
         counts = {name: (part["minItems"], part["maxItems"]) for name, part in lists.items() if "items" in part}
         return sieve(text, course.language, request.given_texts(), counts, is_tiny=self.engine.is_tiny)
 
-    def _title(self, prompt: Prompt, sieve: Sieve, first: bool) -> Callable[[str], str | None]:
+    def _title(self, prompt: Prompt, sieve: Sieve, first: bool) -> TitleCheck:
         """What becomes of a title without a word of the course: the first is refused, the next becomes the course's.
 
         A course may hold instructions to the model, which small models follow.
@@ -2744,7 +2724,7 @@ class OpenAIEngine(Engine):
     parts = tuple(part for part in OPTIONAL_PARTS if part not in ("format", "think"))
 
     def __init__(self, settings: Settings) -> None:
-        super().__init__(settings, settings.openai_base_url, settings.openai_api_key)
+        super().__init__(settings, settings.openai_base_url, settings.openai_api_key.strip())
 
     def schema(self, schema: dict[str, Any]) -> dict[str, Any]:
         return schema
@@ -3112,7 +3092,7 @@ class Api:
     async def _prompt(self, body: GenerateRequest, client: str, notes: Sequence[dict[str, Any]]) -> Prompt:
         read = await self.readers.ask("text", client, content=body.content)
         if not re.search(VISIBLE, read["text"]):
-            raise invalid_fields({("content",): "must hold text that can be seen, not only markup"})
+            raise invalid({("content",): "must hold text that can be seen, not only markup"})
         course = Course(**read | {"notes": [*notes, *read["notes"]]})
         return build_prompt(body, course, self.system_prompt, self.engine.defaults)
 
@@ -3148,7 +3128,7 @@ class Api:
                 return as_json(await self._read(request.stream(), name, media_type, request.state.client))
             _, document = await self._form(request)
         if document is None:
-            raise invalid_fields({("file",): "is missing; send the document in it"})
+            raise invalid({("file",): "is missing; send the document in it"})
         return as_json(document)
 
     async def _form(self, request: Request) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -3166,7 +3146,7 @@ class Api:
         except HTTPException as error:
             if "maximum size" in error.detail:
                 raise BodyTooLarge(f"A field may have {self.settings.max_body_bytes} bytes here.") from None
-            raise invalid_fields({("body",): f"is no form with one file: {error.detail}"}) from None
+            raise invalid({("body",): f"is no form with one file: {error.detail}"}) from None
         return with_objects(fields), document
 
     async def _read(self, chunks: AsyncIterator[bytes], name: str, media_type: str, client: str) -> dict[str, Any]:
@@ -3183,7 +3163,7 @@ class Api:
             raise NotFound("There is no index of skills. The service's operator can make one: `make skills`.")
         query = request.query_params.get("q", "")
         if not re.search(VISIBLE, query):
-            raise invalid_fields({("q",): "must be a word of the skill that is looked for"})
+            raise invalid({("q",): "must be a word of the skill that is looked for"})
         index = str(self.settings.skills_index)
         answer = await self.readers.ask("skills", request.state.client, path=index, query=query)
         if "fault" in answer:
@@ -3370,7 +3350,7 @@ async def json_body(request: Request) -> dict[str, Any]:
         place = f"It is none from line {error.lineno}, column {error.colno} on."
         raise (InvalidJson(f"{InvalidJson.text} {place}") if is_json else UnsupportedMediaType) from None
     if not isinstance(document, dict):
-        raise invalid_fields({("body",): "must be a JSON object"})
+        raise invalid({("body",): "must be a JSON object"})
     return document
 
 
@@ -3393,10 +3373,13 @@ async def iter_file(file: UploadFile) -> AsyncIterator[bytes]:
 
 
 def validated(validate: Callable[[Any], Model], document: Any, unknown: Sequence[str] = ()) -> Model:
+    """Raises InvalidRequest, which has every fault in words and none of the values."""
     try:
         return validate(document)
     except ValidationError as error:
-        raise invalid(error, unknown) from None
+        faults = {fault["loc"]: fault for fault in error.errors(include_url=False, include_input=False)}
+        words = {place: in_words(fault) for place, fault in faults.items()}
+        raise invalid(words, {place: fault["type"] for place, fault in faults.items()}, unknown) from None
 
 
 def stream_options(request: Request) -> StreamOptions:
@@ -3413,7 +3396,7 @@ def urgency(request: Request) -> int:
 def idempotency_key(request: Request) -> str | None:
     key = request.headers.get("idempotency-key")
     if key is not None and not re.fullmatch(r"[\x21-\x7e]{1,255}", key):
-        raise invalid_fields({("header", "Idempotency-Key"): "must be 1 to 255 visible characters"})
+        raise invalid({("header", "Idempotency-Key"): "must be 1 to 255 visible characters"})
     return key
 
 

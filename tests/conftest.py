@@ -1,4 +1,4 @@
-"""Two files of tests at a time. A test that is marked `alone` has none beside it."""
+"""Two or three files of tests at a time. A test that is marked `alone` has none beside it."""
 
 from __future__ import annotations
 
@@ -39,3 +39,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # A plugin, because the hooks of this file are not asked for the tests of `test_dccapi.py`.
     if worker := getattr(config, "workerinput", None):
         config.pluginmanager.register(Turns(worker["testrunuid"]))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Files of quick tests come last: they fill the time until the last long one has ended.
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)

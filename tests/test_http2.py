@@ -599,6 +599,10 @@ async def test_a_connection_that_takes_nothing_is_closed_with_all_its_streams(
 # --- Violations of HTTP/2 ---
 
 
+# What plain Hypercorn leaves behind ends with the loop of its test.
+own_loop = pytest.mark.asyncio(loop_scope="function")
+
+
 @contextlib.asynccontextmanager
 async def plain_hypercorn(app: Any, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[H2Client]:
     """A connection to an app on Hypercorn as it is published."""
@@ -692,6 +696,7 @@ VIOLATIONS = {  # of RFC 9113, in the order of its sections, each after a valid 
 }
 
 
+@own_loop
 async def test_violations_of_http2_are_answered_as_hypercorn_answers_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """In place of h2spec, which no registry here has: what plain Hypercorn gets right, the guarded one does too."""
 
@@ -721,6 +726,7 @@ async def test_violations_of_http2_are_answered_as_hypercorn_answers_them(monkey
 # --- What Hypercorn still does, so that a workaround does not outlive its reason ---
 
 
+@own_loop
 async def test_hypercorn_still_dies_of_data_after_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     async with plain_hypercorn(early, monkeypatch) as connection:
         stream = await connection.request("POST", "/", end_stream=False)
@@ -729,6 +735,7 @@ async def test_hypercorn_still_dies_of_data_after_the_answer(monkeypatch: pytest
         await asyncio.wait_for(connection.closed.wait(), 2)
 
 
+@own_loop
 async def test_hypercorn_still_stops_reading_behind_a_body_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     async with plain_hypercorn(early, monkeypatch) as connection:
         unread = await connection.request("POST", "/unread", end_stream=False)
@@ -748,6 +755,7 @@ async def test_hypercorn_still_lets_an_application_run_ahead_of_a_closed_window(
     assert len(buffer.buffer) == 10 * 2**16
 
 
+@own_loop
 async def test_hypercorn_still_takes_any_number_of_resets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dccapi.Config, "keep_alive_max_requests", 10**9)
     async with plain_hypercorn(early, monkeypatch) as connection:
@@ -756,6 +764,7 @@ async def test_hypercorn_still_takes_any_number_of_resets(monkeypatch: pytest.Mo
         assert (await connection.response(await connection.request("GET", "/"))).status == 200
 
 
+@own_loop
 async def test_hypercorn_still_starves_running_streams_at_its_limit_of_requests(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -768,6 +777,7 @@ async def test_hypercorn_still_starves_running_streams_at_its_limit_of_requests(
             await connection.response(running, timeout=1)
 
 
+@own_loop
 async def test_hypercorn_still_raises_at_a_thousand_priority_frames(monkeypatch: pytest.MonkeyPatch) -> None:
     async with plain_hypercorn(early, monkeypatch) as connection:
         with contextlib.suppress(ConnectionError, OSError):
@@ -776,6 +786,7 @@ async def test_hypercorn_still_raises_at_a_thousand_priority_frames(monkeypatch:
         await asyncio.wait_for(connection.closed.wait(), 2)
 
 
+@own_loop
 async def test_hypercorn_still_leaves_a_response_that_is_given_up_open(monkeypatch: pytest.MonkeyPatch) -> None:
     async with plain_hypercorn(early, monkeypatch) as connection:
         with pytest.raises(TimeoutError):

@@ -25,6 +25,7 @@ import csv
 import fcntl
 import functools
 import hashlib
+import io
 import json
 import os
 import re
@@ -404,7 +405,8 @@ class Drafts:
                 self._write(b"\n")
             directory = os.open(self.path.resolve().parent, os.O_RDONLY)
             opened.callback(os.close, directory)
-            os.fsync(directory)  # the name of a new file is on disk too
+            with contextlib.suppress(OSError):  # network file systems cannot
+                os.fsync(directory)  # the name of a new file is on disk too
             self._closing = opened.pop_all()
         return self
 
@@ -1168,6 +1170,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line says. The exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 gets what it can show
     options = parser().parse_args(arguments)
     commands = {"export": export, "accept": accept, "prepare": prepare, "collect": collect}
     try:

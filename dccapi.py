@@ -212,7 +212,7 @@ class Settings(BaseSettings):
     @field_validator("system_prompt_file", "model_path", "api_keys_file")
     @classmethod
     def _readable_file(cls, value: Path | None, info: ValidationInfo) -> Path | None:
-        if value is not None and (value.is_dir() or not os.access(value, os.R_OK)):
+        if value is not None and (os.path.isdir(value) or not os.access(value, os.R_OK)):
             raise ValueError(f"no readable file at {value}")
         if value is not None and info.field_name != "model_path":
             value.read_text("utf-8")  # UnicodeDecodeError is a ValueError
@@ -254,6 +254,11 @@ class Settings(BaseSettings):
         if self.model_name:
             return self.model_name
         return self.model_path.stem if self.engine == "embedded" and self.model_path else "phi4badges"
+
+    @property
+    def index(self) -> str:
+        """The path of the index of skills, for readers, which run elsewhere; "" without one."""
+        return str(self.skills_index.absolute()) if self.skills_index else ""
 
     @functools.cached_property
     def keys(self) -> dict[str, bytes]:
@@ -1421,8 +1426,10 @@ class Readers:
             await stdin.drain()
             answer = await stdout.readexactly(int.from_bytes(await stdout.readexactly(8)))
             self._idle.append(reader)
-        except BaseException:
+        except BaseException as error:
             await _killed(reader)
+            if isinstance(error, OSError | EOFError):
+                log.error("a process that reads has ended with %s", reader.returncode)
             raise
         return cast(dict[str, Any], orjson.loads(answer))
 
@@ -2028,7 +2035,7 @@ class GenerationQueue:
             found = await self.readers.ask(
                 "review",
                 client,
-                index=str(self.settings.skills_index or "") if "skills" in prompt.schema["properties"] else "",
+                index=self.settings.index if "skills" in prompt.schema["properties"] else "",
                 skills=tags,
                 badge=badge.model_dump(),
                 course=course.text,
@@ -2796,6 +2803,7 @@ CHILD_SAYS = "dccapi engine: "  # libraries write to the child's stdout too
 class EmbeddedEngine(OpenAIEngine):
     """llama.cpp in a child process of ours (`python dccapi.py engine`), restarted when it dies, ended with us."""
 
+    remedy = "The service's log says why; it is started again and again."
     # SmolLM2-135M loops at the contract's 1.02. With this, the sampler against repetition and bounded texts it ends
     # by itself on every one of the real courses; without, on half of them.
     defaults: Mapping[str, Any] = {"repeat_penalty": 1.12}
@@ -2882,7 +2890,10 @@ class EmbeddedEngine(OpenAIEngine):
                     log.info("embedded engine ready after %.1f s", time.monotonic() - started)
                 elif told and not mark:
                     self._not_started = told
-            return await process.wait()
+            code = await process.wait()
+            if not self._ready.is_set() and not self._not_started:
+                self._not_started = f"its process ended with {code} (-9: it lacks memory; -4: another processor)."
+            return code
         finally:
             self._ready.clear()
             self._ended.set()
@@ -2895,6 +2906,7 @@ class EmbeddedEngine(OpenAIEngine):
 
 def serve_embedded(path: str, context: int, slots: int, name: str) -> None:
     """The child process of EmbeddedEngine: llama.cpp's OpenAI API on a free loopback port until stdin ends."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # systemd sends it to all of a service; the end of stdin ends this
     key = sys.stdin.readline().strip()
     say = partial(print, f"\n{CHILD_SAYS}", sep="", flush=True)
     try:
@@ -2908,6 +2920,9 @@ def serve_embedded(path: str, context: int, slots: int, name: str) -> None:
     parameters.n_ctx = context * slots
     parameters.n_parallel = slots
     parameters.n_batch = 512  # a client that leaves while its prompt is read frees the slot after so many tokens
+    with contextlib.suppress(OSError, ValueError):  # more threads than a container may use wait for each other
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        parameters.cpuparams.n_threads = min(max(1, quota // period), os.cpu_count() or 1)
     parameters.ui = False
     parameters.api_keys = [key]
     try:
@@ -3147,14 +3162,20 @@ class Api:
             if "maximum size" in error.detail:
                 raise BodyTooLarge(f"A field may have {self.settings.max_body_bytes} bytes here.") from None
             raise invalid({("body",): f"is no form with one file: {error.detail}"}) from None
+        except OSError as error:  # the parser writes a file too
+            raise no_room(error) from None
         return with_objects(fields), document
 
     async def _read(self, chunks: AsyncIterator[bytes], name: str, media_type: str, client: str) -> dict[str, Any]:
         """What `reader` says of a document, which it is handed as a file."""
-        with tempfile.NamedTemporaryFile(prefix="dccapi-") as file:
-            async for chunk in chunks:
-                file.write(chunk)
-            file.flush()
+        with contextlib.ExitStack() as opened:
+            try:
+                file = opened.enter_context(tempfile.NamedTemporaryFile(prefix="dccapi-"))
+                async for chunk in chunks:
+                    file.write(chunk)
+                file.flush()
+            except OSError as error:
+                raise no_room(error) from None
             return await self.readers.ask("document", client, path=file.name, name=name, media_type=media_type)
 
     async def skills(self, request: Request) -> Response:
@@ -3164,8 +3185,7 @@ class Api:
         query = request.query_params.get("q", "")
         if not re.search(VISIBLE, query):
             raise invalid({("q",): "must be a word of the skill that is looked for"})
-        index = str(self.settings.skills_index)
-        answer = await self.readers.ask("skills", request.state.client, path=index, query=query)
+        answer = await self.readers.ask("skills", request.state.client, path=self.settings.index, query=query)
         if "fault" in answer:
             raise NotFound("The index of skills cannot be read. The service's operator finds the reason in /health.")
         return as_json(answer["skills"])
@@ -3175,7 +3195,7 @@ class Api:
         if not self.settings.skills_index:
             return None, None
         try:
-            answer = await self.readers.ask("frameworks", "", path=str(self.settings.skills_index))
+            answer = await self.readers.ask("frameworks", "", path=self.settings.index)
         except ApiError as error:
             answer = {"fault": error.detail}
         if fault := answer.get("fault"):
@@ -3462,6 +3482,12 @@ def warn_once(text: str, minute: float) -> None:
     log.warning(text)
 
 
+def no_room(error: OSError) -> QueueFull:
+    """What a client is told where a body or a document cannot be written to TMPDIR, which the log says."""
+    warn_once(f"a body cannot be kept in the directory for temporary files: {error.strerror}", time.monotonic() // 60)
+    return QueueFull("The service has no room for a body of this size now. Try again later, or send less.")
+
+
 class Guard:
     """Outermost ASGI layer: reads every body within bounds, ends what nobody waits for, and marks every response."""
 
@@ -3535,7 +3561,8 @@ class Exchange:
                     pass
         finally:
             if self._body:
-                self._body.close()
+                with contextlib.suppress(OSError):  # there was no room for its last bytes
+                    self._body.close()
         # Hypercorn says so after every response too, while it tidies up in the last `send`: that must not be cancelled.
         if not self._is_over:
             self.gone = True
@@ -3558,18 +3585,27 @@ class Exchange:
                     size += len(chunk)
                     refused = refused or self._refusal(size)
                     if chunk and not refused and not self._is_over:
-                        # What is larger than an ordinary body is not held in memory.
-                        self._body = self._body or tempfile.SpooledTemporaryFile(settings.max_body_bytes)  # noqa: SIM115 - `_watch` closes it
-                        self._body.write(chunk)
-                        self._hold(size)
+                        refused = self._kept(chunk, size)
+            if self._body and not refused:
+                self._body.seek(0)
         except TimeoutError:
             refused = refused or BodyTimeout()
+        except OSError as error:
+            refused = no_room(error)
         finally:
             self._hold(0)
         self._refused, self._size = refused, size
-        if self._body:
-            self._body.seek(0)
         return True
+
+    def _kept(self, chunk: bytes, size: int) -> ApiError | None:
+        """Keep a part of the body, in memory only what is no larger than an ordinary one. Why there is no room."""
+        try:
+            self._body = self._body or tempfile.SpooledTemporaryFile(self._settings.max_body_bytes)  # noqa: SIM115 - `_watch` closes it
+            self._body.write(chunk)
+        except OSError as error:
+            return no_room(error)
+        self._hold(size)
+        return None
 
     def _hold(self, size: int) -> None:
         """Count what of the body is in memory."""
@@ -4047,6 +4083,22 @@ def give_memory_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def reap_orphans(before: set[str]) -> set[str]:
+    """Wait for the children that had ended `before` and that nobody waited for. Those that have ended now.
+
+    In a container the service is process 1, to which a killed reader leaves the process that read its document.
+    """
+    ended = set()
+    with contextlib.suppress(OSError):  # no /proc
+        for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+            if ") Z " in Path(f"/proc/{child}/stat").read_text():
+                ended.add(child)
+    for child in ended & before:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(int(child), os.WNOHANG)
+    return ended
+
+
 async def serve_until_drained(
     app: Any,
     config: Config,
@@ -4076,9 +4128,11 @@ async def serve_until_drained(
                 loop.add_signal_handler(sign, asked.cancel)
 
     async def drained() -> None:
+        ended: set[str] = set()
         while not asked.done():
             await asyncio.wait({asked}, timeout=TRIM_INTERVAL)
             give_memory_back()
+            ended = reap_orphans(ended)
         if not shutdown_trigger or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a process of our own
             # The next Ctrl-C ends it. One Ctrl-C may arrive twice, from the terminal and from a parent.
             loop.call_later(0.5, signal.signal, signal.SIGINT, signal.SIG_DFL)
@@ -4219,7 +4273,10 @@ def serve(options: argparse.Namespace) -> None:
     config = Config.from_toml(options.config)
     certificate, key = options.certs / "cert.pem", options.certs / "key.pem"
     config.bind = options.bind or config.bind
-    if certificate.exists() and key.exists():
+    if os.path.exists(certificate) and os.path.exists(key):
+        for file in (certificate, key):
+            if not os.access(file, os.R_OK):
+                raise SystemExit(f"dccapi: {file} cannot be read by this user: chown or chmod it")
         config.certfile, config.keyfile = str(certificate), str(key)
         config.bind, config.insecure_bind = [options.tls_bind], config.bind
     try:

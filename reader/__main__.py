@@ -110,8 +110,14 @@ def _end_with_parent() -> None:
 def _allow(seconds: int) -> None:
     """Sets the processor time of a task. Python is interrupted after it; C code that goes on is killed by SIGXCPU."""
     used = resource.getrusage(resource.RUSAGE_SELF)
-    resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + seconds + 3, resource.RLIM_INFINITY))
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    resource.setrlimit(resource.RLIMIT_CPU, (_at_most(hard, int(used.ru_utime + used.ru_stime) + seconds + 3), hard))
     signal.setitimer(signal.ITIMER_PROF, seconds, 0.5)
+
+
+def _at_most(hard: int, size: int) -> int:
+    """A limit that may be set where there is a hard one, which only root can raise."""
+    return size if hard == resource.RLIM_INFINITY else min(size, hard)
 
 
 def _too_slow(*_: object) -> None:
@@ -120,10 +126,15 @@ def _too_slow(*_: object) -> None:
 
 def _confine() -> None:
     """Limits what a document that takes over a parser can do: memory, files, network, other programs."""
+    limits = {
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_FSIZE: 4096,
+    }  # of files: libraries try whether they can write one
     if sys.platform != "darwin":  # which knows no limit of memory
-        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # of files: libraries try whether they can write one
+        limits[resource.RLIMIT_AS] = MAX_MEMORY
+    for kind, size in limits.items():
+        size = _at_most(resource.getrlimit(kind)[1], size)
+        resource.setrlimit(kind, (size, size))
     sys.dont_write_bytecode = True  # Python would leave half of a .pyc file, and read it ever after (cpython 126606)
     signal.signal(signal.SIGPROF, _too_slow)
     sys.addaudithook(_refuse)
@@ -148,6 +159,7 @@ def _refuse(event: str, _: object) -> None:
 
 def main() -> None:
     """Reads requests from stdin, writes answers to stdout, each behind its length in eight bytes, until EOF."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # systemd sends it to all of a service; the end of stdin ends this
     _confine()
     while head := sys.stdin.buffer.read(8):
         answer = answered(orjson.loads(sys.stdin.buffer.read(int.from_bytes(head))))

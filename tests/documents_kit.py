@@ -8,7 +8,7 @@ import subprocess
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from html import escape
 from pathlib import Path
@@ -31,9 +31,10 @@ OLE = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
 class Child:
     """A process of `reader`, spoken to as dccapi.py does."""
 
-    def __init__(self, home: Path = HERE) -> None:
+    def __init__(self, home: Path = HERE, before: Callable[[], object] | None = None) -> None:
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen([sys.executable, "-m", "reader"], stdin=pipe, stdout=pipe, cwd=home)
+        line = [sys.executable, "-m", "reader"]
+        self.process = subprocess.Popen(line, stdin=pipe, stdout=pipe, cwd=home, preexec_fn=before)
 
     def send(self, task: str, **arguments: Any) -> None:
         request = orjson.dumps({"task": task, **arguments})
@@ -73,8 +74,8 @@ def changed_reader(home: Path, file: str, before: str, after: str) -> None:
 
 
 @contextmanager
-def child(home: Path = HERE) -> Iterator[Child]:
-    running = Child(home)
+def child(home: Path = HERE, before: Callable[[], object] | None = None) -> Iterator[Child]:
+    running = Child(home, before)
     try:
         yield running
     finally:

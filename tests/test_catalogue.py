@@ -11,6 +11,7 @@ import os
 import random
 import re
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -489,6 +490,28 @@ async def test_check_tells_what_is_read_where_no_service_answers(
     with pytest.raises(catalogue.Refused, match="No dccapi answers"):
         await catalogue.run(catalogue.parser().parse_args(arguments))
     assert "9 rows" in capsys.readouterr().out
+
+
+def test_a_terminal_of_another_encoding_shows_what_it_can(tmp_path: Path) -> None:
+    path = table(tmp_path / "courses.csv", [["id", "content"], ["1", "Węzły żeglarskie"]], "utf-8", ",")
+    line = [
+        "catalogue.py",
+        "run",
+        str(path),
+        str(tmp_path / "drafts.jsonl"),
+        "--check",
+        "--server",
+        "http://127.0.0.1:9",
+    ]
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    said = subprocess.Popen([sys.executable, *line], cwd=HERE, env=environment, stdout=subprocess.PIPE)
+    assert said.stdout
+    try:
+        text = "".join(said.stdout.readline().decode() for _ in range(3))
+    finally:
+        said.kill()
+        said.communicate()
+    assert "W\\u0119z\\u0142y" in text
 
 
 def test_progress_fits_the_terminal_with_the_time_of_the_end(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import os
 import random
+import resource
 import shutil
+import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,6 +102,26 @@ def test_a_process_that_may_write_no_files_leaves_no_broken_bytecode(
     for _ in range(2):  # the second would import what the first has left
         with child(tmp_path) as running:
             assert "Knots" in read(running, tmp_path / "file", docx(paragraph("Knots")))["content"]
+
+
+def under_hard_limits() -> None:
+    for kind, size in ((resource.RLIMIT_CPU, 3600), (resource.RLIMIT_AS, 400 * 2**20)):
+        resource.setrlimit(kind, (size, size))
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(24, 24)  # PR_CAPBSET_DROP, CAP_SYS_RESOURCE: then root cannot raise them either
+
+
+def test_where_limits_are_hard_documents_are_read_within_them(tmp_path: Path) -> None:
+    with child(before=under_hard_limits) as running:
+        assert running.ask("text", content="Knots")["text"] == "Knots"
+        assert "Knots" in read(running, tmp_path / "file", docx(paragraph("Knots")))["content"]
+
+
+def test_sigterm_to_all_processes_of_a_service_does_not_end_one_that_reads() -> None:
+    with child() as running:
+        assert running.ask("text", content="Knots")["text"] == "Knots"
+        running.process.terminate()
+        assert running.ask("text", content="Ropes")["text"] == "Ropes"
 
 
 # --- Formats ---

@@ -12,7 +12,20 @@ from collections.abc import AsyncIterator
 import pytest
 
 import dccapi
-from service import COURSE, COURSES, HERE, MODEL, commands, engines_of, events_of, named, needs_model, runs, texts_of
+from service import (
+    COURSE,
+    COURSES,
+    HERE,
+    MODEL,
+    children,
+    commands,
+    engines_of,
+    events_of,
+    named,
+    needs_model,
+    runs,
+    texts_of,
+)
 from testkit import H2Client, Server, eventually, free_port
 
 pytestmark = pytest.mark.slow
@@ -81,6 +94,19 @@ async def test_a_killed_engine_ends_its_generation_and_the_next_one_works() -> N
         answer = await connection.response(await connection.request("POST", "/generate", body=body), timeout=120)
         assert answer.status == 200
         assert engines_of(server.pid) != [child]
+
+
+@needs_model
+@pytest.mark.timeout(300)
+async def test_a_sigterm_to_all_processes_lets_what_runs_finish() -> None:
+    port = free_port()
+    async with embedded(port) as server, await H2Client.connect("127.0.0.1", port) as connection:
+        stream = await connection.request("POST", "/generate/stream", body=COURSE | {"seed": 1})
+        await anext(event async for event in connection.events(stream, 60) if named([event], "token"))
+        for process in (*children(server.pid), server.pid):  # as systemd does
+            os.kill(process, signal.SIGTERM)
+        assert (await events_of(connection, stream, 60))[-1]["data"]["type"] == "final"
+        assert await server.wait() == 0
 
 
 @needs_model

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import subprocess
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 
 import dccapi
 from documents_kit import changed_reader
-from service import COURSE, HERE, PAGE, SLOW, Service, ask, asked, client, logging_into, serving
+from service import COURSE, HERE, PAGE, SLOW, Service, ask, asked, client, logging_into, problem_in, serving
 from testkit import ScriptedOpenAI, badge_json, eventually
 
 EVIL = ("origin", "https://evil.example")
@@ -300,6 +302,32 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> list[asyncio.subprocess.Process]:
     return started
 
 
+async def test_without_room_for_its_body_a_request_is_refused_and_keeps_no_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    text = [("content-type", "text/plain")]
+    async with serving(max_per_client=2) as service, client(service) as http1:
+        for size in (100, 400_000) * 2:
+            problem_in(await ask(service, b"x" * size, "/extract", headers=text), 503, "queue_full")
+            answer = await http1.post("/extract", content=b"x" * size, headers=dict(text))
+            assert (answer.status_code, answer.json()["error_code"]) == (503, "queue_full")
+        await service.idle()
+        assert (await ask(service)).status == 200
+
+
+def test_what_a_killed_child_leaves_behind_is_waited_for() -> None:
+    child = subprocess.Popen(["true"])
+    seen: set[str] = set()
+    deadline = time.monotonic() + 10
+    while str(child.pid) not in seen and time.monotonic() < deadline:
+        seen = dccapi.reap_orphans(set())
+    assert Path(f"/proc/{child.pid}").exists()
+    dccapi.reap_orphans(seen)
+    assert not Path(f"/proc/{child.pid}").exists()
+    child.wait()
+
+
 # --- what is kept ---
 
 
@@ -399,3 +427,18 @@ async def test_the_embedded_engine_is_started_again_and_knows_its_childs_line(
             finally:
                 await engine.stop()
     assert len([line for line in lines if "the embedded engine ended" in line]) == 1
+
+
+async def test_an_embedded_engine_that_is_killed_at_its_start_is_told_at_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "dccapi.py").write_text("import os\nos.kill(os.getpid(), 9)\n")
+    monkeypatch.setattr(dccapi, "HERE", tmp_path)
+    engine = dccapi.EmbeddedEngine(dccapi.Settings(engine="embedded", model_path=Path(__file__)))
+    await engine.start()
+    try:
+        await eventually(lambda: engine._not_started)
+        with pytest.raises(dccapi.EngineUnreachable, match="ended with -9"):
+            await engine.url()
+    finally:
+        await engine.stop()

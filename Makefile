@@ -166,4 +166,4 @@ lock:
 
 clean:
 	@echo "Removing .venv and caches"
-	@rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis .schemathesis __pycache__ tests/__pycache__ tools/__pycache__ build dist *.egg-info model/.fetch.* model/.parts
+	@rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis .schemathesis __pycache__ reader/__pycache__ tests/__pycache__ tools/__pycache__ build dist *.egg-info model/.fetch.* model/.parts

@@ -1439,11 +1439,19 @@ class Readers:
 
 
 async def _started(*arguments: str, cwd: Path | None = None) -> asyncio.subprocess.Process:
-    """A Python process of ours. Reaching the end of its stdin ends it, also after we were killed."""
+    """A Python process of ours. Reaching the end of its stdin ends it, also after we were killed.
+
+    Ctrl-C and SIGTERM are ours to answer, since running generations finish first. So it has a session of its own, and
+    inherits that SIGTERM, which systemd sends to all processes of a service, is blocked.
+    """
     pipe, nowhere = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
-    return await asyncio.create_subprocess_exec(
-        *(sys.executable, *arguments), stdin=pipe, stdout=pipe, stderr=nowhere, cwd=cwd, start_new_session=True
-    )  # a session of its own, because Ctrl-C is ours to answer: running generations finish first
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        return await asyncio.create_subprocess_exec(
+            *(sys.executable, *arguments), stdin=pipe, stdout=pipe, stderr=nowhere, cwd=cwd, start_new_session=True
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 async def _killed(process: asyncio.subprocess.Process) -> None:
@@ -2821,7 +2829,7 @@ class EmbeddedEngine(OpenAIEngine):
         self.is_tiny = cast(Path, settings.model_path).stat().st_size < TINY
         self._key = secrets.token_urlsafe(16)  # other users of this machine can reach the child's port
         self._headers = {"authorization": f"Bearer {self._key}"}
-        self._ready, self._ended = asyncio.Event(), asyncio.Event()
+        self._told, self._ended = asyncio.Event(), asyncio.Event()  # its address, or why it has none; its end
         self._not_started = ""  # why the last child did not start
         self._supervisor: asyncio.Task[None] | None = None
 
@@ -2845,9 +2853,9 @@ class EmbeddedEngine(OpenAIEngine):
 
     async def url(self) -> str:
         """The child's address, once it listens: a restart takes seconds, for which a generation has its deadlines."""
+        await self._told.wait()
         if self._not_started:
             raise EngineUnreachable(f"The embedded language model cannot be started: {self._not_started}")
-        await self._ready.wait()
         return self.base_url
 
     async def _post(self, body: dict[str, Any], retry: bool) -> aiohttp.ClientResponse:
@@ -2868,6 +2876,7 @@ class EmbeddedEngine(OpenAIEngine):
                 ended = f"{await self._run()} {self._not_started}"
             except (OSError, ValueError) as error:  # no memory or file descriptor for it now; a line without end
                 ended = self._not_started = getattr(error, "strerror", None) or type(error).__name__
+                self._told.set()
             delay = 0.5 if time.monotonic() - started > 30 else min(delay * 2, 30)
             log.error("the embedded engine ended with %s; next start in %.1f s", ended, delay)
             await asyncio.sleep(delay)
@@ -2879,23 +2888,25 @@ class EmbeddedEngine(OpenAIEngine):
         flags = f"--context={settings.num_ctx}", f"--slots={settings.workers}", f"--name={settings.model}"
         process = await _started(str(HERE / "dccapi.py"), "engine", str(settings.model_path), *flags)
         self._ended.clear()
+        reason, is_ready = "", False
         stdin, stdout = cast(asyncio.StreamWriter, process.stdin), cast(asyncio.StreamReader, process.stdout)
         try:
             stdin.write(self._key.encode() + b"\n")  # not in its arguments, which anyone can read
             async for line in stdout:
                 mark, _, told = line.decode(errors="replace").strip().partition(CHILD_SAYS)
                 if told.startswith("http") and not mark:
-                    self.base_url, self._not_started = f"{told}/v1", ""
-                    self._ready.set()
+                    self.base_url, self._not_started, is_ready = f"{told}/v1", "", True
+                    self._told.set()
                     log.info("embedded engine ready after %.1f s", time.monotonic() - started)
                 elif told and not mark:
-                    self._not_started = told
+                    reason = told
             code = await process.wait()
-            if not self._ready.is_set() and not self._not_started:
-                self._not_started = f"its process ended with {code} (-9: it lacks memory; -4: another processor)."
+            if not is_ready:
+                reason = reason or f"its process ended with {code} (-9: it lacks memory; -4: another processor)."
+                self._not_started = reason
             return code
         finally:
-            self._ready.clear()
+            (self._told.set if self._not_started else self._told.clear)()
             self._ended.set()
             await _killed(process)
 
@@ -2906,7 +2917,6 @@ class EmbeddedEngine(OpenAIEngine):
 
 def serve_embedded(path: str, context: int, slots: int, name: str) -> None:
     """The child process of EmbeddedEngine: llama.cpp's OpenAI API on a free loopback port until stdin ends."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # systemd sends it to all of a service; the end of stdin ends this
     key = sys.stdin.readline().strip()
     say = partial(print, f"\n{CHILD_SAYS}", sep="", flush=True)
     try:
@@ -2922,7 +2932,8 @@ def serve_embedded(path: str, context: int, slots: int, name: str) -> None:
     parameters.n_batch = 512  # a client that leaves while its prompt is read frees the slot after so many tokens
     with contextlib.suppress(OSError, ValueError):  # more threads than a container may use wait for each other
         quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
-        parameters.cpuparams.n_threads = min(max(1, quota // period), os.cpu_count() or 1)
+        if quota // period < (os.cpu_count() or 1):
+            parameters.cpuparams.n_threads = max(1, quota // period)
     parameters.ui = False
     parameters.api_keys = [key]
     try:
@@ -3168,15 +3179,14 @@ class Api:
 
     async def _read(self, chunks: AsyncIterator[bytes], name: str, media_type: str, client: str) -> dict[str, Any]:
         """What `reader` says of a document, which it is handed as a file."""
-        with contextlib.ExitStack() as opened:
-            try:
-                file = opened.enter_context(tempfile.NamedTemporaryFile(prefix="dccapi-"))
+        try:
+            with tempfile.NamedTemporaryFile(prefix="dccapi-") as file:
                 async for chunk in chunks:
                     file.write(chunk)
                 file.flush()
-            except OSError as error:
-                raise no_room(error) from None
-            return await self.readers.ask("document", client, path=file.name, name=name, media_type=media_type)
+                return await self.readers.ask("document", client, path=file.name, name=name, media_type=media_type)
+        except OSError as error:  # closing the file may raise it once more
+            raise no_room(error) from None
 
     async def skills(self, request: Request) -> Response:
         """The skills of the index that a query may mean, best first. Raises NotFound without an index."""
@@ -4089,7 +4099,7 @@ def reap_orphans(before: set[str]) -> set[str]:
     In a container the service is process 1, to which a killed reader leaves the process that read its document.
     """
     ended = set()
-    with contextlib.suppress(OSError):  # no /proc
+    with contextlib.suppress(OSError, ValueError):  # no /proc; a name that is not UTF-8
         for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
             if ") Z " in Path(f"/proc/{child}/stat").read_text():
                 ended.add(child)
@@ -4129,10 +4139,9 @@ async def serve_until_drained(
 
     async def drained() -> None:
         ended: set[str] = set()
-        while not asked.done():
-            await asyncio.wait({asked}, timeout=TRIM_INTERVAL)
+        while not (await asyncio.wait({asked}, timeout=TRIM_INTERVAL))[0]:
             give_memory_back()
-            ended = reap_orphans(ended)
+            ended = reap_orphans(ended) if os.getpid() == 1 else ended
         if not shutdown_trigger or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a process of our own
             # The next Ctrl-C ends it. One Ctrl-C may arrive twice, from the terminal and from a parent.
             loop.call_later(0.5, signal.signal, signal.SIGINT, signal.SIG_DFL)
@@ -4273,10 +4282,10 @@ def serve(options: argparse.Namespace) -> None:
     config = Config.from_toml(options.config)
     certificate, key = options.certs / "cert.pem", options.certs / "key.pem"
     config.bind = options.bind or config.bind
-    if os.path.exists(certificate) and os.path.exists(key):
-        for file in (certificate, key):
-            if not os.access(file, os.R_OK):
-                raise SystemExit(f"dccapi: {file} cannot be read by this user: chown or chmod it")
+    for path in (options.certs, certificate, key):
+        if os.path.exists(path) and not os.access(path, os.R_OK | (os.X_OK if path == options.certs else 0)):
+            raise SystemExit(f"dccapi: {path} cannot be read by this user: chown or chmod it")
+    if certificate.exists() and key.exists():
         config.certfile, config.keyfile = str(certificate), str(key)
         config.bind, config.insecure_bind = [options.tls_bind], config.bind
     try:

@@ -159,7 +159,6 @@ def _refuse(event: str, _: object) -> None:
 
 def main() -> None:
     """Reads requests from stdin, writes answers to stdout, each behind its length in eight bytes, until EOF."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # systemd sends it to all of a service; the end of stdin ends this
     _confine()
     while head := sys.stdin.buffer.read(8):
         answer = answered(orjson.loads(sys.stdin.buffer.read(int.from_bytes(head))))

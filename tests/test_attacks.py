@@ -193,9 +193,13 @@ async def test_behind_a_trusted_proxy_the_bound_on_connections_is_not_the_proxys
                 writer.transport.abort()
 
 
-async def test_a_full_disk_does_not_keep_the_service_from_stopping() -> None:
-    async with process("ulimit -f 1024") as (server, port), await H2Client.connect("127.0.0.1", port) as one:
-        upload = await one.request("POST", "/extract", [("content-type", "text/plain")], b"x" * 3_000_000)
+@pytest.mark.parametrize(("blocks", "size"), [(1, 3_000), (1024, 3_000_000)])
+async def test_a_full_disk_refuses_a_document_and_does_not_keep_the_service_from_stopping(
+    blocks: int, size: int
+) -> None:
+    limited = process(f"ulimit -f {blocks}", PYTHONDONTWRITEBYTECODE="1")
+    async with limited as (server, port), await H2Client.connect("127.0.0.1", port) as one:
+        upload = await one.request("POST", "/extract", [("content-type", "text/plain")], b"x" * size)
         assert (await one.response(upload)).json()["error_code"] == "queue_full"
         await eventually(lambda: [line for line in server.log if "temporary files" in line])
         assert await server.terminate(10) == 0

@@ -117,13 +117,6 @@ def test_where_limits_are_hard_documents_are_read_within_them(tmp_path: Path) ->
         assert "Knots" in read(running, tmp_path / "file", docx(paragraph("Knots")))["content"]
 
 
-def test_sigterm_to_all_processes_of_a_service_does_not_end_one_that_reads() -> None:
-    with child() as running:
-        assert running.ask("text", content="Knots")["text"] == "Knots"
-        running.process.terminate()
-        assert running.ask("text", content="Ropes")["text"] == "Ropes"
-
-
 # --- Formats ---
 
 SYLLABUS = """# Welding 101: Joining Metals

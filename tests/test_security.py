@@ -302,6 +302,16 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> list[asyncio.subprocess.Process]:
     return started
 
 
+async def test_a_sigterm_to_all_processes_does_not_end_one_that_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsers = spied(monkeypatch)
+    async with serving(new_readers=True) as service:
+        for _ in range(3):
+            assert (await ask(service)).status == 200
+            for parser in parsers:
+                parser.terminate()
+        assert {parser.returncode for parser in parsers} == {None}
+
+
 async def test_without_room_for_its_body_a_request_is_refused_and_keeps_no_place(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -420,7 +430,7 @@ async def test_the_embedded_engine_is_started_again_and_knows_its_childs_line(
                 await eventually(lambda: engine._not_started)
                 with pytest.raises(dccapi.EngineUnreachable, match="Too many open files"):
                     await engine.url()
-                await eventually(engine._ready.is_set)
+                await eventually(lambda: engine._told.is_set() and not engine._not_started)
                 prompt = dccapi.build_prompt(dccapi.GenerateRequest(**COURSE), dccapi.Course(COURSE["content"]), "", {})
                 pieces = [piece async for piece in engine.stream(prompt)]
                 assert "".join(piece for piece in pieces if isinstance(piece, str)) == badge_json()
@@ -437,8 +447,8 @@ async def test_an_embedded_engine_that_is_killed_at_its_start_is_told_at_once(
     engine = dccapi.EmbeddedEngine(dccapi.Settings(engine="embedded", model_path=Path(__file__)))
     await engine.start()
     try:
-        await eventually(lambda: engine._not_started)
-        with pytest.raises(dccapi.EngineUnreachable, match="ended with -9"):
-            await engine.url()
+        for _ in range(2):  # one that waits already, and one that comes later
+            with pytest.raises(dccapi.EngineUnreachable, match="ended with -9"):
+                await asyncio.wait_for(engine.url(), 10)
     finally:
         await engine.stop()

@@ -22,6 +22,7 @@ import asyncio
 import codecs
 import contextlib
 import csv
+import errno
 import fcntl
 import functools
 import hashlib
@@ -382,6 +383,16 @@ def index(path: Path) -> tuple[dict[str, Entry], int]:
     return entries, at
 
 
+def _lock(file: int, path: Path) -> None:
+    """Raises BlockingIOError where another process has it. Some network file systems know no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        print(f"{path} cannot be locked on this file system: do not run two at a time.", file=sys.stderr)
+
+
 class Drafts:
     """drafts.jsonl, open for appending, and locked: two runs do not write one file."""
 
@@ -394,7 +405,7 @@ class Drafts:
             try:
                 self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
                 opened.callback(os.close, self._file)
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(self._file, self.path)
             except BlockingIOError:
                 raise Refused(f"{self.path} is being written by another catalogue.py.") from None
             except OSError as error:

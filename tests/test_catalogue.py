@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import csv
+import errno
 import fcntl
 import json
 import os
@@ -294,6 +295,18 @@ async def test_two_runs_do_not_write_one_file(tmp_path: Path) -> None:
         fcntl.flock(held, fcntl.LOCK_EX)
         async with serving() as service:
             assert "is being written by another" in await run(service, path, drafts, code=2)
+
+
+def test_where_a_file_system_knows_no_locks_drafts_are_written_with_a_word_of_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unknown)
+    with catalogue.Drafts(tmp_path / "drafts.jsonl") as drafts:
+        drafts.append(draft("a"))
+    assert "do not run two at a time" in capsys.readouterr().err
 
 
 async def test_what_the_service_cannot_do_now_is_waited_for(tmp_path: Path) -> None:

@@ -147,10 +147,12 @@ async def write(client, request, say):
         except FOREIGN as error:
             raise Failed(f"{client.base_url} does not answer as dccapi does; is the address right?") from error
         except asyncio.CancelledError:
-            # Ctrl-C: an asynchronous generation would go on without us.
-            with contextlib.suppress(httpx.HTTPError):
-                if path:
-                    await client.delete(path, timeout=2)
+            # Ctrl-C: an asynchronous generation would go on without us, also one whose answer is still on its way.
+            with contextlib.suppress(*FOREIGN):
+                if not path:
+                    response = await client.post("/generate", headers=headers, timeout=2, **request)
+                    path = f"/generations/{response.json()['id']}"
+                await client.delete(path, timeout=2)
             raise
 
 
@@ -213,7 +215,8 @@ async def run(arguments):
             return 0 if all(await asyncio.gather(*tasks)) else 1
         finally:  # Ctrl-C, or nobody reads on: every draft under way cancels its generation
             for task in tasks:
-                task.cancel()
+                if not task.cancelling():  # a second time would end the request that cancels its generation
+                    task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
 

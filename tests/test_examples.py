@@ -335,7 +335,7 @@ async def test_the_component_works_without_properties_and_shows_markup_as_text(c
 @pytest.mark.parametrize("component", list(REACTS)[-1:], indirect=True)
 async def test_the_component_writes_four_badges_with_the_real_model(component: bytes) -> None:
     async with real() as (_, tls), site(component) as address, visiting(address) as visit:
-        properties = {"baseUrl": tls, "options": {"seed": 1}}
+        properties = {"baseUrl": tls, "options": {"seed": 1, "badge_tone": "Concise", "skills": False}}
         await write_drafts(visit.page, properties, COURSES[1]["content"])
         await says(visit.page, "Drafts: 4 ready", 300)
         assert len(await visit.page.evaluate("window.badges")) == 4
@@ -685,14 +685,14 @@ async def test_the_client_stops_its_generations_when_it_is_interrupted() -> None
         await service.idle()
         assert (run.code, run.out) == (130, ""), run
         assert "Traceback" not in run.err
-        assert all(call.closed_by_client.is_set() for call in calls)
+        assert all(call.closed_by_client.is_set() for call in calls), run.err
 
 
 @needs_model
 @pytest.mark.timeout(400)
 async def test_the_client_writes_badges_with_the_real_model(tmp_path: Path) -> None:
     courses = tmp_path / "courses.jsonl"
-    courses.write_text("\n".join(json.dumps(course | {"seed": 1}) for course in COURSES[1:]))
+    courses.write_text("\n".join(json.dumps(course | {"seed": 1, "badge_tone": "Concise"}) for course in COURSES[1:]))
     async with real() as (_, tls):
         run = await ended(await start_client(tls, "--insecure", "--drafts", "2", courses), 300)
         assert (run.code, len(run.badges)) == (0, 2 * len(COURSES[1:])), run

@@ -401,9 +401,10 @@ async def test_the_client_writes_four_drafts_at_once_on_one_connection(tmp_path:
     course = tmp_path / "knots.txt"
     course.write_text(TEXT)
     gate = asyncio.Event()
-    async with serving(script=Script(gate=gate)) as service, Proxy(service.port) as proxy:
+    async with serving(script=Script(gate=gate, delay=0.02)) as service, Proxy(service.port) as proxy:
         process = await start_client(f"http://localhost:{proxy.port}", course)
         await service.engine.wait_for_calls(4)
+        await eventually(lambda: all(generation.followers for generation in service.queue.running))
         gate.set()
         run = await ended(process)
         assert (run.code, len(service.engine.calls), len(proxy.carried)) == (0, 4, 1), run

@@ -639,9 +639,10 @@ class Progress:
 
 
 def clock(seconds: float) -> str:
-    """The time of day in so many seconds, with the day where that is not today."""
+    """The time of day in so many seconds, with the day where that is not today: short, for a line of a terminal."""
     end = datetime.now() + timedelta(seconds=seconds)
-    return f"{end:%H:%M}" if end.date() == datetime.now().date() else f"{end:%a %d %b %H:%M}"
+    days = (end.date() - datetime.now().date()).days
+    return f"{end:%H:%M}" if not days else f"{end:%a %H:%M}" if days < 7 else f"{end:%d %b %H:%M}"
 
 
 class Stopped(Exception):

@@ -2904,9 +2904,11 @@ class EmbeddedEngine(OpenAIEngine):
             if not is_ready:
                 reason = reason or f"its process ended with {code} (-9: it lacks memory; -4: another processor)."
                 self._not_started = reason
+                self._told.set()
             return code
         finally:
-            (self._told.set if self._not_started else self._told.clear)()
+            if is_ready:
+                self._told.clear()
             self._ended.set()
             await _killed(process)
 

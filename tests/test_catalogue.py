@@ -540,6 +540,7 @@ def test_progress_fits_the_terminal_with_the_time_of_the_end(
         r"#+\.+ 6,000 of 10,000 done, 0 failed, 4,000 left, 2,000 an hour, ends (\w+ )?\d\d:\d\d\n", said
     )
     assert len(said) <= 80
+    assert [len(catalogue.clock(days * 86_400)) for days in (0, 1, 8)] == [5, 9, 12]  # also where it ends another day
 
 
 # ---- Review ---------------------------------------------------------------------------------------------------------

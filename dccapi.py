@@ -46,8 +46,7 @@ import time
 import traceback
 import uuid
 import weakref
-from collections import Counter as Counting
-from collections import OrderedDict
+from collections import Counter as Counting, OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -65,7 +64,6 @@ import h2.errors
 import h2.events
 import h2.exceptions
 import h11
-import hypercorn.asyncio
 import hypercorn.asyncio.run
 import hypercorn.asyncio.tcp_server
 import hypercorn.protocol
@@ -75,27 +73,15 @@ from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.asyncio.run import worker_serve
 from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.config import Config, Sockets
-from hypercorn.events import Closed, RawData, Updated
-from hypercorn.events import Event as ConnectionEvent
-from hypercorn.protocol.events import Body, EndBody, StreamClosed
-from hypercorn.protocol.events import Event as StreamEvent
+from hypercorn.events import Closed, Event as ConnectionEvent, RawData, Updated
+from hypercorn.protocol.events import Body, EndBody, Event as StreamEvent, StreamClosed
 from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.protocol.h11 import H11Protocol
 from openapi_ui_bundles import swagger_ui
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.exposition import choose_encoder
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo
+from pydantic.functional_validators import AfterValidator, BeforeValidator, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from starlette.datastructures import Headers, UploadFile
 from starlette.exceptions import HTTPException
@@ -142,21 +128,9 @@ LOOPBACK_PAGE = r"https?://(?:(?:[\w-]+\.)*localhost|127(?:\.\d{1,3}){3}|\[::1\]
 LOCAL_HOST = r"(?i)(?:[^.:]*|[\w.-]+\.localhost|[\d.]+|\[[\da-f:.]+\])(?::\d+)?"
 SERVICE_TIME = 20.0  # seconds that a generation is taken to last until one has been measured
 
-
-def _matching(pattern: str, words: str) -> AfterValidator:
-    def checked(value: str) -> str:
-        if not re.fullmatch(pattern, value):
-            raise ValueError(words)
-        return value
-
-    return AfterValidator(checked)
-
-
-_URL = r"(https?://([^\s/?#]*@)?([^\s/?#@:\[\]]+|\[[0-9a-f:]+\])(:\d{1,5})?(/[^\s?#]*)?)?"
-Url = Annotated[
-    str, _matching(_URL, "must be a URL such as http://localhost:11434"), AfterValidator(lambda url: url.rstrip("/"))
-]
-Duration = Annotated[str, _matching(r"-?\d+|-?(\d+(\.\d+)?(ms|s|m|h))+", "must be a duration such as 30m, or seconds")]
+_URL = r"https?://([^\s/?#]*@)?([^\s/?#@:\[\]]+|\[[0-9a-f:]+\])(:\d{1,5})?(/[^\s?#]*)?"
+Url = Annotated[str, Field(pattern=rf"^({_URL})?$"), AfterValidator(lambda url: url.rstrip("/"))]
+Duration = Annotated[str, Field(pattern=r"^(-?\d+|-?(\d+(\.\d+)?(ms|s|m|h))+)$")]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -169,7 +143,7 @@ class Settings(BaseSettings):
     engine: Literal["ollama", "openai", "embedded"] = "ollama"
     ollama_url: Url = "http://localhost:11434"
     openai_base_url: Url = ""
-    openai_api_key: Annotated[str, _matching(r"\s*[!-~]*\s*", "must be one line of ASCII")] = Field("", repr=False)
+    openai_api_key: str = Field("", pattern=r"^\s*[!-~]*\s*$", repr=False)
     model_name: str = ""
     model_path: Path | None = None
     system_prompt_file: Path = HERE / "SYSTEM_PROMPT.txt"
@@ -199,15 +173,8 @@ class Settings(BaseSettings):
     api_keys: str = Field("", repr=False)
     api_keys_file: Path | None = None
     trusted_proxies: str = ""
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
+    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], BeforeValidator(str.upper)] = "INFO"
     log_format: Literal["text", "json"] = "text"
-
-    @field_validator("log_level", "log_format", "engine", mode="before")
-    @classmethod
-    def _any_case(cls, value: object, info: ValidationInfo) -> object:
-        if isinstance(value, str):
-            return value.upper() if info.field_name == "log_level" else value.lower()
-        return value
 
     @field_validator("system_prompt_file", "model_path", "api_keys_file")
     @classmethod
@@ -251,9 +218,8 @@ class Settings(BaseSettings):
     @property
     def model(self) -> str:
         """The model's name as answers and `/health` give it."""
-        if self.model_name:
-            return self.model_name
-        return self.model_path.stem if self.engine == "embedded" and self.model_path else "phi4badges"
+        file = self.model_path if self.engine == "embedded" else None
+        return self.model_name or (file.stem if file else "phi4badges")
 
     @property
     def index(self) -> str:
@@ -287,18 +253,6 @@ class Settings(BaseSettings):
 def _listed(value: str) -> list[str]:
     """The entries of a comma- or line-separated setting."""
     return [entry.strip() for entry in re.split(r"[,\n]", value) if entry.strip()]
-
-
-def load_settings() -> Settings:
-    """The settings, or a message that names each wrong variable and the end of the process."""
-    try:
-        return Settings()
-    except ValidationError as error:
-        faults = []
-        for fault in error.errors(include_url=False, include_input=False, include_context=False):
-            name = "_".join(str(part) for part in fault["loc"]).upper()
-            faults.append(f"{name}: {fault['msg']}" if name else fault["msg"].removeprefix("Value error, "))
-        raise SystemExit("dccapi: invalid setting: " + "; ".join(faults)) from None
 
 
 # ---- Errors ---------------------------------------------------------------------------------------------------------
@@ -395,19 +349,16 @@ def problem(error: ApiError, request_id: str) -> dict[str, Any]:
     }
 
 
-# The faults that pydantic finds, in words, by their types; a `value_error` has words of its own.
+# The faults that pydantic finds, in words, by their types or the first part of these (`int_parsing`).
 FAULTS = {
     "missing": "is missing",
-    "string_type": "must be a text",
-    "int_type": "must be a whole number",
-    "int_parsing": "must be a whole number",
-    "float_type": "must be a number",
-    "float_parsing": "must be a number",
+    "string": "must be a text",
+    "int": "must be a whole number",
+    "float": "must be a number",
     "finite_number": "must be a number",
-    "bool_type": "must be true or false",
-    "bool_parsing": "must be true or false",
-    "model_type": "must be a JSON object",
-    "model_attributes_type": "must be a JSON object",
+    "bool": "must be true or false",
+    "model": "must be a JSON object",
+    "greater_than": "must be more than {gt}",
     "greater_than_equal": "must be at least {ge}",
     "less_than_equal": "must be at most {le}",
     "string_too_long": "may have at most {max_length} characters",
@@ -415,29 +366,32 @@ FAULTS = {
     "value_error": "{error}",
 }
 PATTERNS = {
+    "ollama_url": "must be a URL such as http://localhost:11434",
+    "openai_base_url": "must be a URL such as http://localhost:8080/v1",
+    "openai_api_key": "must be one line of ASCII",
+    "keep_alive": "must be a duration such as 30m, or seconds",
     "content": "must be the course description, as text that can be seen",
     "institute_url": "must be the address of the institution, for example https://example.edu",
     "language": "must be a language tag, for example en or pt-BR",
 }
-
-
 Place = tuple[str | int, ...]  # of a field in a request
 
 
 def in_words(fault: Mapping[str, Any]) -> str:
-    words = FAULTS.get(fault["type"]) or PATTERNS.get(str(fault["loc"][-1]), "must be text that can be seen")
+    """A fault that pydantic has found, without the name of its field."""
+    kind = fault["type"]
+    if kind == "string_pattern_mismatch":
+        return PATTERNS.get(str(fault["loc"][-1]), "must be text that can be seen")
+    words = FAULTS.get(kind) or FAULTS.get(kind.partition("_")[0], "is not valid")
     return words.format(**fault.get("ctx", {})).replace("'", "")
 
 
-def invalid(
-    faults: Mapping[Place, str], types: Mapping[Place, str] = {}, unknown: Sequence[str] = ()
-) -> InvalidRequest:
-    """Every fault of a request, by the place of its field, and what the fields that are not known look like."""
+def invalid(faults: Mapping[Place, str], types: Mapping[Place, str] = {}, extra: Sequence[str] = ()) -> InvalidRequest:
+    """Every fault of a request, by the place of its field, and what its `extra` fields, not known here, look like."""
     told = [f"{'.'.join(map(str, place)) or 'the request'} {message}" for place, message in faults.items()]
-    known = GenerateRequest.model_fields
-    for name in unknown:
+    for name in extra:
         last = name.rpartition(".")[2]
-        if meant := [MISTAKEN[last]] if last in MISTAKEN else get_close_matches(last, known, 1, 0.7):
+        if meant := get_close_matches(MISTAKEN.get(last, last), GenerateRequest.model_fields, 1, 0.7):
             told.append(f"{name} is not known here, {meant[0]} is")
     errors = [{"loc": [*place], "msg": text, "type": types.get(place, "value_error")} for place, text in faults.items()]
     return InvalidRequest(f"The request is not valid: {'; '.join(told)}.", errors=errors)
@@ -473,14 +427,6 @@ CHOICES = {
         "Outcome-Focused": "what learners can do afterwards",
     },
 }
-OPTION_LABELS = {
-    "badge_style": "Style",
-    "badge_tone": "Tone",
-    "badge_level": "Level",
-    "criterion_style": "Criteria style",
-    "institution": "Institution",
-    "custom_instructions": "Instructions",
-}
 NOT_GIVEN = ("", "not-specified")
 OTHER_NAMES = {"course_input": "content", "user_prompt": "custom_instructions"}
 # Names that clients of other services use for the content; a 422 says what is meant.
@@ -489,12 +435,9 @@ MISTAKEN = dict.fromkeys(("text", "course", "course_text", "course_description",
 VISIBLE = r"[^\x00-\x20\x7f-\xa0\xad\u1680\u2000-\u200f\u2028-\u202f\u205f-\u206f\u3000\ufeff]"
 
 
-def _integral(value: object) -> object:
-    """JSON has one kind of number: 30.0 is an integer."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-Whole = BeforeValidator(_integral)
+LanguageTag = Annotated[str, Field(pattern=r"^[A-Za-z]{2,3}(-[A-Za-z0-9]{1,8})*$")]
+# JSON has one kind of number: 30.0 is an integer.
+Whole = BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 class Criteria(BaseModel):
@@ -507,10 +450,24 @@ class Badge(BaseModel):
     badge_name: str = Field(pattern=VISIBLE, max_length=120)
     badge_description: str = Field(pattern=VISIBLE)
     criteria: Criteria
-    _tags: tuple[str, ...] = PrivateAttr(())  # where the model gave any; they go into the achievement
+    _tags: tuple[str, ...] = ()  # where the model gave any; they go into the achievement
 
 
-class StreamOptions(BaseModel):
+class Fields(BaseModel, frozen=True):
+    """Fields of a request: those that are given, under their own names."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        given = {
+            name: part for name, part in data.items() if part is not None and str(part).casefold() not in NOT_GIVEN
+        }
+        return {OTHER_NAMES.get(name, name): part for name, part in given.items()} | given
+
+
+class StreamOptions(Fields):
     """How a client wants its events."""
 
     stream: bool = Field(False, description="Answer with events, as `Accept: text/event-stream` does.")
@@ -518,39 +475,25 @@ class StreamOptions(BaseModel):
     partial: bool = Field(False, description="Add `partial` events with the badge as far as it is written.")
 
 
-class BadgeOptions(BaseModel):
+class BadgeOptions(Fields, strict=True):
     """How a badge is to be written."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
-
-    badge_style: str | None = None
-    badge_tone: str | None = None
-    badge_level: str | None = None
-    criterion_style: str | None = None
-    institution: str | None = Field(None, max_length=300)
+    # An option's title is its name in the prompt.
+    badge_style: str | None = Field(None, title="Style")
+    badge_tone: str | None = Field(None, title="Tone")
+    badge_level: str | None = Field(None, title="Level")
+    criterion_style: str | None = Field(None, title="Criteria style")
+    institution: str | None = Field(None, max_length=300, title="Institution")
     institute_url: str | None = Field(None, max_length=2000, pattern=r"^https?://[!#-;=?-\[\]_a-z~]+$")
-    custom_instructions: str | None = Field(None, max_length=4000)
+    custom_instructions: str | None = Field(None, max_length=4000, title="Instructions")
 
     @field_validator(*CHOICES)
     @classmethod
     def _canonical(cls, value: str, info: ValidationInfo) -> str:
         choices = CHOICES[str(info.field_name)]
-        for choice in choices:
-            if choice.casefold() == value.strip().casefold():
-                return choice
-        raise ValueError(f"must be one of {', '.join(choices)}")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _other_names(cls, data: Any) -> Any:
-        """Leave out what is not given, and read the other names of two fields."""
-        if not isinstance(data, dict):
-            return data
-        fields = _given(data)
-        for other, name in OTHER_NAMES.items():
-            if name not in fields and other in fields:
-                fields[name] = fields.pop(other)
-        return fields
+        if (choice := value.strip().title()) not in choices:
+            raise ValueError(f"must be one of {', '.join(choices)}")
+        return choice
 
 
 class GenerateRequest(StreamOptions, BadgeOptions):
@@ -564,13 +507,11 @@ class GenerateRequest(StreamOptions, BadgeOptions):
     repeat_penalty: Annotated[float | None, Field(ge=0, le=2, allow_inf_nan=False)] = 1.02
     seed: Annotated[Annotated[int, Field(ge=-(2**53), le=2**53)] | None, Whole] = None
     badge_configuration: BadgeOptions | None = Field(None, description="Another place for the options.")
-    language: str | None = Field(
-        None, pattern=r"^[A-Za-z]{2,3}(-[A-Za-z0-9]{1,8})*$", description="Of the badge (BCP 47); else the course's."
-    )
+    language: LanguageTag | None = Field(None, description="Of the badge (BCP 47); else the course's.")
     long_content: Literal["condense", "refuse"] = Field("condense", description="What is done if it does not fit.")
     skills: bool = Field(True, description="Name the skills that the badge stands for.")
     course_id: str | None = Field(
-        None, max_length=200, description="With the institution's URL it gives the achievement the same id each time."
+        None, max_length=200, description="With institute_url, it fixes the achievement's id."
     )
 
     def option(self, name: str) -> str | None:
@@ -585,16 +526,17 @@ class GenerateRequest(StreamOptions, BadgeOptions):
 
     def given_texts(self) -> list[str]:
         """What was said of the badge besides the course."""
-        return [text for name in OPTION_LABELS if (text := self.option(name))]
+        names = [name for name, option in BadgeOptions.model_fields.items() if option.title]
+        return [text for name in names if (text := self.option(name))]
 
     @classmethod
     def unknown(cls, document: Mapping[str, Any]) -> list[str]:
         """The fields of a request that are not known, and ignored."""
         inner = document.get("badge_configuration")
-        names = {name: name in cls.model_fields for name in document}
+        names = [name for name in document if name not in cls.model_fields]
         if isinstance(inner, dict):
-            names |= {f"badge_configuration.{name}": name in BadgeOptions.model_fields for name in inner}
-        return [name for name, known in names.items() if not known and name.rpartition(".")[2] not in OTHER_NAMES]
+            names += [f"badge_configuration.{name}" for name in inner if name not in BadgeOptions.model_fields]
+        return [name for name in names if name.rpartition(".")[2] not in OTHER_NAMES]
 
     def fingerprint(self) -> bytes:
         """What an `Idempotency-Key` stands for: the fields, not how they are delivered."""
@@ -607,15 +549,6 @@ class RegenerateRequest(GenerateRequest):
 
     badge: Badge
     field: Literal["badge_name", "badge_description", "criteria"]
-
-
-def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what stands for "not given"."""
-    return {
-        name: value
-        for name, value in fields.items()
-        if value is not None and not (isinstance(value, str) and value.casefold() in NOT_GIVEN)
-    }
 
 
 # ---- Prompt and badge: pure functions -------------------------------------------------------------------------------
@@ -702,10 +635,10 @@ def build_prompt(
     """
     text = course.text if text is None else text
     options = []
-    for name, label in OPTION_LABELS.items():
-        if value := request.option(name):
+    for name, option in BadgeOptions.model_fields.items():
+        if option.title and (value := request.option(name)):
             meaning = CHOICES.get(name, {}).get(value)
-            options.append(f"{label}: {value} ({meaning})" if meaning else f"{label}: {value}")
+            options.append(f"{option.title}: {value} ({meaning})" if meaning else f"{option.title}: {value}")
     kept: dict[str, Any] = {}
     if isinstance(request, RegenerateRequest):
         kept = {name: part for name, part in request.badge.model_dump().items() if name != request.field}
@@ -3416,7 +3349,7 @@ def validated(validate: Callable[[Any], Model], document: Any, unknown: Sequence
 
 def stream_options(request: Request) -> StreamOptions:
     """How the client wants its events, from the query."""
-    return validated(StreamOptions.model_validate_strings, _given(request.query_params))
+    return validated(StreamOptions.model_validate_strings, dict(request.query_params))
 
 
 def urgency(request: Request) -> int:
@@ -4233,6 +4166,15 @@ class LogFormatter(logging.Formatter):
         if record.exc_info:
             document["exception"] = self.formatException(record.exc_info)
         return orjson.dumps(document).decode()
+
+
+def load_settings() -> Settings:
+    """The settings, or a message that names each wrong variable and the end of the process."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        faults = [" ".join([*map(str.upper, map(str, fault["loc"])), in_words(fault)]) for fault in error.errors()]
+        raise SystemExit(f"dccapi: invalid setting: {'; '.join(faults)}") from None
 
 
 def configure_logging(settings: Settings) -> None:

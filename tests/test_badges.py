@@ -11,9 +11,7 @@ from datetime import datetime
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, example, given
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, Phase, example, given, settings as hypothesis_settings, strategies as st
 from pyld import jsonld
 
 import dccapi

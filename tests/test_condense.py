@@ -7,8 +7,7 @@ import time
 from collections import Counter
 
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from documents_kit import child
 from reader.condense import condense

@@ -11,8 +11,7 @@ from urllib.parse import urlencode
 
 import orjson
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 import dccapi
 from reader import course_text

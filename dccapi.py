@@ -2818,8 +2818,8 @@ class EmbeddedEngine(OpenAIEngine):
         """One child from its start to its end."""
         started = time.monotonic()
         settings = self.settings
-        flags = f"--context={settings.num_ctx}", f"--slots={settings.workers}", f"--name={settings.model}"
-        process = await _started(str(HERE / "dccapi.py"), "engine", str(settings.model_path), *flags)
+        arguments = settings.model_path, settings.num_ctx, settings.workers, settings.model
+        process = await _started(str(HERE / "dccapi.py"), "engine", *map(str, arguments))
         self._ended.clear()
         reason, is_ready = "", False
         stdin, stdout = cast(asyncio.StreamWriter, process.stdin), cast(asyncio.StreamReader, process.stdout)
@@ -4154,18 +4154,17 @@ class LogFormatter(logging.Formatter):
 
     def __init__(self, style: str) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
-        self._json = style == "json"
+        self._is_json = style == "json"
 
     def format(self, record: logging.LogRecord) -> str:
         fields: dict[str, Any] = getattr(record, "fields", {})
-        if not self._json:
+        if not self._is_json:
             return super().format(record) + "".join(f" {name}={value}" for name, value in fields.items())
         moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        document = {"time": moment, "level": record.levelname, "logger": record.name}
-        document |= {"message": record.getMessage(), **fields}
+        document = {"time": moment, "level": record.levelname, "logger": record.name, "message": record.getMessage()}
         if record.exc_info:
-            document["exception"] = self.formatException(record.exc_info)
-        return orjson.dumps(document).decode()
+            fields = fields | {"exception": self.formatException(record.exc_info)}
+        return orjson.dumps(document | fields).decode()
 
 
 def load_settings() -> Settings:
@@ -4180,9 +4179,8 @@ def load_settings() -> Settings:
 def configure_logging(settings: Settings) -> None:
     """Our own logger only: what embeds this module keeps its own."""
     if not log.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(LogFormatter(settings.log_format))
-        log.addHandler(handler)
+        log.addHandler(logging.StreamHandler())
+        log.handlers[0].setFormatter(LogFormatter(settings.log_format))
         log.propagate = False
     log.setLevel(settings.log_level)
 
@@ -4200,28 +4198,14 @@ def is_public(address: str) -> bool:
 # ---- Main -----------------------------------------------------------------------------------------------------------
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """`python dccapi.py`: serve; with `engine`: be the child process of the embedded engine."""
+def main() -> None:
+    """Serve until SIGTERM or SIGINT, cleartext and, with a certificate, TLS."""
     parser = argparse.ArgumentParser(prog="dccapi.py", description="Open Badges 3.0 drafts from course descriptions")
     parser.add_argument("--config", default=str(HERE / "hypercorn.toml"), help="Hypercorn's settings (%(default)s)")
     parser.add_argument("--bind", action="append", help="cleartext address, instead of the file's")
     parser.add_argument("--tls-bind", default="0.0.0.0:8443", help="TLS address (default %(default)s)")
     parser.add_argument("--certs", type=Path, default=HERE / "certs", help="where cert.pem and key.pem are")
-    commands = parser.add_subparsers(dest="command")
-    child = commands.add_parser("engine", help="serve a GGUF to the process that started this one")
-    child.add_argument("path")
-    for name, kind in (("--context", int), ("--slots", int), ("--name", str)):
-        child.add_argument(name, type=kind, required=True)
-    options = parser.parse_args(arguments)
-    if options.command == "engine":
-        serve_embedded(options.path, options.context, options.slots, options.name)
-    else:
-        serve(options)
-    return 0
-
-
-def serve(options: argparse.Namespace) -> None:
-    """Serve until SIGTERM or SIGINT, cleartext and, with a certificate, TLS."""
+    options = parser.parse_args()
     settings = load_settings()
     config = Config.from_toml(options.config)
     certificate, key = options.certs / "cert.pem", options.certs / "key.pem"
@@ -4240,7 +4224,10 @@ def serve(options: argparse.Namespace) -> None:
     asyncio.run(serve_until_drained(ASGIWrapper(cast(Any, create_app(settings))), config, sockets=sockets))
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+if __name__ == "__main__" and sys.argv[1:2] == ["engine"]:
+    path, context, slots, name = sys.argv[2:]
+    serve_embedded(path, int(context), int(slots), name)
+elif __name__ == "__main__":
+    main()
 else:
     app = create_app(load_settings())

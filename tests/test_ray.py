@@ -50,7 +50,7 @@ def python_with_ray() -> Path:
 @contextlib.asynccontextmanager
 async def llama_server() -> AsyncIterator[tuple[str, asyncio.subprocess.Process]]:
     """The child of the embedded engine, on its own."""
-    options = ["engine", str(MODEL), "--context=2048", "--slots=2", "--name=small"]
+    options = ["engine", str(MODEL), "2048", "2", "small"]
     pipe, env = asyncio.subprocess.PIPE, os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}  # two share the cores
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, str(HERE / "dccapi.py"), *options),

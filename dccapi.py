@@ -82,7 +82,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.exposition import choose_encoder
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo
 from pydantic.functional_validators import AfterValidator, BeforeValidator, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings
 from starlette.datastructures import Headers, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -96,37 +96,29 @@ from reader import review
 from reader.sieve import EVERY_MARKUP, MARKUP, Sieve
 
 __version__ = "0.2.0"
-
 HERE = Path(__file__).resolve().parent
 log = logging.getLogger("dccapi")
 
 
 # ---- Settings -------------------------------------------------------------------------------------------------------
 
-MAX_FINISHED = 256  # finished generations that are remembered (contract 3.6)
+MAX_FINISHED, MAX_FINISHED_BYTES = 256, 64 * 2**20  # generations that are remembered (contract 3.6)
 READERS = 4  # processes at most, of about 40 MB each; they are started when they are needed
 OVERTAKEN_AFTER = 0.5  # seconds that the queue waits for a course to be read
-# By the clock; `reader` bounds the time of the processor to 5 and 15 seconds, which takes longer on a busy machine.
-TEXT_TIMEOUT, DOCUMENT_TIMEOUT = 15, 45
+TEXT_TIMEOUT, DOCUMENT_TIMEOUT = 15, 45  # seconds by the clock; `reader` bounds those of the processor to 5 and 15
 MAX_LINE = 4 * 2**20  # of an engine's answer; Ollama's last line carries the context, about 6 bytes a token
 MAX_OUTPUT_CHARS = 2**18  # of one generation: 4,096 tokens of 64 characters
 MAX_BLANK_RUN = 200  # white space in a row; models loop on it under `format` (ollama 2577)
-MAX_QUERY = 32 * 2**10  # bytes; Hypercorn refuses headers over 64 KiB
 MAX_WRITE = 128 * 2**10  # bytes that one write of an event stream may hold, so also what one stream can buffer
 RESETS_AT_ONCE, RESETS_PER_SECOND = 1000, 33  # nghttp2's own limits (nghttp2_option_set_stream_reset_rate_limit)
-MAX_PEERS = 10_000  # addresses that are remembered
-MAX_HELD = 48 * 2**20  # bytes of requests under way and of bodies that have not arrived whole
-MAX_HELD_OF_ONE = MAX_HELD // 2  # address
+MAX_HELD, MAX_HELD_OF_ONE = 48 * 2**20, 24 * 2**20  # bytes of requests under way or arriving: of all, of one address
 REQUEST_COST = 16 * 2**10  # bytes that a request takes besides what was sent
-RECEIVED_AT_ONCE = 1024  # bytes of HTTP/2 that are dealt with before other connections get their turn
 CLOSE_TIMEOUT = 2  # seconds that the closing of a connection may take
-MAX_FINISHED_BYTES = 64 * 2**20  # that they take together
 TRIM_INTERVAL = 30  # seconds between two times that free memory is given back
-WRONG_KEYS = 20  # a minute of one address, before the answers to more are delayed
 LOOPBACK_PAGE = r"https?://(?:(?:[\w-]+\.)*localhost|127(?:\.\d{1,3}){3}|\[::1\])(?::\d+)?"
+LOCAL_ADDRESS = rf"{LOOPBACK_PAGE}|http://(unix|fd):.*"  # that only this machine can reach
 # A page whose name was pointed at this machine has a name with dots (DNS rebinding).
 LOCAL_HOST = r"(?i)(?:[^.:]*|[\w.-]+\.localhost|[\d.]+|\[[\da-f:.]+\])(?::\d+)?"
-SERVICE_TIME = 20.0  # seconds that a generation is taken to last until one has been measured
 
 _URL = r"https?://([^\s/?#]*@)?([^\s/?#@:\[\]]+|\[[0-9a-f:]+\])(:\d{1,5})?(/[^\s?#]*)?"
 Url = Annotated[str, Field(pattern=rf"^({_URL})?$"), AfterValidator(lambda url: url.rstrip("/"))]
@@ -135,10 +127,8 @@ Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
 
-class Settings(BaseSettings):
+class Settings(BaseSettings, frozen=True, env_ignore_empty=True):
     """The environment, read once (contract 2). Times in seconds, sizes in bytes."""
-
-    model_config = SettingsConfigDict(frozen=True, env_ignore_empty=True, extra="ignore")
 
     engine: Literal["ollama", "openai", "embedded"] = "ollama"
     ollama_url: Url = "http://localhost:11434"
@@ -180,26 +170,9 @@ class Settings(BaseSettings):
     @classmethod
     def _readable_file(cls, value: Path | None, info: ValidationInfo) -> Path | None:
         if value is not None and (os.path.isdir(value) or not os.access(value, os.R_OK)):
-            raise ValueError(f"no readable file at {value}")
+            raise ValueError(f"names no file that can be read: {value}")
         if value is not None and info.field_name != "model_path":
             value.read_text("utf-8")  # UnicodeDecodeError is a ValueError
-        return value
-
-    @field_validator("allowed_origins")
-    @classmethod
-    def _origins(cls, value: str) -> str:
-        """As browsers write them: without a path and a default port."""
-        pattern = r"(\*|[a-z][a-z0-9+.-]*://(?:[\w.-]+|\[[\da-f:.]+\])(?::\d+)?)(?:/[^*]*)?"
-        origins = [re.fullmatch(pattern, origin.lower(), re.ASCII) for origin in _listed(value)]
-        if None in origins:
-            raise ValueError("must be *, or origins such as https://lms.example.edu")
-        return ",".join(re.sub(r"^(http:.*):80$|^(https:.*):443$", r"\1\2", one[1]) for one in origins if one)
-
-    @field_validator("trusted_proxies")
-    @classmethod
-    def _networks(cls, value: str) -> str:
-        for network in _listed(value):
-            ipaddress.ip_network(network, strict=False)
         return value
 
     @model_validator(mode="after")
@@ -208,7 +181,7 @@ class Settings(BaseSettings):
             raise ValueError("OPENAI_BASE_URL is needed with ENGINE=openai, for example http://localhost:8080/v1")
         if self.engine == "embedded" and self.model_path is None:
             raise ValueError("MODEL_PATH is needed with ENGINE=embedded: the path of a GGUF file (`make model`)")
-        self.keys  # noqa: B018 - parsed here so that a malformed line stops the start
+        self.keys, self.origins, self.proxies  # noqa: B018 - parsed here so that a malformed one stops the start
         return self
 
     @property
@@ -230,24 +203,31 @@ class Settings(BaseSettings):
     def keys(self) -> dict[str, bytes]:
         """Name to key, from `API_KEYS` and `API_KEYS_FILE`."""
         text = self.api_keys + "\n" + (self.api_keys_file.read_text("utf-8") if self.api_keys_file else "")
-        keys = {}
-        for entry in _listed(text):
-            name, colon, key = (part.strip() for part in entry.partition(":"))
-            if not (name and colon and key):
-                raise ValueError("API_KEYS holds an entry that is not name:key")
-            if name in keys:
-                raise ValueError(f"API_KEYS names {name} twice")
-            keys[name] = key.encode()
-        return keys
+        entries = [re.fullmatch(r"([^:]*[^:\s])\s*:\s*(.+)", entry) for entry in _listed(text)]
+        if None in entries:
+            raise ValueError("API_KEYS holds an entry that is not name:key")
+        return {entry[1]: entry[2].encode() for entry in entries if entry}
+
+    @functools.cached_property
+    def origins(self) -> list[str]:
+        """`ALLOWED_ORIGINS` as browsers write them: without a path and a default port."""
+        pattern = r"(\*|[a-z][a-z0-9+.-]*://(?:[\w.-]+|\[[\da-f:.]+\])(?::\d+)?)(?:/[^*]*)?"
+        entries = [re.fullmatch(pattern, entry.lower(), re.ASCII) for entry in _listed(self.allowed_origins)]
+        if None in entries:
+            raise ValueError("ALLOWED_ORIGINS must be *, or origins such as https://lms.example.edu")
+        return [re.sub(r"^(http:.*):80$|^(https:.*):443$", r"\1\2", entry[1]) for entry in entries if entry]
+
+    @functools.cached_property
+    def proxies(self) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
+        try:
+            return [ipaddress.ip_network(network, strict=False) for network in _listed(self.trusted_proxies)]
+        except ValueError as error:
+            raise ValueError(f"TRUSTED_PROXIES: {error}") from None
 
     def allows(self, origin: str) -> bool:
         """Whether this origin's pages may ask; all may where `*` was set."""
-        allowed = _listed(self.allowed_origins)
-        return origin in allowed or "*" in allowed or (not allowed and re.fullmatch(LOOPBACK_PAGE, origin) is not None)
-
-    @functools.cached_property
-    def proxies(self) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
-        return tuple(ipaddress.ip_network(network, strict=False) for network in _listed(self.trusted_proxies))
+        is_local = not self.origins and re.fullmatch(LOOPBACK_PAGE, origin)
+        return bool(is_local) or origin in self.origins or "*" in self.origins
 
 
 def _listed(value: str) -> list[str]:
@@ -261,15 +241,13 @@ def _listed(value: str) -> list[str]:
 class ApiError(Exception):
     """What a client is told (contract 3.4): a status, an `error_code` and a sentence that says what to do."""
 
-    status = 500
-    code = "internal_error"
-    retry_after: float | None = None
+    status, code = 500, "internal_error"
     text = "Something went wrong here. Try again; if it stays, report the request_id."
+    retry_after: float | None = None
 
-    def __init_subclass__(cls, status: int = 0, retry_after: float | None = None) -> None:
-        cls.status = status or cls.status
+    def __init_subclass__(cls, status: int, text: str) -> None:
+        cls.status, cls.text, cls.retry_after = status, text, 5 if status == 503 else None
         cls.code = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
-        cls.retry_after = retry_after
 
     def __init__(
         self, detail: str = "", *, retry_after: float | None = None, headers: Mapping[str, str] = {}, **members: Any
@@ -277,61 +255,35 @@ class ApiError(Exception):
         self.detail = detail or self.text
         super().__init__(self.detail)
         self.retry_after = self.retry_after if retry_after is None else retry_after
-        self.headers = dict(headers)
-        self.members = members  # extension members of the problem (RFC 9457 3.2)
+        self.headers, self.members = dict(headers), members  # extension members of the problem (RFC 9457 3.2)
 
 
 # fmt: off
-class InvalidJson(ApiError, status=400):
-    text = "The body is not JSON. Send a JSON object in UTF-8."
-class Unauthorized(ApiError, status=401):
-    text = "A key is needed. Send one of the service's as `Authorization: Bearer KEY` or `X-API-Key: KEY`."
-class Forbidden(ApiError, status=403):
-    text = "Pages of this site may not ask. The service's operator can name its origin in ALLOWED_ORIGINS."
-class NotFound(ApiError, status=404):
-    text = "There is nothing at this path; /openapi.json lists what there is."
-class MethodNotAllowed(ApiError, status=405):
-    text = "This path has other methods: use one of the Allow header."
-class BodyTimeout(ApiError, status=408):
-    text = "The body did not arrive in time. Send the request again, its whole body at once."
-class IdempotencyConflict(ApiError, status=409):
-    text = "This Idempotency-Key was used with another body. Use a new key for a new request."
-class BodyTooLarge(ApiError, status=413):
-    text = "The body is too large. Send less; /docs/api.md says how documents are sent."
-class ContentTooLong(ApiError, status=413):
-    text = "The content does not fit the model's context. Shorten it, or write a badge for each part of the course."
-class UriTooLong(ApiError, status=414):
-    text = "The query is too long. POST long content to /generate/stream."
-class UnsupportedMediaType(ApiError, status=415):
-    text = "Send the body as application/json, or a document as multipart/form-data; /docs/api.md shows both."
-class DocumentBroken(ApiError, status=422):
-    text = "The document cannot be read: it is damaged, or too much for the parser. Send its text."
-class DocumentEncrypted(ApiError, status=422):
-    text = "The document is protected by a password. Send it without."
-class DocumentHasNoText(ApiError, status=422):
-    text = "The document holds no text, only pictures. Run text recognition (OCR) over it first."
-class DocumentTooSlow(ApiError, status=422):
-    text = "The document takes too long to read. Send its text, or a part of it."
-class InvalidRequest(ApiError, status=422):
-    text = "The request is not valid. Correct the fields listed in `errors`."
-class TooManyRequests(ApiError, status=429):
-    text = "You have too many generations in flight. Wait for one to finish, or cancel one."
-class EngineError(ApiError, status=502):
-    text = "The language model failed while writing. Try again."
-class InvalidModelOutput(ApiError, status=502):
-    text = "What the language model wrote is not a badge. Try again, with another seed or more content."
-class QueueFull(ApiError, status=503, retry_after=5):
-    text = "Too many badges are waiting to be written. Try again after the time in Retry-After."
-class EngineUnreachable(ApiError, status=503, retry_after=5):
-    text = "The language model's server does not answer. Try again later; /health and /docs/troubleshooting.md help."
-class ModelMissing(ApiError, status=503, retry_after=30):
-    text = "The language model's server does not have the model; /health names it, /docs/troubleshooting.md helps."
-class ShuttingDown(ApiError, status=503, retry_after=5):
-    text = "The service is being stopped or restarted. Try again in a moment."
-class Cancelled(ApiError, status=503, retry_after=1):
-    text = "The generation was cancelled before it was finished. Start a new one."
-class EngineTimeout(ApiError, status=504):
-    text = "The language model took too long. Try again later."
+class InvalidJson(ApiError, status=400, text="The body is not JSON. Send a JSON object in UTF-8."): ...
+class Unauthorized(ApiError, status=401, text="A key is needed: `Authorization: Bearer KEY` or `X-API-Key: KEY`."): ...
+class Forbidden(ApiError, status=403, text="This site may not ask. The operator can name it in ALLOWED_ORIGINS."): ...
+class NotFound(ApiError, status=404, text="There is nothing at this path; /openapi.json lists what there is."): ...
+class MethodNotAllowed(ApiError, status=405, text="This path has other methods: use one of the Allow header."): ...
+class BodyTimeout(ApiError, status=408, text="The body did not arrive in time. Send it again, all of it at once."): ...
+class IdempotencyConflict(ApiError, status=409, text="This Idempotency-Key came with another body. Use a new one."): ...
+class BodyTooLarge(ApiError, status=413, text="The body is too large. Send less; /docs/api.md says how."): ...
+class ContentTooLong(ApiError, status=413, text="The content does not fit the model's context. Shorten it."): ...
+class UriTooLong(ApiError, status=414, text="The query is too long. POST long content to /generate/stream."): ...
+class UnsupportedMediaType(ApiError, status=415, text="Use application/json or multipart/form-data: /docs/api.md."): ...
+class DocumentBroken(ApiError, status=422, text="The document is damaged or too complex to read. Send its text."): ...
+class DocumentEncrypted(ApiError, status=422, text="The document is protected by a password. Send it without."): ...
+class DocumentHasNoText(ApiError, status=422, text="The document holds only pictures. Run text recognition (OCR)."): ...
+class DocumentTooSlow(ApiError, status=422, text="The document takes too long to read. Send its text or a part."): ...
+class InvalidRequest(ApiError, status=422, text="The request is not valid. Correct the fields listed in `errors`."): ...
+class TooManyRequests(ApiError, status=429, text="You have too many generations in flight. Wait, or cancel one."): ...
+class EngineError(ApiError, status=502, text="The language model failed while writing. Try again."): ...
+class InvalidModelOutput(ApiError, status=502, text="The model wrote no badge. Try another seed, or more content."): ...
+class QueueFull(ApiError, status=503, text="Too many badges wait to be written. Try again after Retry-After."): ...
+class EngineUnreachable(ApiError, status=503, text="The model's server does not answer: /docs/troubleshooting.md."): ...
+class ModelMissing(ApiError, status=503, text="The model that /health names is missing: /docs/troubleshooting.md."): ...
+class ShuttingDown(ApiError, status=503, text="The service is being stopped or restarted. Try again in a moment."): ...
+class Cancelled(ApiError, status=503, text="The generation was cancelled before it was finished. Start a new one."): ...
+class EngineTimeout(ApiError, status=504, text="The language model took too long. Try again later."): ...
 # fmt: on
 
 
@@ -383,7 +335,7 @@ def in_words(fault: Mapping[str, Any]) -> str:
     if kind == "string_pattern_mismatch":
         return PATTERNS.get(str(fault["loc"][-1]), "must be text that can be seen")
     words = FAULTS.get(kind) or FAULTS.get(kind.partition("_")[0], "is not valid")
-    return words.format(**fault.get("ctx", {})).replace("'", "")
+    return re.sub(r"'([\w-]+)'", r"\1", words.format(**fault.get("ctx", {})))
 
 
 def invalid(faults: Mapping[Place, str], types: Mapping[Place, str] = {}, extra: Sequence[str] = ()) -> InvalidRequest:
@@ -399,33 +351,30 @@ def invalid(faults: Mapping[Place, str], types: Mapping[Place, str] = {}, extra:
 
 # ---- The request ----------------------------------------------------------------------------------------------------
 
-# What may be chosen, and how a model is told what it means.
-CHOICES = {
-    "badge_style": {
-        "Professional": "skills for the job",
-        "Academic": "knowledge and theory",
-        "Industry": "the needs of the sector",
-        "Technical": "tools and methods",
-        "Creative": "ideas and original work",
-    },
-    "badge_tone": {
-        "Authoritative": "firm and formal",
-        "Encouraging": "warm",
-        "Detailed": "thorough",
-        "Concise": "brief",
-        "Engaging": "lively",
-    },
-    "badge_level": {
-        "Beginner": "first steps with guidance",
-        "Intermediate": "independent use",
-        "Advanced": "complex problems",
-        "Expert": "leading others",
-    },
-    "criterion_style": {
-        "Task-Oriented": "the tasks done",
-        "Evidence-Based": "the proof handed in",
-        "Outcome-Focused": "what learners can do afterwards",
-    },
+Style = Literal["Professional", "Academic", "Industry", "Technical", "Creative"]
+Tone = Literal["Authoritative", "Encouraging", "Detailed", "Concise", "Engaging"]
+Level = Literal["Beginner", "Intermediate", "Advanced", "Expert"]
+CriterionStyle = Literal["Task-Oriented", "Evidence-Based", "Outcome-Focused"]
+CHOICES = {"badge_style": Style, "badge_tone": Tone, "badge_level": Level, "criterion_style": CriterionStyle}
+# What they mean, as a model is told.
+MEANINGS = {
+    "Professional": "skills for the job",
+    "Academic": "knowledge and theory",
+    "Industry": "the needs of the sector",
+    "Technical": "tools and methods",
+    "Creative": "ideas and original work",
+    "Authoritative": "firm and formal",
+    "Encouraging": "warm",
+    "Detailed": "thorough",
+    "Concise": "brief",
+    "Engaging": "lively",
+    "Beginner": "first steps with guidance",
+    "Intermediate": "independent use",
+    "Advanced": "complex problems",
+    "Expert": "leading others",
+    "Task-Oriented": "the tasks done",
+    "Evidence-Based": "the proof handed in",
+    "Outcome-Focused": "what learners can do afterwards",
 }
 NOT_GIVEN = ("", "not-specified")
 OTHER_NAMES = {"course_input": "content", "user_prompt": "custom_instructions"}
@@ -436,6 +385,7 @@ VISIBLE = r"[^\x00-\x20\x7f-\xa0\xad\u1680\u2000-\u200f\u2028-\u202f\u205f-\u206
 
 
 LanguageTag = Annotated[str, Field(pattern=r"^[A-Za-z]{2,3}(-[A-Za-z0-9]{1,8})*$")]
+AnyCase = BeforeValidator(lambda value: value.strip().title() if isinstance(value, str) else value)
 # JSON has one kind of number: 30.0 is an integer.
 Whole = BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)
 
@@ -461,9 +411,8 @@ class Fields(BaseModel, frozen=True):
     def _given(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        given = {
-            name: part for name, part in data.items() if part is not None and str(part).casefold() not in NOT_GIVEN
-        }
+        empty = {name for name, part in data.items() if isinstance(part, str) and part.casefold() in NOT_GIVEN}
+        given = {name: part for name, part in data.items() if part is not None and name not in empty}
         return {OTHER_NAMES.get(name, name): part for name, part in given.items()} | given
 
 
@@ -479,21 +428,13 @@ class BadgeOptions(Fields, strict=True):
     """How a badge is to be written."""
 
     # An option's title is its name in the prompt.
-    badge_style: str | None = Field(None, title="Style")
-    badge_tone: str | None = Field(None, title="Tone")
-    badge_level: str | None = Field(None, title="Level")
-    criterion_style: str | None = Field(None, title="Criteria style")
+    badge_style: Annotated[Style | None, AnyCase] = Field(None, title="Style")
+    badge_tone: Annotated[Tone | None, AnyCase] = Field(None, title="Tone")
+    badge_level: Annotated[Level | None, AnyCase] = Field(None, title="Level")
+    criterion_style: Annotated[CriterionStyle | None, AnyCase] = Field(None, title="Criteria style")
     institution: str | None = Field(None, max_length=300, title="Institution")
     institute_url: str | None = Field(None, max_length=2000, pattern=r"^https?://[!#-;=?-\[\]_a-z~]+$")
     custom_instructions: str | None = Field(None, max_length=4000, title="Instructions")
-
-    @field_validator(*CHOICES)
-    @classmethod
-    def _canonical(cls, value: str, info: ValidationInfo) -> str:
-        choices = CHOICES[str(info.field_name)]
-        if (choice := value.strip().title()) not in choices:
-            raise ValueError(f"must be one of {', '.join(choices)}")
-        return choice
 
 
 class GenerateRequest(StreamOptions, BadgeOptions):
@@ -637,8 +578,8 @@ def build_prompt(
     options = []
     for name, option in BadgeOptions.model_fields.items():
         if option.title and (value := request.option(name)):
-            meaning = CHOICES.get(name, {}).get(value)
-            options.append(f"{option.title}: {value} ({meaning})" if meaning else f"{option.title}: {value}")
+            meaning = f" ({MEANINGS[value]})" if name in CHOICES else ""
+            options.append(f"{option.title}: {value}{meaning}")
     kept: dict[str, Any] = {}
     if isinstance(request, RegenerateRequest):
         kept = {name: part for name, part in request.badge.model_dump().items() if name != request.field}
@@ -1742,7 +1683,7 @@ class GenerationQueue:
 
     def estimated_wait(self, position: int) -> float:
         """Seconds until the generation at this position runs, from the measured service time."""
-        return round(position * (self._service_time or SERVICE_TIME) / self.settings.workers, 1)
+        return round(position * (self._service_time or 20) / self.settings.workers, 1)  # 20 s until one is measured
 
     def _in_order(self) -> list[Generation]:
         return sorted(self._waiting, key=lambda generation: generation.urgency)
@@ -3399,7 +3340,7 @@ class Peer:
         self.held = 0  # bytes of requests
         self.turn = asyncio.Lock()  # of an HTTP/2 connection in the middle of what it has received
         self.resets = Allowance(RESETS_AT_ONCE * share, RESETS_PER_SECOND * share)
-        self.wrong_keys = Allowance(WRONG_KEYS, WRONG_KEYS / 60)
+        self.wrong_keys = Allowance(20, 20 / 60)  # a minute, before the answers to more are delayed
 
     @property
     def is_full(self) -> bool:
@@ -3410,7 +3351,7 @@ class Peer:
         peer_of("").held += size
 
 
-peer_of = functools.lru_cache(MAX_PEERS)(Peer)
+peer_of = functools.lru_cache(10_000)(Peer)
 
 
 def peer_at(client: object, settings: Settings) -> Peer:
@@ -3627,7 +3568,7 @@ class Admission:
 
     async def _client(self, scope: Scope, headers: Headers) -> str:
         """Who is asking, for MAX_PER_CLIENT. Raises UriTooLong or Unauthorized."""
-        if len(scope["query_string"]) > MAX_QUERY:
+        if len(scope["query_string"]) > 32 * 2**10:  # bytes; Hypercorn refuses headers over 64 KiB
             raise UriTooLong
         path, address, given = _short_path(scope), _address(scope, headers, self.settings), _given_key(headers)
         # Every key is compared, in constant time each.
@@ -4096,7 +4037,7 @@ def mend_hypercorn() -> None:
         raise SystemExit(f"dccapi: needs Hypercorn 0.18.0, whose faults it mends, not {found}: `make install`")
     for place, name, ours in (
         (Config, "settings", Settings.model_construct()),  # ours, for the connections; another app has the defaults
-        (hypercorn.asyncio.tcp_server, "MAX_RECV", RECEIVED_AT_ONCE),
+        (hypercorn.asyncio.tcp_server, "MAX_RECV", 1024),  # bytes, after which other connections have their turn
         (hypercorn.protocol, "H2Protocol", GuardedH2Protocol),
         (hypercorn.protocol, "H11Protocol", GuardedH11Protocol),
         (hypercorn.asyncio.run, "TCPServer", PromptTCPServer),
@@ -4127,7 +4068,7 @@ def create_app(settings: Settings) -> Guard:
             f"dccapi {__version__}: engine {settings.engine}, model {settings.model}, {settings.workers} workers, "
             f"queue {settings.max_queue}, on {', '.join(guard.addresses)}, HTTP/2 on"
         )
-        if not settings.keys and any(map(is_public, guard.addresses)):
+        if not settings.keys and not all(re.fullmatch(LOCAL_ADDRESS, address) for address in guard.addresses):
             log.warning("everyone who can reach this address can use the service: set API_KEYS, or bind to 127.0.0.1")
         try:
             yield
@@ -4139,8 +4080,8 @@ def create_app(settings: Settings) -> Guard:
     exposed = ["X-Request-ID", "X-Queue-Position", "X-Ignored-Fields", "Retry-After", "Location", "Preference-Applied"]
     app = CORSMiddleware(
         app,
-        allow_origins=_listed(settings.allowed_origins),
-        allow_origin_regex=None if settings.allowed_origins else LOOPBACK_PAGE,
+        allow_origins=settings.origins,
+        allow_origin_regex=None if settings.origins else LOOPBACK_PAGE,
         allow_methods=["GET", "POST", "DELETE"],
         allow_headers=["*"],
         expose_headers=exposed,
@@ -4190,11 +4131,6 @@ def addresses(config: Config) -> list[str]:
     return [f"https://{bind}" for bind in secure] + [f"http://{bind}" for bind in cleartext]
 
 
-def is_public(address: str) -> bool:
-    """Whether others than this machine can reach it."""
-    return not re.fullmatch(f"{LOOPBACK_PAGE}|http://(unix|fd):.*", address)
-
-
 # ---- Main -----------------------------------------------------------------------------------------------------------
 
 
@@ -4208,19 +4144,17 @@ def main() -> None:
     options = parser.parse_args()
     settings = load_settings()
     config = Config.from_toml(options.config)
-    certificate, key = options.certs / "cert.pem", options.certs / "key.pem"
     config.bind = options.bind or config.bind
-    for path in (options.certs, certificate, key):
-        if os.path.exists(path) and not os.access(path, os.R_OK | (os.X_OK if path == options.certs else 0)):
-            raise SystemExit(f"dccapi: {path} cannot be read by this user: chown or chmod it")
-    if certificate.exists() and key.exists():
-        config.certfile, config.keyfile = str(certificate), str(key)
-        config.bind, config.insecure_bind = [options.tls_bind], config.bind
+    certificate, key = options.certs / "cert.pem", options.certs / "key.pem"
     try:
+        with contextlib.suppress(FileNotFoundError), certificate.open(), key.open():
+            config.certfile, config.keyfile = str(certificate), str(key)
+            config.bind, config.insecure_bind = [options.tls_bind], config.bind
         sockets = config.create_sockets()
     except OSError as error:
-        fault = f"cannot listen on {', '.join(addresses(config))}: {error.strerror}"
-        raise SystemExit(f"dccapi: {fault}. Free it, or choose another: --bind") from None
+        fault = f"read {error.filename}" if error.filename else f"listen on {', '.join(addresses(config))}"
+        hint = "Give it to this user" if error.filename else "Free it, or choose another: --bind"
+        raise SystemExit(f"dccapi: cannot {fault}: {error.strerror}. {hint}") from None
     asyncio.run(serve_until_drained(ASGIWrapper(cast(Any, create_app(settings))), config, sockets=sockets))
 
 

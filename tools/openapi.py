@@ -526,7 +526,7 @@ def document() -> dict[str, Any]:
 
 
 CHOICES: dict[str, Sequence[str]] = {
-    **{choice: tuple(values) for choice, values in dccapi.CHOICES.items()},
+    **{choice: get_args(kind) for choice, kind in dccapi.CHOICES.items()},
     "long_content": get_args(GenerateRequest.model_fields["long_content"].annotation),
 }
 

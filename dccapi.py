@@ -317,6 +317,7 @@ FAULTS = {
     "literal_error": "must be one of {expected}",
     "value_error": "{error}",
 }
+# What a field must be that does not match its pattern; other fields must hold a visible character.
 PATTERNS = {
     "ollama_url": "must be a URL such as http://localhost:11434",
     "openai_base_url": "must be a URL such as http://localhost:8080/v1",
@@ -382,8 +383,6 @@ OTHER_NAMES = {"course_input": "content", "user_prompt": "custom_instructions"}
 MISTAKEN = dict.fromkeys(("text", "course", "course_text", "course_description", "description", "input"), "content")
 # One character that can be seen: neither control nor space nor format character.
 VISIBLE = r"[^\x00-\x20\x7f-\xa0\xad\u1680\u2000-\u200f\u2028-\u202f\u205f-\u206f\u3000\ufeff]"
-
-
 LanguageTag = Annotated[str, Field(pattern=r"^[A-Za-z]{2,3}(-[A-Za-z0-9]{1,8})*$")]
 AnyCase = BeforeValidator(lambda value: value.strip().title() if isinstance(value, str) else value)
 # JSON has one kind of number: 30.0 is an integer.
@@ -451,9 +450,7 @@ class GenerateRequest(StreamOptions, BadgeOptions):
     language: LanguageTag | None = Field(None, description="Of the badge (BCP 47); else the course's.")
     long_content: Literal["condense", "refuse"] = Field("condense", description="What is done if it does not fit.")
     skills: bool = Field(True, description="Name the skills that the badge stands for.")
-    course_id: str | None = Field(
-        None, max_length=200, description="With institute_url, it fixes the achievement's id."
-    )
+    course_id: str | None = Field(None, max_length=200, description="With institute_url, fixes the achievement's id.")
 
     def option(self, name: str) -> str | None:
         """An option, wherever it was given."""
@@ -4113,7 +4110,7 @@ def load_settings() -> Settings:
     try:
         return Settings()
     except ValidationError as error:
-        faults = [" ".join([*map(str.upper, map(str, fault["loc"])), in_words(fault)]) for fault in error.errors()]
+        faults = [f"{''.join(map(str, fault['loc'])).upper()} {in_words(fault)}".strip() for fault in error.errors()]
         raise SystemExit(f"dccapi: invalid setting: {'; '.join(faults)}") from None
 
 

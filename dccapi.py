@@ -820,7 +820,7 @@ PLAIN = re.compile(r'[^"\\<&]+\Z')
 ESCAPE = re.compile(r'\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|["\\/bfnrt]|[^u])')
 ESCAPE_BEGUN = re.compile(r"\\(?:u[0-9a-fA-F]{0,3}|u[dD][89abAB][0-9a-fA-F]{2}(?:\\(?:u[0-9a-fA-F]{0,3})?)?)?\Z")
 NOT_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
-ONLY_REPETITIONS = Sieve()
+NO_COURSE = Sieve()  # leaves out only repetitions and markup
 FEWEST_TO_SIFT, FEWEST_OF_TINY = 40, 12  # words of a course; a tiny model's own sentences are worth less
 TAG_KEYS = ("tags", "tag", "skills")
 
@@ -840,34 +840,30 @@ class TitleRefused(Exception):
         self.tokens = tokens  # written, where the call was broken off
 
 
-class BrokenBadge(Exception):
-    """What is read is not the JSON of a badge."""
-
-
 class BadgeReader:
     """Reads one JSON object of a model and writes the JSON of the badge in it, piece by piece. Sans I/O.
 
-    What `feed` returns is, put together, the badge in the shape of the answer: the fields that are `kept`, then those
-    that the model writes, in its order. Texts are trimmed; a list of sentences becomes a paragraph, a list of items a
-    Markdown list. An institution that neither name nor description mentions is appended to the description: small
-    models forget it. Superfluous and missing commas, other fields and objects around the badge do not matter.
+    What `feed` returns is, put together, the badge in the shape of the answer, without its last brace: the fields that
+    are `kept`, then those that the model writes, in its order. Texts are trimmed; a list of sentences becomes a
+    paragraph, a list of items a Markdown list. An institution that neither name nor description mentions is appended
+    to the description: small models forget it. Superfluous and missing commas, other fields and objects around the
+    badge do not matter, nor what follows the last field.
     """
 
     def __init__(self, kept: Mapping[str, Any], institution: str, title: TitleCheck, sieve: Sieve) -> None:
+        self.kept, self._institution, self._title, self._sieve = kept, institution, title, sieve
         self.fields: dict[str, list[str]] = {}  # texts in pieces
         self.tags: list[str] = []
-        self.rest = ""  # what followed the object
-        self.done = self.broken = False
-        self.plain = False  # whether the next piece continues a text, and may be taken as it is
-        self.closing = ""  # what ends the text that is being written
-        self._stop = ""  # the full stop of its last sentence, held back until the institution may be in
-        self.said: list[str] = []  # the pieces of that text
         self.refused = False  # whether `title` found no title for what was written
-        self.kept, self._institution, self._title, self._sieve = kept, institution, title, sieve
+        self.ended = False  # whether the object is read, or is none
+        self.said: list[str] = []  # the pieces of the text that is being written
+        self.closing = ""  # what ends that text
+        self.plain = False  # whether the next piece continues that text, and may be taken as it is
+        self._stop = ""  # the full stop of its last sentence, held back until the institution may be in
         # What a list may not repeat: the field and the text.
         self._items = [(name, str(text)) for name, text in kept.items() if name == "badge_name"]
         self._text, self._at = "", 0  # what was fed, and how far it is read
-        self._ended = self._cut = False
+        self._cut = False
         self._out = [orjson.dumps(dict(kept)).decode()[:-1]]
         self._run = self._object()
 
@@ -875,45 +871,36 @@ class BadgeReader:
         self._text, self._at = self._text[self._at :] + piece, 0
         try:
             next(self._run)
-        except StopIteration:
-            self.done = True
-        except BrokenBadge:  # what follows the last field does not matter
-            self.done = not self.missing() and (self._cut or not self.closing)
-            self.broken = not self.done
-        if self.done and not self.missing():
-            if self.closing:
-                self._end_text([*self.fields][-1])
-            self._out.append("}")
-        if self.done or self.broken:
-            self.rest = self._text[self._at :]
+        except (StopIteration, InvalidModelOutput):
+            self.ended = True
         rendered = "".join(self._out)
         self._out.clear()
         return rendered
 
     def finish(self, cut: bool) -> str:
-        """Close what the model left open. A text that is not closed counts only where a token limit `cut` it."""
-        self._ended, self._cut = True, cut
-        return "" if self.done or self.broken else self.feed("")
+        """No more comes. A text that is not closed counts only where a token limit `cut` it."""
+        self._cut = cut
+        rendered = self.feed("") if cut else ""
+        self.ended = True
+        return rendered
 
-    def badge(self) -> Badge:
-        """Raises InvalidModelOutput for an object that is no badge, with placeholders for example."""
+    def left(self) -> int:
+        """How many characters of what was fed stand behind the object."""
+        return len(self._text) - self._at
+
+    def badge(self) -> Badge | None:
+        """None for an object that is no badge, with placeholders for example."""
         texts = {name: "".join(pieces) for name, pieces in self.fields.items()}
-        if (
-            not self.done
-            or any(_says_nothing(text) or self._sieve.echoes(text) for text in texts.values())
-            or re.search(r"[\n\t]", texts.get("badge_name", ""))
-        ):
-            raise InvalidModelOutput
+        is_torn = self.closing or re.search(r"[\n\t]", texts.get("badge_name", ""))
+        if is_torn or any(_says_nothing(text) or self._sieve.echoes(text) for text in texts.values()):
+            return None
         criteria = {"criteria": {"narrative": texts["criteria"]}} if "criteria" in texts else {}
         try:
             badge = Badge.model_validate({**self.kept, **texts, **criteria})
         except ValidationError:  # a field is missing, or the name is too long
-            raise InvalidModelOutput from None
+            return None
         badge._tags = tuple(self.tags)
         return badge
-
-    def missing(self) -> list[str]:
-        return [name for name in Badge.model_fields if name not in self.fields and name not in self.kept]
 
     # -- the object, read by generators that yield wherever they need more text
 
@@ -933,95 +920,86 @@ class BadgeReader:
             if first == "{" and not in_criteria and (key == "criteria" or not self.fields):  # the badge may be in there
                 self._at += 1
                 depth, in_criteria = depth + 1, key == "criteria"
-            elif name in self.missing():
+            elif name in Badge.model_fields and name not in self.fields and name not in self.kept:
                 yield from self._field(name, first)
-            else:
+            elif first in '"[{':
                 yield from self._skip(self.tags if name in TAG_KEYS and first == "[" else [])
+            else:  # a number, true, false or null
+                while (yield from self._more()) not in ', \n\t\r:"[]{}':
+                    self._at += 1
 
     def _field(self, name: str, first: str) -> Iterator[None]:
         """A text, or a list of texts, of the badge."""
+        title = None
         if name == "badge_name" and first == '"':
             text = self._sieve.bare((yield from self._string()))
             title = self._title(TITLE_LABEL.sub("", text).strip())
             self.refused = title is None
-        if first not in '"[' or (first == "[" and name == "badge_name") or self.refused:
-            raise BrokenBadge
+        if first not in '"[' or (name == "badge_name" and title is None):
+            raise InvalidModelOutput
         opening, self.closing = ('{"narrative": "', '"}') if name == "criteria" else ('"', '"')
         self._out.append((", " if self.fields or self.kept else "") + f'"{name}": {opening}')
         self.fields[name] = self.said = []
-        if name == "badge_name":
-            self._write(cast(str, title))
-            self._items.append((name, cast(str, title)))
+        if title is not None:
+            self._write(title)
+            self._items.append((name, title))
         elif first == '"':
             yield from self._string(write=True)
         else:
-            self._at += 1
-            spare = ""
-            while (yield from self._peek()) == '"':
-                text = BULLET.sub("", (yield from self._string(is_item=True))).rstrip().replace("\r\n", "\n")
-                spare = spare or self._sieve.spare(text)
-                self._item(name, self._sieve.kept(name, text, self._items))
-            for sentence in self._sieve.more(name, self._items):
-                self._item(name, sentence)
-            if not self.said:  # a poor text can be corrected, none cannot
-                self._item(name, spare)
-            yield from self._expect("]")
+            yield from self._list(name)
         self._end_text(name)
 
-    def _end_text(self, name: str) -> None:
-        if name == "badge_description" and not (_says_nothing("".join(self.said)) or self._names_institution()):
-            self._write(f" ({self._institution})")
-        self._write_stop()
-        self._out.append(self.closing)
-        self.closing = ""
+    def _list(self, name: str) -> Iterator[None]:
+        yield from self._expect("[")
+        spare = ""
+        while (yield from self._peek("]")) == '"':
+            text = BULLET.sub("", (yield from self._string())).rstrip()
+            spare = spare or self._sieve.spare(text)
+            self._item(name, self._sieve.kept(name, text, self._items))
+        for sentence in self._sieve.more(name, self._items):
+            self._item(name, sentence)
+        if not self.said:  # a poor text can be corrected, none cannot
+            self._item(name, spare)
+        yield from self._expect("]")
 
     def _item(self, name: str, text: str) -> None:
         if text:
-            self._write_stop()
             rest = FULL_STOP.sub("", text) if name == "badge_description" else text
-            self._write((("\n- " if self.said else "- ") if name == "criteria" else " " if self.said else "") + rest)
+            bullet, joint = ("- ", "\n") if name == "criteria" else ("", " ")
+            self._write(self._stop + (joint if self.said else "") + bullet + rest)
             self._stop = text[len(rest) :]
             self._items.append((name, text))
 
-    def _write_stop(self) -> None:
-        if self._stop:
-            self._write(self._stop)
-            self._stop = ""
-
-    def _names_institution(self) -> bool:
-        if not self._institution:
-            return True
-        name = rf"(?<!\w){re.escape(self._institution.casefold())}(?!\w)"  # MIT is not in "submit"
-        written = [*self.fields.get("badge_name", []), " ", *self.fields["badge_description"]]
-        return re.search(name, f"{self.kept.get('badge_name')} {''.join(written)}".casefold()) is not None
+    def _end_text(self, name: str) -> None:
+        if name == "badge_description" and self._institution and not _says_nothing("".join(self.said)):
+            pattern = rf"(?<!\w){re.escape(self._institution.casefold())}(?!\w)"  # MIT is not in "submit"
+            written = [*self.fields.get("badge_name", []), " ", *self.said]
+            if not re.search(pattern, f"{self.kept.get('badge_name')} {''.join(written)}".casefold()):
+                self._write(f" ({self._institution})")
+        self._write(self._stop)
+        self._out.append(self.closing)
+        self._stop = self.closing = ""
 
     def _write(self, text: str) -> None:
+        text = text.replace("\r\n", "\n")
         if NOT_TEXT.search(text):
-            raise BrokenBadge
+            raise InvalidModelOutput
         self.said.append(text)
         self._out.append(orjson.dumps(text)[1:-1].decode())
 
-    def _string(self, write: bool = False, is_item: bool = False) -> Generator[None, None, str]:
-        """A string and its closing quote: written, trimmed, as it comes, or returned when it is whole.
-
-        An item of a list counts as whole where a token limit cut it.
-        """
+    def _string(self, write: bool = False) -> Generator[None, None, str]:
+        """A string and its closing quote: returned when it is whole, or written, trimmed, as it comes."""
         yield from self._expect('"')
         parts: list[str] = []
-        begun, blank, held = False, "", ""  # white space counts once more text follows, and markup once it ends
+        held = ""  # white space counts once more text follows, and markup once it ends
         while True:
-            self.plain = begun and not (blank or held)
-            try:
-                mark = yield from self._more()
-            except BrokenBadge:
-                if is_item and self._cut:
-                    return "".join(parts)
-                raise
+            self.plain = bool(write and self.said and not held)
+            mark = yield from self._more('"')
             self.plain = False
             if mark == '"':
                 self._at += 1
-                if held:
-                    self._write(blank + held)
+                if write:
+                    self._write(held.rstrip())
                 return "".join(parts)
             part = yield from self._characters()
             if not write:
@@ -1029,24 +1007,26 @@ class BadgeReader:
                 continue
             part = held + part
             at = self._sieve.unfinished(part)
-            part, held = self._sieve.bare(part[:at]), part[at:]
-            part = blank + part if begun else part.lstrip()
-            said = part.rstrip()
-            blank = part[len(said) :][:MAX_BLANK_RUN]
+            bare = self._sieve.bare(part[:at])
+            bare = bare if self.said else bare.lstrip()
+            said = bare.rstrip()
+            held = bare[len(said) :][:MAX_BLANK_RUN] + part[at:]
             if said:
-                self._write(said.replace("\r\n", "\n"))
-                begun = True
+                self._write(said)
 
     def _characters(self) -> Generator[None, None, str]:
         """The next run of a string, or its next escape sequence, decoded; a backslash that escapes nothing stays."""
         if run := STRING_RUN.match(self._text, self._at):
             self._at = run.end()
             return run[0]
-        while ESCAPE_BEGUN.match(self._text, self._at) and not self._ended:
+        while ESCAPE_BEGUN.match(self._text, self._at):
+            if self._cut:
+                self._at = len(self._text)
+                return ""
             yield
         escape = ESCAPE.match(self._text, self._at)
         if escape is None:
-            raise BrokenBadge
+            raise InvalidModelOutput
         self._at = escape.end()
         try:
             return str(orjson.loads(f'"{escape[0]}"'))
@@ -1054,7 +1034,7 @@ class BadgeReader:
             return chr(int(escape[0][2:], 16)) if escape[0][1] == "u" else escape[0]
 
     def _skip(self, strings: list[str]) -> Iterator[None]:
-        """A value of any kind; the strings of a list are collected. Brackets are counted, not matched."""
+        """A string, list or object; the strings of a list are collected. Brackets are counted, not matched."""
         depth = 0
         while True:
             mark = yield from self._peek()
@@ -1062,33 +1042,30 @@ class BadgeReader:
                 text = yield from self._string()
                 if depth == 1:
                     strings.append(NOT_TEXT.sub("", self._sieve.bare(text)))
-            elif mark in "]}" and depth == 0:
-                return  # of the object around it
             else:
                 self._at += 1
                 depth += (mark in "[{") - (mark in "]}")
-                if mark not in "[]{}":
-                    while (yield from self._more()) not in ',:[]{}"' and not self._text[self._at].isspace():
-                        self._at += 1
             if depth == 0:
                 return
 
     def _expect(self, mark: str) -> Iterator[None]:
-        if (yield from self._peek()) != mark:
-            raise BrokenBadge
+        if (yield from self._peek(mark)) != mark:
+            raise InvalidModelOutput
         self._at += 1
 
-    def _peek(self) -> Generator[None, None, str]:
+    def _peek(self, if_cut: str = "") -> Generator[None, None, str]:
         """The next character that is neither white space nor a comma."""
-        while (yield from self._more()) in ", \n\t\r":
+        while (mark := (yield from self._more(if_cut))) in ", \n\t\r":
             self._at += 1
-        return self._text[self._at]
+        return mark
 
-    def _more(self) -> Generator[None, None, str]:
-        """The next character."""
-        while self._at == len(self._text):
-            if self._ended:
-                raise BrokenBadge
+    def _more(self, if_cut: str = "") -> Generator[None, None, str]:
+        """The next character, or the one that stands for it where a token limit cut the text."""
+        while self._at >= len(self._text):
+            if self._cut and not if_cut:
+                raise InvalidModelOutput
+            if self._cut:
+                return if_cut
             yield
         return self._text[self._at]
 
@@ -1098,87 +1075,101 @@ class Draft:
 
     An object that comes first, or right after the thoughts, is told as it is written. One that stands behind prose
     may be an idea within thoughts whose opening mark is missing (DeepSeek-R1's template writes that mark itself), so it
-    is told at the end. The badge is the last whole one that stands after the thoughts.
+    is told at the end. The badge is the last whole one that stands after the thoughts, or the one that was told.
     """
 
     def __init__(
-        self,
-        kept: Mapping[str, Any] = {},
-        institution: str = "",
-        title: TitleCheck = str,
-        sieve: Sieve = ONLY_REPETITIONS,
+        self, kept: Mapping[str, Any] = {}, institution: str = "", title: TitleCheck = str, sieve: Sieve = NO_COURSE
     ) -> None:
-        self.badge: Badge | None = None  # once it is finished
-        self.written: BadgeReader | None = None  # a whole badge that was told as it was written
         self.refused = False  # whether a title was
         self._new_reader = partial(BadgeReader, kept, institution, title, sieve)
-        self._raw: list[str] = []
+        self._place: Literal["start", "prose", "thoughts", "answer"] = "start"
         self._outside = ""  # of any object: what may be the beginning of a mark
         self._reader: BadgeReader | None = None
-        self._told: BadgeReader | None = None  # the one that was told as it was written
-        self._in_thoughts = self._after_thoughts = self._prose = False
-        self._silent = False  # whether what is read may be an idea, or stands behind the badge
+        self._raw: list[str] = []  # what it has read in earlier pieces
+        self._told: BadgeReader | None = None  # the one that is told as it is written
+        self._found: BadgeReader | None = None  # the one that has read the badge
+        self._read = 0  # characters of objects that are no badge
+
+    @property
+    def badge(self) -> Badge | None:
+        """The badge, once it is whole."""
+        return self._found.badge() if self._found else None
 
     def feed(self, piece: str) -> str:
-        """What this piece of the model's text adds to the JSON of the badge."""
+        """What this piece of the model's text adds to the JSON of the badge. Raises InvalidModelOutput for nonsense."""
         reader = self._reader
         # As most are: there is nothing to decode, to trim or to end in it.
         if reader is not None and reader.plain and piece.isprintable() and piece[-1:] != " " and PLAIN.match(piece):
             self._raw.append(piece)
             reader.said.append(piece)
-            return "" if self._silent else piece
-        if len(piece) > AT_ONCE:
-            return "".join(self.feed(piece[at : at + AT_ONCE]) for at in range(0, len(piece), AT_ONCE))
-        self._raw.append(piece)
-        rendered = ""
+            return piece if reader is self._told else ""
+        text, start, at, rendered = self._outside + piece, 0, 0, ""
         while True:
             if self._reader is None:
-                piece = self._seek(piece)
+                start = at = self._seek(text, at)
             if (reader := self._reader) is None:
                 return rendered
-            text = reader.feed(piece)
-            self.refused = self.refused or reader.refused
-            if not self._silent:  # the last brace comes at the end: it may turn out to be an idea
-                self._told, rendered = reader, rendered + (text[:-1] if reader.done and not reader.missing() else text)
-            if not (reader.done or reader.broken):
+            if not reader.ended:
+                told = reader.feed(text[at : at + AT_ONCE])
+                rendered += told if reader is self._told else ""
+                at = min(at + AT_ONCE, len(text))
+            if reader.ended:
+                at -= reader.left()
+                text, at = self._ended(reader, text, start, at)
+            elif at == len(text):
+                self._raw.append(text[start:])
                 return rendered
-            piece, self._reader = reader.rest, None
-            if reader.done and reader.fields and not self._silent:
-                self.written = reader
 
-    def _seek(self, piece: str) -> str:
-        """Look for an object; the text from its beginning."""
-        text, at = self._outside + piece, 0
-        while mark := (THOUGHTS_END if self._in_thoughts else MARK).search(text, at):
-            before, at = text[at : mark.start()], mark.end()
-            if self._in_thoughts or mark["closes"]:
-                if not self._in_thoughts:
-                    self.written = None  # it was an idea
-                self._in_thoughts, self._after_thoughts = False, True
+    def _ended(self, reader: BadgeReader, text: str, start: int, at: int) -> tuple[str, int]:
+        """Where to go on: behind a badge, or within what was none."""
+        self.refused = self.refused or reader.refused
+        self._reader = None
+        if reader.badge():
+            self._found = reader
+            return text, at
+        whole = "".join([*self._raw, text])
+        self._raw = []
+        self._read += at - start + len(whole) - len(text) + LONGEST_MARK
+        if self._read > MAX_READ:
+            raise InvalidModelOutput
+        return whole, start + 1
+
+    def _seek(self, text: str, at: int) -> int:
+        """Where the next object begins that may be the badge; the end of the text while there is none."""
+        while True:
+            mark = (THOUGHTS_END if self._place == "thoughts" else MARK).search(text, at)
+            end = mark.start() if mark else max(0, len(text) - LONGEST_MARK)
+            if self._place == "start" and not NOT_PROSE.fullmatch(text[at:end]):
+                self._place = "prose"
+            if mark is None:
+                self._outside = text[max(at, end) :]
+                return len(text)
+            at = mark.end()
+            if self._place == "thoughts":
+                self._place = "answer"
+            elif mark["closes"]:
+                self._place, self._found = "answer", None  # it was an idea
             elif mark["opens"]:
-                self._in_thoughts = True
-            else:
-                self._prose = self._prose or not NOT_PROSE.fullmatch(before)
-                self._silent = self._told is not None or (self._prose and not self._after_thoughts)
-                self._reader, self._outside = self._new_reader(), ""
-                return text[mark.start() :]
-        self._prose = self._prose or not NOT_PROSE.fullmatch(text, at, len(text) - LONGEST_MARK)
-        self._outside = text[max(at, len(text) - LONGEST_MARK) :]
-        return ""
+                self._place = "thoughts"
+            elif self._found is None or self._found is not self._told:
+                self._reader, self._raw, self._outside = self._new_reader(), [], ""
+                if self._told is None and self._place != "prose":
+                    self._told = self._reader
+                return end
 
     def finish(self, cut: bool) -> str:
         """The last of the badge's JSON. Raises InvalidModelOutput; `cut` says that a token limit ended the text."""
-        rendered, told = "", self._told
-        was_whole = told is not None and told.done and not told.missing()
-        if self._reader is not None and not self._silent:
-            rendered = self._reader.finish(cut)
-            self.written = self._reader
-        with contextlib.suppress(InvalidModelOutput):
-            if self.written is not None:
-                self.badge = self.written.badge()
-                return "}" if was_whole else rendered
-        self.badge, rendered = self._last_whole("".join(self._raw), cut)
-        return self.joint_after() + rendered[1:]
+        rendered = ""
+        while (reader := self._reader) is not None:
+            # Behind prose, what is cut off may be an idea within thoughts.
+            told = reader.finish(cut and self._found is None and self._place != "prose")
+            rendered += (told if reader is self._told else "") + self.feed("")
+        if (badge := self.badge) is None:
+            raise InvalidModelOutput
+        if self._found is self._told:
+            return rendered + "}"
+        return rendered + self.joint_after() + orjson.dumps(badge.model_dump()).decode()[1:]
 
     def joint_after(self) -> str:
         """What stands between what was told and the fields of another badge: of two with one name the last counts."""
@@ -1186,38 +1177,10 @@ class Draft:
             return "{"
         return told.closing + (", " if told.fields or told.kept else "")
 
-    def _last_whole(self, text: str, cut: bool) -> tuple[Badge, str]:
-        """The last whole badge after the thoughts, and its JSON. Raises InvalidModelOutput."""
-        found: tuple[Badge, str] | None = None
-        at = read = 0
-        while mark := MARK.search(text, at):
-            at = mark.end()
-            if mark["opens"]:
-                closing = THOUGHTS_END.search(text, at)
-                at = closing.end() if closing else len(text)
-            if not mark["object"]:
-                found = None
-                continue
-            reader, rendered, end = self._new_reader(), "", mark.start()
-            while end < len(text) and not (reader.done or reader.broken):
-                rendered += reader.feed(text[end : end + AT_ONCE])
-                end += AT_ONCE
-            self.refused = self.refused or reader.refused
-            end = min(end, len(text)) - len(reader.rest)
-            if (read := read + end - mark.start() + LONGEST_MARK) > MAX_READ:
-                raise InvalidModelOutput
-            if not found:  # behind prose, what is cut off may be an idea within thoughts
-                rendered += reader.finish(cut and (self._after_thoughts or not self._prose))
-            with contextlib.suppress(InvalidModelOutput):
-                found, at = (reader.badge(), rendered), end
-        if found is None:
-            raise InvalidModelOutput
-        return found
 
-
-def parse_badge(text: str, *, cut: bool = False, kept: Mapping[str, Any] = {}) -> Badge:
+def parse_badge(text: str, *, cut: bool = False) -> Badge:
     """The badge in a whole text of a model. Raises InvalidModelOutput; nothing is made up."""
-    draft = Draft(kept)
+    draft = Draft()
     draft.feed(text)
     draft.finish(cut)
     return cast(Badge, draft.badge)
@@ -2089,7 +2052,7 @@ class GenerationQueue:
             size += len(piece)
             blank = blank + len(piece) if piece.isspace() else 0
             if blank > MAX_BLANK_RUN or size > MAX_OUTPUT_CHARS or count > most:
-                if draft.written:
+                if draft.badge:
                     return Usage(0, min(count, prompt.sampling["max_tokens"]), "length")
                 raise InvalidModelOutput(
                     "The language model wrote without end and was stopped. Try again, with another seed or a higher "

@@ -644,14 +644,7 @@ class Course:
     text: str
     language: str = "und"  # BCP 47
     notes: Sequence[dict[str, Any]] = ()  # for the review: what was repaired or left out
-    grounds: Mapping[str, Any] = field(default_factory=dict)  # of its titles, see `reader.review`
-
-    def orders(self, title: str, options: Sequence[str]) -> bool:
-        grounds = self.grounds
-        return bool(grounds) and (grounds["has_orders"] or review.title_is_ordered(title, grounds, options))
-
-    def has_word_of(self, title: str, options: Sequence[str]) -> bool:
-        return not self.grounds or review.title_is_from_course(title, self.grounds, options)
+    grounds: Mapping[str, Any] = field(default_factory=dict)  # what its titles are compared with: `reader.review`
 
 
 @dataclass(frozen=True)
@@ -677,15 +670,18 @@ class Prompt:
         """No tokenizer makes fewer tokens than words."""
         return len(self.system.split()) + len(self.user.split())
 
+    @functools.cached_property
+    def tokens(self) -> int:
+        """About as many as it has."""
+        return max(self.words * 4 // 3, len((self.system + self.user).encode()) // 4)
+
     def check_length(self, context: int | None) -> None:
         """Raise ContentTooLong where it cannot fit, and where it leaves an answer no room and can be condensed."""
-        if not context:
-            return
-        tokens = max(self.words * 4 // 3, len((self.system + self.user).encode()) // 4)
-        cannot_fit, room = self.words > context, context - min(self.sampling["max_tokens"], context // 4)
-        error = too_long(self, context) if cannot_fit or tokens > room else None
-        if error and (cannot_fit or self.can_be_condensed(error)):
-            raise error
+        cannot_fit = self.words > (context or math.inf)
+        if context and (cannot_fit or self.tokens > context - min(self.sampling["max_tokens"], context // 4)):
+            error = too_long(self, context)
+            if cannot_fit or self.can_be_condensed(error):
+                raise error
 
     def can_be_condensed(self, error: ContentTooLong) -> bool:
         fits = error.members.get("content_words_that_fit", 0)
@@ -704,15 +700,14 @@ def build_prompt(
     options = []
     for name, label in OPTION_LABELS.items():
         if value := request.option(name):
-            meaning = CHOICES.get(name, {}).get(value)
-            options.append(f"{label}: {value} ({meaning})" if meaning else f"{label}: {value}")
+            options.append(f"{label}: {value}" + (f" ({CHOICES[name][value]})" if name in CHOICES else ""))
     kept: dict[str, Any] = {}
     if isinstance(request, RegenerateRequest):
         kept = {name: part for name, part in request.badge.model_dump().items() if name != request.field}
         options.append(f"This is the badge without what is to be written:\n{orjson.dumps(kept).decode()}")
+    schema, asked = _asked(request, word_count(text), kept)
     tag = request.language or course.language
     language = review.LANGUAGES.get(tag.partition("-")[0].lower(), tag)
-    schema, asked = _asked(request, word_count(text), [name for name in Badge.model_fields if name not in kept])
     in_language = "" if language == "und" else f", in {language}"
     closing = f"Write the badge for this course{in_language}: {'; '.join(asked)}."
     text = re.sub(r"(?i)<(?=\s*+/?\s*+course\b)", "\u2039", text)  # possessive: a linear pass
@@ -721,22 +716,19 @@ def build_prompt(
     return Prompt(request, course, system, user, schema, request.sampling(defaults), kept)
 
 
-def _asked(request: GenerateRequest, words: int, fields: list[str]) -> tuple[dict[str, Any], list[str]]:
+def _asked(request: GenerateRequest, words: int, kept: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The schema of the fields that a model is to write, and words on each.
 
     Texts are asked for as lists of sentences, as many as the course has matter for: small models pad a longer text with
     inventions. Neither `pattern` nor `maxLength`, which break or slow grammars (ollama 8325, 18226).
     """
-    few, many = (min(count, max(1, words // 8)) for count in SENTENCES.get(request.option("badge_tone") or "", (3, 4)))
-    most = max(2, min(12 if request.option("badge_tone") == "Detailed" else 8, words // 15))
+    tone = request.option("badge_tone") or ""
+    few, many = (min(count, max(1, words // 8)) for count in SENTENCES.get(tone, (3, 4)))
+    most = max(2, min(12 if tone == "Detailed" else 8, words // 15))
     least = min(4, most)
-    schemas: dict[str, dict[str, Any]] = {
-        "badge_name": {"type": "string"},
-        "badge_description": {"type": "array", "items": {"type": "string"}, "minItems": few, "maxItems": many},
-        "criteria": {"type": "array", "items": {"type": "string"}, "minItems": least, "maxItems": most},
-        "skills": {"type": "array", "items": {"type": "string"}, "minItems": min(3, least), "maxItems": 8},
-    }
-    sentences = {
+    text = {"type": "string"}
+    counts = {"badge_description": (few, many), "criteria": (least, most), "skills": (min(3, least), 8)}
+    said = {
         "badge_name": "badge_name, a short title",
         "badge_description": f"badge_description with {_between(few, 'or', many)} sentences that explain what this "
         "course teaches and which topics it covers",
@@ -744,10 +736,12 @@ def _asked(request: GenerateRequest, words: int, fields: list[str]) -> tuple[dic
         "in other words than the description",
         "skills": "skills with the short names of up to 8 skills of this course",
     }
-    fields = [*fields, "skills"] if request.skills and "criteria" in fields and "badge_name" in fields else fields
-    properties = {name: schemas[name] for name in fields}
-    schema = {"type": "object", "properties": properties, "required": fields}
-    return schema, [sentences[name] for name in fields]
+    fields = [name for name in said if name not in kept and (name != "skills" or (request.skills and not kept))]
+    lists = {
+        name: {"type": "array", "items": text, "minItems": low, "maxItems": up} for name, (low, up) in counts.items()
+    }
+    schema = {"type": "object", "properties": {name: lists.get(name, text) for name in fields}, "required": fields}
+    return schema, [said[name] for name in fields]
 
 
 def _between(few: int, word: str, many: int) -> str:
@@ -756,12 +750,15 @@ def _between(few: int, word: str, many: int) -> str:
 
 def skills_in(tags: Sequence[str], prompt: Prompt) -> list[str]:
     """The skills among what a model named: short, each once, with a word of the course, at most 8."""
-    names = {" ".join(tag.split()).strip(" .,;:-*•"): None for tag in tags if len(tag) <= 80 and len(tag.split()) <= 6}
-    unique = {name.casefold(): name for name in reversed(names)}
-    in_course = partial(prompt.course.has_word_of, options=prompt.request.given_texts())
-    other_language = prompt.request.language not in (None, prompt.course.language)
-    found = [name for name in names if unique.get(name.casefold()) == name and (other_language or in_course(name))]
-    return found[:8] if prompt.request.skills else []
+    request, course, options = prompt.request, prompt.course, prompt.request.given_texts()
+    is_other_language = request.language not in (None, course.language)
+    found: dict[str, str] = {}
+    for tag in tags if request.skills else ():
+        name = " ".join(tag.split()).strip(" .,;:-*•")
+        is_short = len(tag) <= 80 and len(tag.split()) <= 6
+        if is_short and (is_other_language or review.title_is_from_course(name, course.grounds, options)):
+            found.setdefault(name.casefold(), name)
+    return [*found.values()][:8]
 
 
 def too_long(prompt: Prompt, limit: int | None, tokens: int | None = None, answer: int | None = None) -> ContentTooLong:
@@ -771,25 +768,25 @@ def too_long(prompt: Prompt, limit: int | None, tokens: int | None = None, answe
     own figures where it gave any. Without them the prompt's tokens are estimated, as more than the context holds.
     """
     instructions = len(prompt.system.encode()) // 4
-    about = "" if tokens else "about "
-    if not tokens:
-        tokens = max(prompt.words * 4 // 3, len(prompt.user.encode()) // 4 + instructions, (limit or 0) + 1)
     words = word_count(prompt.user.partition("</course>")[0]) - 1
+    has = f"The request has {tokens} tokens"
+    if not tokens:
+        tokens = max(prompt.tokens, (limit or 0) + 1)
+        has = f"The request has about {tokens} tokens"
     members: dict[str, Any] = {"prompt_tokens": tokens, "content_words": words}
-    has = f"The request has {about}{tokens} tokens"
-    shorten = "Shorten the content, or write a badge for each part of the course."
+    advice = "Shorten the content, or write a badge for each part of the course."
     if not limit:
-        return ContentTooLong(f"{has}, more than the model's context holds. {shorten}", **members)
+        return ContentTooLong(f"{has}, more than the model's context holds. {advice}", **members)
     room = max(0, limit - min(answer or limit, limit // 4) - instructions)  # a quarter for the answer
     fits = min(words * 3 // 4, room * 3 // 4, words * room // max(1, tokens - instructions))
-    shorten = shorten.replace("content", f"content to about {fits} words")
+    advice = advice.replace("content", f"content to about {fits} words")
     if not fits:
-        shorten = "Its operator has to give it a larger context: the instructions alone take most of this one."
+        advice = "Its operator has to give it a larger context: the instructions alone take most of this one."
     if answer and tokens <= limit:
-        if limit - tokens >= limit // 4:
-            fits, shorten = words, f"Lower max_tokens to {limit - tokens}."
         has += f" and asks for up to {answer} more"
-    detail = f"{has}; the model's context holds {limit}, its instructions and its answer included. {shorten}"
+        if limit - tokens >= limit // 4:
+            fits, advice = words, f"Lower max_tokens to {limit - tokens}."
+    detail = f"{has}; the model's context holds {limit}, its instructions and its answer included. {advice}"
     return ContentTooLong(detail, context_tokens=limit, content_words_that_fit=fits, **members)
 
 
@@ -815,10 +812,14 @@ NOT_PROSE = re.compile(r"[\W_]*+(?:json)?+[\W_]*+", re.I)  # before an object: n
 BULLET = re.compile(r"\A\s*(?:[-*•·.]\s+)?")
 FULL_STOP = re.compile(r"(?<=[^\s.!?…])[.!?。！？।]\Z")
 TITLE_LABEL = re.compile(r"(?i)\A\s*badge(?:[ _](?:name|title))?\s*:(?=.*\w)")
-STRING_RUN = re.compile(r'[^"\\]+')
 PLAIN = re.compile(r'[^"\\<&]+\Z')
-ESCAPE = re.compile(r'\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|["\\/bfnrt]|[^u])')
-ESCAPE_BEGUN = re.compile(r"\\(?:u[0-9a-fA-F]{0,3}|u[dD][89abAB][0-9a-fA-F]{2}(?:\\(?:u[0-9a-fA-F]{0,3})?)?)?\Z")
+# Of a JSON text: the next mark, the same without taking it, and the end of a number or a word. Commas do not matter.
+NEXT_MARK, MARK_AHEAD = re.compile(r"[\s,]++|([^\s,])"), re.compile(r"[\s,]++|(?=([^\s,]))")
+AFTER_WORD = re.compile(r'[^\s,:"\[\]{}]++|(?=([\s,:"\[\]{}]))')
+# Of a JSON string: its end, a run of characters, or an escape sequence once it is whole, both halves of a pair.
+_HIGH, _LOW = r"\\u[dD][89abAB][\da-fA-F]{2}", r"\\u[dD][c-fC-F][\da-fA-F]{2}"
+_BEGUN = rf"(?:\\(?:u[\da-fA-F]{{0,3}})?|{_HIGH}(?:\\(?:u[\da-fA-F]{{0,3}})?)?)\Z"
+CHARACTERS = re.compile(rf'(?s)("|[^"\\]+|(?!{_BEGUN})(?:{_HIGH}{_LOW}|\\u[\da-fA-F]{{4}}|\\.))')
 NOT_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 NO_COURSE = Sieve()  # leaves out only repetitions and markup
 FEWEST_TO_SIFT, FEWEST_OF_TINY = 40, 12  # words of a course; a tiny model's own sentences are worth less
@@ -890,13 +891,13 @@ class BadgeReader:
 
     def badge(self) -> Badge | None:
         """None for an object that is no badge, with placeholders for example."""
-        texts = {name: "".join(pieces) for name, pieces in self.fields.items()}
-        is_torn = self.closing or re.search(r"[\n\t]", texts.get("badge_name", ""))
-        if is_torn or any(_says_nothing(text) or self._sieve.echoes(text) for text in texts.values()):
+        texts: dict[str, Any] = {name: "".join(pieces) for name, pieces in self.fields.items()}
+        if self.closing or any(_says_nothing(text) or self._sieve.echoes(text) for text in texts.values()):
             return None
-        criteria = {"criteria": {"narrative": texts["criteria"]}} if "criteria" in texts else {}
+        if "criteria" in texts:
+            texts["criteria"] = {"narrative": texts["criteria"]}
         try:
-            badge = Badge.model_validate({**self.kept, **texts, **criteria})
+            badge = Badge.model_validate({**self.kept, **texts})
         except ValidationError:  # a field is missing, or the name is too long
             return None
         badge._tags = tuple(self.tags)
@@ -908,14 +909,14 @@ class BadgeReader:
         yield from self._expect("{")
         depth, in_criteria = 1, False
         while depth:
-            mark = yield from self._peek()
+            mark = yield from self._next(MARK_AHEAD)
             if mark in "{}":  # some models open it twice
                 self._at += 1
                 depth, in_criteria = depth - (mark == "}"), False
                 continue
             key = yield from self._string()
             yield from self._expect(":")
-            first = yield from self._peek()
+            first = yield from self._next(MARK_AHEAD)
             name = "criteria" if in_criteria and key == "narrative" else "" if in_criteria else key
             if first == "{" and not in_criteria and (key == "criteria" or not self.fields):  # the badge may be in there
                 self._at += 1
@@ -923,17 +924,16 @@ class BadgeReader:
             elif name in Badge.model_fields and name not in self.fields and name not in self.kept:
                 yield from self._field(name, first)
             elif first in '"[{':
-                yield from self._skip(self.tags if name in TAG_KEYS and first == "[" else [])
+                yield from self._strings(self._add_tag if name in TAG_KEYS else str)
             else:  # a number, true, false or null
-                while (yield from self._more()) not in ', \n\t\r:"[]{}':
-                    self._at += 1
+                yield from self._next(AFTER_WORD)
 
     def _field(self, name: str, first: str) -> Iterator[None]:
         """A text, or a list of texts, of the badge."""
         title = None
         if name == "badge_name" and first == '"':
             text = self._sieve.bare((yield from self._string()))
-            title = self._title(TITLE_LABEL.sub("", text).strip())
+            title = self._title(re.sub(r"[\r\n\t]+", " ", TITLE_LABEL.sub("", text)).strip())
             self.refused = title is None
         if first not in '"[' or (name == "badge_name" and title is None):
             raise InvalidModelOutput
@@ -946,23 +946,23 @@ class BadgeReader:
         elif first == '"':
             yield from self._string(write=True)
         else:
-            yield from self._list(name)
+            self._spare = ""
+            yield from self._strings(partial(self._add_item, name))
+            for sentence in self._sieve.more(name, self._items):
+                self._write_item(name, sentence)
+            if not self.said:  # a poor text can be corrected, none cannot
+                self._write_item(name, self._spare)
         self._end_text(name)
 
-    def _list(self, name: str) -> Iterator[None]:
-        yield from self._expect("[")
-        spare = ""
-        while (yield from self._peek("]")) == '"':
-            text = BULLET.sub("", (yield from self._string())).rstrip()
-            spare = spare or self._sieve.spare(text)
-            self._item(name, self._sieve.kept(name, text, self._items))
-        for sentence in self._sieve.more(name, self._items):
-            self._item(name, sentence)
-        if not self.said:  # a poor text can be corrected, none cannot
-            self._item(name, spare)
-        yield from self._expect("]")
+    def _add_tag(self, text: str) -> None:
+        self.tags.append(NOT_TEXT.sub("", self._sieve.bare(text)))
 
-    def _item(self, name: str, text: str) -> None:
+    def _add_item(self, name: str, text: str) -> None:
+        text = BULLET.sub("", text).rstrip()
+        self._spare = self._spare or self._sieve.spare(text)
+        self._write_item(name, self._sieve.kept(name, text, self._items))
+
+    def _write_item(self, name: str, text: str) -> None:
         if text:
             rest = FULL_STOP.sub("", text) if name == "badge_description" else text
             bullet, joint = ("- ", "\n") if name == "criteria" else ("", " ")
@@ -994,14 +994,13 @@ class BadgeReader:
         held = ""  # white space counts once more text follows, and markup once it ends
         while True:
             self.plain = bool(write and self.said and not held)
-            mark = yield from self._more('"')
+            piece = yield from self._next(CHARACTERS, '"')
             self.plain = False
-            if mark == '"':
-                self._at += 1
+            if piece == '"':
                 if write:
                     self._write(held.rstrip())
                 return "".join(parts)
-            part = yield from self._characters()
+            part = _unescaped(piece) if piece[0] == "\\" else piece
             if not write:
                 parts.append(part)
                 continue
@@ -1014,60 +1013,46 @@ class BadgeReader:
             if said:
                 self._write(said)
 
-    def _characters(self) -> Generator[None, None, str]:
-        """The next run of a string, or its next escape sequence, decoded; a backslash that escapes nothing stays."""
-        if run := STRING_RUN.match(self._text, self._at):
-            self._at = run.end()
-            return run[0]
-        while ESCAPE_BEGUN.match(self._text, self._at):
-            if self._cut:
-                self._at = len(self._text)
-                return ""
-            yield
-        escape = ESCAPE.match(self._text, self._at)
-        if escape is None:
-            raise InvalidModelOutput
-        self._at = escape.end()
-        try:
-            return str(orjson.loads(f'"{escape[0]}"'))
-        except ValueError:  # half a surrogate pair, or a backslash that escapes nothing
-            return chr(int(escape[0][2:], 16)) if escape[0][1] == "u" else escape[0]
-
-    def _skip(self, strings: list[str]) -> Iterator[None]:
-        """A string, list or object; the strings of a list are collected. Brackets are counted, not matched."""
+    def _strings(self, each: Callable[[str], object]) -> Iterator[None]:
+        """A string, list or object; the strings of a list go to `each`. Brackets are counted, not matched."""
         depth = 0
         while True:
-            mark = yield from self._peek()
-            if mark == '"':
+            if (yield from self._next(MARK_AHEAD, "]")) == '"':
                 text = yield from self._string()
                 if depth == 1:
-                    strings.append(NOT_TEXT.sub("", self._sieve.bare(text)))
+                    each(text)
             else:
-                self._at += 1
+                mark = yield from self._next(NEXT_MARK, "]")
                 depth += (mark in "[{") - (mark in "]}")
             if depth == 0:
                 return
 
     def _expect(self, mark: str) -> Iterator[None]:
-        if (yield from self._peek(mark)) != mark:
+        if (yield from self._next(NEXT_MARK, mark)) != mark:
             raise InvalidModelOutput
-        self._at += 1
 
-    def _peek(self, if_cut: str = "") -> Generator[None, None, str]:
-        """The next character that is neither white space nor a comma."""
-        while (mark := (yield from self._more(if_cut))) in ", \n\t\r":
-            self._at += 1
-        return mark
+    def _next(self, pattern: re.Pattern[str], if_cut: str = "") -> Generator[None, None, str]:
+        """What the group of a pattern finds, once it is there; `if_cut` stands for it where a token limit cut the text.
 
-    def _more(self, if_cut: str = "") -> Generator[None, None, str]:
-        """The next character, or the one that stands for it where a token limit cut the text."""
-        while self._at >= len(self._text):
+        What the pattern matches without its group is skipped.
+        """
+        while True:
+            while found := pattern.match(self._text, self._at):
+                self._at = found.end()
+                if found[1]:
+                    return found[1]
             if self._cut and not if_cut:
                 raise InvalidModelOutput
             if self._cut:
                 return if_cut
             yield
-        return self._text[self._at]
+
+
+def _unescaped(piece: str) -> str:
+    try:
+        return str(orjson.loads(f'"{piece}"'))
+    except ValueError:  # half a surrogate pair, or a backslash that escapes nothing, which stays
+        return chr(int(piece[2:], 16)) if len(piece) == 6 else piece
 
 
 class Draft:
@@ -1140,7 +1125,7 @@ class Draft:
         while True:
             mark = (THOUGHTS_END if self._place == "thoughts" else MARK).search(text, at)
             end = mark.start() if mark else max(0, len(text) - LONGEST_MARK)
-            if self._place == "start" and not NOT_PROSE.fullmatch(text[at:end]):
+            if self._place == "start" and not self._told and not NOT_PROSE.fullmatch(text[at:end]):
                 self._place = "prose"
             if mark is None:
                 self._outside = text[max(at, end) :]
@@ -1956,23 +1941,24 @@ class GenerationQueue:
         A course may hold instructions to the model, which small models follow.
         """
         request, course = prompt.request, prompt.course
-        options = request.given_texts()
-        is_wanted = isinstance(request, RegenerateRequest) and not course.grounds.get("has_orders")
+        options, grounds = request.given_texts(), course.grounds
+        is_wanted = isinstance(request, RegenerateRequest) and not grounds["has_orders"]
         if is_wanted or request.language not in (None, course.language) or word_count(course.text[:1000]) < 8:
             return str  # by a person who looks at it; in other words than the course's; there is nothing to compare
 
-        own = " ".join(NOT_TEXT.sub("", course.grounds.get("title", "")).split())
+        own = " ".join(NOT_TEXT.sub("", grounds["title"]).split())
 
         def accepted(title: str) -> str | None:
             says_nothing = _says_nothing(title)
-            if not says_nothing and course.has_word_of(title, options) and sieve.bears(title):
+            if not says_nothing and review.title_is_from_course(title, grounds, options) and sieve.bears(title):
                 return own if sieve.prefers(own, title) else sieve.as_title(title)
             if says_nothing and not sieve.course:
                 return title
             if first:
                 return None
             # The beginning of a text without a heading is a poor title, though better than what no course has.
-            is_title = len(own) <= review.HEADLINE or sieve.course or course.orders(title, options)
+            is_ordered = grounds["has_orders"] or review.title_is_ordered(title, grounds, options)
+            is_title = len(own) <= review.HEADLINE or sieve.course or is_ordered
             return own if is_title and not _says_nothing(own) else title
 
         return accepted

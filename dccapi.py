@@ -803,11 +803,10 @@ _OPENS = rf"<(?:seed:)?(?:{_THOUGHT})>|\[THINK\]|◁think▷|<\|(?:begin_of_thou
 _CLOSES = rf"</(?:seed:)?(?:{_THOUGHT})>|\[/THINK\]|◁/think▷|<\|end_(?:of_thought|thinking)\|>"
 _OPENS += r"|<\|channel\|?>\s*(?:analysis|commentary|thought)"
 _CLOSES += r"|<\|channel\|?>\s*final|assistantfinal|<channel\|>"
-THOUGHTS_END = re.compile(rf"(?i){_CLOSES}")
 MARK = re.compile(rf"(?i)(?P<closes>{_CLOSES})|(?P<opens>{_OPENS})|(?P<object>\{{\s*(?:\"|\Z))")
 LONGEST_MARK = 64
-AT_ONCE = 4096  # characters
-MAX_READ = 2**19  # characters of the objects of one text that are read in search of a badge: they may lie in each other
+MAX_WASTED = 2**19  # characters of the objects of one text that are read and are no badge: they may lie in each other
+MAX_DEPTH = 8  # of objects around a badge that is told as it is written
 NOT_PROSE = re.compile(r"[\W_]*+(?:json)?+[\W_]*+", re.I)  # before an object: nothing, or the fence of a code block
 BULLET = re.compile(r"\A\s*(?:[-*•·.]\s+)?")
 FULL_STOP = re.compile(r"(?<=[^\s.!?…])[.!?。！？।]\Z")
@@ -841,92 +840,132 @@ class TitleRefused(Exception):
         self.tokens = tokens  # written, where the call was broken off
 
 
-class BadgeReader:
-    """Reads one JSON object of a model and writes the JSON of the badge in it, piece by piece. Sans I/O.
+class Draft:
+    """The badge in what a model writes, whatever stands around it: prose, fences, thoughts. Sans I/O.
 
-    What `feed` returns is, put together, the badge in the shape of the answer, without its last brace: the fields that
-    are `kept`, then those that the model writes, in its order. Texts are trimmed; a list of sentences becomes a
-    paragraph, a list of items a Markdown list. An institution that neither name nor description mentions is appended
-    to the description: small models forget it. Superfluous and missing commas, other fields and objects around the
-    badge do not matter, nor what follows the last field.
+    What is returned is, put together, the JSON of the badge: the fields that are `kept`, then those that the model
+    writes, in its order. Texts are trimmed; a list of sentences becomes a paragraph, a list of items a Markdown list.
+    An institution that neither name nor description mentions is appended to the description: small models forget it.
+    Superfluous and missing commas, other fields, objects around the badge, and what follows its last field do not
+    matter.
+
+    An object that comes first, or right after the thoughts, is told as it is written. One that stands behind prose
+    may be an idea within thoughts whose opening mark is missing (DeepSeek-R1's template writes that mark itself), so it
+    is told at the end. The badge is the one that was told whole, or else the last whole one after the thoughts.
     """
 
-    def __init__(self, kept: Mapping[str, Any], institution: str, title: TitleCheck, sieve: Sieve) -> None:
-        self.kept, self._institution, self._title, self._sieve = kept, institution, title, sieve
-        self.fields: dict[str, list[str]] = {}  # texts in pieces
-        self.tags: list[str] = []
+    def __init__(
+        self, kept: Mapping[str, Any] = {}, institution: str = "", title: TitleCheck = str, sieve: Sieve = NO_COURSE
+    ) -> None:
+        self.badge: Badge | None = None  # once it is whole
         self.refused = False  # whether `title` found no title for what was written
-        self.ended = False  # whether the object is read, or is none
-        self.said: list[str] = []  # the pieces of the text that is being written
-        self.closing = ""  # what ends that text
-        self.plain = False  # whether the next piece continues that text, and may be taken as it is
+        self.joint = "{"  # stands between what was told and other fields: of two with one name the last counts
+        self._kept, self._institution, self._title, self._sieve = kept, institution, title, sieve
+        self._place: Literal["start", "prose", "thoughts", "answer"] = "start"
+        self._is_told = self._was_told = False  # the object that is read; the badge
+        self._text, self._at = "", 0  # of the model, from the object that is read on, and how far it is read
+        self._wasted = 0  # characters of objects that were no badge
+        self._has_ended = self._is_cut = False
+        self._out: list[str] = []
+        self._run = self._document()
+        self._begin_object()
+
+    def _begin_object(self) -> None:
+        self._fields: dict[str, list[str]] = {}  # texts in pieces
+        self._tags: list[str] = []
+        self._said: list[str] = []  # the pieces of the text that is being written
+        self._closing = ""  # what ends that text
+        self._is_plain = False  # whether the next piece continues that text, and may be taken as it is
         self._stop = ""  # the full stop of its last sentence, held back until the institution may be in
+        self._spare = ""  # what stands for a list of which nothing is kept: it can be corrected
         # What a list may not repeat: the field and the text.
-        self._items = [(name, str(text)) for name, text in kept.items() if name == "badge_name"]
-        self._text, self._at = "", 0  # what was fed, and how far it is read
-        self._cut = False
-        self._out = [orjson.dumps(dict(kept)).decode()[:-1]]
-        self._run = self._object()
+        self._items = [(name, str(text)) for name, text in self._kept.items() if name == "badge_name"]
 
     def feed(self, piece: str) -> str:
-        self._text, self._at = self._text[self._at :] + piece, 0
-        try:
-            next(self._run)
-        except (StopIteration, InvalidModelOutput):
-            self.ended = True
+        """What this piece of the model's text adds to the JSON of the badge. Raises InvalidModelOutput for nonsense."""
+        is_plain = self._is_plain and self._at == len(self._text)
+        self._text += piece
+        # As most are: there is nothing to decode, to trim or to end in it.
+        if is_plain and piece.isprintable() and piece[-1:] != " " and PLAIN.match(piece):
+            self._at += len(piece)
+            self._said.append(piece)
+            return piece if self._is_told else ""
+        next(self._run, None)
         rendered = "".join(self._out)
         self._out.clear()
         return rendered
 
     def finish(self, cut: bool) -> str:
-        """No more comes. A text that is not closed counts only where a token limit `cut` it."""
-        self._cut = cut
-        rendered = self.feed("") if cut else ""
-        self.ended = True
-        return rendered
+        """The last of the badge's JSON. Raises InvalidModelOutput; `cut` says that a token limit ended the text."""
+        # Behind prose, what is cut off may be an idea within thoughts.
+        self._has_ended, self._is_cut = True, cut and self._place != "prose"
+        rendered = self.feed("")
+        if self.badge is None:
+            raise InvalidModelOutput
+        return rendered + ("}" if self._was_told else self.joint + orjson.dumps(self.badge.model_dump()).decode()[1:])
 
-    def left(self) -> int:
-        """How many characters of what was fed stand behind the object."""
-        return len(self._text) - self._at
+    # -- the text, read by generators that yield wherever they need more of it
 
-    def badge(self) -> Badge | None:
-        """None for an object that is no badge, with placeholders for example."""
-        texts: dict[str, Any] = {name: "".join(pieces) for name, pieces in self.fields.items()}
-        if self.closing or any(_says_nothing(text) or self._sieve.echoes(text) for text in texts.values()):
-            return None
-        if "criteria" in texts:
-            texts["criteria"] = {"narrative": texts["criteria"]}
-        try:
-            badge = Badge.model_validate({**self.kept, **texts})
-        except ValidationError:  # a field is missing, or the name is too long
-            return None
-        badge._tags = tuple(self.tags)
-        return badge
-
-    # -- the object, read by generators that yield wherever they need more text
-
-    def _object(self) -> Iterator[None]:
-        yield from self._expect("{")
-        depth, in_criteria = 1, False
-        while depth:
-            mark = yield from self._next(MARK_AHEAD)
-            if mark in "{}":  # some models open it twice
-                self._at += 1
-                depth, in_criteria = depth - (mark == "}"), False
+    def _document(self) -> Iterator[None]:
+        while (yield from self._seek()):
+            start = self._at
+            self._begin_object()
+            self._is_told = self.joint == "{" and self._place != "prose"
+            self._tell(orjson.dumps(dict(self._kept)).decode()[:-1], ", " if self._kept else "")
+            with contextlib.suppress(InvalidModelOutput):
+                yield from self._object({name: name for name in Badge.model_fields})
+            self._is_plain = False
+            if badge := self._read_badge():
+                self.badge, self._was_told = badge, self._is_told
                 continue
+            self._wasted += self._at - start + LONGEST_MARK
+            if self._wasted > MAX_WASTED:
+                raise InvalidModelOutput
+            self._at = start + 1  # the badge may be in there
+
+    def _seek(self) -> Generator[None, None, bool]:
+        """Go to the next object that may be the badge; whether there is one."""
+        while True:
+            mark = MARK.search(self._text, self._at)
+            end = mark.start() if mark else max(self._at, len(self._text) - LONGEST_MARK)
+            if self._place == "start" and self.joint == "{" and not NOT_PROSE.fullmatch(self._text, self._at, end):
+                self._place = "prose"
+            if mark is None:
+                if self._has_ended:
+                    return False
+                self._text, self._at = self._text[end:], 0
+                yield
+                continue
+            self._at = mark.end()
+            if mark["closes"]:
+                self.badge = self.badge if self._place == "thoughts" else None  # it was an idea
+                self._place = "answer"
+            elif mark["opens"]:
+                self._place = "thoughts"
+            elif self._place != "thoughts" and not (self.badge and self._was_told):
+                self._at = mark.start()
+                return True
+
+    def _object(self, names: Mapping[str, str], depth: int = 0) -> Iterator[None]:
+        """An object; `names` has the fields of the badge by the keys that they have in it."""
+        yield from self._expect("{")
+        while (yield from self._next(MARK_AHEAD)) != "}":
             key = yield from self._string()
             yield from self._expect(":")
             first = yield from self._next(MARK_AHEAD)
-            name = "criteria" if in_criteria and key == "narrative" else "" if in_criteria else key
-            if first == "{" and not in_criteria and (key == "criteria" or not self.fields):  # the badge may be in there
-                self._at += 1
-                depth, in_criteria = depth + 1, key == "criteria"
-            elif name in Badge.model_fields and name not in self.fields and name not in self.kept:
+            name = names.get(key, "")
+            is_missing = name and name not in self._fields and name not in self._kept
+            if first == "{" and name == "criteria":
+                yield from self._object({"narrative": name}, depth)
+            elif first == "{" and not self._fields and depth < MAX_DEPTH:  # the badge may be in there
+                yield from self._object(names, depth + 1)
+            elif is_missing:
                 yield from self._field(name, first)
             elif first in '"[{':
-                yield from self._strings(self._add_tag if name in TAG_KEYS else str)
+                yield from self._strings(self._add_tag if key in TAG_KEYS else str)
             else:  # a number, true, false or null
                 yield from self._next(AFTER_WORD)
+        yield from self._expect("}")
 
     def _field(self, name: str, first: str) -> Iterator[None]:
         """A text, or a list of texts, of the badge."""
@@ -934,12 +973,12 @@ class BadgeReader:
         if name == "badge_name" and first == '"':
             text = self._sieve.bare((yield from self._string()))
             title = self._title(re.sub(r"[\r\n\t]+", " ", TITLE_LABEL.sub("", text)).strip())
-            self.refused = title is None
+            self.refused = self.refused or title is None
         if first not in '"[' or (name == "badge_name" and title is None):
             raise InvalidModelOutput
-        opening, self.closing = ('{"narrative": "', '"}') if name == "criteria" else ('"', '"')
-        self._out.append((", " if self.fields or self.kept else "") + f'"{name}": {opening}')
-        self.fields[name] = self.said = []
+        opening, self._closing = ('{"narrative": "', '"}') if name == "criteria" else ('"', '"')
+        self._tell(f'{self.joint}"{name}": {opening}', self._closing + ", ")
+        self._fields[name] = self._said = []
         if title is not None:
             self._write(title)
             self._items.append((name, title))
@@ -950,42 +989,9 @@ class BadgeReader:
             yield from self._strings(partial(self._add_item, name))
             for sentence in self._sieve.more(name, self._items):
                 self._write_item(name, sentence)
-            if not self.said:  # a poor text can be corrected, none cannot
+            if not self._said:
                 self._write_item(name, self._spare)
         self._end_text(name)
-
-    def _add_tag(self, text: str) -> None:
-        self.tags.append(NOT_TEXT.sub("", self._sieve.bare(text)))
-
-    def _add_item(self, name: str, text: str) -> None:
-        text = BULLET.sub("", text).rstrip()
-        self._spare = self._spare or self._sieve.spare(text)
-        self._write_item(name, self._sieve.kept(name, text, self._items))
-
-    def _write_item(self, name: str, text: str) -> None:
-        if text:
-            rest = FULL_STOP.sub("", text) if name == "badge_description" else text
-            bullet, joint = ("- ", "\n") if name == "criteria" else ("", " ")
-            self._write(self._stop + (joint if self.said else "") + bullet + rest)
-            self._stop = text[len(rest) :]
-            self._items.append((name, text))
-
-    def _end_text(self, name: str) -> None:
-        if name == "badge_description" and self._institution and not _says_nothing("".join(self.said)):
-            pattern = rf"(?<!\w){re.escape(self._institution.casefold())}(?!\w)"  # MIT is not in "submit"
-            written = [*self.fields.get("badge_name", []), " ", *self.said]
-            if not re.search(pattern, f"{self.kept.get('badge_name')} {''.join(written)}".casefold()):
-                self._write(f" ({self._institution})")
-        self._write(self._stop)
-        self._out.append(self.closing)
-        self._stop = self.closing = ""
-
-    def _write(self, text: str) -> None:
-        text = text.replace("\r\n", "\n")
-        if NOT_TEXT.search(text):
-            raise InvalidModelOutput
-        self.said.append(text)
-        self._out.append(orjson.dumps(text)[1:-1].decode())
 
     def _string(self, write: bool = False) -> Generator[None, None, str]:
         """A string and its closing quote: returned when it is whole, or written, trimmed, as it comes."""
@@ -993,21 +999,22 @@ class BadgeReader:
         parts: list[str] = []
         held = ""  # white space counts once more text follows, and markup once it ends
         while True:
-            self.plain = bool(write and self.said and not held)
-            piece = yield from self._next(CHARACTERS, '"')
-            self.plain = False
-            if piece == '"':
+            self._is_plain = bool(write and self._said and not held)
+            part = yield from self._next(CHARACTERS, '"')
+            self._is_plain = False
+            if part == '"':
                 if write:
                     self._write(held.rstrip())
                 return "".join(parts)
-            part = _unescaped(piece) if piece[0] == "\\" else piece
+            if part[0] == "\\":
+                part = _unescaped(part)
             if not write:
                 parts.append(part)
                 continue
             part = held + part
             at = self._sieve.unfinished(part)
             bare = self._sieve.bare(part[:at])
-            bare = bare if self.said else bare.lstrip()
+            bare = bare if self._said else bare.lstrip()
             said = bare.rstrip()
             held = bare[len(said) :][:MAX_BLANK_RUN] + part[at:]
             if said:
@@ -1041,11 +1048,65 @@ class BadgeReader:
                 self._at = found.end()
                 if found[1]:
                     return found[1]
-            if self._cut and not if_cut:
+            if self._has_ended:
+                if if_cut and self._is_cut and self.badge is None:
+                    return if_cut
                 raise InvalidModelOutput
-            if self._cut:
-                return if_cut
             yield
+
+    # -- the badge
+
+    def _add_tag(self, text: str) -> None:
+        self._tags.append(NOT_TEXT.sub("", self._sieve.bare(text)))
+
+    def _add_item(self, name: str, text: str) -> None:
+        text = BULLET.sub("", text).rstrip()
+        self._spare = self._spare or self._sieve.spare(text)
+        self._write_item(name, self._sieve.kept(name, text, self._items))
+
+    def _write_item(self, name: str, text: str) -> None:
+        if text:
+            rest = FULL_STOP.sub("", text) if name == "badge_description" else text
+            bullet, joint = ("- ", "\n") if name == "criteria" else ("", " ")
+            self._write(self._stop + (joint if self._said else "") + bullet + rest)
+            self._stop = text[len(rest) :]
+            self._items.append((name, text))
+
+    def _end_text(self, name: str) -> None:
+        if name == "badge_description" and self._institution and not _says_nothing("".join(self._said)):
+            pattern = rf"(?<!\w){re.escape(self._institution.casefold())}(?!\w)"  # MIT is not in "submit"
+            written = [*self._fields.get("badge_name", []), " ", *self._said]
+            if not re.search(pattern, f"{self._kept.get('badge_name')} {''.join(written)}".casefold()):
+                self._write(f" ({self._institution})")
+        self._write(self._stop)
+        self._tell(self._closing, ", ")
+        self._stop = self._closing = ""
+
+    def _write(self, text: str) -> None:
+        text = text.replace("\r\n", "\n")
+        if NOT_TEXT.search(text):
+            raise InvalidModelOutput
+        self._said.append(text)
+        self._tell(orjson.dumps(text)[1:-1].decode(), self.joint)
+
+    def _tell(self, text: str, joint: str) -> None:
+        if self._is_told:
+            self._out.append(text)
+            self.joint = joint
+
+    def _read_badge(self) -> Badge | None:
+        """None for an object that is no badge, with placeholders for example."""
+        texts: dict[str, Any] = {name: "".join(pieces) for name, pieces in self._fields.items()}
+        if self._closing or any(_says_nothing(text) or self._sieve.echoes(text) for text in texts.values()):
+            return None
+        if "criteria" in texts:
+            texts["criteria"] = {"narrative": texts["criteria"]}
+        try:
+            badge = Badge.model_validate({**self._kept, **texts})
+        except ValidationError:  # a field is missing, or the name is too long
+            return None
+        badge._tags = tuple(self._tags)
+        return badge
 
 
 def _unescaped(piece: str) -> str:
@@ -1053,114 +1114,6 @@ def _unescaped(piece: str) -> str:
         return str(orjson.loads(f'"{piece}"'))
     except ValueError:  # half a surrogate pair, or a backslash that escapes nothing, which stays
         return chr(int(piece[2:], 16)) if len(piece) == 6 else piece
-
-
-class Draft:
-    """The badge in what a model writes, whatever stands around it: prose, fences, thoughts. Sans I/O.
-
-    An object that comes first, or right after the thoughts, is told as it is written. One that stands behind prose
-    may be an idea within thoughts whose opening mark is missing (DeepSeek-R1's template writes that mark itself), so it
-    is told at the end. The badge is the last whole one that stands after the thoughts, or the one that was told.
-    """
-
-    def __init__(
-        self, kept: Mapping[str, Any] = {}, institution: str = "", title: TitleCheck = str, sieve: Sieve = NO_COURSE
-    ) -> None:
-        self.refused = False  # whether a title was
-        self._new_reader = partial(BadgeReader, kept, institution, title, sieve)
-        self._place: Literal["start", "prose", "thoughts", "answer"] = "start"
-        self._outside = ""  # of any object: what may be the beginning of a mark
-        self._reader: BadgeReader | None = None
-        self._raw: list[str] = []  # what it has read in earlier pieces
-        self._told: BadgeReader | None = None  # the one that is told as it is written
-        self._found: BadgeReader | None = None  # the one that has read the badge
-        self._read = 0  # characters of objects that are no badge
-
-    @property
-    def badge(self) -> Badge | None:
-        """The badge, once it is whole."""
-        return self._found.badge() if self._found else None
-
-    def feed(self, piece: str) -> str:
-        """What this piece of the model's text adds to the JSON of the badge. Raises InvalidModelOutput for nonsense."""
-        reader = self._reader
-        # As most are: there is nothing to decode, to trim or to end in it.
-        if reader is not None and reader.plain and piece.isprintable() and piece[-1:] != " " and PLAIN.match(piece):
-            self._raw.append(piece)
-            reader.said.append(piece)
-            return piece if reader is self._told else ""
-        text, start, at, rendered = self._outside + piece, 0, 0, ""
-        while True:
-            if self._reader is None:
-                start = at = self._seek(text, at)
-            if (reader := self._reader) is None:
-                return rendered
-            if not reader.ended:
-                told = reader.feed(text[at : at + AT_ONCE])
-                rendered += told if reader is self._told else ""
-                at = min(at + AT_ONCE, len(text))
-            if reader.ended:
-                at -= reader.left()
-                text, at = self._ended(reader, text, start, at)
-            elif at == len(text):
-                self._raw.append(text[start:])
-                return rendered
-
-    def _ended(self, reader: BadgeReader, text: str, start: int, at: int) -> tuple[str, int]:
-        """Where to go on: behind a badge, or within what was none."""
-        self.refused = self.refused or reader.refused
-        self._reader = None
-        if reader.badge():
-            self._found = reader
-            return text, at
-        whole = "".join([*self._raw, text])
-        self._raw = []
-        self._read += at - start + len(whole) - len(text) + LONGEST_MARK
-        if self._read > MAX_READ:
-            raise InvalidModelOutput
-        return whole, start + 1
-
-    def _seek(self, text: str, at: int) -> int:
-        """Where the next object begins that may be the badge; the end of the text while there is none."""
-        while True:
-            mark = (THOUGHTS_END if self._place == "thoughts" else MARK).search(text, at)
-            end = mark.start() if mark else max(0, len(text) - LONGEST_MARK)
-            if self._place == "start" and not self._told and not NOT_PROSE.fullmatch(text[at:end]):
-                self._place = "prose"
-            if mark is None:
-                self._outside = text[max(at, end) :]
-                return len(text)
-            at = mark.end()
-            if self._place == "thoughts":
-                self._place = "answer"
-            elif mark["closes"]:
-                self._place, self._found = "answer", None  # it was an idea
-            elif mark["opens"]:
-                self._place = "thoughts"
-            elif self._found is None or self._found is not self._told:
-                self._reader, self._raw, self._outside = self._new_reader(), [], ""
-                if self._told is None and self._place != "prose":
-                    self._told = self._reader
-                return end
-
-    def finish(self, cut: bool) -> str:
-        """The last of the badge's JSON. Raises InvalidModelOutput; `cut` says that a token limit ended the text."""
-        rendered = ""
-        while (reader := self._reader) is not None:
-            # Behind prose, what is cut off may be an idea within thoughts.
-            told = reader.finish(cut and self._found is None and self._place != "prose")
-            rendered += (told if reader is self._told else "") + self.feed("")
-        if (badge := self.badge) is None:
-            raise InvalidModelOutput
-        if self._found is self._told:
-            return rendered + "}"
-        return rendered + self.joint_after() + orjson.dumps(badge.model_dump()).decode()[1:]
-
-    def joint_after(self) -> str:
-        """What stands between what was told and the fields of another badge: of two with one name the last counts."""
-        if (told := self._told) is None:
-            return "{"
-        return told.closing + (", " if told.fields or told.kept else "")
 
 
 def parse_badge(text: str, *, cut: bool = False) -> Badge:
@@ -1876,7 +1829,7 @@ class GenerationQueue:
             except ContentTooLong as error:
                 prompt = await self._condensed(prompt, error, generation)
             except TitleRefused as refused:
-                title, joint = self._title(prompt, sieve, first=False), draft.joint_after()
+                title, joint = self._title(prompt, sieve, first=False), draft.joint
                 prompt = replace(prompt, user=f"{prompt.user}\n{TITLE_AGAIN}")
                 broken_off = refused.tokens
         if broken_off:  # the engine did not say how much it had read: as much as for the second call

@@ -677,10 +677,9 @@ class Prompt:
 
     def check_length(self, context: int | None) -> None:
         """Raise ContentTooLong where it cannot fit, and where it leaves an answer no room and can be condensed."""
-        cannot_fit = self.words > (context or math.inf)
-        if context and (cannot_fit or self.tokens > context - min(self.sampling["max_tokens"], context // 4)):
+        if context and self.tokens > context - min(self.sampling["max_tokens"], context // 4):
             error = too_long(self, context)
-            if cannot_fit or self.can_be_condensed(error):
+            if self.words > context or self.can_be_condensed(error):
                 raise error
 
     def can_be_condensed(self, error: ContentTooLong) -> bool:
@@ -737,11 +736,10 @@ def _asked(request: GenerateRequest, words: int, kept: Mapping[str, Any]) -> tup
         "skills": "skills with the short names of up to 8 skills of this course",
     }
     fields = [name for name in said if name not in kept and (name != "skills" or (request.skills and not kept))]
-    lists = {
-        name: {"type": "array", "items": text, "minItems": low, "maxItems": up} for name, (low, up) in counts.items()
-    }
-    schema = {"type": "object", "properties": {name: lists.get(name, text) for name in fields}, "required": fields}
-    return schema, [said[name] for name in fields]
+    properties: dict[str, Any] = dict.fromkeys(fields, text)
+    for name in counts.keys() & properties.keys():
+        properties[name] = {"type": "array", "items": text, "minItems": counts[name][0], "maxItems": counts[name][1]}
+    return {"type": "object", "properties": properties, "required": fields}, [said[name] for name in fields]
 
 
 def _between(few: int, word: str, many: int) -> str:
@@ -806,7 +804,7 @@ _CLOSES += r"|<\|channel\|?>\s*final|assistantfinal|<channel\|>"
 MARK = re.compile(rf"(?i)(?P<closes>{_CLOSES})|(?P<opens>{_OPENS})|(?P<object>\{{\s*(?:\"|\Z))")
 LONGEST_MARK = 64
 MAX_WASTED = 2**19  # characters of the objects of one text that are read and are no badge: they may lie in each other
-MAX_DEPTH = 8  # of objects around a badge that is told as it is written
+MAX_DEPTH = 8  # of objects around the badge
 NOT_PROSE = re.compile(r"[\W_]*+(?:json)?+[\W_]*+", re.I)  # before an object: nothing, or the fence of a code block
 BULLET = re.compile(r"\A\s*(?:[-*•·.]\s+)?")
 FULL_STOP = re.compile(r"(?<=[^\s.!?…])[.!?。！？।]\Z")
@@ -845,9 +843,8 @@ class Draft:
 
     What is returned is, put together, the JSON of the badge: the fields that are `kept`, then those that the model
     writes, in its order. Texts are trimmed; a list of sentences becomes a paragraph, a list of items a Markdown list.
-    An institution that neither name nor description mentions is appended to the description: small models forget it.
-    Superfluous and missing commas, other fields, objects around the badge, and what follows its last field do not
-    matter.
+    An institution that is not mentioned is appended to the description: small models forget it. Commas, other fields,
+    objects around the badge, and what follows its last field do not matter.
 
     An object that comes first, or right after the thoughts, is told as it is written. One that stands behind prose
     may be an idea within thoughts whose opening mark is missing (DeepSeek-R1's template writes that mark itself), so it
@@ -865,21 +862,11 @@ class Draft:
         self._is_told = self._was_told = False  # the object that is read; the badge
         self._text, self._at = "", 0  # of the model, from the object that is read on, and how far it is read
         self._wasted = 0  # characters of objects that were no badge
+        self._said: list[str] = []  # the pieces of the text that is being written
+        self._is_plain = False  # whether the next piece continues that text, and may be taken as it is
         self._has_ended = self._is_cut = False
         self._out: list[str] = []
         self._run = self._document()
-        self._begin_object()
-
-    def _begin_object(self) -> None:
-        self._fields: dict[str, list[str]] = {}  # texts in pieces
-        self._tags: list[str] = []
-        self._said: list[str] = []  # the pieces of the text that is being written
-        self._closing = ""  # what ends that text
-        self._is_plain = False  # whether the next piece continues that text, and may be taken as it is
-        self._stop = ""  # the full stop of its last sentence, held back until the institution may be in
-        self._spare = ""  # what stands for a list of which nothing is kept: it can be corrected
-        # What a list may not repeat: the field and the text.
-        self._items = [(name, str(text)) for name, text in self._kept.items() if name == "badge_name"]
 
     def feed(self, piece: str) -> str:
         """What this piece of the model's text adds to the JSON of the badge. Raises InvalidModelOutput for nonsense."""
@@ -904,12 +891,17 @@ class Draft:
             raise InvalidModelOutput
         return rendered + ("}" if self._was_told else self.joint + orjson.dumps(self.badge.model_dump()).decode()[1:])
 
-    # -- the text, read by generators that yield wherever they need more of it
+    # The text is read by generators, which yield wherever they need more of it.
 
     def _document(self) -> Iterator[None]:
         while (yield from self._seek()):
             start = self._at
-            self._begin_object()
+            self._fields: dict[str, list[str]] = {}  # texts in pieces
+            self._tags: list[str] = []
+            # What a list may not repeat: the field and the text.
+            self._items = [(name, str(text)) for name, text in self._kept.items() if name == "badge_name"]
+            self._closing = ""  # what ends the text
+            self._stop = ""  # the full stop of its last sentence, held back until the institution may be in
             self._is_told = self.joint == "{" and self._place != "prose"
             self._tell(orjson.dumps(dict(self._kept)).decode()[:-1], ", " if self._kept else "")
             with contextlib.suppress(InvalidModelOutput):
@@ -954,15 +946,13 @@ class Draft:
             yield from self._expect(":")
             first = yield from self._next(MARK_AHEAD)
             name = names.get(key, "")
-            is_missing = name and name not in self._fields and name not in self._kept
-            if first == "{" and name == "criteria":
-                yield from self._object({"narrative": name}, depth)
-            elif first == "{" and not self._fields and depth < MAX_DEPTH:  # the badge may be in there
-                yield from self._object(names, depth + 1)
-            elif is_missing:
+            if first == "{" and depth < MAX_DEPTH and (name == "criteria" or not self._fields):
+                # Where no field came before it, the badge may be in there.
+                yield from self._object({"narrative": name} if name == "criteria" else names, depth + 1)
+            elif name and name not in self._fields and name not in self._kept:
                 yield from self._field(name, first)
             elif first in '"[{':
-                yield from self._strings(self._add_tag if key in TAG_KEYS else str)
+                yield from self._strings(self._tags.append if first == "[" and key in TAG_KEYS else str)
             else:  # a number, true, false or null
                 yield from self._next(AFTER_WORD)
         yield from self._expect("}")
@@ -985,7 +975,7 @@ class Draft:
         elif first == '"':
             yield from self._string(write=True)
         else:
-            self._spare = ""
+            self._spare = ""  # what stands for a list of which nothing is kept: it can be corrected
             yield from self._strings(partial(self._add_item, name))
             for sentence in self._sieve.more(name, self._items):
                 self._write_item(name, sentence)
@@ -999,7 +989,7 @@ class Draft:
         parts: list[str] = []
         held = ""  # white space counts once more text follows, and markup once it ends
         while True:
-            self._is_plain = bool(write and self._said and not held)
+            self._is_plain = bool(write and not held and self._said)
             part = yield from self._next(CHARACTERS, '"')
             self._is_plain = False
             if part == '"':
@@ -1039,7 +1029,7 @@ class Draft:
             raise InvalidModelOutput
 
     def _next(self, pattern: re.Pattern[str], if_cut: str = "") -> Generator[None, None, str]:
-        """What the group of a pattern finds, once it is there; `if_cut` stands for it where a token limit cut the text.
+        """What the pattern's group finds, once it is there, and `if_cut` where a token limit cut the text before it.
 
         What the pattern matches without its group is skipped.
         """
@@ -1053,11 +1043,6 @@ class Draft:
                     return if_cut
                 raise InvalidModelOutput
             yield
-
-    # -- the badge
-
-    def _add_tag(self, text: str) -> None:
-        self._tags.append(NOT_TEXT.sub("", self._sieve.bare(text)))
 
     def _add_item(self, name: str, text: str) -> None:
         text = BULLET.sub("", text).rstrip()
@@ -1105,7 +1090,7 @@ class Draft:
             badge = Badge.model_validate({**self._kept, **texts})
         except ValidationError:  # a field is missing, or the name is too long
             return None
-        badge._tags = tuple(self._tags)
+        badge._tags = tuple(NOT_TEXT.sub("", self._sieve.bare(tag)) for tag in self._tags)
         return badge
 
 
@@ -1162,32 +1147,26 @@ def _tidied(node: Any) -> Any:
 
 
 def build_achievement(
-    badge: Badge,
-    request: GenerateRequest | None = None,
-    tags: Sequence[str] = (),
-    alignments: Sequence[dict[str, Any]] = (),
+    badge: Badge, request: GenerateRequest | None = None, tags: Sequence[str] = (), alignments: Sequence[Any] = ()
 ) -> dict[str, Any]:
     """The badge in Open Badges terms, with what the request knows. A bad URL does not cost the badge."""
-    achievement: dict[str, Any] = {
+    url, name = ((request and request.option(option)) or "" for option in ("institute_url", "institution"))
+    is_url = re.fullmatch(r"(?!.*%(?![0-9A-Fa-f]{2}))https?://[^/?#]+([/?][^#]*)?(#[^#]*)?", url)
+    course = f"{url.rstrip('/')}/{request.course_id}" if url and request and request.course_id else ""
+    creator = {"id": url, "type": ["Profile"], "url": url} | ({"name": name} if re.search(VISIBLE, name) else {})
+    achievement = {
         "@context": [VC_CONTEXT, OB_CONTEXT],
-        "id": uuid.uuid4().urn,
+        "id": (uuid.uuid5(uuid.NAMESPACE_URL, course) if course else uuid.uuid4()).urn,
         "type": ["Achievement"],
         "name": badge.badge_name,
         "description": badge.badge_description,
         "criteria": {"narrative": badge.criteria.narrative},
         "achievementType": "Badge",
+        "creator": creator if is_url else None,
+        "tag": [tag for tag in dict.fromkeys(tags) if re.search(VISIBLE, tag)],
+        "alignment": [*alignments],
     }
-    url, name = ((request and request.option(option)) or "" for option in ("institute_url", "institution"))
-    if re.fullmatch(r"https?://[^/?#]+([/?][^#]*)?(#[^#]*)?", url) and not re.search(r"%(?![0-9A-Fa-f]{2})", url):
-        achievement["creator"] = {"id": url, "type": ["Profile"], "url": url}
-        achievement["creator"] |= {"name": name} if re.search(VISIBLE, name) else {}
-    if url and request and request.course_id:
-        achievement["id"] = uuid.uuid5(uuid.NAMESPACE_URL, f"{url.rstrip('/')}/{request.course_id}").urn
-    if shown := [tag for tag in dict.fromkeys(tags) if re.search(VISIBLE, tag)]:
-        achievement["tag"] = shown
-    if alignments:
-        achievement["alignment"] = [*alignments]
-    return cast(dict[str, Any], _tidied(achievement))
+    return {term: _tidied(value) for term, value in achievement.items() if value}
 
 
 def _told(error: Any, schema: dict[str, Any]) -> Iterator[tuple[tuple[str | int, ...], str]]:
@@ -1250,25 +1229,26 @@ def build_credential(request: dict[str, Any]) -> dict[str, Any]:
         request["valid_from"] = datetime.now(UTC).isoformat(timespec="seconds")
     check_request(request)
     if badge := request.get("badge"):
-        badge = Badge.model_construct(**{**badge, "criteria": Criteria.model_construct(**badge["criteria"])})
-    achievement = build_achievement(badge) if badge else {"achievementType": "Badge", **request["achievement"]}
+        achievement = build_achievement(Badge.model_construct(**{**badge, "criteria": Criteria(**badge["criteria"])}))
+    else:
+        achievement = {"achievementType": "Badge", **request["achievement"]}
     contexts = set(achievement.pop("@context", [])) & set(open_badges()[0]["$defs"]["ExtraContext"]["enum"])
     given = {"achievementType": request.get("achievement_type"), "image": request.get("image")}
     given["alignment"] = [{"type": ["Alignment"], **one} for one in request.get("alignment") or []]
-    credential = {
+    credential: dict[str, Any] = {
         "@context": [VC_CONTEXT, OB_CONTEXT, *sorted(contexts)],
         "id": uuid.uuid4().urn,
         "type": ["VerifiableCredential", "OpenBadgeCredential"],
         "issuer": {"type": ["Profile"], **request["issuer"]},
         "validFrom": request["valid_from"],
-        **({"validUntil": request["valid_until"]} if request.get("valid_until") else {}),
+        "validUntil": request.get("valid_until"),
         "credentialSubject": {
             "id": request.get("recipient_id") or "did:example:recipient",
             "type": ["AchievementSubject"],
             "achievement": achievement | {name: value for name, value in given.items() if value},
         },
     }
-    credential = cast(dict[str, Any], _tidied(credential))
+    credential = {term: _tidied(value) for term, value in credential.items() if value}
     if request.get("in_language"):
         credential["credentialSubject"]["achievement"]["inLanguage"] = request["in_language"]
     # Indented: it is to fit however it is laid out.

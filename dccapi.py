@@ -839,7 +839,9 @@ class TitleRefused(Exception):
 
 
 class Draft:
-    """The badge in what a model writes, whatever stands around it: prose, fences, thoughts. Sans I/O.
+    """The badge in what a model writes, whatever stands around it: prose, fences, thoughts.
+
+    Sans I/O: the text is read by generators, which yield wherever they need more of it.
 
     What is returned is, put together, the JSON of the badge: the fields that are `kept`, then those that the model
     writes, in its order. Texts are trimmed; a list of sentences becomes a paragraph, a list of items a Markdown list.
@@ -891,8 +893,6 @@ class Draft:
             raise InvalidModelOutput
         return rendered + ("}" if self._was_told else self.joint + orjson.dumps(self.badge.model_dump()).decode()[1:])
 
-    # The text is read by generators, which yield wherever they need more of it.
-
     def _document(self) -> Iterator[None]:
         while (yield from self._seek()):
             start = self._at
@@ -922,14 +922,13 @@ class Draft:
             end = mark.start() if mark else max(self._at, len(self._text) - LONGEST_MARK)
             if self._place == "start" and self.joint == "{" and not NOT_PROSE.fullmatch(self._text, self._at, end):
                 self._place = "prose"
+            self._at = mark.end() if mark else end
+            if mark is None and self._has_ended:
+                return False
             if mark is None:
-                if self._has_ended:
-                    return False
                 self._text, self._at = self._text[end:], 0
                 yield
-                continue
-            self._at = mark.end()
-            if mark["closes"]:
+            elif mark["closes"]:
                 self.badge = self.badge if self._place == "thoughts" else None  # it was an idea
                 self._place = "answer"
             elif mark["opens"]:
@@ -1014,12 +1013,13 @@ class Draft:
         """A string, list or object; the strings of a list go to `each`. Brackets are counted, not matched."""
         depth = 0
         while True:
-            if (yield from self._next(MARK_AHEAD, "]")) == '"':
+            mark = yield from self._next(MARK_AHEAD, "]")
+            if mark == '"':
                 text = yield from self._string()
                 if depth == 1:
                     each(text)
             else:
-                mark = yield from self._next(NEXT_MARK, "]")
+                self._at += 1
                 depth += (mark in "[{") - (mark in "]}")
             if depth == 0:
                 return
@@ -1143,7 +1143,7 @@ def _tidied(node: Any) -> Any:
     if not isinstance(node, str):
         return node
     text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", node.replace("\r\n", "\n"))
-    return re.sub(r"\{(?=\{)", "{ ", re.sub(r"\}(?=\})", "} ", text))
+    return re.sub(r"([{}])(?=\1)", r"\1 ", text)
 
 
 def build_achievement(

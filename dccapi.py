@@ -767,10 +767,9 @@ def too_long(prompt: Prompt, limit: int | None, tokens: int | None = None, answe
     """
     instructions = len(prompt.system.encode()) // 4
     words = word_count(prompt.user.partition("</course>")[0]) - 1
-    has = f"The request has {tokens} tokens"
-    if not tokens:
-        tokens = max(prompt.tokens, (limit or 0) + 1)
-        has = f"The request has about {tokens} tokens"
+    about = "" if tokens else "about "
+    tokens = tokens or max(prompt.tokens, (limit or 0) + 1)
+    has = f"The request has {about}{tokens} tokens"
     members: dict[str, Any] = {"prompt_tokens": tokens, "content_words": words}
     advice = "Shorten the content, or write a badge for each part of the course."
     if not limit:
@@ -821,8 +820,6 @@ NOT_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 NO_COURSE = Sieve()  # leaves out only repetitions and markup
 FEWEST_TO_SIFT, FEWEST_OF_TINY = 40, 12  # words of a course; a tiny model's own sentences are worth less
 TAG_KEYS = ("tags", "tag", "skills")
-
-
 # What becomes of a title; None where the model is to be asked for another.
 TitleCheck = Callable[[str], str | None]
 
@@ -861,13 +858,13 @@ class Draft:
         self.joint = "{"  # stands between what was told and other fields: of two with one name the last counts
         self._kept, self._institution, self._title, self._sieve = kept, institution, title, sieve
         self._place: Literal["start", "prose", "thoughts", "answer"] = "start"
-        self._is_told = self._was_told = False  # the object that is read; the badge
+        self._is_told = False  # whether the object that is read is told as it is written
+        self._was_told = False  # whether the badge was
         self._text, self._at = "", 0  # of the model, from the object that is read on, and how far it is read
         self._wasted = 0  # characters of objects that were no badge
         self._said: list[str] = []  # the pieces of the text that is being written
         self._is_plain = False  # whether the next piece continues that text, and may be taken as it is
         self._has_ended = self._is_cut = False
-        self._out: list[str] = []
         self._run = self._document()
 
     def feed(self, piece: str) -> str:
@@ -879,10 +876,9 @@ class Draft:
             self._at += len(piece)
             self._said.append(piece)
             return piece if self._is_told else ""
+        self._out: list[str] = []
         next(self._run, None)
-        rendered = "".join(self._out)
-        self._out.clear()
-        return rendered
+        return "".join(self._out)
 
     def finish(self, cut: bool) -> str:
         """The last of the badge's JSON. Raises InvalidModelOutput; `cut` says that a token limit ended the text."""
@@ -1111,11 +1107,7 @@ def parse_badge(text: str, *, cut: bool = False) -> Badge:
 
 def partial_badge(rendered: str) -> dict[str, Any]:
     """The badge as far as it is rendered, for `partial` events; {} before its first field."""
-    try:
-        badge = pydantic_core.from_json(rendered or "{}", allow_partial="trailing-strings")
-    except ValueError:
-        return {}
-    return {name: text for name, text in badge.items() if text != {}}
+    return cast(dict[str, Any], pydantic_core.from_json(rendered or "{}", allow_partial="trailing-strings"))
 
 
 # ---- Open Badges 3.0: pure functions --------------------------------------------------------------------------------
@@ -1151,12 +1143,12 @@ def build_achievement(
 ) -> dict[str, Any]:
     """The badge in Open Badges terms, with what the request knows. A bad URL does not cost the badge."""
     url, name = ((request and request.option(option)) or "" for option in ("institute_url", "institution"))
+    course_id = request.course_id if request and url else None
     is_url = re.fullmatch(r"(?!.*%(?![0-9A-Fa-f]{2}))https?://[^/?#]+([/?][^#]*)?(#[^#]*)?", url)
-    course = f"{url.rstrip('/')}/{request.course_id}" if url and request and request.course_id else ""
     creator = {"id": url, "type": ["Profile"], "url": url} | ({"name": name} if re.search(VISIBLE, name) else {})
     achievement = {
         "@context": [VC_CONTEXT, OB_CONTEXT],
-        "id": (uuid.uuid5(uuid.NAMESPACE_URL, course) if course else uuid.uuid4()).urn,
+        "id": (uuid.uuid5(uuid.NAMESPACE_URL, f"{url.rstrip('/')}/{course_id}") if course_id else uuid.uuid4()).urn,
         "type": ["Achievement"],
         "name": badge.badge_name,
         "description": badge.badge_description,
@@ -1206,8 +1198,8 @@ def check_request(request: dict[str, Any]) -> None:
     start, end = (() if (name,) in faults else request.get(name) for name in ("valid_from", "valid_until"))
     if start and end and datetime.fromisoformat(end) <= datetime.fromisoformat(start):
         faults["valid_until",] = "must be after valid_from, which is now when it is not given"
-    achievement = None if any("achievement" in place for place in faults) else request.get("achievement")
-    for index, result in enumerate((achievement or {}).get("resultDescription", [])):
+    achievement = {} if any("achievement" in place for place in faults) else request.get("achievement") or {}
+    for index, result in enumerate(achievement.get("resultDescription", [])):
         levels = [level["id"] for level in result.get("rubricCriterionLevel", [])]
         for name, offered in (("requiredLevel", levels), ("requiredValue", result.get("allowedValue"))):
             if result.get(name) and offered is not None and result[name] not in offered:

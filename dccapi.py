@@ -860,7 +860,8 @@ class Draft:
         self._place: Literal["start", "prose", "thoughts", "answer"] = "start"
         self._is_told = False  # whether the object that is read is told as it is written
         self._was_told = False  # whether the badge was
-        self._text, self._at = "", 0  # of the model, from the object that is read on, and how far it is read
+        self._text, self._at = "", 0  # of the model, and how far it is read
+        self._past: list[str] = []  # what stood before it, from the object that is read on
         self._wasted = 0  # characters of objects that were no badge
         self._said: list[str] = []  # the pieces of the text that is being written
         self._is_plain = False  # whether the next piece continues that text, and may be taken as it is
@@ -869,13 +870,12 @@ class Draft:
 
     def feed(self, piece: str) -> str:
         """What this piece of the model's text adds to the JSON of the badge. Raises InvalidModelOutput for nonsense."""
-        is_plain = self._is_plain and self._at == len(self._text)
-        self._text += piece
         # As most are: there is nothing to decode, to trim or to end in it.
-        if is_plain and piece.isprintable() and piece[-1:] != " " and PLAIN.match(piece):
-            self._at += len(piece)
+        if self._is_plain and not self._text and piece.isprintable() and piece[-1:] != " " and PLAIN.match(piece):
+            self._past.append(piece)
             self._said.append(piece)
             return piece if self._is_told else ""
+        self._text += piece
         self._out: list[str] = []
         next(self._run, None)
         return "".join(self._out)
@@ -891,7 +891,7 @@ class Draft:
 
     def _document(self) -> Iterator[None]:
         while (yield from self._seek()):
-            start = self._at
+            start, self._past = self._at, []
             self._fields: dict[str, list[str]] = {}  # texts in pieces
             self._tags: list[str] = []
             # What a list may not repeat: the field and the text.
@@ -906,10 +906,11 @@ class Draft:
             if badge := self._read_badge():
                 self.badge, self._was_told = badge, self._is_told
                 continue
-            self._wasted += self._at - start + LONGEST_MARK
+            whole = "".join([*self._past, self._text])
+            self._wasted += len(whole) - len(self._text) + self._at - start + LONGEST_MARK
             if self._wasted > MAX_WASTED:
                 raise InvalidModelOutput
-            self._at = start + 1  # the badge may be in there
+            self._text, self._at = whole, start + 1  # the badge may be in there
 
     def _seek(self) -> Generator[None, None, bool]:
         """Go to the next object that may be the badge; whether there is one."""
@@ -1038,6 +1039,8 @@ class Draft:
                 if if_cut and self._is_cut and self.badge is None:
                     return if_cut
                 raise InvalidModelOutput
+            self._past.append(self._text[: self._at])
+            self._text, self._at = self._text[self._at :], 0
             yield
 
     def _add_item(self, name: str, text: str) -> None:

@@ -521,14 +521,7 @@ class Course:
     text: str
     language: str = "und"  # BCP 47
     notes: Sequence[dict[str, Any]] = ()  # for the review: what was repaired or left out
-    grounds: Mapping[str, Any] = field(default_factory=dict)  # of its titles, see `reader.review`
-
-    def orders(self, title: str, options: Sequence[str]) -> bool:
-        grounds = self.grounds
-        return bool(grounds) and (grounds["has_orders"] or review.title_is_ordered(title, grounds, options))
-
-    def has_word_of(self, title: str, options: Sequence[str]) -> bool:
-        return not self.grounds or review.title_is_from_course(title, self.grounds, options)
+    grounds: Mapping[str, Any] = field(default_factory=dict)  # what its titles are compared with: `reader.review`
 
 
 @dataclass(frozen=True)
@@ -554,15 +547,17 @@ class Prompt:
         """No tokenizer makes fewer tokens than words."""
         return len(self.system.split()) + len(self.user.split())
 
+    @functools.cached_property
+    def tokens(self) -> int:
+        """About as many as it has."""
+        return max(self.words * 4 // 3, len((self.system + self.user).encode()) // 4)
+
     def check_length(self, context: int | None) -> None:
         """Raise ContentTooLong where it cannot fit, and where it leaves an answer no room and can be condensed."""
-        if not context:
-            return
-        tokens = max(self.words * 4 // 3, len((self.system + self.user).encode()) // 4)
-        cannot_fit, room = self.words > context, context - min(self.sampling["max_tokens"], context // 4)
-        error = too_long(self, context) if cannot_fit or tokens > room else None
-        if error and (cannot_fit or self.can_be_condensed(error)):
-            raise error
+        if context and self.tokens > context - min(self.sampling["max_tokens"], context // 4):
+            error = too_long(self, context)
+            if self.words > context or self.can_be_condensed(error):
+                raise error
 
     def can_be_condensed(self, error: ContentTooLong) -> bool:
         fits = error.members.get("content_words_that_fit", 0)
@@ -581,15 +576,14 @@ def build_prompt(
     options = []
     for name, option in BadgeOptions.model_fields.items():
         if option.title and (value := request.option(name)):
-            meaning = f" ({MEANINGS[value]})" if name in CHOICES else ""
-            options.append(f"{option.title}: {value}{meaning}")
+            options.append(f"{option.title}: {value}" + (f" ({MEANINGS[value]})" if name in CHOICES else ""))
     kept: dict[str, Any] = {}
     if isinstance(request, RegenerateRequest):
         kept = {name: part for name, part in request.badge.model_dump().items() if name != request.field}
         options.append(f"This is the badge without what is to be written:\n{orjson.dumps(kept).decode()}")
+    schema, asked = _asked(request, word_count(text), kept)
     tag = request.language or course.language
     language = review.LANGUAGES.get(tag.partition("-")[0].lower(), tag)
-    schema, asked = _asked(request, word_count(text), [name for name in Badge.model_fields if name not in kept])
     in_language = "" if language == "und" else f", in {language}"
     closing = f"Write the badge for this course{in_language}: {'; '.join(asked)}."
     text = re.sub(r"(?i)<(?=\s*+/?\s*+course\b)", "\u2039", text)  # possessive: a linear pass
@@ -598,22 +592,19 @@ def build_prompt(
     return Prompt(request, course, system, user, schema, request.sampling(defaults), kept)
 
 
-def _asked(request: GenerateRequest, words: int, fields: list[str]) -> tuple[dict[str, Any], list[str]]:
+def _asked(request: GenerateRequest, words: int, kept: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The schema of the fields that a model is to write, and words on each.
 
     Texts are asked for as lists of sentences, as many as the course has matter for: small models pad a longer text with
     inventions. Neither `pattern` nor `maxLength`, which break or slow grammars (ollama 8325, 18226).
     """
-    few, many = (min(count, max(1, words // 8)) for count in SENTENCES.get(request.option("badge_tone") or "", (3, 4)))
-    most = max(2, min(12 if request.option("badge_tone") == "Detailed" else 8, words // 15))
+    tone = request.option("badge_tone") or ""
+    few, many = (min(count, max(1, words // 8)) for count in SENTENCES.get(tone, (3, 4)))
+    most = max(2, min(12 if tone == "Detailed" else 8, words // 15))
     least = min(4, most)
-    schemas: dict[str, dict[str, Any]] = {
-        "badge_name": {"type": "string"},
-        "badge_description": {"type": "array", "items": {"type": "string"}, "minItems": few, "maxItems": many},
-        "criteria": {"type": "array", "items": {"type": "string"}, "minItems": least, "maxItems": most},
-        "skills": {"type": "array", "items": {"type": "string"}, "minItems": min(3, least), "maxItems": 8},
-    }
-    sentences = {
+    text = {"type": "string"}
+    counts = {"badge_description": (few, many), "criteria": (least, most), "skills": (min(3, least), 8)}
+    said = {
         "badge_name": "badge_name, a short title",
         "badge_description": f"badge_description with {_between(few, 'or', many)} sentences that explain what this "
         "course teaches and which topics it covers",
@@ -621,10 +612,11 @@ def _asked(request: GenerateRequest, words: int, fields: list[str]) -> tuple[dic
         "in other words than the description",
         "skills": "skills with the short names of up to 8 skills of this course",
     }
-    fields = [*fields, "skills"] if request.skills and "criteria" in fields and "badge_name" in fields else fields
-    properties = {name: schemas[name] for name in fields}
-    schema = {"type": "object", "properties": properties, "required": fields}
-    return schema, [sentences[name] for name in fields]
+    fields = [name for name in said if name not in kept and (name != "skills" or (request.skills and not kept))]
+    properties: dict[str, Any] = dict.fromkeys(fields, text)
+    for name in counts.keys() & properties.keys():
+        properties[name] = {"type": "array", "items": text, "minItems": counts[name][0], "maxItems": counts[name][1]}
+    return {"type": "object", "properties": properties, "required": fields}, [said[name] for name in fields]
 
 
 def _between(few: int, word: str, many: int) -> str:
@@ -633,12 +625,15 @@ def _between(few: int, word: str, many: int) -> str:
 
 def skills_in(tags: Sequence[str], prompt: Prompt) -> list[str]:
     """The skills among what a model named: short, each once, with a word of the course, at most 8."""
-    names = {" ".join(tag.split()).strip(" .,;:-*•"): None for tag in tags if len(tag) <= 80 and len(tag.split()) <= 6}
-    unique = {name.casefold(): name for name in reversed(names)}
-    in_course = partial(prompt.course.has_word_of, options=prompt.request.given_texts())
-    other_language = prompt.request.language not in (None, prompt.course.language)
-    found = [name for name in names if unique.get(name.casefold()) == name and (other_language or in_course(name))]
-    return found[:8] if prompt.request.skills else []
+    request, course, options = prompt.request, prompt.course, prompt.request.given_texts()
+    is_other_language = request.language not in (None, course.language)
+    found: dict[str, str] = {}
+    for tag in tags if request.skills else ():
+        name = " ".join(tag.split()).strip(" .,;:-*•")
+        is_short = len(tag) <= 80 and len(tag.split()) <= 6
+        if is_short and (is_other_language or review.title_is_from_course(name, course.grounds, options)):
+            found.setdefault(name.casefold(), name)
+    return [*found.values()][:8]
 
 
 def too_long(prompt: Prompt, limit: int | None, tokens: int | None = None, answer: int | None = None) -> ContentTooLong:
@@ -648,25 +643,24 @@ def too_long(prompt: Prompt, limit: int | None, tokens: int | None = None, answe
     own figures where it gave any. Without them the prompt's tokens are estimated, as more than the context holds.
     """
     instructions = len(prompt.system.encode()) // 4
-    about = "" if tokens else "about "
-    if not tokens:
-        tokens = max(prompt.words * 4 // 3, len(prompt.user.encode()) // 4 + instructions, (limit or 0) + 1)
     words = word_count(prompt.user.partition("</course>")[0]) - 1
-    members: dict[str, Any] = {"prompt_tokens": tokens, "content_words": words}
+    about = "" if tokens else "about "
+    tokens = tokens or max(prompt.tokens, (limit or 0) + 1)
     has = f"The request has {about}{tokens} tokens"
-    shorten = "Shorten the content, or write a badge for each part of the course."
+    members: dict[str, Any] = {"prompt_tokens": tokens, "content_words": words}
+    advice = "Shorten the content, or write a badge for each part of the course."
     if not limit:
-        return ContentTooLong(f"{has}, more than the model's context holds. {shorten}", **members)
+        return ContentTooLong(f"{has}, more than the model's context holds. {advice}", **members)
     room = max(0, limit - min(answer or limit, limit // 4) - instructions)  # a quarter for the answer
     fits = min(words * 3 // 4, room * 3 // 4, words * room // max(1, tokens - instructions))
-    shorten = shorten.replace("content", f"content to about {fits} words")
+    advice = advice.replace("content", f"content to about {fits} words")
     if not fits:
-        shorten = "Its operator has to give it a larger context: the instructions alone take most of this one."
+        advice = "Its operator has to give it a larger context: the instructions alone take most of this one."
     if answer and tokens <= limit:
-        if limit - tokens >= limit // 4:
-            fits, shorten = words, f"Lower max_tokens to {limit - tokens}."
         has += f" and asks for up to {answer} more"
-    detail = f"{has}; the model's context holds {limit}, its instructions and its answer included. {shorten}"
+        if limit - tokens >= limit // 4:
+            fits, advice = words, f"Lower max_tokens to {limit - tokens}."
+    detail = f"{has}; the model's context holds {limit}, its instructions and its answer included. {advice}"
     return ContentTooLong(detail, context_tokens=limit, content_words_that_fit=fits, **members)
 
 
@@ -683,25 +677,26 @@ _OPENS = rf"<(?:seed:)?(?:{_THOUGHT})>|\[THINK\]|◁think▷|<\|(?:begin_of_thou
 _CLOSES = rf"</(?:seed:)?(?:{_THOUGHT})>|\[/THINK\]|◁/think▷|<\|end_(?:of_thought|thinking)\|>"
 _OPENS += r"|<\|channel\|?>\s*(?:analysis|commentary|thought)"
 _CLOSES += r"|<\|channel\|?>\s*final|assistantfinal|<channel\|>"
-THOUGHTS_END = re.compile(rf"(?i){_CLOSES}")
 MARK = re.compile(rf"(?i)(?P<closes>{_CLOSES})|(?P<opens>{_OPENS})|(?P<object>\{{\s*(?:\"|\Z))")
 LONGEST_MARK = 64
-AT_ONCE = 4096  # characters
-MAX_READ = 2**19  # characters of the objects of one text that are read in search of a badge: they may lie in each other
+MAX_WASTED = 2**19  # characters of the objects of one text that are read and are no badge: they may lie in each other
+MAX_DEPTH = 8  # of objects around the badge
 NOT_PROSE = re.compile(r"[\W_]*+(?:json)?+[\W_]*+", re.I)  # before an object: nothing, or the fence of a code block
 BULLET = re.compile(r"\A\s*(?:[-*•·.]\s+)?")
 FULL_STOP = re.compile(r"(?<=[^\s.!?…])[.!?。！？।]\Z")
 TITLE_LABEL = re.compile(r"(?i)\A\s*badge(?:[ _](?:name|title))?\s*:(?=.*\w)")
-STRING_RUN = re.compile(r'[^"\\]+')
 PLAIN = re.compile(r'[^"\\<&]+\Z')
-ESCAPE = re.compile(r'\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|["\\/bfnrt]|[^u])')
-ESCAPE_BEGUN = re.compile(r"\\(?:u[0-9a-fA-F]{0,3}|u[dD][89abAB][0-9a-fA-F]{2}(?:\\(?:u[0-9a-fA-F]{0,3})?)?)?\Z")
+# Of a JSON text: the next mark, the same without taking it, and the end of a number or a word. Commas do not matter.
+NEXT_MARK, MARK_AHEAD = re.compile(r"[\s,]++|([^\s,])"), re.compile(r"[\s,]++|(?=([^\s,]))")
+AFTER_WORD = re.compile(r'[^\s,:"\[\]{}]++|(?=([\s,:"\[\]{}]))')
+# Of a JSON string: its end, a run of characters, or an escape sequence once it is whole, both halves of a pair.
+_HIGH, _LOW = r"\\u[dD][89abAB][\da-fA-F]{2}", r"\\u[dD][c-fC-F][\da-fA-F]{2}"
+_BEGUN = rf"(?:\\(?:u[\da-fA-F]{{0,3}})?|{_HIGH}(?:\\(?:u[\da-fA-F]{{0,3}})?)?)\Z"
+CHARACTERS = re.compile(rf'(?s)("|[^"\\]+|(?!{_BEGUN})(?:{_HIGH}{_LOW}|\\u[\da-fA-F]{{4}}|\\.))')
 NOT_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
-ONLY_REPETITIONS = Sieve()
+NO_COURSE = Sieve()  # leaves out only repetitions and markup
 FEWEST_TO_SIFT, FEWEST_OF_TINY = 40, 12  # words of a course; a tiny model's own sentences are worth less
 TAG_KEYS = ("tags", "tag", "skills")
-
-
 # What becomes of a title; None where the model is to be asked for another.
 TitleCheck = Callable[[str], str | None]
 
@@ -717,384 +712,274 @@ class TitleRefused(Exception):
         self.tokens = tokens  # written, where the call was broken off
 
 
-class BrokenBadge(Exception):
-    """What is read is not the JSON of a badge."""
+class Draft:
+    """The badge in what a model writes, whatever stands around it: prose, fences, thoughts.
 
+    Sans I/O: the text is read by generators, which yield wherever they need more of it.
 
-class BadgeReader:
-    """Reads one JSON object of a model and writes the JSON of the badge in it, piece by piece. Sans I/O.
+    What is returned is, put together, the JSON of the badge: the fields that are `kept`, then those that the model
+    writes, in its order. Texts are trimmed; a list of sentences becomes a paragraph, a list of items a Markdown list.
+    An institution that is not mentioned is appended to the description: small models forget it. Commas, other fields,
+    objects around the badge, and what follows its last field do not matter.
 
-    What `feed` returns is, put together, the badge in the shape of the answer: the fields that are `kept`, then those
-    that the model writes, in its order. Texts are trimmed; a list of sentences becomes a paragraph, a list of items a
-    Markdown list. An institution that neither name nor description mentions is appended to the description: small
-    models forget it. Superfluous and missing commas, other fields and objects around the badge do not matter.
+    An object that comes first, or right after the thoughts, is told as it is written. One that stands behind prose
+    may be an idea within thoughts whose opening mark is missing (DeepSeek-R1's template writes that mark itself), so it
+    is told at the end. The badge is the one that was told whole, or else the last whole one after the thoughts.
     """
 
-    def __init__(self, kept: Mapping[str, Any], institution: str, title: TitleCheck, sieve: Sieve) -> None:
-        self.fields: dict[str, list[str]] = {}  # texts in pieces
-        self.tags: list[str] = []
-        self.rest = ""  # what followed the object
-        self.done = self.broken = False
-        self.plain = False  # whether the next piece continues a text, and may be taken as it is
-        self.closing = ""  # what ends the text that is being written
-        self._stop = ""  # the full stop of its last sentence, held back until the institution may be in
-        self.said: list[str] = []  # the pieces of that text
+    def __init__(
+        self, kept: Mapping[str, Any] = {}, institution: str = "", title: TitleCheck = str, sieve: Sieve = NO_COURSE
+    ) -> None:
+        self.badge: Badge | None = None  # once it is whole
         self.refused = False  # whether `title` found no title for what was written
-        self.kept, self._institution, self._title, self._sieve = kept, institution, title, sieve
-        # What a list may not repeat: the field and the text.
-        self._items = [(name, str(text)) for name, text in kept.items() if name == "badge_name"]
-        self._text, self._at = "", 0  # what was fed, and how far it is read
-        self._ended = self._cut = False
-        self._out = [orjson.dumps(dict(kept)).decode()[:-1]]
-        self._run = self._object()
+        self.joint = "{"  # stands between what was told and other fields: of two with one name the last counts
+        self._kept, self._institution, self._title, self._sieve = kept, institution, title, sieve
+        self._place: Literal["start", "prose", "thoughts", "answer"] = "start"
+        self._is_told = False  # whether the object that is read is told as it is written
+        self._was_told = False  # whether the badge was
+        self._text, self._at = "", 0  # of the model, and how far it is read
+        self._past: list[str] = []  # what stood before it, from the object that is read on
+        self._wasted = 0  # characters of objects that were no badge
+        self._said: list[str] = []  # the pieces of the text that is being written
+        self._is_plain = False  # whether the next piece continues that text, and may be taken as it is
+        self._has_ended = self._is_cut = False
+        self._run = self._document()
 
     def feed(self, piece: str) -> str:
-        self._text, self._at = self._text[self._at :] + piece, 0
-        try:
-            next(self._run)
-        except StopIteration:
-            self.done = True
-        except BrokenBadge:  # what follows the last field does not matter
-            self.done = not self.missing() and (self._cut or not self.closing)
-            self.broken = not self.done
-        if self.done and not self.missing():
-            if self.closing:
-                self._end_text([*self.fields][-1])
-            self._out.append("}")
-        if self.done or self.broken:
-            self.rest = self._text[self._at :]
-        rendered = "".join(self._out)
-        self._out.clear()
-        return rendered
+        """What this piece of the model's text adds to the JSON of the badge. Raises InvalidModelOutput for nonsense."""
+        # As most are: there is nothing to decode, to trim or to end in it.
+        if self._is_plain and not self._text and piece.isprintable() and piece[-1:] != " " and PLAIN.match(piece):
+            self._past.append(piece)
+            self._said.append(piece)
+            return piece if self._is_told else ""
+        self._text += piece
+        self._out: list[str] = []
+        next(self._run, None)
+        return "".join(self._out)
 
     def finish(self, cut: bool) -> str:
-        """Close what the model left open. A text that is not closed counts only where a token limit `cut` it."""
-        self._ended, self._cut = True, cut
-        return "" if self.done or self.broken else self.feed("")
-
-    def badge(self) -> Badge:
-        """Raises InvalidModelOutput for an object that is no badge, with placeholders for example."""
-        texts = {name: "".join(pieces) for name, pieces in self.fields.items()}
-        if (
-            not self.done
-            or any(_says_nothing(text) or self._sieve.echoes(text) for text in texts.values())
-            or re.search(r"[\n\t]", texts.get("badge_name", ""))
-        ):
+        """The last of the badge's JSON. Raises InvalidModelOutput; `cut` says that a token limit ended the text."""
+        # Behind prose, what is cut off may be an idea within thoughts.
+        self._has_ended, self._is_cut = True, cut and self._place != "prose"
+        rendered = self.feed("")
+        if self.badge is None:
             raise InvalidModelOutput
-        criteria = {"criteria": {"narrative": texts["criteria"]}} if "criteria" in texts else {}
-        try:
-            badge = Badge.model_validate({**self.kept, **texts, **criteria})
-        except ValidationError:  # a field is missing, or the name is too long
-            raise InvalidModelOutput from None
-        badge._tags = tuple(self.tags)
-        return badge
+        return rendered + ("}" if self._was_told else self.joint + orjson.dumps(self.badge.model_dump()).decode()[1:])
 
-    def missing(self) -> list[str]:
-        return [name for name in Badge.model_fields if name not in self.fields and name not in self.kept]
-
-    # -- the object, read by generators that yield wherever they need more text
-
-    def _object(self) -> Iterator[None]:
-        yield from self._expect("{")
-        depth, in_criteria = 1, False
-        while depth:
-            mark = yield from self._peek()
-            if mark in "{}":  # some models open it twice
-                self._at += 1
-                depth, in_criteria = depth - (mark == "}"), False
+    def _document(self) -> Iterator[None]:
+        while (yield from self._seek()):
+            start, self._past = self._at, []
+            self._fields: dict[str, list[str]] = {}  # texts in pieces
+            self._tags: list[str] = []
+            # What a list may not repeat: the field and the text.
+            self._items = [(name, str(text)) for name, text in self._kept.items() if name == "badge_name"]
+            self._closing = ""  # what ends the text
+            self._stop = ""  # the full stop of its last sentence, held back until the institution may be in
+            self._is_told = self.joint == "{" and self._place != "prose"
+            self._tell(orjson.dumps(dict(self._kept)).decode()[:-1], ", " if self._kept else "")
+            with contextlib.suppress(InvalidModelOutput):
+                yield from self._object({name: name for name in Badge.model_fields})
+            self._is_plain = False
+            if badge := self._read_badge():
+                self.badge, self._was_told = badge, self._is_told
                 continue
+            whole = "".join([*self._past, self._text])
+            self._wasted += len(whole) - len(self._text) + self._at - start + LONGEST_MARK
+            if self._wasted > MAX_WASTED:
+                raise InvalidModelOutput
+            self._text, self._at = whole, start + 1  # the badge may be in there
+
+    def _seek(self) -> Generator[None, None, bool]:
+        """Go to the next object that may be the badge; whether there is one."""
+        while True:
+            mark = MARK.search(self._text, self._at)
+            end = mark.start() if mark else max(self._at, len(self._text) - LONGEST_MARK)
+            if self._place == "start" and self.joint == "{" and not NOT_PROSE.fullmatch(self._text, self._at, end):
+                self._place = "prose"
+            self._at = mark.end() if mark else end
+            if mark is None and self._has_ended:
+                return False
+            if mark is None:
+                self._text, self._at = self._text[end:], 0
+                yield
+            elif mark["closes"]:
+                self.badge = self.badge if self._place == "thoughts" else None  # it was an idea
+                self._place = "answer"
+            elif mark["opens"]:
+                self._place = "thoughts"
+            elif self._place != "thoughts" and not (self.badge and self._was_told):
+                self._at = mark.start()
+                return True
+
+    def _object(self, names: Mapping[str, str], depth: int = 0) -> Iterator[None]:
+        """An object; `names` has the fields of the badge by the keys that they have in it."""
+        yield from self._expect("{")
+        while (yield from self._next(MARK_AHEAD)) != "}":
             key = yield from self._string()
             yield from self._expect(":")
-            first = yield from self._peek()
-            name = "criteria" if in_criteria and key == "narrative" else "" if in_criteria else key
-            if first == "{" and not in_criteria and (key == "criteria" or not self.fields):  # the badge may be in there
-                self._at += 1
-                depth, in_criteria = depth + 1, key == "criteria"
-            elif name in self.missing():
+            first = yield from self._next(MARK_AHEAD)
+            name = names.get(key, "")
+            if first == "{" and depth < MAX_DEPTH and (name == "criteria" or not self._fields):
+                # Where no field came before it, the badge may be in there.
+                yield from self._object({"narrative": name} if name == "criteria" else names, depth + 1)
+            elif name and name not in self._fields and name not in self._kept:
                 yield from self._field(name, first)
-            else:
-                yield from self._skip(self.tags if name in TAG_KEYS and first == "[" else [])
+            elif first in '"[{':
+                yield from self._strings(self._tags.append if first == "[" and key in TAG_KEYS else str)
+            else:  # a number, true, false or null
+                yield from self._next(AFTER_WORD)
+        yield from self._expect("}")
 
     def _field(self, name: str, first: str) -> Iterator[None]:
         """A text, or a list of texts, of the badge."""
+        title = None
         if name == "badge_name" and first == '"':
             text = self._sieve.bare((yield from self._string()))
-            title = self._title(TITLE_LABEL.sub("", text).strip())
-            self.refused = title is None
-        if first not in '"[' or (first == "[" and name == "badge_name") or self.refused:
-            raise BrokenBadge
-        opening, self.closing = ('{"narrative": "', '"}') if name == "criteria" else ('"', '"')
-        self._out.append((", " if self.fields or self.kept else "") + f'"{name}": {opening}')
-        self.fields[name] = self.said = []
-        if name == "badge_name":
-            self._write(cast(str, title))
-            self._items.append((name, cast(str, title)))
+            title = self._title(re.sub(r"[\r\n\t]+", " ", TITLE_LABEL.sub("", text)).strip())
+            self.refused = self.refused or title is None
+        if first not in '"[' or (name == "badge_name" and title is None):
+            raise InvalidModelOutput
+        opening, self._closing = ('{"narrative": "', '"}') if name == "criteria" else ('"', '"')
+        self._tell(f'{self.joint}"{name}": {opening}', self._closing + ", ")
+        self._fields[name] = self._said = []
+        if title is not None:
+            self._write(title)
+            self._items.append((name, title))
         elif first == '"':
             yield from self._string(write=True)
         else:
-            self._at += 1
-            spare = ""
-            while (yield from self._peek()) == '"':
-                text = BULLET.sub("", (yield from self._string(is_item=True))).rstrip().replace("\r\n", "\n")
-                spare = spare or self._sieve.spare(text)
-                self._item(name, self._sieve.kept(name, text, self._items))
+            self._spare = ""  # what stands for a list of which nothing is kept: it can be corrected
+            yield from self._strings(partial(self._add_item, name))
             for sentence in self._sieve.more(name, self._items):
-                self._item(name, sentence)
-            if not self.said:  # a poor text can be corrected, none cannot
-                self._item(name, spare)
-            yield from self._expect("]")
+                self._write_item(name, sentence)
+            if not self._said:
+                self._write_item(name, self._spare)
         self._end_text(name)
 
-    def _end_text(self, name: str) -> None:
-        if name == "badge_description" and not (_says_nothing("".join(self.said)) or self._names_institution()):
-            self._write(f" ({self._institution})")
-        self._write_stop()
-        self._out.append(self.closing)
-        self.closing = ""
-
-    def _item(self, name: str, text: str) -> None:
-        if text:
-            self._write_stop()
-            rest = FULL_STOP.sub("", text) if name == "badge_description" else text
-            self._write((("\n- " if self.said else "- ") if name == "criteria" else " " if self.said else "") + rest)
-            self._stop = text[len(rest) :]
-            self._items.append((name, text))
-
-    def _write_stop(self) -> None:
-        if self._stop:
-            self._write(self._stop)
-            self._stop = ""
-
-    def _names_institution(self) -> bool:
-        if not self._institution:
-            return True
-        name = rf"(?<!\w){re.escape(self._institution.casefold())}(?!\w)"  # MIT is not in "submit"
-        written = [*self.fields.get("badge_name", []), " ", *self.fields["badge_description"]]
-        return re.search(name, f"{self.kept.get('badge_name')} {''.join(written)}".casefold()) is not None
-
-    def _write(self, text: str) -> None:
-        if NOT_TEXT.search(text):
-            raise BrokenBadge
-        self.said.append(text)
-        self._out.append(orjson.dumps(text)[1:-1].decode())
-
-    def _string(self, write: bool = False, is_item: bool = False) -> Generator[None, None, str]:
-        """A string and its closing quote: written, trimmed, as it comes, or returned when it is whole.
-
-        An item of a list counts as whole where a token limit cut it.
-        """
+    def _string(self, write: bool = False) -> Generator[None, None, str]:
+        """A string and its closing quote: returned when it is whole, or written, trimmed, as it comes."""
         yield from self._expect('"')
         parts: list[str] = []
-        begun, blank, held = False, "", ""  # white space counts once more text follows, and markup once it ends
+        held = ""  # white space counts once more text follows, and markup once it ends
         while True:
-            self.plain = begun and not (blank or held)
-            try:
-                mark = yield from self._more()
-            except BrokenBadge:
-                if is_item and self._cut:
-                    return "".join(parts)
-                raise
-            self.plain = False
-            if mark == '"':
-                self._at += 1
-                if held:
-                    self._write(blank + held)
+            self._is_plain = bool(write and not held and self._said)
+            part = yield from self._next(CHARACTERS, '"')
+            self._is_plain = False
+            if part == '"':
+                if write:
+                    self._write(held.rstrip())
                 return "".join(parts)
-            part = yield from self._characters()
+            if part[0] == "\\":
+                part = _unescaped(part)
             if not write:
                 parts.append(part)
                 continue
             part = held + part
             at = self._sieve.unfinished(part)
-            part, held = self._sieve.bare(part[:at]), part[at:]
-            part = blank + part if begun else part.lstrip()
-            said = part.rstrip()
-            blank = part[len(said) :][:MAX_BLANK_RUN]
+            bare = self._sieve.bare(part[:at])
+            bare = bare if self._said else bare.lstrip()
+            said = bare.rstrip()
+            held = bare[len(said) :][:MAX_BLANK_RUN] + part[at:]
             if said:
-                self._write(said.replace("\r\n", "\n"))
-                begun = True
+                self._write(said)
 
-    def _characters(self) -> Generator[None, None, str]:
-        """The next run of a string, or its next escape sequence, decoded; a backslash that escapes nothing stays."""
-        if run := STRING_RUN.match(self._text, self._at):
-            self._at = run.end()
-            return run[0]
-        while ESCAPE_BEGUN.match(self._text, self._at) and not self._ended:
-            yield
-        escape = ESCAPE.match(self._text, self._at)
-        if escape is None:
-            raise BrokenBadge
-        self._at = escape.end()
-        try:
-            return str(orjson.loads(f'"{escape[0]}"'))
-        except ValueError:  # half a surrogate pair, or a backslash that escapes nothing
-            return chr(int(escape[0][2:], 16)) if escape[0][1] == "u" else escape[0]
-
-    def _skip(self, strings: list[str]) -> Iterator[None]:
-        """A value of any kind; the strings of a list are collected. Brackets are counted, not matched."""
+    def _strings(self, each: Callable[[str], object]) -> Iterator[None]:
+        """A string, list or object; the strings of a list go to `each`. Brackets are counted, not matched."""
         depth = 0
         while True:
-            mark = yield from self._peek()
+            mark = yield from self._next(MARK_AHEAD, "]")
             if mark == '"':
                 text = yield from self._string()
                 if depth == 1:
-                    strings.append(NOT_TEXT.sub("", self._sieve.bare(text)))
-            elif mark in "]}" and depth == 0:
-                return  # of the object around it
+                    each(text)
             else:
                 self._at += 1
                 depth += (mark in "[{") - (mark in "]}")
-                if mark not in "[]{}":
-                    while (yield from self._more()) not in ',:[]{}"' and not self._text[self._at].isspace():
-                        self._at += 1
             if depth == 0:
                 return
 
     def _expect(self, mark: str) -> Iterator[None]:
-        if (yield from self._peek()) != mark:
-            raise BrokenBadge
-        self._at += 1
-
-    def _peek(self) -> Generator[None, None, str]:
-        """The next character that is neither white space nor a comma."""
-        while (yield from self._more()) in ", \n\t\r":
-            self._at += 1
-        return self._text[self._at]
-
-    def _more(self) -> Generator[None, None, str]:
-        """The next character."""
-        while self._at == len(self._text):
-            if self._ended:
-                raise BrokenBadge
-            yield
-        return self._text[self._at]
-
-
-class Draft:
-    """The badge in what a model writes, whatever stands around it: prose, fences, thoughts. Sans I/O.
-
-    An object that comes first, or right after the thoughts, is told as it is written. One that stands behind prose
-    may be an idea within thoughts whose opening mark is missing (DeepSeek-R1's template writes that mark itself), so it
-    is told at the end. The badge is the last whole one that stands after the thoughts.
-    """
-
-    def __init__(
-        self,
-        kept: Mapping[str, Any] = {},
-        institution: str = "",
-        title: TitleCheck = str,
-        sieve: Sieve = ONLY_REPETITIONS,
-    ) -> None:
-        self.badge: Badge | None = None  # once it is finished
-        self.written: BadgeReader | None = None  # a whole badge that was told as it was written
-        self.refused = False  # whether a title was
-        self._new_reader = partial(BadgeReader, kept, institution, title, sieve)
-        self._raw: list[str] = []
-        self._outside = ""  # of any object: what may be the beginning of a mark
-        self._reader: BadgeReader | None = None
-        self._told: BadgeReader | None = None  # the one that was told as it was written
-        self._in_thoughts = self._after_thoughts = self._prose = False
-        self._silent = False  # whether what is read may be an idea, or stands behind the badge
-
-    def feed(self, piece: str) -> str:
-        """What this piece of the model's text adds to the JSON of the badge."""
-        reader = self._reader
-        # As most are: there is nothing to decode, to trim or to end in it.
-        if reader is not None and reader.plain and piece.isprintable() and piece[-1:] != " " and PLAIN.match(piece):
-            self._raw.append(piece)
-            reader.said.append(piece)
-            return "" if self._silent else piece
-        if len(piece) > AT_ONCE:
-            return "".join(self.feed(piece[at : at + AT_ONCE]) for at in range(0, len(piece), AT_ONCE))
-        self._raw.append(piece)
-        rendered = ""
-        while True:
-            if self._reader is None:
-                piece = self._seek(piece)
-            if (reader := self._reader) is None:
-                return rendered
-            text = reader.feed(piece)
-            self.refused = self.refused or reader.refused
-            if not self._silent:  # the last brace comes at the end: it may turn out to be an idea
-                self._told, rendered = reader, rendered + (text[:-1] if reader.done and not reader.missing() else text)
-            if not (reader.done or reader.broken):
-                return rendered
-            piece, self._reader = reader.rest, None
-            if reader.done and reader.fields and not self._silent:
-                self.written = reader
-
-    def _seek(self, piece: str) -> str:
-        """Look for an object; the text from its beginning."""
-        text, at = self._outside + piece, 0
-        while mark := (THOUGHTS_END if self._in_thoughts else MARK).search(text, at):
-            before, at = text[at : mark.start()], mark.end()
-            if self._in_thoughts or mark["closes"]:
-                if not self._in_thoughts:
-                    self.written = None  # it was an idea
-                self._in_thoughts, self._after_thoughts = False, True
-            elif mark["opens"]:
-                self._in_thoughts = True
-            else:
-                self._prose = self._prose or not NOT_PROSE.fullmatch(before)
-                self._silent = self._told is not None or (self._prose and not self._after_thoughts)
-                self._reader, self._outside = self._new_reader(), ""
-                return text[mark.start() :]
-        self._prose = self._prose or not NOT_PROSE.fullmatch(text, at, len(text) - LONGEST_MARK)
-        self._outside = text[max(at, len(text) - LONGEST_MARK) :]
-        return ""
-
-    def finish(self, cut: bool) -> str:
-        """The last of the badge's JSON. Raises InvalidModelOutput; `cut` says that a token limit ended the text."""
-        rendered, told = "", self._told
-        was_whole = told is not None and told.done and not told.missing()
-        if self._reader is not None and not self._silent:
-            rendered = self._reader.finish(cut)
-            self.written = self._reader
-        with contextlib.suppress(InvalidModelOutput):
-            if self.written is not None:
-                self.badge = self.written.badge()
-                return "}" if was_whole else rendered
-        self.badge, rendered = self._last_whole("".join(self._raw), cut)
-        return self.joint_after() + rendered[1:]
-
-    def joint_after(self) -> str:
-        """What stands between what was told and the fields of another badge: of two with one name the last counts."""
-        if (told := self._told) is None:
-            return "{"
-        return told.closing + (", " if told.fields or told.kept else "")
-
-    def _last_whole(self, text: str, cut: bool) -> tuple[Badge, str]:
-        """The last whole badge after the thoughts, and its JSON. Raises InvalidModelOutput."""
-        found: tuple[Badge, str] | None = None
-        at = read = 0
-        while mark := MARK.search(text, at):
-            at = mark.end()
-            if mark["opens"]:
-                closing = THOUGHTS_END.search(text, at)
-                at = closing.end() if closing else len(text)
-            if not mark["object"]:
-                found = None
-                continue
-            reader, rendered, end = self._new_reader(), "", mark.start()
-            while end < len(text) and not (reader.done or reader.broken):
-                rendered += reader.feed(text[end : end + AT_ONCE])
-                end += AT_ONCE
-            self.refused = self.refused or reader.refused
-            end = min(end, len(text)) - len(reader.rest)
-            if (read := read + end - mark.start() + LONGEST_MARK) > MAX_READ:
-                raise InvalidModelOutput
-            if not found:  # behind prose, what is cut off may be an idea within thoughts
-                rendered += reader.finish(cut and (self._after_thoughts or not self._prose))
-            with contextlib.suppress(InvalidModelOutput):
-                found, at = (reader.badge(), rendered), end
-        if found is None:
+        if (yield from self._next(NEXT_MARK, mark)) != mark:
             raise InvalidModelOutput
-        return found
+
+    def _next(self, pattern: re.Pattern[str], if_cut: str = "") -> Generator[None, None, str]:
+        """What the pattern's group finds, once it is there, and `if_cut` where a token limit cut the text before it.
+
+        What the pattern matches without its group is skipped.
+        """
+        while True:
+            while found := pattern.match(self._text, self._at):
+                self._at = found.end()
+                if found[1]:
+                    return found[1]
+            if self._has_ended:
+                if if_cut and self._is_cut and self.badge is None:
+                    return if_cut
+                raise InvalidModelOutput
+            self._past.append(self._text[: self._at])
+            self._text, self._at = self._text[self._at :], 0
+            yield
+
+    def _add_item(self, name: str, text: str) -> None:
+        text = BULLET.sub("", text).rstrip()
+        self._spare = self._spare or self._sieve.spare(text)
+        self._write_item(name, self._sieve.kept(name, text, self._items))
+
+    def _write_item(self, name: str, text: str) -> None:
+        if text:
+            rest = FULL_STOP.sub("", text) if name == "badge_description" else text
+            bullet, joint = ("- ", "\n") if name == "criteria" else ("", " ")
+            self._write(self._stop + (joint if self._said else "") + bullet + rest)
+            self._stop = text[len(rest) :]
+            self._items.append((name, text))
+
+    def _end_text(self, name: str) -> None:
+        if name == "badge_description" and self._institution and not _says_nothing("".join(self._said)):
+            pattern = rf"(?<!\w){re.escape(self._institution.casefold())}(?!\w)"  # MIT is not in "submit"
+            written = [*self._fields.get("badge_name", []), " ", *self._said]
+            if not re.search(pattern, f"{self._kept.get('badge_name')} {''.join(written)}".casefold()):
+                self._write(f" ({self._institution})")
+        self._write(self._stop)
+        self._tell(self._closing, ", ")
+        self._stop = self._closing = ""
+
+    def _write(self, text: str) -> None:
+        text = text.replace("\r\n", "\n")
+        if NOT_TEXT.search(text):
+            raise InvalidModelOutput
+        self._said.append(text)
+        self._tell(orjson.dumps(text)[1:-1].decode(), self.joint)
+
+    def _tell(self, text: str, joint: str) -> None:
+        if self._is_told:
+            self._out.append(text)
+            self.joint = joint
+
+    def _read_badge(self) -> Badge | None:
+        """None for an object that is no badge, with placeholders for example."""
+        texts: dict[str, Any] = {name: "".join(pieces) for name, pieces in self._fields.items()}
+        if self._closing or any(_says_nothing(text) or self._sieve.echoes(text) for text in texts.values()):
+            return None
+        if "criteria" in texts:
+            texts["criteria"] = {"narrative": texts["criteria"]}
+        try:
+            badge = Badge.model_validate({**self._kept, **texts})
+        except ValidationError:  # a field is missing, or the name is too long
+            return None
+        badge._tags = tuple(NOT_TEXT.sub("", self._sieve.bare(tag)) for tag in self._tags)
+        return badge
 
 
-def parse_badge(text: str, *, cut: bool = False, kept: Mapping[str, Any] = {}) -> Badge:
+def _unescaped(piece: str) -> str:
+    try:
+        return str(orjson.loads(f'"{piece}"'))
+    except ValueError:  # half a surrogate pair, or a backslash that escapes nothing, which stays
+        return chr(int(piece[2:], 16)) if len(piece) == 6 else piece
+
+
+def parse_badge(text: str, *, cut: bool = False) -> Badge:
     """The badge in a whole text of a model. Raises InvalidModelOutput; nothing is made up."""
-    draft = Draft(kept)
+    draft = Draft()
     draft.feed(text)
     draft.finish(cut)
     return cast(Badge, draft.badge)
@@ -1102,11 +987,7 @@ def parse_badge(text: str, *, cut: bool = False, kept: Mapping[str, Any] = {}) -
 
 def partial_badge(rendered: str) -> dict[str, Any]:
     """The badge as far as it is rendered, for `partial` events; {} before its first field."""
-    try:
-        badge = pydantic_core.from_json(rendered or "{}", allow_partial="trailing-strings")
-    except ValueError:
-        return {}
-    return {name: text for name, text in badge.items() if text != {}}
+    return cast(dict[str, Any], pydantic_core.from_json(rendered or "{}", allow_partial="trailing-strings"))
 
 
 # ---- Open Badges 3.0: pure functions --------------------------------------------------------------------------------
@@ -1134,36 +1015,30 @@ def _tidied(node: Any) -> Any:
     if not isinstance(node, str):
         return node
     text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", node.replace("\r\n", "\n"))
-    return re.sub(r"\{(?=\{)", "{ ", re.sub(r"\}(?=\})", "} ", text))
+    return re.sub(r"([{}])(?=\1)", r"\1 ", text)
 
 
 def build_achievement(
-    badge: Badge,
-    request: GenerateRequest | None = None,
-    tags: Sequence[str] = (),
-    alignments: Sequence[dict[str, Any]] = (),
+    badge: Badge, request: GenerateRequest | None = None, tags: Sequence[str] = (), alignments: Sequence[Any] = ()
 ) -> dict[str, Any]:
     """The badge in Open Badges terms, with what the request knows. A bad URL does not cost the badge."""
-    achievement: dict[str, Any] = {
+    url, name = ((request and request.option(option)) or "" for option in ("institute_url", "institution"))
+    course_id = request.course_id if request and url else None
+    is_url = re.fullmatch(r"(?!.*%(?![0-9A-Fa-f]{2}))https?://[^/?#]+([/?][^#]*)?(#[^#]*)?", url)
+    creator = {"id": url, "type": ["Profile"], "url": url} | ({"name": name} if re.search(VISIBLE, name) else {})
+    achievement = {
         "@context": [VC_CONTEXT, OB_CONTEXT],
-        "id": uuid.uuid4().urn,
+        "id": (uuid.uuid5(uuid.NAMESPACE_URL, f"{url.rstrip('/')}/{course_id}") if course_id else uuid.uuid4()).urn,
         "type": ["Achievement"],
         "name": badge.badge_name,
         "description": badge.badge_description,
         "criteria": {"narrative": badge.criteria.narrative},
         "achievementType": "Badge",
+        "creator": creator if is_url else None,
+        "tag": [tag for tag in dict.fromkeys(tags) if re.search(VISIBLE, tag)],
+        "alignment": [*alignments],
     }
-    url, name = ((request and request.option(option)) or "" for option in ("institute_url", "institution"))
-    if re.fullmatch(r"https?://[^/?#]+([/?][^#]*)?(#[^#]*)?", url) and not re.search(r"%(?![0-9A-Fa-f]{2})", url):
-        achievement["creator"] = {"id": url, "type": ["Profile"], "url": url}
-        achievement["creator"] |= {"name": name} if re.search(VISIBLE, name) else {}
-    if url and request and request.course_id:
-        achievement["id"] = uuid.uuid5(uuid.NAMESPACE_URL, f"{url.rstrip('/')}/{request.course_id}").urn
-    if shown := [tag for tag in dict.fromkeys(tags) if re.search(VISIBLE, tag)]:
-        achievement["tag"] = shown
-    if alignments:
-        achievement["alignment"] = [*alignments]
-    return cast(dict[str, Any], _tidied(achievement))
+    return {term: _tidied(value) for term, value in achievement.items() if value}
 
 
 def _told(error: Any, schema: dict[str, Any]) -> Iterator[tuple[tuple[str | int, ...], str]]:
@@ -1203,8 +1078,8 @@ def check_request(request: dict[str, Any]) -> None:
     start, end = (() if (name,) in faults else request.get(name) for name in ("valid_from", "valid_until"))
     if start and end and datetime.fromisoformat(end) <= datetime.fromisoformat(start):
         faults["valid_until",] = "must be after valid_from, which is now when it is not given"
-    achievement = None if any("achievement" in place for place in faults) else request.get("achievement")
-    for index, result in enumerate((achievement or {}).get("resultDescription", [])):
+    achievement = {} if any("achievement" in place for place in faults) else request.get("achievement") or {}
+    for index, result in enumerate(achievement.get("resultDescription", [])):
         levels = [level["id"] for level in result.get("rubricCriterionLevel", [])]
         for name, offered in (("requiredLevel", levels), ("requiredValue", result.get("allowedValue"))):
             if result.get(name) and offered is not None and result[name] not in offered:
@@ -1226,25 +1101,26 @@ def build_credential(request: dict[str, Any]) -> dict[str, Any]:
         request["valid_from"] = datetime.now(UTC).isoformat(timespec="seconds")
     check_request(request)
     if badge := request.get("badge"):
-        badge = Badge.model_construct(**{**badge, "criteria": Criteria.model_construct(**badge["criteria"])})
-    achievement = build_achievement(badge) if badge else {"achievementType": "Badge", **request["achievement"]}
+        achievement = build_achievement(Badge.model_construct(**{**badge, "criteria": Criteria(**badge["criteria"])}))
+    else:
+        achievement = {"achievementType": "Badge", **request["achievement"]}
     contexts = set(achievement.pop("@context", [])) & set(open_badges()[0]["$defs"]["ExtraContext"]["enum"])
     given = {"achievementType": request.get("achievement_type"), "image": request.get("image")}
     given["alignment"] = [{"type": ["Alignment"], **one} for one in request.get("alignment") or []]
-    credential = {
+    credential: dict[str, Any] = {
         "@context": [VC_CONTEXT, OB_CONTEXT, *sorted(contexts)],
         "id": uuid.uuid4().urn,
         "type": ["VerifiableCredential", "OpenBadgeCredential"],
         "issuer": {"type": ["Profile"], **request["issuer"]},
         "validFrom": request["valid_from"],
-        **({"validUntil": request["valid_until"]} if request.get("valid_until") else {}),
+        "validUntil": request.get("valid_until"),
         "credentialSubject": {
             "id": request.get("recipient_id") or "did:example:recipient",
             "type": ["AchievementSubject"],
             "achievement": achievement | {name: value for name, value in given.items() if value},
         },
     }
-    credential = cast(dict[str, Any], _tidied(credential))
+    credential = {term: _tidied(value) for term, value in credential.items() if value}
     if request.get("in_language"):
         credential["credentialSubject"]["achievement"]["inLanguage"] = request["in_language"]
     # Indented: it is to fit however it is laid out.
@@ -1805,7 +1681,7 @@ class GenerationQueue:
             except ContentTooLong as error:
                 prompt = await self._condensed(prompt, error, generation)
             except TitleRefused as refused:
-                title, joint = self._title(prompt, sieve, first=False), draft.joint_after()
+                title, joint = self._title(prompt, sieve, first=False), draft.joint
                 prompt = replace(prompt, user=f"{prompt.user}\n{TITLE_AGAIN}")
                 broken_off = refused.tokens
         if broken_off:  # the engine did not say how much it had read: as much as for the second call
@@ -1870,23 +1746,24 @@ class GenerationQueue:
         A course may hold instructions to the model, which small models follow.
         """
         request, course = prompt.request, prompt.course
-        options = request.given_texts()
-        is_wanted = isinstance(request, RegenerateRequest) and not course.grounds.get("has_orders")
+        options, grounds = request.given_texts(), course.grounds
+        is_wanted = isinstance(request, RegenerateRequest) and not grounds["has_orders"]
         if is_wanted or request.language not in (None, course.language) or word_count(course.text[:1000]) < 8:
             return str  # by a person who looks at it; in other words than the course's; there is nothing to compare
 
-        own = " ".join(NOT_TEXT.sub("", course.grounds.get("title", "")).split())
+        own = " ".join(NOT_TEXT.sub("", grounds["title"]).split())
 
         def accepted(title: str) -> str | None:
             says_nothing = _says_nothing(title)
-            if not says_nothing and course.has_word_of(title, options) and sieve.bears(title):
+            if not says_nothing and review.title_is_from_course(title, grounds, options) and sieve.bears(title):
                 return own if sieve.prefers(own, title) else sieve.as_title(title)
             if says_nothing and not sieve.course:
                 return title
             if first:
                 return None
             # The beginning of a text without a heading is a poor title, though better than what no course has.
-            is_title = len(own) <= review.HEADLINE or sieve.course or course.orders(title, options)
+            is_ordered = grounds["has_orders"] or review.title_is_ordered(title, grounds, options)
+            is_title = len(own) <= review.HEADLINE or sieve.course or is_ordered
             return own if is_title and not _says_nothing(own) else title
 
         return accepted
@@ -1966,7 +1843,7 @@ class GenerationQueue:
             size += len(piece)
             blank = blank + len(piece) if piece.isspace() else 0
             if blank > MAX_BLANK_RUN or size > MAX_OUTPUT_CHARS or count > most:
-                if draft.written:
+                if draft.badge:
                     return Usage(0, min(count, prompt.sampling["max_tokens"]), "length")
                 raise InvalidModelOutput(
                     "The language model wrote without end and was stopped. Try again, with another seed or a higher "

@@ -56,7 +56,7 @@ from functools import partial
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 from urllib.parse import quote
 
 import aiohttp
@@ -2316,9 +2316,9 @@ async def finished(queue: GenerationQueue, generation: Generation) -> Answer:
 # 42474, 36789 and opencode PR 25230; sglang 4048; chat-ui 1149 (TGI); lmstudio-bug-tracker 546, openclaude 353;
 # tensorrtllm_backend 565; SillyTavern 3543; cline 3120; gemini-cli 6678; OpenAI, Mistral, llama-cpp-python.
 TOO_LONG = (
-    r"(?i)context[ _](?:length|size|window|limit)|maximum (?:model|context|input|allowed|prompt|sequence) length"
-    r"|(?:prompt|input) is too long|`inputs` must have less than|exceed_context_size|context the overflows|\bn_keep\b"
-    r"|max_new_tokens|max_seq_len|too many tokens: |number of tokens allowed|must be at least 1, got -"
+    r"(?i)context[ _](?:length|size|window|limit)|maximum \w+ length|(?:prompt|input) is too long|max_new_tokens"
+    r"|`inputs` must have less than|context the overflows|\bn_keep\b|max_seq_len|too many tokens: "
+    r"|number of tokens allowed|must be at least 1, got -"
 )
 FIGURES = (
     r"(?i)(?:n_ctx|max_seq_len|context (?:length|size|window)|maximum (?:\w+ )?length|(?:model|sequence) length"
@@ -2335,19 +2335,6 @@ CANNOT_RUN = (
     r"|does not support (?:generate|chat|completions?)\b"
 )
 FILTERED = "The language model's content filter stopped it. Change the content, or ask its operator about the filter."
-# The parts of a request that a server may refuse, and the words by which its refusal names them. Sources:
-# openai-agents-python 442, Flowise 2866, obsidian-copilot 1477, TGI 2899, langchainjs PR 6888; of chat templates:
-# autogen 1037, ramalama 2425.
-OPTIONAL_PARTS = {
-    **{name: rf"\b{name}\b" for name in ("max_tokens", "seed", "temperature", "top_p")},
-    "stream_options": r"stream_options|include_usage",
-    "sampling": r"\btop_k\b|\brepe(?:at|tition)_penalty\b",
-    "json_schema": r"response[_ ]format|json_schema|guided_json",
-    "json_object": r"response[_ ]format|json_object",
-    "chat_template_kwargs": r"chat_template_kwargs|enable_thinking",
-    "system": r"system (?:message|role|prompt|instruction)|role\W+system|'system'|roles must alternate|only user and a",
-}
-OPTIONAL_PARTS_OF_OLLAMA = {"think": r"\bthink(?:ing)?\b", "format": r"\bformat\b|json_schema"}
 # Every reason for the end of a text that is known; any other is a failure.
 FINISH_REASONS: dict[str, Literal["stop", "length", "filter"]] = {
     **dict.fromkeys(("stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete", "completed"), "stop"),
@@ -2361,16 +2348,31 @@ Record = tuple[str, str, object, tuple[int, int] | None]
 
 
 class Engine:
-    """A language model's server: a prompt in, pieces of text out, a Usage at the end."""
+    """A language model's server: a prompt in, pieces of text out, a Usage at the end.
 
-    path, list_path = "", ""  # of a generation, and of the list of models
-    remedy = ""  # for an operator whose server is down
-    optional: Mapping[str, str] = {}  # the parts of a request that the server may refuse
+    This class speaks the OpenAI API, as vLLM, sglang, TGI, llm-d, Ray Serve, llama-server and llama-cpp-python do.
+    """
+
+    path, list_path = "/chat/completions", "/models"  # of a generation, and of the list of models
+    remedy = "Start it, or correct OPENAI_BASE_URL; badges are written again as soon as it answers."
     defaults: Mapping[str, Any] = {}  # sampling where the client gave none
     sifts = is_tiny = False  # whether its models are so small that what the course does not bear is left out
+    # The parts of a request that a server may refuse, and the words by which its refusal names them. Sources:
+    # openai-agents-python 442, Flowise 2866, obsidian-copilot 1477, TGI 2899, langchainjs PR 6888; of chat templates:
+    # autogen 1037, ramalama 2425.
+    optional: Mapping[str, str] = {
+        **{name: rf"\b{name}\b" for name in ("max_tokens", "seed", "temperature", "top_p")},
+        "stream_options": r"stream_options|include_usage",
+        "sampling": r"\btop_k\b|\brepe(?:at|tition)_penalty\b",
+        "json_schema": r"response[_ ]format|json_schema|guided_json",
+        "json_object": r"response[_ ]format|json_object",
+        "chat_template_kwargs": r"chat_template_kwargs|enable_thinking",
+        "system": r"system (?:message|role|prompt|instruction)|role\W+system|'system'|must alternate|only user and a",
+    }
 
-    def __init__(self, settings: Settings, base_url: str = "", key: str = "") -> None:
-        self.settings, self.base_url, self.key = settings, base_url, key
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.base_url, self.key = settings.openai_base_url, settings.openai_api_key.strip()
         self.context: int | None = None  # tokens that its context holds, as far as that is known
         self.remark = ""  # what an operator should know of it
         self._known = False  # whether the server was asked what it is
@@ -2381,24 +2383,20 @@ class Engine:
         # Fewer connections than workers would be a second queue; one more is for the health check.
         limit = max(settings.connection_pool_size, settings.workers + 1)
         pool = aiohttp.TCPConnector(limit=limit, keepalive_timeout=settings.keepalive_timeout)
-        headers = {"accept-encoding": "identity"} | ({"authorization": f"Bearer {self.key}"} if self.key else {})
-        self._sessions = [
-            aiohttp.ClientSession(
-                connector=connector,
-                # `Call` has the deadlines; aiohttp's total of 300 s would end long answers.
-                timeout=aiohttp.ClientTimeout(total=None, connect=settings.connect_timeout),
-                headers=headers,
-                json_serialize_bytes=orjson.dumps,
-                read_bufsize=2**12,  # bytes; aiohttp holds up to twice as many for each call
-            )
-            for connector in (pool, aiohttp.TCPConnector(force_close=True))  # the other one is for a retry
-        ]
+        session = partial(
+            aiohttp.ClientSession,
+            # `Call` has the deadlines; aiohttp's total of 300 s would end long answers.
+            timeout=aiohttp.ClientTimeout(total=None, connect=settings.connect_timeout),
+            headers={"accept-encoding": "identity"} | ({"authorization": f"Bearer {self.key}"} if self.key else {}),
+            json_serialize_bytes=orjson.dumps,
+            read_bufsize=2**12,  # bytes; aiohttp holds up to twice as many for each call
+        )
+        # The other one is for a retry.
+        self._sessions = session(connector=pool), session(connector=aiohttp.TCPConnector(force_close=True))
 
     async def stop(self) -> None:
         for session in self._sessions:
             await session.close()
-
-    # -- what each engine does in its own way
 
     async def url(self) -> str:
         return self.base_url
@@ -2410,20 +2408,55 @@ class Engine:
 
     def body(self, prompt: Prompt, without: frozenset[str]) -> dict[str, Any]:
         """What the server is asked, without the optional parts that it refused."""
-        raise NotImplementedError
+        sampling, penalty, seed = prompt.sampling, prompt.sampling["repeat_penalty"], prompt.sampling["seed"]
+        messages = [{"role": "system", "content": prompt.system}, {"role": "user", "content": prompt.user}]
+        if "system" in without:
+            messages = [{"role": "user", "content": f"{prompt.system}\n\n{prompt.user}"}]
+        body: dict[str, Any] = {
+            "model": self.settings.model,
+            "messages": messages,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "temperature": sampling["temperature"],
+            "top_p": sampling["top_p"],
+            "seed": None if seed is None else seed % 2**31,  # llama.cpp's is 32 bits wide
+            "chat_template_kwargs": {"enable_thinking": False},
+            "max_completion_tokens" if "max_tokens" in without else "max_tokens": sampling["max_tokens"],
+        }
+        if "json_schema" not in without:
+            schema = {"name": "badge", "schema": prompt.schema}
+            body["response_format"] = {"type": "json_schema", "json_schema": schema}
+        elif "json_object" not in without:
+            body["response_format"] = {"type": "json_object", "schema": prompt.schema}  # llama-cpp-python's way
+        if "sampling" not in without:  # the penalty by llama.cpp's name and by vLLM's
+            body |= {"top_k": sampling["top_k"], "repeat_penalty": penalty, "repetition_penalty": penalty}
+        return {name: value for name, value in body.items() if name not in without and value is not None}
 
     def read(self, record: dict[str, Any], prompt: Prompt) -> Record:
-        raise NotImplementedError
+        choice: dict[str, Any] = next(iter(record.get("choices") or []), {})
+        # A server that does not stream answers with a `message`.
+        delta, usage = choice.get("delta") or choice.get("message") or {}, record.get("usage") or {}
+        content = delta.get("content") or ""
+        thought = delta.get("reasoning_content") or delta.get("reasoning") or content
+        if not isinstance(content, str):  # a list of parts, of which some are thoughts (Mistral)
+            texts = [part.get("text") for part in content if part.get("type", "text") in ("text", "output_text")]
+            content = "".join(filter(None, texts))
+        counts = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
+        return content, str(thought), choice.get("finish_reason"), counts if usage else None
 
-    def listed(self, status: int, document: Any) -> list[str]:
+    def listed(self, status: int, answer: bytes) -> list[str]:
         """The models in what the server answers when it is asked for their list."""
-        raise NotImplementedError
+        if status in (404, 405, 501):  # a server that has no list is ready when it answers
+            return [self.settings.model]
+        models = {str(model["id"]): model for model in orjson.loads(answer)["data"] or []}
+        served = models.get(self.settings.model, {})
+        limit = served.get("max_model_len") or (served.get("meta") or {}).get("n_ctx")
+        self.context = limit if isinstance(limit, int) else self.context
+        return list(models)
 
     def full_name(self, model: str) -> str:
         """A model's name as the server compares it."""
         return model
-
-    # -- a generation
 
     async def stream(self, prompt: Prompt) -> AsyncGenerator[str | Usage]:
         """The pieces of text, an empty one for each thought, and the Usage. Leaving early closes the connection."""
@@ -2477,7 +2510,7 @@ class Engine:
         was_known = self._known and not self.remark
         if not was_known:
             self.remark = ""
-            with contextlib.suppress(ApiError, AttributeError, TypeError):  # it is silent, or says nonsense
+            with contextlib.suppress(ApiError, AttributeError, TypeError, ValueError):  # it is silent, or says nonsense
                 await self.introduce()
                 self._known = True
         without = self._without
@@ -2505,8 +2538,6 @@ class Engine:
         self._known = False  # another server may be started in its place
         raise EngineUnreachable
 
-    # -- what a refusal means
-
     async def _refused_part(self, response: aiohttp.ClientResponse, prompt: Prompt, without: frozenset[str]) -> str:
         """The part of a request that the server does not take. Raises what else its refusal means."""
         status, retry_after = response.status, response.headers.get("retry-after", "")
@@ -2515,8 +2546,7 @@ class Engine:
             raise error
         if status in (400, 422) or (status == 500 and re.search(r"'body', |\b(?:in|invalid) format\b|Jinja", message)):
             sent = [f"(?P<{part}>{words})" for part, words in self.optional.items() if part not in without]
-            found = re.search("|".join(sent), message, re.I)
-            if found and found.lastgroup:
+            if (found := re.search("|".join(sent), message, re.I)) and found.lastgroup:
                 return found.lastgroup
         raise EngineError(f"The language model's server answers {status}. Its operator finds the reason in its log.")
 
@@ -2548,27 +2578,23 @@ class Engine:
             return EngineUnreachable()
         return QueueFull(retry_after=retry_after) if status in (429, 503) else None
 
-    # -- questions
-
-    async def ask(self, path: str, body: dict[str, Any] | None = None) -> tuple[int, Any]:
-        """Status and JSON of a question to the server; None for what is no JSON. Raises EngineUnreachable."""
-        method = "GET" if body is None else "POST"
+    async def ask(self, path: str, body: dict[str, Any] | None = None) -> tuple[int, bytes]:
+        """Status and body of what the server answers to a question. Raises EngineUnreachable."""
         try:
             async with asyncio.timeout(self.settings.connect_timeout):
-                async with self._sessions[0].request(method, await self.url() + path, json=body) as response:
-                    text = await _whole(response)
+                async with self._sessions[0].request(
+                    "POST" if body else "GET", await self.url() + path, json=body
+                ) as response:
+                    return response.status, await _whole(response)
         except (aiohttp.ClientError, OSError) as error:  # of which TimeoutError is one
             raise EngineUnreachable(f"The language model's server does not answer. {self.remedy}") from error
-        with contextlib.suppress(ValueError):
-            return response.status, orjson.loads(text)
-        return response.status, None
 
     async def models(self) -> list[str]:
         """The names it can be asked for. Raises EngineUnreachable."""
-        status, document = await self.ask(self.list_path)
+        status, answer = await self.ask(self.list_path)
         try:
-            return self.listed(status, document)
-        except (AttributeError, KeyError, TypeError):
+            return self.listed(status, answer)
+        except (AttributeError, KeyError, TypeError, ValueError):
             what = f"What answers at the language model's address ({status}) is no such server."
             raise EngineUnreachable(f"{what} {self.remedy}") from None
 
@@ -2617,17 +2643,18 @@ class OllamaEngine(Engine):
 
     path, list_path = "/api/generate", "/api/tags"
     remedy = "Start it, or correct OLLAMA_URL; badges are written again as soon as it answers."
-    optional = OPTIONAL_PARTS_OF_OLLAMA
+    optional: Mapping[str, str] = {"think": r"\bthink(?:ing)?\b", "format": r"\bformat\b|json_schema"}
 
     def __init__(self, settings: Settings) -> None:
-        super().__init__(settings, settings.ollama_url)
-        self.context = settings.num_ctx
+        super().__init__(settings)
+        self.base_url, self.key, self.context = settings.ollama_url, "", settings.num_ctx
         self._think: bool | str | None = None  # what is sent; None where the model does not think
 
     async def introduce(self) -> None:
-        status, model = await self.ask("/api/show", {"model": self.settings.model})
+        status, answer = await self.ask("/api/show", {"model": self.settings.model})
         if status != 200:
             return
+        model = orjson.loads(answer)
         details, info = model.get("details") or {}, model.get("model_info") or {}
         thinks = "thinking" in (model.get("capabilities") or [])
         cannot_stop = re.search("gpt-?oss", str(details.get("family")))  # ollama docs/thinking
@@ -2669,8 +2696,8 @@ class OllamaEngine(Engine):
             raise too_long(prompt, self.context)
         return text, thought, record.get("done_reason") or "stop", (read, written)
 
-    def listed(self, status: int, document: Any) -> list[str]:
-        return [str(model["name"]) for model in document["models"] or []]
+    def listed(self, status: int, answer: bytes) -> list[str]:
+        return [str(model["name"]) for model in orjson.loads(answer)["models"] or []]
 
     def full_name(self, model: str) -> str:
         """With a tag, without the defaults before it, and without regard to case (ollama types/model/name.go)."""
@@ -2678,78 +2705,10 @@ class OllamaEngine(Engine):
         return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
 
 
-class OpenAIEngine(Engine):
-    """Any server with the OpenAI API: vLLM, sglang, TGI, llm-d, Ray Serve, llama-server, llama-cpp-python."""
-
-    path, list_path = "/chat/completions", "/models"
-    remedy = "Start it, or correct OPENAI_BASE_URL; badges are written again as soon as it answers."
-    optional = OPTIONAL_PARTS
-    extras: Mapping[str, Any] = {}  # more sampling
-
-    def __init__(self, settings: Settings) -> None:
-        super().__init__(settings, settings.openai_base_url, settings.openai_api_key.strip())
-
-    def schema(self, schema: dict[str, Any]) -> dict[str, Any]:
-        return schema
-
-    def body(self, prompt: Prompt, without: frozenset[str]) -> dict[str, Any]:
-        sampling, schema = prompt.sampling, self.schema(prompt.schema)
-        messages = [{"role": "system", "content": prompt.system}, {"role": "user", "content": prompt.user}]
-        if "system" in without:
-            messages = [{"role": "user", "content": f"{prompt.system}\n\n{prompt.user}"}]
-        body: dict[str, Any] = {
-            "model": self.settings.model,
-            "messages": messages,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            "temperature": sampling["temperature"],
-            "top_p": sampling["top_p"],
-            "chat_template_kwargs": {"enable_thinking": False},
-            "max_completion_tokens" if "max_tokens" in without else "max_tokens": sampling["max_tokens"],
-        }
-        if sampling["seed"] is not None:
-            body["seed"] = sampling["seed"] % 2**31  # llama.cpp's is 32 bits wide
-        if "json_schema" not in without:
-            body["response_format"] = {"type": "json_schema", "json_schema": {"name": "badge", "schema": schema}}
-        elif "json_object" not in without:
-            body["response_format"] = {"type": "json_object", "schema": schema}  # llama-cpp-python's way
-        if "sampling" not in without:
-            penalty = sampling["repeat_penalty"]  # llama.cpp's name and vLLM's
-            body |= {
-                "top_k": sampling["top_k"],
-                "repeat_penalty": penalty,
-                "repetition_penalty": penalty,
-                **self.extras,
-            }
-        return {name: value for name, value in body.items() if name not in without}
-
-    def read(self, record: dict[str, Any], prompt: Prompt) -> Record:
-        choice: dict[str, Any] = next(iter(record.get("choices") or []), {})
-        # A server that does not stream answers with a `message`.
-        delta, usage = choice.get("delta") or choice.get("message") or {}, record.get("usage") or {}
-        content = delta.get("content") or ""
-        thought = delta.get("reasoning_content") or delta.get("reasoning") or content
-        if not isinstance(content, str):  # a list of parts, of which some are thoughts (Mistral)
-            texts = [part.get("text") for part in content if part.get("type", "text") in ("text", "output_text")]
-            content = "".join(filter(None, texts))
-        counts = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
-        return content, str(thought), choice.get("finish_reason"), counts if usage else None
-
-    def listed(self, status: int, document: Any) -> list[str]:
-        if status in (404, 405, 501):  # a server that has no list is ready when it answers
-            return [self.settings.model]
-        models = {str(model["id"]): model for model in document["data"] or []}
-        served = models.get(self.settings.model, {})
-        limit = served.get("max_model_len") or (served.get("meta") or {}).get("n_ctx")
-        self.context = limit if isinstance(limit, int) else self.context
-        return list(models)
-
-
 TINY = 400 * 10**6  # bytes of a model's file; half a billion parameters in four bits
-CHILD_SAYS = "dccapi engine: "  # libraries write to the child's stdout too
 
 
-class EmbeddedEngine(OpenAIEngine):
+class EmbeddedEngine(Engine):
     """llama.cpp in a child process of ours (`python dccapi.py engine`), restarted when it dies, ended with us."""
 
     remedy = "The service's log says why; it is started again and again."
@@ -2757,12 +2716,11 @@ class EmbeddedEngine(OpenAIEngine):
     # by itself on every one of the real courses; without, on half of them.
     defaults: Mapping[str, Any] = {"repeat_penalty": 1.12}
     sifts = True
-    extras: Mapping[str, Any] = {"dry_multiplier": 0.8, "dry_allowed_length": 3}
-    texts: ClassVar = {
+    bounds: Mapping[str, Any] = {
         "badge_name": {"pattern": r'^[^<>"\\{}]{3,80}$'},  # a title, not the course's delimiter
-        "badge_description": {"maxLength": 300},
-        "criteria": {"maxLength": 300},
-        "skills": {"maxLength": 60},
+        "badge_description": {"items": {"type": "string", "maxLength": 300}},
+        "criteria": {"items": {"type": "string", "maxLength": 300}},
+        "skills": {"items": {"type": "string", "maxLength": 60}},
     }
 
     def __init__(self, settings: Settings) -> None:
@@ -2772,13 +2730,11 @@ class EmbeddedEngine(OpenAIEngine):
         self._told = asyncio.Event()  # whether there is an address, or a reason why there is none
         self._not_started = ""  # that reason
 
-    def schema(self, schema: dict[str, Any]) -> dict[str, Any]:
+    def body(self, prompt: Prompt, without: frozenset[str]) -> dict[str, Any]:
         """With bounds on the texts, which llama.cpp's grammars take as long as they are short."""
-        bounded = {
-            name: part | {"items": part["items"] | self.texts[name]} if "items" in part else part | self.texts[name]
-            for name, part in schema["properties"].items()
-        }
-        return schema | {"properties": bounded}
+        properties = {name: part | self.bounds[name] for name, part in prompt.schema["properties"].items()}
+        body = super().body(replace(prompt, schema=prompt.schema | {"properties": properties}), without)
+        return body | {"dry_multiplier": 0.8, "dry_allowed_length": 3}
 
     async def start(self) -> None:
         await super().start()
@@ -2797,6 +2753,7 @@ class EmbeddedEngine(OpenAIEngine):
         return self.base_url
 
     async def _supervise(self) -> None:
+        """Start the child, and again whenever it ends."""
         delay = 0.5
         while True:
             started, self.base_url = time.monotonic(), ""
@@ -2813,31 +2770,32 @@ class EmbeddedEngine(OpenAIEngine):
 
     async def _run(self) -> str:
         """One child from its start to its end, and why it ended."""
-        started, settings, reason = time.monotonic(), self.settings, ""
+        started, settings = time.monotonic(), self.settings
         flags = f"--context={settings.num_ctx}", f"--slots={settings.workers}", f"--name={settings.model}"
         process = await _started(str(HERE / "dccapi.py"), "engine", str(settings.model_path), *flags)
         stdin, stdout = cast(asyncio.StreamWriter, process.stdin), cast(asyncio.StreamReader, process.stdout)
         try:
             stdin.write(self.key.encode() + b"\n")  # not in its arguments, which anyone can read
-            async for line in stdout:
-                mark, _, told = line.decode(errors="replace").strip().partition(CHILD_SAYS)
-                if told.startswith("http") and not mark:
-                    self.base_url = f"{told}/v1"
-                    self._told.set()
-                    log.info("embedded engine ready after %.1f s", time.monotonic() - started)
-                elif not mark:
-                    reason = told or reason
-        finally:
+            said = (await stdout.readline()).decode().strip()  # an address, or why there is none
+            if said.startswith("http"):
+                self.base_url, said = f"{said}/v1", ""
+                self._told.set()
+                log.info("embedded engine ready after %.1f s", time.monotonic() - started)
+            await stdout.read()  # until it ends
             if self.base_url:
                 self._told.clear()
+            return (
+                said or f"its process ended with {await process.wait()} (-9: it lacks memory; -4: another processor)."
+            )
+        finally:
             await _killed(process)
-        return reason or f"its process ended with {process.returncode} (-9: it lacks memory; -4: another processor)."
 
 
 def serve_embedded(path: str, context: int, slots: int, name: str) -> None:
     """The child process of EmbeddedEngine: llama.cpp's OpenAI API on a free loopback port until stdin ends."""
     key = sys.stdin.readline().strip()
-    say = partial(print, f"\n{CHILD_SAYS}", sep="", flush=True)
+    say = partial(print, file=os.fdopen(os.dup(1), "w"), flush=True)
+    os.dup2(2, 1)  # libraries write to stdout too
     try:
         import xllamacpp  # type: ignore[import-not-found,unused-ignore]  # an extra, without types
     except ImportError as error:
@@ -2865,11 +2823,7 @@ def serve_embedded(path: str, context: int, slots: int, name: str) -> None:
     os._exit(0)  # llama.cpp's own end waits for running requests
 
 
-ENGINES: dict[str, Callable[[Settings], Engine]] = {
-    "ollama": OllamaEngine,
-    "openai": OpenAIEngine,
-    "embedded": EmbeddedEngine,
-}
+ENGINES = {"ollama": OllamaEngine, "openai": Engine, "embedded": EmbeddedEngine}
 
 
 # ---- Handlers -------------------------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ LONG = {"content": "knots " * 200, "long_content": "refuse"}
 
 
 async def test_the_clients_sampling_wins_over_the_engines_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dccapi.OpenAIEngine, "defaults", {"repeat_penalty": 1.15})
+    monkeypatch.setattr(dccapi.Engine, "defaults", {"repeat_penalty": 1.15})
     assert (await openai_asked({}))["repeat_penalty"] == 1.15
     assert (await openai_asked({"repeat_penalty": None}))["repeat_penalty"] == 1.15
     assert (await openai_asked({"repeat_penalty": 1.02}))["repeat_penalty"] == 1.02

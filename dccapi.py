@@ -2355,6 +2355,7 @@ class Engine:
 
     path, list_path = "/chat/completions", "/models"  # of a generation, and of the list of models
     remedy = "Start it, or correct OPENAI_BASE_URL; badges are written again as soon as it answers."
+    full_name: Callable[[str], str] = str  # a model's name as the server compares it
     defaults: Mapping[str, Any] = {}  # sampling where the client gave none
     sifts = is_tiny = False  # whether its models are so small that what the course does not bear is left out
     # The parts of a request that a server may refuse, and the words by which its refusal names them. Sources:
@@ -2365,7 +2366,7 @@ class Engine:
         "stream_options": r"stream_options|include_usage",
         "sampling": r"\btop_k\b|\brepe(?:at|tition)_penalty\b",
         "json_schema": r"response[_ ]format|json_schema|guided_json",
-        "json_object": r"response[_ ]format|json_object",
+        "response_format": r"response[_ ]format|json_object",
         "chat_template_kwargs": r"chat_template_kwargs|enable_thinking",
         "system": r"system (?:message|role|prompt|instruction)|role\W+system|'system'|must alternate|only user and a",
     }
@@ -2379,24 +2380,19 @@ class Engine:
         self._without: frozenset[str] = frozenset()  # parts that the server has refused, and is not sent again
 
     async def start(self) -> None:
-        settings = self.settings
         # Fewer connections than workers would be a second queue; one more is for the health check.
-        limit = max(settings.connection_pool_size, settings.workers + 1)
-        pool = aiohttp.TCPConnector(limit=limit, keepalive_timeout=settings.keepalive_timeout)
-        session = partial(
-            aiohttp.ClientSession,
+        limit = max(self.settings.connection_pool_size, self.settings.workers + 1)
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=limit, keepalive_timeout=self.settings.keepalive_timeout),
             # `Call` has the deadlines; aiohttp's total of 300 s would end long answers.
-            timeout=aiohttp.ClientTimeout(total=None, connect=settings.connect_timeout),
+            timeout=aiohttp.ClientTimeout(total=None, connect=self.settings.connect_timeout),
             headers={"accept-encoding": "identity"} | ({"authorization": f"Bearer {self.key}"} if self.key else {}),
             json_serialize_bytes=orjson.dumps,
             read_bufsize=2**12,  # bytes; aiohttp holds up to twice as many for each call
         )
-        # The other one is for a retry.
-        self._sessions = session(connector=pool), session(connector=aiohttp.TCPConnector(force_close=True))
 
     async def stop(self) -> None:
-        for session in self._sessions:
-            await session.close()
+        await self._session.close()
 
     async def url(self) -> str:
         return self.base_url
@@ -2421,12 +2417,10 @@ class Engine:
             "top_p": sampling["top_p"],
             "seed": None if seed is None else seed % 2**31,  # llama.cpp's is 32 bits wide
             "chat_template_kwargs": {"enable_thinking": False},
+            "response_format": {"type": "json_schema", "json_schema": {"name": "badge", "schema": prompt.schema}},
             "max_completion_tokens" if "max_tokens" in without else "max_tokens": sampling["max_tokens"],
         }
-        if "json_schema" not in without:
-            schema = {"name": "badge", "schema": prompt.schema}
-            body["response_format"] = {"type": "json_schema", "json_schema": schema}
-        elif "json_object" not in without:
+        if "json_schema" in without:
             body["response_format"] = {"type": "json_object", "schema": prompt.schema}  # llama-cpp-python's way
         if "sampling" not in without:  # the penalty by llama.cpp's name and by vLLM's
             body |= {"top_k": sampling["top_k"], "repeat_penalty": penalty, "repetition_penalty": penalty}
@@ -2453,10 +2447,6 @@ class Engine:
         limit = served.get("max_model_len") or (served.get("meta") or {}).get("n_ctx")
         self.context = limit if isinstance(limit, int) else self.context
         return list(models)
-
-    def full_name(self, model: str) -> str:
-        """A model's name as the server compares it."""
-        return model
 
     async def stream(self, prompt: Prompt) -> AsyncGenerator[str | Usage]:
         """The pieces of text, an empty one for each thought, and the Usage. Leaving early closes the connection."""
@@ -2503,10 +2493,7 @@ class Engine:
             raise EngineError from error
 
     async def _answer(self, prompt: Prompt) -> aiohttp.ClientResponse:
-        """The response with the answer to a prompt.
-
-        Where the server refuses a part of the request it is asked without, and that is remembered when it helped.
-        """
+        """The response with the answer. Refused parts of the request are left out, from then on where that helps."""
         was_known = self._known and not self.remark
         if not was_known:
             self.remark = ""
@@ -2527,14 +2514,14 @@ class Engine:
 
     async def _post(self, body: dict[str, Any], retry: bool) -> aiohttp.ClientResponse:
         """The response, after one retry where a connection ends without a byte of it (aiohttp 6138)."""
-        for session in self._sessions[: 1 + retry]:
+        for _ in range(1 + retry):
             try:
-                return await session.post(await self.url() + self.path, json=body, allow_redirects=False)
+                return await self._session.post(await self.url() + self.path, json=body, allow_redirects=False)
             except TimeoutError as error:
                 said = "The language model's server takes no connection within CONNECT_TIMEOUT. Try again later."
                 raise EngineTimeout(said, retry_after=EngineUnreachable.retry_after) from error
             except aiohttp.ClientConnectionError:
-                await asyncio.sleep(0.05)  # if the embedded engine has died, its supervisor hears of it now
+                await asyncio.sleep(0.05)  # then connections that end with it are out of the pool
         self._known = False  # another server may be started in its place
         raise EngineUnreachable
 
@@ -2563,11 +2550,10 @@ class Engine:
                 return too_long(prompt, self.context)
         if re.search(r"content_filter|content management policy", message):  # Azure OpenAI's
             return EngineError(FILTERED)
-        if said := re.search(CANNOT_RUN, message):
-            self.remark = f"The language model's server cannot run it ({said[0]}). Its operator has to mend that."
-            return EngineError(self.remark)
-        if status in (401, 403):
-            self.remark = "The language model's server does not take the service's key. Its operator has to correct it."
+        cannot = re.search(CANNOT_RUN, message)
+        if cannot or status in (401, 403):
+            fault = f"cannot run it ({cannot[0]})" if cannot else "does not take the service's key"
+            self.remark = f"The language model's server {fault}. Its operator has to mend that."
             return EngineError(self.remark)
         if status == 404:
             self._known = False
@@ -2582,9 +2568,8 @@ class Engine:
         """Status and body of what the server answers to a question. Raises EngineUnreachable."""
         try:
             async with asyncio.timeout(self.settings.connect_timeout):
-                async with self._sessions[0].request(
-                    "POST" if body else "GET", await self.url() + path, json=body
-                ) as response:
+                url, method = await self.url() + path, "POST" if body else "GET"
+                async with self._session.request(method, url, json=body) as response:
                     return response.status, await _whole(response)
         except (aiohttp.ClientError, OSError) as error:  # of which TimeoutError is one
             raise EngineUnreachable(f"The language model's server does not answer. {self.remedy}") from error
@@ -2595,8 +2580,9 @@ class Engine:
         try:
             return self.listed(status, answer)
         except (AttributeError, KeyError, TypeError, ValueError):
-            what = f"What answers at the language model's address ({status}) is no such server."
-            raise EngineUnreachable(f"{what} {self.remedy}") from None
+            raise EngineUnreachable(
+                f"Another server answers at the model's address ({status}). {self.remedy}"
+            ) from None
 
     def has_model(self, available: list[str]) -> bool:
         return self.full_name(self.settings.model) in map(self.full_name, available)
@@ -2623,17 +2609,14 @@ async def _whole(response: aiohttp.ClientResponse) -> bytes:
 
 
 def _message(said: Any) -> str:
-    """What a refusal says, without what it repeats of the request (FastAPI's `input`): plain text, or JSON of any form.
-
-    Ollama since 0.30 gives llama-server's whole JSON as a string in its own.
-    """
+    """What a refusal says, plain text or any JSON, without what it repeats of the request (FastAPI's `input`)."""
     if isinstance(said, dict):
         told = ("error", "type", "code", "param", "message", "detail", "loc", "msg", "n_prompt_tokens", "n_ctx")
         return "; ".join(f"{name}: {_message(said[name])}" for name in told if said.get(name))
     if isinstance(said, list):
         return ", ".join(map(_message, said))
     try:
-        return _message(orjson.loads(said))
+        return _message(orjson.loads(said))  # Ollama since 0.30 has llama-server's whole JSON as a string in its own
     except ValueError:
         return said.decode(errors="replace") if isinstance(said, bytes) else str(said)
 
@@ -2699,13 +2682,11 @@ class OllamaEngine(Engine):
     def listed(self, status: int, answer: bytes) -> list[str]:
         return [str(model["name"]) for model in orjson.loads(answer)["models"] or []]
 
-    def full_name(self, model: str) -> str:
+    @staticmethod
+    def full_name(model: str) -> str:
         """With a tag, without the defaults before it, and without regard to case (ollama types/model/name.go)."""
         name = model.casefold().removeprefix("https://").removeprefix("registry.ollama.ai/").removeprefix("library/")
         return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
-
-
-TINY = 400 * 10**6  # bytes of a model's file; half a billion parameters in four bits
 
 
 class EmbeddedEngine(Engine):
@@ -2725,7 +2706,7 @@ class EmbeddedEngine(Engine):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        self.is_tiny = cast(Path, settings.model_path).stat().st_size < TINY
+        self.is_tiny = cast(Path, settings.model_path).stat().st_size < 400e6  # half a billion parameters in 4 bits
         self.key = secrets.token_urlsafe(16)  # other users of this machine can reach the child's port
         self._told = asyncio.Event()  # whether there is an address, or a reason why there is none
         self._not_started = ""  # that reason
@@ -2784,16 +2765,14 @@ class EmbeddedEngine(Engine):
             await stdout.read()  # until it ends
             if self.base_url:
                 self._told.clear()
-            return (
-                said or f"its process ended with {await process.wait()} (-9: it lacks memory; -4: another processor)."
-            )
+            code = await process.wait()
+            return said or f"its process ended with {code} (-9: it lacks memory; -4: another processor)"
         finally:
             await _killed(process)
 
 
 def serve_embedded(path: str, context: int, slots: int, name: str) -> None:
     """The child process of EmbeddedEngine: llama.cpp's OpenAI API on a free loopback port until stdin ends."""
-    key = sys.stdin.readline().strip()
     say = partial(print, file=os.fdopen(os.dup(1), "w"), flush=True)
     os.dup2(2, 1)  # libraries write to stdout too
     try:
@@ -2802,17 +2781,14 @@ def serve_embedded(path: str, context: int, slots: int, name: str) -> None:
         say(f"{error}. Install dccapi[embedded]; libgomp.so.1 comes from the system (Debian: libgomp1).")
         sys.exit(1)
     parameters = xllamacpp.CommonParams()
-    parameters.model.path = path
-    parameters.model_alias = {name}
-    parameters.n_ctx = context * slots
-    parameters.n_parallel = slots
+    parameters.model.path, parameters.model_alias = path, {name}
+    parameters.n_ctx, parameters.n_parallel = context * slots, slots
     parameters.n_batch = 512  # a client that leaves while its prompt is read frees the slot after so many tokens
     with contextlib.suppress(OSError, ValueError):  # more threads than a container may use wait for each other
         quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
         if quota // period < (os.cpu_count() or 1):
             parameters.cpuparams.n_threads = max(1, quota // period)
-    parameters.ui = False
-    parameters.api_keys = [key]
+    parameters.ui, parameters.api_keys = False, [sys.stdin.readline().strip()]
     try:
         server = xllamacpp.Server(parameters)
     except RuntimeError as error:

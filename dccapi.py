@@ -2358,9 +2358,8 @@ class Engine:
     full_name: Callable[[str], str] = str  # a model's name as the server compares it
     defaults: Mapping[str, Any] = {}  # sampling where the client gave none
     sifts = is_tiny = False  # whether its models are so small that what the course does not bear is left out
-    # The parts of a request that a server may refuse, and the words by which its refusal names them. Sources:
-    # openai-agents-python 442, Flowise 2866, obsidian-copilot 1477, TGI 2899, langchainjs PR 6888; of chat templates:
-    # autogen 1037, ramalama 2425.
+    # Parts of a request that a server may refuse, and how it names them: openai-agents-python 442, Flowise 2866,
+    # obsidian-copilot 1477, TGI 2899, langchainjs PR 6888; of chat templates: autogen 1037, ramalama 2425.
     optional: Mapping[str, str] = {
         **{name: rf"\b{name}\b" for name in ("max_tokens", "seed", "temperature", "top_p")},
         "stream_options": r"stream_options|include_usage",
@@ -2460,8 +2459,7 @@ class Engine:
                     if data.startswith(b"["):
                         break
                     record = orjson.loads(data)
-                    is_error = found[1] == b"error:" or record.get("error")
-                    if is_error or record.get("object") == "error":  # vLLM before 0.10
+                    if found[1] == b"error:" or record.get("error") or record.get("object") == "error":  # old vLLM
                         raise self._meaning(500, _message(data), prompt) or EngineError
                     text, thought, reason, counted = self.read(record, prompt)
                     ended, counts = reason or ended, counted or counts
@@ -2753,16 +2751,15 @@ class EmbeddedEngine(Engine):
         """One child from its start to its end, and why it ended."""
         started, settings = time.monotonic(), self.settings
         flags = f"--context={settings.num_ctx}", f"--slots={settings.workers}", f"--name={settings.model}"
-        process = await _started(str(HERE / "dccapi.py"), "engine", str(settings.model_path), *flags)
-        stdin, stdout = cast(asyncio.StreamWriter, process.stdin), cast(asyncio.StreamReader, process.stdout)
+        process: Any = await _started(str(HERE / "dccapi.py"), "engine", str(settings.model_path), *flags)
         try:
-            stdin.write(self.key.encode() + b"\n")  # not in its arguments, which anyone can read
-            said = (await stdout.readline()).decode().strip()  # an address, or why there is none
+            process.stdin.write(self.key.encode() + b"\n")  # not in its arguments, which anyone can read
+            said = (await process.stdout.readline()).decode().strip()  # an address, or why there is none
             if said.startswith("http"):
                 self.base_url, said = f"{said}/v1", ""
                 self._told.set()
                 log.info("embedded engine ready after %.1f s", time.monotonic() - started)
-            await stdout.read()  # until it ends
+            await process.stdout.read()  # until it ends
             if self.base_url:
                 self._told.clear()
             code = await process.wait()
@@ -2774,7 +2771,7 @@ class EmbeddedEngine(Engine):
 def serve_embedded(path: str, context: int, slots: int, name: str) -> None:
     """The child process of EmbeddedEngine: llama.cpp's OpenAI API on a free loopback port until stdin ends."""
     say = partial(print, file=os.fdopen(os.dup(1), "w"), flush=True)
-    os.dup2(2, 1)  # libraries write to stdout too
+    os.dup2(2, 1)  # what libraries print goes to stderr
     try:
         import xllamacpp  # type: ignore[import-not-found,unused-ignore]  # an extra, without types
     except ImportError as error:

@@ -2323,8 +2323,8 @@ TOO_LONG = (
 FIGURES = (
     r"(?i)(?:n_ctx|max_seq_len|context (?:length|size|window)|maximum (?:\w+ )?length|(?:model|sequence) length"
     r"|tokens allowed|exceed|<=|less than)(?: is| of)?(?: only)?\W{1,4}(\d+)|(\d+) maximum",
-    r"(?i)(?:n_prompt_tokens|n_keep|input|request|prompt|tokens|length|count|first|contains|resulted in|given|too long"
-    r"|received|got|passed)\W{1,4}(\d+)|(\d+) (?:tokens )?(?:(?:in|from) (?:the|your) |(?:input|`inputs`) tokens)",
+    r"(?i)(?:n_keep|input|request|prompt|tokens|(?<!context )length|count|first|contains|resulted in|given"
+    r"|too long|received|got|passed)\W{1,4}(\d+)|(\d+) (?:(?:tokens )?(?:in|from) (?:the|your)|`?inputs?`? tokens)",
     r"(?i)(\d+) (?:tokens )?(?:(?:in|for) the completion|`max_new_tokens`|output tokens)|is too large: (\d+)",
 )
 # A fault of the model's in its server's own words, of which none is from the request. Sources: ollama server/sched.go

@@ -55,7 +55,7 @@ from functools import partial
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 from urllib.parse import quote
 
 import aiohttp
@@ -2070,157 +2070,165 @@ async def finished(queue: GenerationQueue, generation: Generation) -> Answer:
 # 42474, 36789 and opencode PR 25230; sglang 4048; chat-ui 1149 (TGI); lmstudio-bug-tracker 546, openclaude 353;
 # tensorrtllm_backend 565; SillyTavern 3543; cline 3120; gemini-cli 6678; OpenAI, Mistral, llama-cpp-python.
 TOO_LONG = (
-    r"context[ _](?:length|size|window|limit)|maximum (?:model|context|input|allowed|prompt|sequence) length"
-    r"|(?:prompt|input) is too long|`inputs` must have less than|exceed_context_size|context the overflows|\bn_keep\b"
-    r"|max_new_tokens|max_seq_len|too many tokens: |number of tokens allowed|must be at least 1, got -"
+    r"(?i)context[ _](?:length|size|window|limit)|maximum \w+ length|(?:prompt|input) is too long|max_new_tokens"
+    r"|`inputs` must have less than|context the overflows|\bn_keep\b|max_seq_len|too many tokens: "
+    r"|number of tokens allowed|must be at least 1, got -"
 )
 FIGURES = (
-    r"(?:n_ctx|max_seq_len)\D{1,4}(\d+)|context (?:length|size|window)(?: is| of)?(?: only)? \(?(\d+)|exceed (\d+)"
-    r"|(?:model|sequence) length of (\d+)|maximum (?:prompt )?length (?:is )?(\d+)|(\d+) maximum|<= (\d+)"
-    r"|less than (\d+)|(?:maximum \w+ length|tokens allowed) \((\d+)",
-    r"(?:n_prompt_tokens|n_keep)\D{1,4}(\d+)|(\d+) (?:tokens )?(?:in|from) (?:the (?:input )?messages|your prompt)"
-    r"|first (\d+) tokens|(\d+) (?:`inputs`|input) tokens|(?:request|input|tokens|length|count) \((\d+)"
-    r"|(?:\(|(?:total|prompt|input|request) )length (\d+)"
-    r"|(?:resulted in|contains|Given:|too long:|received|got) (\d+)",
-    r"(\d+) (?:tokens )?(?:in|for) the completion|(\d+) (?:`max_new_tokens`|output tokens)|is too large: (\d+)",
+    r"(?i)(?:n_ctx|max_seq_len|context (?:length|size|window)|maximum (?:\w+ )?length|(?:model|sequence) length"
+    r"|tokens allowed|exceed|<=|less than)(?: is| of)?(?: only)?\W{1,4}(\d+)|(\d+) maximum",
+    r"(?i)(?:n_keep|input|request|prompt|tokens|(?<!context )length|count|first|contains|resulted in|given"
+    r"|too long|received|got|passed)\W{1,4}(\d+)|(\d+) (?:(?:tokens )?(?:in|from) (?:the|your)|`?inputs?`? tokens)",
+    r"(?i)(\d+) (?:tokens )?(?:(?:in|for) the completion|`max_new_tokens`|output tokens)|is too large: (\d+)",
 )
 # A fault of the model's in its server's own words, of which none is from the request. Sources: ollama server/sched.go
 # and llm/llama_server.go; continue 11444, 12795; TranslateBooksWithLLMs PR 280.
 CANNOT_RUN = (
-    r"requires more system memory \([\d.]+ \w{1,3}\) than is available \([\d.]+ \w{1,3}\)|out[ -]of[ -]memory"
+    r"(?i)requires more system memory \([\d.]+ \w{1,3}\) than is available \([\d.]+ \w{1,3}\)|out[ -]of[ -]memory"
     r"|timed out waiting for llama[\w-]{0,9}(?: runner)? to start|unable to load model|error loading model"
     r"|does not support (?:generate|chat|completions?)\b"
 )
 FILTERED = "The language model's content filter stopped it. Change the content, or ask its operator about the filter."
-# The parts of a request that a server may refuse, and the words by which its refusal names them. Sources:
-# openai-agents-python 442, Flowise 2866, obsidian-copilot 1477, TGI 2899, langchainjs PR 6888; of chat templates:
-# autogen 1037, ramalama 2425.
-OPTIONAL_PARTS = {
-    "stream_options": r"stream_options|include_usage",
-    "max_tokens": r"\bmax_tokens\b",
-    "seed": r"\bseed\b",
-    "temperature": r"\btemperature\b",
-    "top_p": r"\btop_p\b",
-    "sampling": r"\btop_k\b|\brepe(?:at|tition)_penalty\b",
-    "json_schema": r"response_format|response format|json_schema|guided_json",
-    "json_object": r"response_format|response format|json_object",
-    "chat_template_kwargs": r"chat_template_kwargs|enable_thinking",
-    "think": r"\bthink(?:ing)?\b",
-    "system": r"system (?:message|role|prompt|instruction)|role\W+system|'system'|roles must alternate|only user and a",
-    "format": r"\bformat\b|json_schema",
-}
 # Every reason for the end of a text that is known; any other is a failure.
 FINISH_REASONS: dict[str, Literal["stop", "length", "filter"]] = {
     **dict.fromkeys(("stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete", "completed"), "stop"),
     **dict.fromkeys(("length", "max_tokens", "max_length", "max_output_tokens", "model_length"), "length"),
     **dict.fromkeys(("content_filter", "safety", "content_filtered"), "filter"),
 }
-# A line that holds a record: bare JSON (Ollama), or a field of a server-sent event. Comments and heartbeats do not.
-RECORD = re.compile(rb"(data:|error:)?\s*(\{.*|\[DONE\])", re.S)
-
-
+# What stands before a record: nothing (Ollama), or the name of its field in a server-sent event. Other lines are none.
+RECORD = re.compile(rb"(data:|error:)?\s*(?=\{|\[DONE\])")
 # What a record of an answer says, in whatever dialect: text, thought, why the text ended, tokens read and written.
 Record = tuple[str, str, object, tuple[int, int] | None]
 
 
 class Engine:
-    """A language model's server: a prompt in, pieces of text out, a Usage at the end."""
+    """A language model's server: a prompt in, pieces of text out, a Usage at the end.
 
+    This class speaks the OpenAI API, as vLLM, sglang, TGI, llm-d, Ray Serve, llama-server and llama-cpp-python do.
+    """
+
+    path, list_path = "/chat/completions", "/models"  # of a generation, and of the list of models
+    remedy = "Start it, or correct OPENAI_BASE_URL; badges are written again as soon as it answers."
+    full_name: Callable[[str], str] = str  # a model's name as the server compares it
     defaults: Mapping[str, Any] = {}  # sampling where the client gave none
     sifts = is_tiny = False  # whether its models are so small that what the course does not bear is left out
-    path = ""  # of a generation
-    remedy = ""  # for an operator whose server is down
-    parts: Sequence[str] = ()  # of OPTIONAL_PARTS, those that a request has
+    # Parts of a request that a server may refuse, and how it names them: openai-agents-python 442, Flowise 2866,
+    # obsidian-copilot 1477, TGI 2899, langchainjs PR 6888; of chat templates: autogen 1037, ramalama 2425.
+    optional: Mapping[str, str] = {
+        **{name: rf"\b{name}\b" for name in ("max_tokens", "seed", "temperature", "top_p")},
+        "stream_options": r"stream_options|include_usage",
+        "sampling": r"\btop_k\b|\brepe(?:at|tition)_penalty\b",
+        "json_schema": r"response[_ ]format|json_schema|guided_json",
+        "response_format": r"response[_ ]format|json_object",
+        "chat_template_kwargs": r"chat_template_kwargs|enable_thinking",
+        "system": r"system (?:message|role|prompt|instruction)|role\W+system|'system'|must alternate|only user and a",
+    }
 
-    def __init__(self, settings: Settings, base_url: str = "", key: str = "") -> None:
+    def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.base_url = base_url
+        self.base_url, self.key = settings.openai_base_url, settings.openai_api_key.strip()
         self.context: int | None = None  # tokens that its context holds, as far as that is known
-        self._headers = {"authorization": f"Bearer {key}"} if key else {}
-        self._fault = ""  # why the last generation failed, where the server said so
-        self._advice = ""  # what is wrong with the model
+        self.remark = ""  # what an operator should know of it
         self._known = False  # whether the server was asked what it is
         self._without: frozenset[str] = frozenset()  # parts that the server has refused, and is not sent again
-        self._sessions: list[aiohttp.ClientSession] = []  # the pooled one, and one for a retry on a fresh connection
-
-    @property
-    def remark(self) -> str:
-        """What an operator should know of it, or ""."""
-        return self._fault or self._advice
 
     async def start(self) -> None:
-        settings = self.settings
-        trace = aiohttp.TraceConfig()
-        trace.on_connection_reuseconn.append(_note_reuse)
         # Fewer connections than workers would be a second queue; one more is for the health check.
-        limit = max(settings.connection_pool_size, settings.workers + 1)
-        pool = aiohttp.TCPConnector(limit=limit, keepalive_timeout=settings.keepalive_timeout)
-        self._sessions = [
-            aiohttp.ClientSession(
-                connector=connector,
-                # `Call` has the deadlines; aiohttp's total of 300 s would end long answers.
-                timeout=aiohttp.ClientTimeout(total=None, connect=settings.connect_timeout),
-                headers={"accept-encoding": "identity", **self._headers},
-                json_serialize_bytes=orjson.dumps,
-                read_bufsize=2**12,  # bytes; aiohttp holds up to twice as many for each call
-                trace_configs=[trace],
-            )
-            for connector in (pool, aiohttp.TCPConnector(force_close=True))
-        ]
+        limit = max(self.settings.connection_pool_size, self.settings.workers + 1)
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=limit, keepalive_timeout=self.settings.keepalive_timeout),
+            # `Call` has the deadlines; aiohttp's total of 300 s would end long answers.
+            timeout=aiohttp.ClientTimeout(total=None, connect=self.settings.connect_timeout),
+            headers={"accept-encoding": "identity"} | ({"authorization": f"Bearer {self.key}"} if self.key else {}),
+            json_serialize_bytes=orjson.dumps,
+            read_bufsize=2**12,  # bytes; aiohttp holds up to twice as many for each call
+        )
 
     async def stop(self) -> None:
-        for session in self._sessions:
-            await session.close()
-
-    # -- what each engine does in its own way
+        await self._session.close()
 
     async def url(self) -> str:
         return self.base_url
 
     async def introduce(self) -> None:
         """Learn what the server is, before the first generation. Raises EngineUnreachable."""
-        raise NotImplementedError
+        self.context = None
+        await self.models()
 
     def body(self, prompt: Prompt, without: frozenset[str]) -> dict[str, Any]:
-        """What the server is asked, without the parts of OPTIONAL_PARTS that it refused."""
-        raise NotImplementedError
+        """What the server is asked, without the optional parts that it refused."""
+        sampling, penalty, seed = prompt.sampling, prompt.sampling["repeat_penalty"], prompt.sampling["seed"]
+        messages = [{"role": "system", "content": prompt.system}, {"role": "user", "content": prompt.user}]
+        if "system" in without:
+            messages = [{"role": "user", "content": f"{prompt.system}\n\n{prompt.user}"}]
+        body: dict[str, Any] = {
+            "model": self.settings.model,
+            "messages": messages,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "temperature": sampling["temperature"],
+            "top_p": sampling["top_p"],
+            "seed": None if seed is None else seed % 2**31,  # llama.cpp's is 32 bits wide
+            "chat_template_kwargs": {"enable_thinking": False},
+            "response_format": {"type": "json_schema", "json_schema": {"name": "badge", "schema": prompt.schema}},
+            "max_completion_tokens" if "max_tokens" in without else "max_tokens": sampling["max_tokens"],
+        }
+        if "json_schema" in without:
+            body["response_format"] = {"type": "json_object", "schema": prompt.schema}  # llama-cpp-python's way
+        if "sampling" not in without:  # the penalty by llama.cpp's name and by vLLM's
+            body |= {"top_k": sampling["top_k"], "repeat_penalty": penalty, "repetition_penalty": penalty}
+        return {name: value for name, value in body.items() if name not in without and value is not None}
 
     def read(self, record: dict[str, Any], prompt: Prompt) -> Record:
-        raise NotImplementedError
+        choice: dict[str, Any] = next(iter(record.get("choices") or []), {})
+        # A server that does not stream answers with a `message`.
+        delta, usage = choice.get("delta") or choice.get("message") or {}, record.get("usage") or {}
+        content = delta.get("content") or ""
+        thought = delta.get("reasoning_content") or delta.get("reasoning") or content
+        if not isinstance(content, str):  # a list of parts, of which some are thoughts (Mistral)
+            texts = [part.get("text") for part in content if part.get("type", "text") in ("text", "output_text")]
+            content = "".join(filter(None, texts))
+        counts = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
+        return content, str(thought), choice.get("finish_reason"), counts if usage else None
 
-    # -- a generation
+    def listed(self, status: int, answer: bytes) -> list[str]:
+        """The models in what the server answers when it is asked for their list."""
+        if status in (404, 405, 501):  # a server that has no list is ready when it answers
+            return [self.settings.model]
+        models = {str(model["id"]): model for model in orjson.loads(answer)["data"] or []}
+        served = models.get(self.settings.model, {})
+        limit = served.get("max_model_len") or (served.get("meta") or {}).get("n_ctx")
+        self.context = limit if isinstance(limit, int) else self.context
+        return list(models)
 
     async def stream(self, prompt: Prompt) -> AsyncGenerator[str | Usage]:
         """The pieces of text, an empty one for each thought, and the Usage. Leaving early closes the connection."""
         pieces, thoughts, ended, counts = 0, "", None, (0, 0)
-        async with self._asked(prompt) as answer, contextlib.aclosing(_lines(answer)) as lines:
-            async for line in lines:
-                if line.startswith(b"{"):
-                    field, data = b"", line
-                elif found := RECORD.match(line):
-                    field, data = found.groups()
-                else:
-                    continue
-                if data.startswith(b"["):
-                    break
-                record = orjson.loads(data)
-                if field == b"error:" or record.get("error") or record.get("object") == "error":  # vLLM before 0.10
-                    raise self._meaning(500, _message(data), prompt) or EngineError
-                text, thought, reason, counted = self.read(record, prompt)
-                ended, counts = reason or ended, counted or counts
-                if text:
-                    pieces += 1
-                    yield text
-                elif thought:
-                    thoughts += thought[: MAX_OUTPUT_CHARS - len(thoughts)]
-                    yield ""
-                if record.get("done"):  # Ollama's [DONE]
-                    break
-            # The end of the body is on its way, and with it the connection can be used again.
-            with contextlib.suppress(aiohttp.ClientError, OSError, ValueError):  # nothing of the answer is missing
-                async with asyncio.timeout(0.05):
-                    async for _ in lines:
-                        pass
+        try:
+            async with await self._answer(prompt) as response, contextlib.aclosing(_lines(response.content)) as lines:
+                async for line in lines:
+                    if not (found := RECORD.match(line)):
+                        continue
+                    data = line[found.end() :]
+                    if data.startswith(b"["):
+                        break
+                    record = orjson.loads(data)
+                    if found[1] == b"error:" or record.get("error") or record.get("object") == "error":  # old vLLM
+                        raise self._meaning(500, _message(data), prompt) or EngineError
+                    text, thought, reason, counted = self.read(record, prompt)
+                    ended, counts = reason or ended, counted or counts
+                    if text:
+                        pieces += 1
+                        yield text
+                    elif thought:
+                        thoughts += thought[: MAX_OUTPUT_CHARS - len(thoughts)]
+                        yield ""
+                    if record.get("done"):  # Ollama's [DONE]
+                        break
+                # The end of the body is on its way, and with it the connection can be used again.
+                with contextlib.suppress(aiohttp.ClientError, OSError):  # nothing of the answer is missing
+                    async with asyncio.timeout(0.05):
+                        await response.content.readany()
             if ended is None:
                 return
             meant = FINISH_REASONS.get(str(ended).lower())
@@ -2229,32 +2237,6 @@ class Engine:
             if not pieces and re.fullmatch(r"\s*\{.*\}\s*", thoughts, re.S):
                 yield thoughts  # the badge's JSON went to the wrong place (maclocal-api 44)
             yield Usage(counts[0], counts[1] or pieces, meant)  # llama-cpp-python counts only what it does not stream
-
-    @contextlib.asynccontextmanager
-    async def _asked(self, prompt: Prompt) -> AsyncIterator[aiohttp.StreamReader]:
-        """The answer to a prompt.
-
-        Where the server refuses a part of the request it is asked without, and that is remembered when it helped.
-        """
-        was_known = self._known and not self._advice
-        if not was_known:
-            with contextlib.suppress(ApiError, AttributeError, TypeError):  # it is silent, or says nonsense
-                await self.introduce()
-                self._known = True
-        without = self._without
-        try:
-            while True:
-                # A connection that has just answered a question is not one that the server has long closed.
-                async with await self._post(self.body(prompt, without), retry=was_known) as response:
-                    if response.status != 200:
-                        without |= {await self._refused_part(response, prompt, without)}
-                        continue
-                    if without > self._without:
-                        self._without |= without
-                        log.warning("the engine is asked without %s from now on", " and ".join(sorted(without)))
-                    self._fault = ""
-                    yield response.content
-                    return
         except ApiError as error:
             log.warning("an engine call failed: %s: %s", error.code, error.detail)
             raise
@@ -2262,26 +2244,38 @@ class Engine:
             log.warning("the engine's answer broke off or is no JSON: %s", type(error).__name__)
             raise EngineError from error
 
-    async def _post(self, body: dict[str, Any], retry: bool) -> aiohttp.ClientResponse:
-        """The response, after one retry when a pooled connection turns out to be closed (aiohttp 6138)."""
-        for session in self._sessions[: 1 + retry]:
-            reused: list[bool] = []
-            url = await self.url() + self.path
-            try:
-                return await session.post(url, json=body, trace_request_ctx=reused, allow_redirects=False)
-            except TimeoutError as error:
-                raise EngineTimeout(
-                    "The language model's server took longer than CONNECT_TIMEOUT allows to accept a connection. "
-                    "Try again later.",
-                    retry_after=EngineUnreachable.retry_after,
-                ) from error
-            except aiohttp.ClientConnectionError as error:  # no byte of an answer had come
-                if not reused:
-                    self._known = False  # another server may be started in its place
-                    raise EngineUnreachable from error
-        raise EngineUnreachable
+    async def _answer(self, prompt: Prompt) -> aiohttp.ClientResponse:
+        """The response with the answer. Refused parts of the request are left out, from then on where that helps."""
+        was_known = self._known and not self.remark
+        if not was_known:
+            self.remark = ""
+            with contextlib.suppress(ApiError, AttributeError, TypeError, ValueError):  # it is silent, or says nonsense
+                await self.introduce()
+                self._known = True
+        without = self._without
+        while True:
+            # A connection that has just answered a question is not one that the server has long closed.
+            response = await self._post(self.body(prompt, without), retry=was_known)
+            if response.status == 200:
+                if without > self._without:
+                    self._without |= without
+                    log.warning("the engine is asked without %s from now on", " and ".join(sorted(without)))
+                return response
+            async with response:
+                without |= {await self._refused_part(response, prompt, without)}
 
-    # -- what a refusal means
+    async def _post(self, body: dict[str, Any], retry: bool) -> aiohttp.ClientResponse:
+        """The response, after one retry where a connection ends without a byte of it (aiohttp 6138)."""
+        for _ in range(1 + retry):
+            try:
+                return await self._session.post(await self.url() + self.path, json=body, allow_redirects=False)
+            except TimeoutError as error:
+                said = "The language model's server takes no connection within CONNECT_TIMEOUT. Try again later."
+                raise EngineTimeout(said, retry_after=EngineUnreachable.retry_after) from error
+            except aiohttp.ClientConnectionError:
+                await asyncio.sleep(0.05)  # then connections that end with it are out of the pool
+        self._known = False  # another server may be started in its place
+        raise EngineUnreachable
 
     async def _refused_part(self, response: aiohttp.ClientResponse, prompt: Prompt, without: frozenset[str]) -> str:
         """The part of a request that the server does not take. Raises what else its refusal means."""
@@ -2290,17 +2284,17 @@ class Engine:
         if error := self._meaning(status, message, prompt, float(retry_after) if retry_after.isdecimal() else None):
             raise error
         if status in (400, 422) or (status == 500 and re.search(r"'body', |\b(?:in|invalid) format\b|Jinja", message)):
-            sent = [part for part in self.parts if part not in without]
-            found = {part: re.search(f"(?i){OPTIONAL_PARTS[part]}", message) for part in sent}
-            if named := {part: match.start() for part, match in found.items() if match}:
-                return min(named, key=lambda part: named[part])
+            sent = [f"(?P<{part}>{words})" for part, words in self.optional.items() if part not in without]
+            if (found := re.search("|".join(sent), message, re.I)) and found.lastgroup:
+                return found.lastgroup
         raise EngineError(f"The language model's server answers {status}. Its operator finds the reason in its log.")
 
     def _meaning(self, status: int, message: str, prompt: Prompt, retry_after: float | None = None) -> ApiError | None:
         """What a client is told of a refusal, or of an error in mid-stream, where that is known."""
         # A server that died repeats the last line of its log, which may tell of another prompt (Ollama 0.32).
-        if status == 413 or (re.search(f"(?i){TOO_LONG}", message) and status != 429 and "terminated" not in message):
-            limit, tokens, answer = (_figure(pattern, message) for pattern in FIGURES)
+        if status == 413 or (re.search(TOO_LONG, message) and status != 429 and "terminated" not in message):
+            figures = [re.search(pattern, re.sub(r"(?<=\d),(?=\d{3})", "", message)) for pattern in FIGURES]
+            limit, tokens, answer = (int(found[found.lastindex or 0]) if found else None for found in figures)
             if limit and (tokens or limit) + (answer or 0) >= limit:
                 self.context = limit
                 return too_long(prompt, limit, tokens, answer)
@@ -2308,12 +2302,11 @@ class Engine:
                 return too_long(prompt, self.context)
         if re.search(r"content_filter|content management policy", message):  # Azure OpenAI's
             return EngineError(FILTERED)
-        if said := re.search(f"(?i){CANNOT_RUN}", message):
-            self._fault = f"The language model's server cannot run it ({said[0]}). Its operator has to mend that."
-            return EngineError(self._fault)
-        if status in (401, 403):
-            self._fault = "The language model's server does not take the service's key. Its operator has to correct it."
-            return EngineError(self._fault)
+        cannot = re.search(CANNOT_RUN, message)
+        if cannot or status in (401, 403):
+            fault = f"cannot run it ({cannot[0]})" if cannot else "does not take the service's key"
+            self.remark = f"The language model's server {fault}. Its operator has to mend that."
+            return EngineError(self.remark)
         if status == 404:
             self._known = False
             return ModelMissing()
@@ -2323,57 +2316,40 @@ class Engine:
             return EngineUnreachable()
         return QueueFull(retry_after=retry_after) if status in (429, 503) else None
 
-    # -- questions
-
-    async def ask(self, path: str, body: dict[str, Any] | None = None) -> tuple[int, Any]:
-        """Status and JSON of a question to the server; None for what is no JSON. Raises EngineUnreachable."""
-        method = "GET" if body is None else "POST"
+    async def ask(self, path: str, body: dict[str, Any] | None = None) -> tuple[int, bytes]:
+        """Status and body of what the server answers to a question. Raises EngineUnreachable."""
         try:
             async with asyncio.timeout(self.settings.connect_timeout):
-                async with self._sessions[0].request(method, await self.url() + path, json=body) as response:
-                    text = await _whole(response)
+                url, method = await self.url() + path, "POST" if body else "GET"
+                async with self._session.request(method, url, json=body) as response:
+                    return response.status, await _whole(response)
         except (aiohttp.ClientError, OSError) as error:  # of which TimeoutError is one
             raise EngineUnreachable(f"The language model's server does not answer. {self.remedy}") from error
-        with contextlib.suppress(ValueError):
-            return response.status, orjson.loads(text)
-        return response.status, None
 
     async def models(self) -> list[str]:
         """The names it can be asked for. Raises EngineUnreachable."""
-        raise NotImplementedError
-
-    def listed(self, status: int, document: Any, key: str, name: str) -> list[dict[str, Any]]:
-        """The models in a server's list, each with a name. Raises EngineUnreachable."""
+        status, answer = await self.ask(self.list_path)
         try:
-            return [{**model, name: str(model[name])} for model in document[key] or []]
-        except (KeyError, TypeError):
+            return self.listed(status, answer)
+        except (AttributeError, KeyError, TypeError, ValueError):
             raise EngineUnreachable(
-                f"What answers at the language model's address ({status}) is no such server. {self.remedy}"
+                f"Another server answers at the model's address ({status}). {self.remedy}"
             ) from None
 
     def has_model(self, available: list[str]) -> bool:
-        return self.settings.model in available
-
-
-async def _note_reuse(session: object, context: Any, params: object) -> None:
-    if context.trace_request_ctx is not None:
-        context.trace_request_ctx.append(True)
+        return self.full_name(self.settings.model) in map(self.full_name, available)
 
 
 async def _lines(answer: aiohttp.StreamReader) -> AsyncGenerator[bytes]:
     """The lines of a body as it comes, cut chunk by chunk: tokens are many. Raises ValueError for one over MAX_LINE."""
-    rest = bytearray()
+    rest = b""
     while chunk := await answer.readany():
-        rest += chunk
-        if b"\n" in chunk:
-            *lines, last = bytes(rest).split(b"\n")
-            rest = bytearray(last)
-            for line in lines:
-                yield line
-        elif len(rest) > MAX_LINE:
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            yield line
+        if len(rest) > MAX_LINE:
             raise ValueError("a line without end")
-    if rest:
-        yield bytes(rest)
+    yield rest
 
 
 async def _whole(response: aiohttp.ClientResponse) -> bytes:
@@ -2385,63 +2361,50 @@ async def _whole(response: aiohttp.ClientResponse) -> bytes:
 
 
 def _message(said: Any) -> str:
-    """What a refusal says, without what it repeats of the request (FastAPI's `input`): plain text, or JSON of any form.
-
-    Ollama since 0.30 gives llama-server's whole JSON as a string in its own.
-    """
+    """What a refusal says, plain text or any JSON, without what it repeats of the request (FastAPI's `input`)."""
     if isinstance(said, dict):
         told = ("error", "type", "code", "param", "message", "detail", "loc", "msg", "n_prompt_tokens", "n_ctx")
         return "; ".join(f"{name}: {_message(said[name])}" for name in told if said.get(name))
     if isinstance(said, list):
         return ", ".join(map(_message, said))
     try:
-        return _message(orjson.loads(said))
+        return _message(orjson.loads(said))  # Ollama since 0.30 has llama-server's whole JSON as a string in its own
     except ValueError:
         return said.decode(errors="replace") if isinstance(said, bytes) else str(said)
-
-
-def _figure(pattern: str, message: str) -> int | None:
-    found = re.search(f"(?i){pattern}", re.sub(r"(?<=\d),(?=\d{3})", "", message))
-    return int(next(filter(None, found.groups()))) if found else None
 
 
 class OllamaEngine(Engine):
     """Ollama's own API: newline-delimited JSON from `POST /api/generate`."""
 
-    path = "/api/generate"
+    path, list_path = "/api/generate", "/api/tags"
     remedy = "Start it, or correct OLLAMA_URL; badges are written again as soon as it answers."
-    parts = ("think", "format")
+    optional: Mapping[str, str] = {"think": r"\bthink(?:ing)?\b", "format": r"\bformat\b|json_schema"}
 
     def __init__(self, settings: Settings) -> None:
-        super().__init__(settings, settings.ollama_url)
-        self.context = settings.num_ctx
+        super().__init__(settings)
+        self.base_url, self.key, self.context = settings.ollama_url, "", settings.num_ctx
         self._think: bool | str | None = None  # what is sent; None where the model does not think
 
     async def introduce(self) -> None:
-        status, model = await self.ask("/api/show", {"model": self.settings.model})
-        if status != 200 or not isinstance(model, dict):
+        status, answer = await self.ask("/api/show", {"model": self.settings.model})
+        if status != 200:
             return
+        model = orjson.loads(answer)
         details, info = model.get("details") or {}, model.get("model_info") or {}
-        self._think = None
-        if "thinking" in (model.get("capabilities") or []):
-            cannot_stop = "gptoss" in str(details.get("family")).replace("-", "")  # ollama docs/thinking
-            self._think = "low" if cannot_stop else False
-        own = next((value for key, value in info.items() if key.endswith(".context_length")), None)
-        self.context = min(self.settings.num_ctx, own) if isinstance(own, int) else self.settings.num_ctx
+        thinks = "thinking" in (model.get("capabilities") or [])
+        cannot_stop = re.search("gpt-?oss", str(details.get("family")))  # ollama docs/thinking
+        self._think = ("low" if cannot_stop else False) if thinks else None
+        limits = [value for key, value in info.items() if key.endswith(".context_length") and isinstance(value, int)]
+        self.context = min([self.settings.num_ctx, *limits])
         # Ollama's own template, or since 0.30 the model's, in Jinja; a renderer stands for either.
-        template, known = str(model.get("template") or ""), self._advice
-        has_place = not template or model.get("renderer") or re.search(r"(?i)\b(system|messages)\b", template)
-        advice = "The model's template has no place for the system prompt: give its Modelfile a TEMPLATE."
-        self._advice = "" if has_place else advice
-        if self._advice and not known:
-            log.warning(advice)
+        template = str(model.get("template") or "")
+        if template and not model.get("renderer") and not re.search(r"(?i)\b(system|messages)\b", template):
+            self.remark = "The model's template has no place for the system prompt: give its Modelfile a TEMPLATE."
+            warn_once(self.remark, time.monotonic() // 3600)
 
     def body(self, prompt: Prompt, without: frozenset[str]) -> dict[str, Any]:
-        settings = self.settings
+        settings, keep_alive = self.settings, self.settings.keep_alive
         options = {name: value for name, value in prompt.sampling.items() if name != "max_tokens" and value is not None}
-        # A duration is taken as text, and bare seconds only as a number.
-        is_number = settings.keep_alive.lstrip("-").isdecimal()
-        keep_alive = int(settings.keep_alive) if is_number else settings.keep_alive
         body = {
             "model": settings.model,
             "system": prompt.system,
@@ -2450,7 +2413,8 @@ class OllamaEngine(Engine):
             "stream": True,
             # Without num_predict a model may loop for ever under `format` (ollama 2577).
             "options": {**options, "num_ctx": settings.num_ctx, "num_predict": prompt.sampling["max_tokens"]},
-            "keep_alive": keep_alive,
+            # A duration is taken as text, and bare seconds only as a number.
+            "keep_alive": int(keep_alive) if keep_alive.lstrip("-").isdecimal() else keep_alive,
             "truncate": False,  # a prompt over the context is an error, not cut at its front (ollama 3839)
             "shift": False,
             "think": self._think,
@@ -2467,102 +2431,17 @@ class OllamaEngine(Engine):
             raise too_long(prompt, self.context)
         return text, thought, record.get("done_reason") or "stop", (read, written)
 
-    async def models(self) -> list[str]:
-        return [model["name"] for model in self.listed(*await self.ask("/api/tags"), "models", "name")]
+    def listed(self, status: int, answer: bytes) -> list[str]:
+        return [str(model["name"]) for model in orjson.loads(answer)["models"] or []]
 
-    def has_model(self, available: list[str]) -> bool:
-        return _full_name(self.settings.model) in map(_full_name, available)
-
-
-def _full_name(model: str) -> str:
-    """A model's name as Ollama compares it: with every default, without regard to case (types/model/name.go)."""
-    name, tag = model.removeprefix("https://"), "latest"
-    if ":" in name.rpartition("/")[2]:
-        name, _, tag = name.rpartition(":")
-    path = name.split("/")
-    defaults = ("registry.ollama.ai", "library")[: max(0, 3 - len(path))]
-    return "/".join([*defaults, *path, tag]).casefold()
+    @staticmethod
+    def full_name(model: str) -> str:
+        """With a tag, without the defaults before it, and without regard to case (ollama types/model/name.go)."""
+        name = model.casefold().removeprefix("https://").removeprefix("registry.ollama.ai/").removeprefix("library/")
+        return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
 
 
-class OpenAIEngine(Engine):
-    """Any server with the OpenAI API: vLLM, sglang, TGI, llm-d, Ray Serve, llama-server, llama-cpp-python."""
-
-    path = "/chat/completions"
-    remedy = "Start it, or correct OPENAI_BASE_URL; badges are written again as soon as it answers."
-    extras: Mapping[str, Any] = {}  # more sampling
-    parts = tuple(part for part in OPTIONAL_PARTS if part not in ("format", "think"))
-
-    def __init__(self, settings: Settings) -> None:
-        super().__init__(settings, settings.openai_base_url, settings.openai_api_key.strip())
-
-    def schema(self, schema: dict[str, Any]) -> dict[str, Any]:
-        return schema
-
-    async def introduce(self) -> None:
-        self.context = None
-        await self.models()
-
-    def body(self, prompt: Prompt, without: frozenset[str]) -> dict[str, Any]:
-        sampling, schema = prompt.sampling, self.schema(prompt.schema)
-        messages = [{"role": "system", "content": prompt.system}, {"role": "user", "content": prompt.user}]
-        if "system" in without:
-            messages = [{"role": "user", "content": f"{prompt.system}\n\n{prompt.user}"}]
-        body: dict[str, Any] = {
-            "model": self.settings.model,
-            "messages": messages,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            "temperature": sampling["temperature"],
-            "top_p": sampling["top_p"],
-            "chat_template_kwargs": {"enable_thinking": False},
-            "max_completion_tokens" if "max_tokens" in without else "max_tokens": sampling["max_tokens"],
-        }
-        if sampling["seed"] is not None:
-            body["seed"] = sampling["seed"] % 2**31  # llama.cpp's is 32 bits wide
-        if "json_schema" not in without:
-            body["response_format"] = {"type": "json_schema", "json_schema": {"name": "badge", "schema": schema}}
-        elif "json_object" not in without:
-            body["response_format"] = {"type": "json_object", "schema": schema}  # llama-cpp-python's way
-        if "sampling" not in without:
-            penalty = sampling["repeat_penalty"]  # llama.cpp's name and vLLM's
-            body |= {
-                "top_k": sampling["top_k"],
-                "repeat_penalty": penalty,
-                "repetition_penalty": penalty,
-                **self.extras,
-            }
-        return {name: value for name, value in body.items() if name not in without}
-
-    def read(self, record: dict[str, Any], prompt: Prompt) -> Record:
-        choice: dict[str, Any] = next(iter(record.get("choices") or []), {})
-        # A server that does not stream answers with a `message`.
-        delta, usage = choice.get("delta") or choice.get("message") or {}, record.get("usage") or {}
-        content = delta.get("content") or ""
-        thought = delta.get("reasoning_content") or delta.get("reasoning") or content
-        if not isinstance(content, str):  # a list of parts, of which some are thoughts (Mistral)
-            texts = [part.get("text") for part in content if part.get("type", "text") in ("text", "output_text")]
-            content = "".join(filter(None, texts))
-        counts = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
-        return content, str(thought), choice.get("finish_reason"), counts if usage else None
-
-    async def models(self) -> list[str]:
-        status, document = await self.ask("/models")
-        if status in (404, 405, 501):  # a server that has no list is ready when it answers
-            return [self.settings.model]
-        models = self.listed(status, document, "data", "id")
-        for model in models:
-            meta = model.get("meta") or {}
-            limit = model.get("max_model_len") or (meta.get("n_ctx") if isinstance(meta, dict) else None)
-            if model["id"] == self.settings.model and isinstance(limit, int):
-                self.context = limit
-        return [model["id"] for model in models]
-
-
-TINY = 400 * 10**6  # bytes of a model's file; half a billion parameters in four bits
-CHILD_SAYS = "dccapi engine: "  # libraries write to the child's stdout too
-
-
-class EmbeddedEngine(OpenAIEngine):
+class EmbeddedEngine(Engine):
     """llama.cpp in a child process of ours (`python dccapi.py engine`), restarted when it dies, ended with us."""
 
     remedy = "The service's log says why; it is started again and again."
@@ -2570,128 +2449,97 @@ class EmbeddedEngine(OpenAIEngine):
     # by itself on every one of the real courses; without, on half of them.
     defaults: Mapping[str, Any] = {"repeat_penalty": 1.12}
     sifts = True
-    extras: Mapping[str, Any] = {"dry_multiplier": 0.8, "dry_allowed_length": 3}
-    texts: ClassVar = {
+    bounds: Mapping[str, Any] = {
         "badge_name": {"pattern": r'^[^<>"\\{}]{3,80}$'},  # a title, not the course's delimiter
-        "badge_description": {"maxLength": 300},
-        "criteria": {"maxLength": 300},
-        "skills": {"maxLength": 60},
+        "badge_description": {"items": {"type": "string", "maxLength": 300}},
+        "criteria": {"items": {"type": "string", "maxLength": 300}},
+        "skills": {"items": {"type": "string", "maxLength": 60}},
     }
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        self.is_tiny = cast(Path, settings.model_path).stat().st_size < TINY
-        self._key = secrets.token_urlsafe(16)  # other users of this machine can reach the child's port
-        self._headers = {"authorization": f"Bearer {self._key}"}
-        self._told, self._ended = asyncio.Event(), asyncio.Event()  # its address, or why it has none; its end
-        self._not_started = ""  # why the last child did not start
-        self._supervisor: asyncio.Task[None] | None = None
+        self.is_tiny = cast(Path, settings.model_path).stat().st_size < 400e6  # half a billion parameters in 4 bits
+        self.key = secrets.token_urlsafe(16)  # other users of this machine can reach the child's port
+        self._told = asyncio.Event()  # whether there is an address, or a reason why there is none
+        self._not_started = ""  # that reason
 
-    def schema(self, schema: dict[str, Any]) -> dict[str, Any]:
+    def body(self, prompt: Prompt, without: frozenset[str]) -> dict[str, Any]:
         """With bounds on the texts, which llama.cpp's grammars take as long as they are short."""
-        bounded = {
-            name: part | {"items": part["items"] | self.texts[name]} if "items" in part else part | self.texts[name]
-            for name, part in schema["properties"].items()
-        }
-        return schema | {"properties": bounded}
+        properties = {name: part | self.bounds[name] for name, part in prompt.schema["properties"].items()}
+        body = super().body(replace(prompt, schema=prompt.schema | {"properties": properties}), without)
+        return body | {"dry_multiplier": 0.8, "dry_allowed_length": 3}
 
     async def start(self) -> None:
         await super().start()
         self._supervisor = asyncio.create_task(self._supervise(), name="embedded engine")
 
     async def stop(self) -> None:
-        if self._supervisor is not None:
-            self._supervisor.cancel()
-            await asyncio.gather(self._supervisor, return_exceptions=True)
+        self._supervisor.cancel()
+        await asyncio.gather(self._supervisor, return_exceptions=True)
         await super().stop()
 
     async def url(self) -> str:
         """The child's address, once it listens: a restart takes seconds, for which a generation has its deadlines."""
         await self._told.wait()
-        if self._not_started:
+        if not self.base_url:
             raise EngineUnreachable(f"The embedded language model cannot be started: {self._not_started}")
         return self.base_url
 
-    async def _post(self, body: dict[str, Any], retry: bool) -> aiohttp.ClientResponse:
-        try:
-            return await super()._post(body, retry)
-        except EngineUnreachable:
-            # It has just died, and its supervisor is about to hear of it: the next one will do.
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(1):
-                    await self._ended.wait()
-            return await super()._post(body, retry)
-
     async def _supervise(self) -> None:
+        """Start the child, and again whenever it ends."""
         delay = 0.5
         while True:
-            started = time.monotonic()
+            started, self.base_url = time.monotonic(), ""
             try:
-                ended = f"{await self._run()} {self._not_started}"
+                ended = await self._run()
             except (OSError, ValueError) as error:  # no memory or file descriptor for it now; a line without end
-                ended = self._not_started = getattr(error, "strerror", None) or type(error).__name__
+                ended = getattr(error, "strerror", None) or type(error).__name__
+            if not self.base_url:
+                self._not_started = ended
                 self._told.set()
             delay = 0.5 if time.monotonic() - started > 30 else min(delay * 2, 30)
-            log.error("the embedded engine ended with %s; next start in %.1f s", ended, delay)
+            log.error("the embedded engine ended: %s; next start in %.1f s", ended, delay)
             await asyncio.sleep(delay)
 
-    async def _run(self) -> int | None:
-        """One child from its start to its end."""
-        started = time.monotonic()
-        settings = self.settings
+    async def _run(self) -> str:
+        """One child from its start to its end, and why it ended."""
+        started, settings = time.monotonic(), self.settings
         arguments = settings.model_path, settings.num_ctx, settings.workers, settings.model
-        process = await _started(str(HERE / "dccapi.py"), "engine", *map(str, arguments))
-        self._ended.clear()
-        reason, is_ready = "", False
-        stdin, stdout = cast(asyncio.StreamWriter, process.stdin), cast(asyncio.StreamReader, process.stdout)
+        process: Any = await _started(str(HERE / "dccapi.py"), "engine", *map(str, arguments))
         try:
-            stdin.write(self._key.encode() + b"\n")  # not in its arguments, which anyone can read
-            async for line in stdout:
-                mark, _, told = line.decode(errors="replace").strip().partition(CHILD_SAYS)
-                if told.startswith("http") and not mark:
-                    self.base_url, self._not_started, is_ready = f"{told}/v1", "", True
-                    self._told.set()
-                    log.info("embedded engine ready after %.1f s", time.monotonic() - started)
-                elif told and not mark:
-                    reason = told
-            code = await process.wait()
-            if not is_ready:
-                reason = reason or f"its process ended with {code} (-9: it lacks memory; -4: another processor)."
-                self._not_started = reason
+            process.stdin.write(self.key.encode() + b"\n")  # not in its arguments, which anyone can read
+            said = (await process.stdout.readline()).decode().strip()  # an address, or why there is none
+            if said.startswith("http"):
+                self.base_url, said = f"{said}/v1", ""
                 self._told.set()
-            return code
-        finally:
-            if is_ready:
+                log.info("embedded engine ready after %.1f s", time.monotonic() - started)
+            await process.stdout.read()  # until it ends
+            if self.base_url:
                 self._told.clear()
-            self._ended.set()
+            code = await process.wait()
+            return said or f"its process ended with {code} (-9: it lacks memory; -4: another processor)"
+        finally:
             await _killed(process)
-
-    async def models(self) -> list[str]:
-        await super().models()
-        return [self.settings.model]
 
 
 def serve_embedded(path: str, context: int, slots: int, name: str) -> None:
     """The child process of EmbeddedEngine: llama.cpp's OpenAI API on a free loopback port until stdin ends."""
-    key = sys.stdin.readline().strip()
-    say = partial(print, f"\n{CHILD_SAYS}", sep="", flush=True)
+    say = partial(print, file=os.fdopen(os.dup(1), "w"), flush=True)
+    os.dup2(2, 1)  # what libraries print goes to stderr
     try:
         import xllamacpp  # type: ignore[import-not-found,unused-ignore]  # an extra, without types
     except ImportError as error:
         say(f"{error}. Install dccapi[embedded]; libgomp.so.1 comes from the system (Debian: libgomp1).")
         sys.exit(1)
     parameters = xllamacpp.CommonParams()
-    parameters.model.path = path
-    parameters.model_alias = {name}
-    parameters.n_ctx = context * slots
-    parameters.n_parallel = slots
+    parameters.model.path, parameters.model_alias = path, {name}
+    parameters.n_ctx, parameters.n_parallel = context * slots, slots
     parameters.n_batch = 512  # a client that leaves while its prompt is read frees the slot after so many tokens
     with contextlib.suppress(OSError, ValueError):  # more threads than a container may use wait for each other
         quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
         if quota // period < (os.cpu_count() or 1):
             parameters.cpuparams.n_threads = max(1, quota // period)
-    parameters.ui = False
-    parameters.api_keys = [key]
+    parameters.ui, parameters.api_keys = False, [sys.stdin.readline().strip()]
     try:
         server = xllamacpp.Server(parameters)
     except RuntimeError as error:
@@ -2702,11 +2550,7 @@ def serve_embedded(path: str, context: int, slots: int, name: str) -> None:
     os._exit(0)  # llama.cpp's own end waits for running requests
 
 
-ENGINES: dict[str, Callable[[Settings], Engine]] = {
-    "ollama": OllamaEngine,
-    "openai": OpenAIEngine,
-    "embedded": EmbeddedEngine,
-}
+ENGINES = {"ollama": OllamaEngine, "openai": Engine, "embedded": EmbeddedEngine}
 
 
 # ---- Handlers -------------------------------------------------------------------------------------------------------

@@ -64,10 +64,8 @@ async def llama_server() -> AsyncIterator[tuple[str, asyncio.subprocess.Process]
     try:
         process.stdin.write(f"{KEY}\n".encode())
         async with asyncio.timeout(60):
-            async for line in process.stdout:
-                if (said := line.decode().strip()).startswith("dccapi engine: http"):
-                    break
-        yield f"{said.removeprefix('dccapi engine: ')}/v1", process
+            address = (await process.stdout.readline()).decode().strip()
+        yield f"{address}/v1", process
     finally:
         with contextlib.suppress(ProcessLookupError):
             process.kill()

@@ -411,16 +411,6 @@ async def test_the_metrics_count_a_failed_generation_once_and_no_probe() -> None
         assert not [name for name in after if name.startswith("dccapi_rejections_total{")]
 
 
-async def test_the_metrics_come_as_openmetrics_to_who_asks_for_it() -> None:
-    async with serving() as service:
-        accept = [("accept", "application/openmetrics-text;version=1.0.0,text/plain;q=0.5")]
-        response = await ask(service, None, "/metrics", "GET", accept)
-        assert response.headers["content-type"].startswith("application/openmetrics-text")
-        assert response.body.endswith(b"# EOF\n")
-        for odd in ("text/plain;version=x", "application/openmetrics-text; version=1.0.0foo"):
-            assert (await ask(service, None, "/metrics", "GET", [("accept", odd)])).status == 200
-
-
 # --- Log ---
 
 

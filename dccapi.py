@@ -2963,9 +2963,10 @@ OPEN_PATHS = {"/", "/demo", "/docs", "/openapi.json", "/livez", "/readyz"}  # no
 
 DEMO, DOCS = HERE / "examples" / "demo.html", HERE / "examples" / "docs.html"
 OPENAPI = HERE / "examples" / "openapi.json"  # `make openapi` writes it
-DOCUMENTS = (*HERE.glob("README.md"), *HERE.glob("docs/*.md"))
-DOCS_FILES = {path.name: path for path in (*DOCUMENTS, *swagger_ui.static_path.iterdir()) if path.stem != "index"}
-OWN_PARTS = r'<script src="(page/[\w.-]+)"></script>|<link rel="stylesheet" href="(page/[\w.-]+)">'
+DOCUMENTS = ("README.md", "docs/*.md", "examples/openapi.json")
+FILES = {path.name: path for pattern in DOCUMENTS for path in HERE.glob(pattern)}
+FILES |= {path.name: path for path in swagger_ui.static_path.glob("[!i]*")}  # all but its own index.html
+OWN_PART = r'<(?:(?P<script>script) src|link rel="stylesheet" href)="(?P<path>page/[\w.-]+)">(?:</script>)?'
 PAGE_POLICY = (
     "default-src 'none'; connect-src 'self'; img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'"
@@ -2982,7 +2983,7 @@ class Api:
 
     def routes(self) -> list[Route]:
         """The paths of contract 3 with their methods, at the root and under /api/v1. Starlette adds HEAD to GET."""
-        paths: dict[str, tuple[str, Callable[..., Awaitable[Response]]]] = {
+        paths: dict[str, tuple[str, Callable[..., Any]]] = {
             "/generate": ("POST", self.generate),
             "/generate-badge-suggestions": ("POST", self.generate),
             "/generate/stream": ("POST GET", self.events),
@@ -2998,10 +2999,10 @@ class Api:
             "/readyz": ("GET", self.readyz),
             "/metrics": ("GET", self.metrics),
             "/": ("GET", self.index),
-            "/demo": ("GET", self.demo),
-            "/docs": ("GET", self.docs),
-            "/docs/{file}": ("GET", self.docs_file),
-            "/openapi.json": ("GET", self.openapi),
+            "/demo": ("GET", partial(page, file=DEMO)),
+            "/docs": ("GET", partial(page, file=DOCS, script="'self'", style="'self' 'unsafe-inline'")),
+            "/docs/{file}": ("GET", self.file),
+            "/openapi.json": ("GET", self.file),
         }
         return [
             Route(prefix + path, handler, methods=methods.split())
@@ -3073,21 +3074,22 @@ class Api:
         elif not re.fullmatch(r"[\x21-\x7e]{1,255}", key):
             raise invalid({("header", "Idempotency-Key"): "must be 1 to 255 visible characters"})
         body, notes = await self._body(request, model)
-        generation = queue.join(client, key, body.fingerprint()) if key is not None else None
-        if generation is None:
-            generation = request.state.generation = queue.submit(client, request.state.request_id, urgency(request))
-            if key is not None:
-                queue.remember(client, key, body.fingerprint(), generation)
-            try:
-                read = await self.readers.ask("text", client, content=body.content)
-                if not re.search(VISIBLE, read["text"]):
-                    raise invalid({("content",): "must hold text that can be seen, not only markup"})
-                course = Course(**read | {"notes": [*notes, *read["notes"]]})
-                queue.ready(generation, build_prompt(body, course, self.system_prompt, self.engine.defaults))
-            except BaseException as error:
-                queue.end(generation, error if isinstance(error, ApiError) else Cancelled())
-                raise
+        joined = queue.join(client, key, body.fingerprint()) if key is not None else None
+        generation = joined or queue.submit(client, request.state.request_id, urgency(request))
         request.state.generation = generation
+        if joined:
+            return body, generation
+        if key is not None:
+            queue.remember(client, key, body.fingerprint(), generation)
+        try:
+            read = await self.readers.ask("text", client, content=body.content)
+            if not re.search(VISIBLE, read["text"]):
+                raise invalid({("content",): "must hold text that can be seen, not only markup"})
+            course = Course(**read | {"notes": [*notes, *read["notes"]]})
+            queue.ready(generation, build_prompt(body, course, self.system_prompt, self.engine.defaults))
+        except BaseException as error:
+            queue.end(generation, error if isinstance(error, ApiError) else Cancelled())
+            raise
         return body, generation
 
     async def _body(self, request: Request, model: type[GenerateRequest]) -> tuple[GenerateRequest, list[Any]]:
@@ -3166,13 +3168,13 @@ class Api:
 
     async def frameworks(self) -> dict[str, Any]:
         """The `frameworks` of the index of skills, or the `fault` for which it cannot be read, which is logged too."""
-        if not self.settings.skills_index:
-            return {}
         try:
-            answer = await self.readers.ask("frameworks", "", path=self.settings.index)
+            index = self.settings.index
+            answer = await self.readers.ask("frameworks", "", path=index) if index else {}
         except ApiError as error:
             answer = {"fault": error.detail}
         if "fault" in answer:
+            answer["fault"] = f"SKILLS_INDEX: {answer['fault']}"
             warn_once(f"badges get no alignments: {answer['fault']}", time.monotonic() // 3600)
         return answer
 
@@ -3181,7 +3183,6 @@ class Api:
         settings, queue, context = self.settings, self.queue, self.engine.context or 0
         available, error = await self._state()
         index = await self.frameworks()
-        fault = f"SKILLS_INDEX: {index['fault']}" if "fault" in index else None
         # The tokens that instructions and an answer leave for a course, about three words in four.
         room = max(0, context - min(1024, context // 4) - len(self.system_prompt.encode()) // 4 - 200)
         health = {
@@ -3201,7 +3202,7 @@ class Api:
             "queue_status": "full" if queue.full else "busy" if queue.waiting else "ready",
             "multiplexing_enabled": settings.enable_multiplexing,
             "version": __version__,
-            "error": error.detail if error else self.engine.remark or fault,
+            "error": error.detail if error else self.engine.remark or index.get("fault"),
             "content_words_that_fit": room * 3 // 4 if context else None,
             "skills": index.get("frameworks"),
         }
@@ -3239,27 +3240,18 @@ class Api:
     async def index(self, request: Request) -> Response:
         """The demo page to a browser, the paths to others."""
         if "text/html" in request.headers.get("accept", ""):
-            return await self.demo(request)
+            return page(request, DEMO)
         names = ("generate", "generate/stream", "health", "readyz", "metrics", "demo", "docs", "openapi.json")
         links = {name: f"{request.state.prefix}/{name}" for name in names}
         return as_json({"name": "dccapi", "version": __version__, "links": links})
 
-    async def demo(self, request: Request) -> Response:
-        return page(DEMO)
-
-    async def docs(self, request: Request) -> Response:
-        """Swagger UI, without any other host."""
-        return page(DOCS, script="'self'", style="'self' 'unsafe-inline'")
-
-    async def docs_file(self, request: Request) -> Response:
-        """A part of Swagger UI, or a document, as plain text, which browsers show."""
-        if not (file := DOCS_FILES.get(request.path_params["file"])):
+    async def file(self, request: Request) -> Response:
+        """The OpenAPI document, a part of Swagger UI, or a document of ours as plain text, which browsers show."""
+        file = FILES.get(request.path_params.get("file", OPENAPI.name))
+        if not file:
             raise NotFound
         media_type = "text/plain" if file.suffix == ".md" else None
-        return FileResponse(file, headers={"cache-control": "max-age=3600"}, media_type=media_type)
-
-    async def openapi(self, request: Request) -> Response:
-        return Response(installed(OPENAPI), media_type="application/json")
+        return FileResponse(file, headers={"cache-control": "max-age=600"}, media_type=media_type)
 
 
 def as_json(document: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -3272,15 +3264,7 @@ def accepted(generation: Generation, prefix: str = "") -> dict[str, Any]:
     return {"id": generation.id, "status": generation.state, "events": events}
 
 
-def installed(file: Path) -> str:
-    """The text of a file that an installation may lack."""
-    try:
-        return file.read_text("utf-8")
-    except FileNotFoundError:
-        raise NotFound(f"This installation lacks {file.name}; the project's repository has it.") from None
-
-
-def page(file: Path, script: str = "", style: str = "") -> Response:
+def page(request: Request, file: Path, script: str = "", style: str = "") -> Response:
     """An HTML page with its own scripts and styles put into it, so that one answer brings all of it.
 
     Its policy runs these, by their hashes (CSP Level 3, 8.2), and beside them only what `script` and `style` allow.
@@ -3288,12 +3272,15 @@ def page(file: Path, script: str = "", style: str = "") -> Response:
     sources = {"script": script.split(), "style": style.split()}
 
     def put_in(reference: re.Match[str]) -> str:
-        tag, name = ("script", reference[1]) if reference[1] else ("style", reference[2])
-        text = "\n" + installed(file.parent / name)
+        tag, text = reference["script"] or "style", "\n" + (file.parent / reference["path"]).read_text("utf-8")
         sources[tag].append(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'")
         return f"<{tag}>{text}</{tag}>"
 
-    html = re.sub(OWN_PARTS, put_in, installed(file))
+    try:
+        html = re.sub(OWN_PART, put_in, file.read_text("utf-8"))
+    except FileNotFoundError as error:
+        missing = Path(error.filename).name
+        raise NotFound(f"This installation lacks {missing}; the project's repository has it.") from None
     policy = "; ".join([PAGE_POLICY, *(f"{tag}-src {' '.join(allowed)}" for tag, allowed in sources.items())])
     return HTMLResponse(html, headers={"content-security-policy": policy, "cache-control": "no-cache"})
 

@@ -237,15 +237,6 @@ def test_the_committed_openapi_document_is_what_the_tool_makes() -> None:
     assert dccapi.OPENAPI.read_text("utf-8") == openapi.text(), "`make openapi` writes it anew"
 
 
-async def test_without_the_document_the_service_says_what_it_lacks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dccapi, "OPENAPI", tmp_path / "openapi.json")
-    async with serving() as service:
-        problem = problem_in(await ask(service, None, "/openapi.json", "GET"), 404, "not_found")
-        assert "openapi.json" in problem["detail"]
-
-
 async def test_openapi_has_an_example_for_every_body_answer_and_error() -> None:
     document = openapi.document()
     validators = {

@@ -2960,17 +2960,13 @@ ENGINES: dict[str, Callable[[Settings], Engine]] = {
 
 Model = TypeVar("Model", bound=BaseModel)
 OPEN_PATHS = {"/", "/demo", "/docs", "/openapi.json", "/livez", "/readyz"}  # no key is needed (contract 3.4)
-
 DEMO, DOCS = HERE / "examples" / "demo.html", HERE / "examples" / "docs.html"
 OPENAPI = HERE / "examples" / "openapi.json"  # `make openapi` writes it
 DOCUMENTS = ("README.md", "docs/*.md", "examples/openapi.json")
 FILES = {path.name: path for pattern in DOCUMENTS for path in HERE.glob(pattern)}
 FILES |= {path.name: path for path in swagger_ui.static_path.glob("[!i]*")}  # all but its own index.html
 OWN_PART = r'<(?:(?P<script>script) src|link rel="stylesheet" href)="(?P<path>page/[\w.-]+)">(?:</script>)?'
-PAGE_POLICY = (
-    "default-src 'none'; connect-src 'self'; img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'"
-)
+PAGE_POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 
 class Api:
@@ -2983,32 +2979,28 @@ class Api:
 
     def routes(self) -> list[Route]:
         """The paths of contract 3 with their methods, at the root and under /api/v1. Starlette adds HEAD to GET."""
-        paths: dict[str, tuple[str, Callable[..., Any]]] = {
-            "/generate": ("POST", self.generate),
-            "/generate-badge-suggestions": ("POST", self.generate),
-            "/generate/stream": ("POST GET", self.events),
-            "/generate-badge-suggestions/stream": ("POST GET", self.events),
-            "/regenerate-field": ("POST", partial(self.generate, model=RegenerateRequest)),
-            "/credentials": ("POST", self.credentials),
-            "/extract": ("POST", self.extract),
-            "/skills": ("GET", self.skills),
-            "/generations/{id}": ("GET DELETE", self.generation),
-            "/generations/{id}/events": ("GET", self.events),
-            "/health": ("GET", self.health),
-            "/livez": ("GET", self.livez),
-            "/readyz": ("GET", self.readyz),
-            "/metrics": ("GET", self.metrics),
-            "/": ("GET", self.index),
-            "/demo": ("GET", partial(page, file=DEMO)),
-            "/docs": ("GET", partial(page, file=DOCS, script="'self'", style="'self' 'unsafe-inline'")),
-            "/docs/{file}": ("GET", self.file),
-            "/openapi.json": ("GET", self.file),
-        }
-        return [
-            Route(prefix + path, handler, methods=methods.split())
-            for prefix in ("/api/v1", "")
-            for path, (methods, handler) in paths.items()
+        rows: list[tuple[str, str, Callable[..., Any]]] = [
+            ("/generate", "POST", self.generate),
+            ("/generate-badge-suggestions", "POST", self.generate),
+            ("/generate/stream", "POST GET", self.events),
+            ("/generate-badge-suggestions/stream", "POST GET", self.events),
+            ("/regenerate-field", "POST", partial(self.generate, model=RegenerateRequest)),
+            ("/credentials", "POST", self.credentials),
+            ("/extract", "POST", self.extract),
+            ("/skills", "GET", self.skills),
+            ("/generations/{id}", "GET DELETE", self.generation),
+            ("/generations/{id}/events", "GET", self.events),
+            ("/health", "GET", self.health),
+            ("/livez", "GET", self.livez),
+            ("/readyz", "GET", self.readyz),
+            ("/metrics", "GET", self.metrics),
+            ("/", "GET", self.index),
+            ("/demo", "GET", partial(page, file=DEMO)),
+            ("/docs", "GET", partial(page, file=DOCS, script="'self'", style="'self' 'unsafe-inline'")),
+            ("/docs/{file}", "GET", self.file),
+            ("/openapi.json", "GET", self.file),
         ]
+        return [Route(base + path, run, methods=verbs.split()) for base in ("/api/v1", "") for path, verbs, run in rows]
 
     async def generate(self, request: Request, model: type[GenerateRequest] = GenerateRequest) -> Response:
         """A badge as JSON, as events, or later: the client's `Prefer`, `Accept` and `stream` choose."""
@@ -3047,11 +3039,11 @@ class Api:
         is_post, options, seen = request.method == "POST", stream_options(request), 0
         if (last := request.headers.get("last-event-id")) and not is_post:
             id, _, number = last.rpartition(".")
-            known = self.queue.get(id)
+            generation = self.queue.get(id)
             seen = int(number) if re.fullmatch(r"\d{1,9}", number) else -1
-            if known is None or not 0 <= seen <= len(known.log) or (known.outcome and seen == len(known.log)):
+            has_next = generation and 0 <= seen <= len(generation.log) - (generation.outcome is not None)
+            if not generation or not has_next:
                 return Response(status_code=204)
-            generation = known
         elif "id" in request.path_params:
             generation = self._known(request, of_anyone=True)
         else:
@@ -3169,8 +3161,7 @@ class Api:
     async def frameworks(self) -> dict[str, Any]:
         """The `frameworks` of the index of skills, or the `fault` for which it cannot be read, which is logged too."""
         try:
-            index = self.settings.index
-            answer = await self.readers.ask("frameworks", "", path=index) if index else {}
+            answer = await self.readers.ask("frameworks", "", path=self.settings.index) if self.settings.index else {}
         except ApiError as error:
             answer = {"fault": error.detail}
         if "fault" in answer:
@@ -3218,9 +3209,8 @@ class Api:
 
     async def metrics(self, request: Request) -> Response:
         """For Prometheus, in its text format."""
-        metrics = self.queue.metrics
-        metrics.engine_up.set(self.engine.has_model((await self._state())[0]))
-        return Response(generate_latest(metrics.registry), headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
+        self.queue.metrics.engine_up.set(self.engine.has_model((await self._state())[0]))
+        return Response(generate_latest(self.queue.metrics.registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     async def _state(self) -> tuple[list[str], ApiError | None]:
         """The engine's models, and why no badge could be written now. Probes at the same time share one question."""
@@ -3265,23 +3255,19 @@ def accepted(generation: Generation, prefix: str = "") -> dict[str, Any]:
 
 
 def page(request: Request, file: Path, script: str = "", style: str = "") -> Response:
-    """An HTML page with its own scripts and styles put into it, so that one answer brings all of it.
-
-    Its policy runs these, by their hashes (CSP Level 3, 8.2), and beside them only what `script` and `style` allow.
-    """
-    sources = {"script": script.split(), "style": style.split()}
+    """An HTML page with its scripts and styles in it, run by their hashes (CSP Level 3, 8.2), and what else may be."""
+    sources = {"connect": "'self'", "img": "'self' data: blob:", "script": script, "style": style}
 
     def put_in(reference: re.Match[str]) -> str:
         tag, text = reference["script"] or "style", "\n" + (file.parent / reference["path"]).read_text("utf-8")
-        sources[tag].append(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'")
+        sources[tag] += f" 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
         return f"<{tag}>{text}</{tag}>"
 
     try:
         html = re.sub(OWN_PART, put_in, file.read_text("utf-8"))
     except FileNotFoundError as error:
-        missing = Path(error.filename).name
-        raise NotFound(f"This installation lacks {missing}; the project's repository has it.") from None
-    policy = "; ".join([PAGE_POLICY, *(f"{tag}-src {' '.join(allowed)}" for tag, allowed in sources.items())])
+        raise NotFound(f"This installation lacks {Path(error.filename).name}; the repository has it.") from None
+    policy = "; ".join([PAGE_POLICY, *(f"{name}-src {allowed.strip()}" for name, allowed in sources.items())])
     return HTMLResponse(html, headers={"content-security-policy": policy, "cache-control": "no-cache"})
 
 

@@ -2964,7 +2964,7 @@ DEMO, DOCS = HERE / "examples" / "demo.html", HERE / "examples" / "docs.html"
 OPENAPI = HERE / "examples" / "openapi.json"  # `make openapi` writes it
 DOCUMENTS = ("README.md", "docs/*.md", "examples/openapi.json")
 FILES = {path.name: path for pattern in DOCUMENTS for path in HERE.glob(pattern)}
-FILES |= {path.name: path for path in swagger_ui.static_path.glob("[!i]*")}  # all but its own index.html
+FILES |= {path.name: path for path in swagger_ui.static_path.glob("[!i]*")}  # all but its own index
 OWN_PART = r'<(?:(?P<script>script) src|link rel="stylesheet" href)="(?P<path>page/[\w.-]+)">(?:</script>)?'
 PAGE_POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
@@ -3086,19 +3086,19 @@ class Api:
 
     async def _body(self, request: Request, model: type[GenerateRequest]) -> tuple[GenerateRequest, list[Any]]:
         """A request that came as a query, a form or JSON, and notes on the document in it."""
-        document, has_texts = None, True
+        document, is_json = None, False
         if request.method == "GET":
             fields: dict[str, Any] = dict(request.query_params)
         elif _is_form(request):
             fields, document = await self._document(request)
             fields |= {"content": document["content"]} if document else {}
         else:
-            fields, has_texts = await json_body(request), False
+            fields, is_json = await json_body(request), True
         validate: Callable[[Any], GenerateRequest] = model.model_validate
-        if has_texts:
+        if not is_json:  # every field is a text, of which two hold JSON
             validate = partial(model.model_validate_strings, strict=False)
             for name in {"badge", "badge_configuration"} & fields.keys():
-                with contextlib.suppress(ValueError):  # what is no JSON is left to the validation
+                with contextlib.suppress(ValueError):  # what is none is left to the validation
                     fields[name] = orjson.loads(fields[name])
         request.state.ignored = model.unknown(fields)
         body = validated(validate, fields, request.state.ignored)
@@ -3255,7 +3255,7 @@ def accepted(generation: Generation, prefix: str = "") -> dict[str, Any]:
 
 
 def page(request: Request, file: Path, script: str = "", style: str = "") -> Response:
-    """An HTML page with its scripts and styles in it, run by their hashes (CSP Level 3, 8.2), and what else may be."""
+    """An HTML page with its own parts put in, allowed by hash (CSP Level 3, 8.2); `script` and `style` allow more."""
     sources = {"connect": "'self'", "img": "'self' data: blob:", "script": script, "style": style}
 
     def put_in(reference: re.Match[str]) -> str:

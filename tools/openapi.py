@@ -343,7 +343,7 @@ OPERATIONS = (
     Operation("get", "/metrics", "State", METRICS, {"200": ["Samples"]}),
     Operation("get", "/", "Pages", INDEX, {"200": ["Links", "Page"]}),
     Operation("get", "/demo", "Pages", "The demo page.", {"200": ["Page"]}, "404"),
-    Operation("get", "/docs", "Pages", "Swagger UI, without any other host.", {"200": ["Page"]}),
+    Operation("get", "/docs", "Pages", "Swagger UI, without any other host.", {"200": ["Page"]}, "404"),
     Operation("get", "/openapi.json", "Pages", "This document.", {"200": ["Document"]}, "404"),
 )
 

@@ -3038,11 +3038,12 @@ class Api:
             return Response(headers=EVENT_STREAM_HEADERS)
         is_post, options, seen = request.method == "POST", stream_options(request), 0
         if (last := request.headers.get("last-event-id")) and not is_post:
+            if "id" not in request.path_params:
+                await self._body(request, GenerateRequest)  # raises where it is not valid, as the first time
             id, _, number = last.rpartition(".")
             generation = self.queue.get(id)
             seen = int(number) if re.fullmatch(r"\d{1,9}", number) else -1
-            has_next = generation and 0 <= seen <= len(generation.log) - (generation.outcome is not None)
-            if not generation or not has_next:
+            if not generation or not 0 <= seen <= len(generation.log) - (generation.outcome is not None):
                 return Response(status_code=204)
         elif "id" in request.path_params:
             generation = self._known(request, of_anyone=True)
@@ -3237,8 +3238,7 @@ class Api:
 
     async def file(self, request: Request) -> Response:
         """The OpenAPI document, a part of Swagger UI, or a document of ours as plain text, which browsers show."""
-        file = FILES.get(request.path_params.get("file", OPENAPI.name))
-        if not file:
+        if not (file := FILES.get(request.path_params.get("file", OPENAPI.name))):
             raise NotFound
         media_type = "text/plain" if file.suffix == ".md" else None
         return FileResponse(file, headers={"cache-control": "max-age=600"}, media_type=media_type)

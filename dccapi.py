@@ -38,6 +38,7 @@ import math
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
 import sys
@@ -78,8 +79,8 @@ from hypercorn.protocol.events import Body, EndBody, Event as StreamEvent, Strea
 from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.protocol.h11 import H11Protocol
 from openapi_ui_bundles import swagger_ui
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
-from prometheus_client.exposition import choose_encoder
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo
 from pydantic.functional_validators import AfterValidator, BeforeValidator, field_validator, model_validator
 from pydantic_settings import BaseSettings
@@ -2555,25 +2556,15 @@ ENGINES = {"ollama": OllamaEngine, "openai": Engine, "embedded": EmbeddedEngine}
 
 # ---- Handlers -------------------------------------------------------------------------------------------------------
 
-Handler = Callable[[Request], Awaitable[Response]]
 Model = TypeVar("Model", bound=BaseModel)
 OPEN_PATHS = {"/", "/demo", "/docs", "/openapi.json", "/livez", "/readyz"}  # no key is needed (contract 3.4)
-
-DEMO = HERE / "examples" / "demo.html"
+DEMO, DOCS = HERE / "examples" / "demo.html", HERE / "examples" / "docs.html"
 OPENAPI = HERE / "examples" / "openapi.json"  # `make openapi` writes it
-DOCUMENTS = {path.name: path for path in (*HERE.glob("README.md"), *HERE.glob("docs/*.md"))}
-DOCS_FILES = ("swagger-ui.css", "swagger-ui-bundle.js", "favicon-32x32.png")
-DOCS_PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>dccapi: documentation</title>
-<link rel="stylesheet" href="docs/swagger-ui.css">
-<link rel="icon" href="docs/favicon-32x32.png">
-<div id="docs"></div>
-<script src="docs/swagger-ui-bundle.js"></script>
-<script>SwaggerUIBundle({url: "openapi.json", dom_id: "#docs", deepLinking: true, tryItOutEnabled: true})</script>
-"""
+DOCUMENTS = ("README.md", "docs/*.md", "examples/openapi.json")
+FILES = {path.name: path for pattern in DOCUMENTS for path in HERE.glob(pattern)}
+FILES |= {path.name: path for path in swagger_ui.static_path.glob("[!i]*")}  # all but its own index
+OWN_PART = r'<(?:(?P<script>script) src|link rel="stylesheet" href)="(?P<path>page/[\w.-]+)">(?:</script>)?'
+PAGE_POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 
 class Api:
@@ -2585,142 +2576,79 @@ class Api:
         self.system_prompt = settings.system_prompt_file.read_text("utf-8").strip()
 
     def routes(self) -> list[Route]:
-        """The paths of contract 3 with their methods, at the root and under /api/v1."""
-        stream: dict[str, Handler]
-        stream = {"POST": self.generate_stream, "GET": self.eventsource, "HEAD": self.no_events}
-        paths: dict[str, dict[str, Handler]] = {
-            "/generate": {"POST": self.generate},
-            "/generate-badge-suggestions": {"POST": self.generate},
-            "/generate/stream": stream,
-            "/generate-badge-suggestions/stream": stream,
-            "/regenerate-field": {"POST": self.regenerate_field},
-            "/credentials": {"POST": self.credentials},
-            "/extract": {"POST": self.extract},
-            "/skills": {"GET": self.skills},
-            "/generations/{id}": {"GET": self.generation, "DELETE": self.cancel},
-            "/generations/{id}/events": {"GET": self.generation_events, "HEAD": self.no_events},
-            "/health": {"GET": self.health},
-            "/livez": {"GET": self.livez},
-            "/readyz": {"GET": self.readyz},
-            "/metrics": {"GET": self.metrics},
-            "/": {"GET": self.index},
-            "/demo": {"GET": self.demo},
-            "/docs": {"GET": self.docs},
-            "/docs/{file}": {"GET": self.docs_file},
-            "/openapi.json": {"GET": self.openapi},
-        }
-
-        def route(path: str, handlers: dict[str, Handler]) -> Route:
-            async def handle(request: Request) -> Response:
-                return await (handlers.get(request.method) or handlers["GET"])(request)  # HEAD as GET
-
-            return Route(path, handle, methods=list(handlers))
-
-        return [route(prefix + path, handlers) for prefix in ("/api/v1", "") for path, handlers in paths.items()]
-
-    # -- generations
+        """The paths of contract 3 with their methods, at the root and under /api/v1. Starlette adds HEAD to GET."""
+        rows: list[tuple[str, str, Callable[..., Any]]] = [
+            ("/generate", "POST", self.generate),
+            ("/generate-badge-suggestions", "POST", self.generate),
+            ("/generate/stream", "POST GET", self.events),
+            ("/generate-badge-suggestions/stream", "POST GET", self.events),
+            ("/regenerate-field", "POST", partial(self.generate, model=RegenerateRequest)),
+            ("/credentials", "POST", self.credentials),
+            ("/extract", "POST", self.extract),
+            ("/skills", "GET", self.skills),
+            ("/generations/{id}", "GET DELETE", self.generation),
+            ("/generations/{id}/events", "GET", self.events),
+            ("/health", "GET", self.health),
+            ("/livez", "GET", self.livez),
+            ("/readyz", "GET", self.readyz),
+            ("/metrics", "GET", self.metrics),
+            ("/", "GET", self.index),
+            ("/demo", "GET", partial(page, file=DEMO)),
+            ("/docs", "GET", partial(page, file=DOCS, script="'self'", style="'self' 'unsafe-inline'")),
+            ("/docs/{file}", "GET", self.file),
+            ("/openapi.json", "GET", self.file),
+        ]
+        return [Route(base + path, run, methods=verbs.split()) for base in ("/api/v1", "") for path, verbs, run in rows]
 
     async def generate(self, request: Request, model: type[GenerateRequest] = GenerateRequest) -> Response:
         """A badge as JSON, as events, or later: the client's `Prefer`, `Accept` and `stream` choose."""
-        body, generation = await self._posted(request, model)
+        body, generation = await self._submitted(request, model)
+        position = {"x-queue-position": str(generation.queued_position)}
         if "respond-async" in ",".join(request.headers.getlist("prefer")).lower():
             self.queue.keep(generation)
-            location = f"{request.state.prefix}/api/v1/generations/{generation.id}"
-            headers = {"location": location, "preference-applied": "respond-async"}
-            return as_json(accepted(generation, request.state.prefix), 202, headers | queue_position(generation))
+            state = accepted(generation, request.state.prefix)
+            headers = {"location": state["events"].removesuffix("/events"), "preference-applied": "respond-async"}
+            return as_json(state, 202, headers | position)
         if body.stream or "text/event-stream" in request.headers.get("accept", "").lower():
             return EventStreamResponse(self.queue, generation, body)
         answer = await finished(self.queue, generation)
-        return as_json(answer.model_dump(), headers=queue_position(generation))
-
-    async def regenerate_field(self, request: Request) -> Response:
-        return await self.generate(request, RegenerateRequest)
-
-    async def generate_stream(self, request: Request) -> Response:
-        body, generation = await self._posted(request, GenerateRequest)
-        return EventStreamResponse(self.queue, generation, body)
-
-    async def eventsource(self, request: Request) -> Response:
-        """The same for an EventSource; one that comes back goes on where it was."""
-        fields = with_objects(request.query_params)
-        request.state.ignored = GenerateRequest.unknown(fields)
-        body = validated(partial(GenerateRequest.model_validate_strings, strict=False), fields, request.state.ignored)
-        if last := request.headers.get("last-event-id"):
-            return self._resumed(last, body)
-        generation = await self._submitted(request, body)
-        return EventStreamResponse(self.queue, generation, body, grace=self.settings.resume_grace)
-
-    async def no_events(self, request: Request) -> Response:
-        """HEAD starts nothing."""
-        return Response(headers=EVENT_STREAM_HEADERS)
+        return as_json(answer.model_dump(), headers=position)
 
     async def generation(self, request: Request) -> Response:
-        """State and result of a generation."""
+        """State and result of a generation. DELETE ends it; its state can still be asked for."""
         generation = self._known(request)
+        if request.method == "DELETE":
+            self.queue.end(generation, Cancelled())
+            return Response(status_code=204)
         outcome = generation.outcome
         result = outcome.model_dump() if isinstance(outcome, Answer) else None
         error = problem(outcome, generation.request_id) if isinstance(outcome, ApiError) else None
         state = accepted(generation, request.state.prefix)
         return as_json(state | {"position": generation.position, "result": result, "error": error})
 
-    async def cancel(self, request: Request) -> Response:
-        """End it. Its state can still be asked for."""
-        self.queue.end(self._known(request), Cancelled())
-        return Response(status_code=204)
+    async def events(self, request: Request) -> Response:
+        """The events of a new generation, or of one that is known: from the start, or after `Last-Event-ID`.
 
-    async def generation_events(self, request: Request) -> Response:
-        """The events from the start, or after `Last-Event-ID`."""
-        options = stream_options(request)
-        if last := request.headers.get("last-event-id"):
-            return self._resumed(last, options)
-        generation = self._known(request, of_anyone=True)
-        return EventStreamResponse(self.queue, generation, options, grace=self.settings.resume_grace)
-
-    async def _posted(self, request: Request, model: type[GenerateRequest]) -> tuple[GenerateRequest, Generation]:
-        """The body of a POST and its generation. What will be refused is refused before the body is waited for."""
-        key = idempotency_key(request)
-        if key is None:
-            self.queue.check_admission(request.state.client)
-        notes: Sequence[dict[str, Any]] = ()
-        validate: Callable[[Any], GenerateRequest] = model.model_validate
-        if _is_multipart(request):
-            with self.queue.reading(request.state.client):
-                document, extracted = await self._form(request)
-            validate = partial(model.model_validate_strings, strict=False)
-            if extracted is not None:
-                document, notes = document | {"content": extracted["content"]}, extracted["notes"]
+        An EventSource (GET) has RESUME_GRACE to come back; 204 stops one for which nothing is left (WHATWG HTML 9.2).
+        HEAD starts and follows nothing.
+        """
+        if request.method == "HEAD":
+            return Response(headers=EVENT_STREAM_HEADERS)
+        is_post, options, seen = request.method == "POST", stream_options(request), 0
+        if (last := request.headers.get("last-event-id")) and not is_post:
+            if "id" not in request.path_params:
+                await self._body(request, GenerateRequest)  # raises where it is not valid, as the first time
+            id, _, number = last.rpartition(".")
+            generation = self.queue.get(id)
+            seen = int(number) if re.fullmatch(r"\d{1,9}", number) else -1
+            if not generation or not 0 <= seen <= len(generation.log) - (generation.outcome is not None):
+                return Response(status_code=204)
+        elif "id" in request.path_params:
+            generation = self._known(request, of_anyone=True)
         else:
-            document = await json_body(request)
-        request.state.ignored = model.unknown(document)
-        body = validated(validate, document, request.state.ignored)
-        body = body.model_copy(update=stream_options(request).model_dump(exclude_unset=True))
-        return body, await self._submitted(request, body, key, notes)
-
-    async def _submitted(
-        self, request: Request, body: GenerateRequest, key: str | None = None, notes: Sequence[dict[str, Any]] = ()
-    ) -> Generation:
-        """A new generation, or the one that this `Idempotency-Key` stands for."""
-        client, fingerprint = request.state.client, body.fingerprint()
-        generation = self.queue.join(client, key, fingerprint) if key is not None else None
-        if generation is None:
-            generation = self.queue.submit(client, request.state.request_id, urgency(request))
-            request.state.generation = generation
-            if key is not None:
-                self.queue.remember(client, key, fingerprint, generation)
-            try:
-                self.queue.ready(generation, await self._prompt(body, client, notes))
-            except BaseException as error:
-                self.queue.end(generation, error if isinstance(error, ApiError) else Cancelled())
-                raise
-        request.state.generation = generation
-        return generation
-
-    async def _prompt(self, body: GenerateRequest, client: str, notes: Sequence[dict[str, Any]]) -> Prompt:
-        read = await self.readers.ask("text", client, content=body.content)
-        if not re.search(VISIBLE, read["text"]):
-            raise invalid({("content",): "must hold text that can be seen, not only markup"})
-        course = Course(**read | {"notes": [*notes, *read["notes"]]})
-        return build_prompt(body, course, self.system_prompt, self.engine.defaults)
+            options, generation = await self._submitted(request, GenerateRequest)
+        grace = 0 if is_post else self.settings.resume_grace
+        return EventStreamResponse(self.queue, generation, options, seen=seen, grace=grace)
 
     def _known(self, request: Request, of_anyone: bool = False) -> Generation:
         generation = self.queue.get(request.path_params["id"])
@@ -2729,64 +2657,93 @@ class Api:
             raise NotFound(f"There is no such generation; finished ones are kept for {self.settings.result_ttl:g} s.")
         return generation
 
-    def _resumed(self, last_event_id: str, options: StreamOptions) -> Response:
-        """The rest of a stream; 204, which stops an EventSource, where there is none (WHATWG HTML 9.2)."""
-        id, _, number = last_event_id.rpartition(".")
-        generation = self.queue.get(id)
-        seen = int(number) if re.fullmatch(r"\d{1,9}", number) else -1
-        if generation is None or not 0 <= seen <= len(generation.log):
-            return Response(status_code=204)
-        if generation.outcome is not None and seen == len(generation.log):
-            return Response(status_code=204)
-        return EventStreamResponse(self.queue, generation, options, seen=seen, grace=self.settings.resume_grace)
+    async def _submitted(self, request: Request, model: type[GenerateRequest]) -> tuple[GenerateRequest, Generation]:
+        """What is asked for, and its generation: a new one, or the one that its `Idempotency-Key` stands for."""
+        queue, client, key = self.queue, request.state.client, request.headers.get("idempotency-key")
+        if key is None:
+            queue.check_admission(client)  # before the body is waited for
+        elif not re.fullmatch(r"[\x21-\x7e]{1,255}", key):
+            raise invalid({("header", "Idempotency-Key"): "must be 1 to 255 visible characters"})
+        body, notes = await self._body(request, model)
+        joined = queue.join(client, key, body.fingerprint()) if key is not None else None
+        generation = joined or queue.submit(client, request.state.request_id, urgency(request))
+        request.state.generation = generation
+        if joined:
+            return body, generation
+        if key is not None:
+            queue.remember(client, key, body.fingerprint(), generation)
+        try:
+            read = await self.readers.ask("text", client, content=body.content)
+            if not re.search(VISIBLE, read["text"]):
+                raise invalid({("content",): "must hold text that can be seen, not only markup"})
+            course = Course(**read | {"notes": [*notes, *read["notes"]]})
+            queue.ready(generation, build_prompt(body, course, self.system_prompt, self.engine.defaults))
+        except BaseException as error:
+            queue.end(generation, error if isinstance(error, ApiError) else Cancelled())
+            raise
+        return body, generation
 
-    # -- documents, credentials and skills: no engine is involved
+    async def _body(self, request: Request, model: type[GenerateRequest]) -> tuple[GenerateRequest, list[Any]]:
+        """A request that came as a query, a form or JSON, and notes on the document in it."""
+        document, is_json = None, False
+        if request.method == "GET":
+            fields: dict[str, Any] = dict(request.query_params)
+        elif _is_form(request):
+            fields, document = await self._document(request)
+            fields |= {"content": document["content"]} if document else {}
+        else:
+            fields, is_json = await json_body(request), True
+        validate: Callable[[Any], GenerateRequest] = model.model_validate
+        if not is_json:  # every field is a text, of which two hold JSON
+            validate = partial(model.model_validate_strings, strict=False)
+            for name in {"badge", "badge_configuration"} & fields.keys():
+                with contextlib.suppress(ValueError):  # what is none is left to the validation
+                    fields[name] = orjson.loads(fields[name])
+        request.state.ignored = model.unknown(fields)
+        body = validated(validate, fields, request.state.ignored)
+        body = body.model_copy(update=stream_options(request).model_dump(exclude_unset=True))
+        return body, document["notes"] if document else []
+
+    async def _document(self, request: Request) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """The fields of a form, and what the document in its part `file` says. Any other body is the document."""
+        client, limit = request.state.client, self.settings.max_body_bytes
+        fields: dict[str, Any] = {}
+        name, media_type = "", request.headers.get("content-type", "")
+        try:
+            with self.queue.reading(client), tempfile.NamedTemporaryFile(prefix="dccapi-") as file:
+                if _is_form(request):
+                    async with request.form(max_files=1, max_fields=64, max_part_size=limit) as form:
+                        fields = {name: value if isinstance(value, str) else "" for name, value in form.items()}
+                        if (part := form.get("file")) is None:
+                            return fields, None
+                        if isinstance(part, str):  # sent without the name of a file
+                            part = UploadFile(BytesIO(part.encode()))
+                        name, media_type = part.filename or "", part.content_type or ""
+                        await asyncio.to_thread(shutil.copyfileobj, part.file, file)
+                        del fields["file"]
+                else:
+                    async for chunk in request.stream():
+                        file.write(chunk)
+                file.flush()
+                asked = {"path": file.name, "name": name, "media_type": media_type}
+                return fields, await self.readers.ask("document", client, **asked)
+        except HTTPException as error:
+            if "maximum size" in error.detail:
+                raise BodyTooLarge(f"A field may have {limit} bytes here.") from None
+            raise invalid({("body",): f"is no form with one file: {error.detail}"}) from None
+        except OSError as error:
+            raise no_room(error) from None
 
     async def credentials(self, request: Request) -> Response:
-        """An unsigned OpenBadgeCredential."""
+        """An unsigned OpenBadgeCredential; no engine involved."""
         return as_json(build_credential(await json_body(request)))
 
     async def extract(self, request: Request) -> Response:
         """The text of a document; no engine involved."""
-        with self.queue.reading(request.state.client):
-            if not _is_multipart(request):
-                name, media_type = "", request.headers.get("content-type", "")
-                return as_json(await self._read(request.stream(), name, media_type, request.state.client))
-            _, document = await self._form(request)
+        _, document = await self._document(request)
         if document is None:
             raise invalid({("file",): "is missing; send the document in it"})
         return as_json(document)
-
-    async def _form(self, request: Request) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        """The fields of a form, and what the document in its part `file` says."""
-        fields, document = {}, None
-        try:
-            async with request.form(max_files=1, max_fields=64, max_part_size=self.settings.max_body_bytes) as form:
-                for name, value in form.items():
-                    if name == "file":  # one that is sent without the name of a file is a text
-                        file = UploadFile(BytesIO(value.encode())) if isinstance(value, str) else value
-                        named = file.filename or "", file.content_type or ""
-                        document = await self._read(iter_file(file), *named, request.state.client)
-                    else:
-                        fields[name] = value if isinstance(value, str) else ""
-        except HTTPException as error:
-            if "maximum size" in error.detail:
-                raise BodyTooLarge(f"A field may have {self.settings.max_body_bytes} bytes here.") from None
-            raise invalid({("body",): f"is no form with one file: {error.detail}"}) from None
-        except OSError as error:  # the parser writes a file too
-            raise no_room(error) from None
-        return with_objects(fields), document
-
-    async def _read(self, chunks: AsyncIterator[bytes], name: str, media_type: str, client: str) -> dict[str, Any]:
-        """What `reader` says of a document, which it is handed as a file."""
-        try:
-            with tempfile.NamedTemporaryFile(prefix="dccapi-") as file:
-                async for chunk in chunks:
-                    file.write(chunk)
-                file.flush()
-                return await self.readers.ask("document", client, path=file.name, name=name, media_type=media_type)
-        except OSError as error:  # closing the file may raise it once more
-            raise no_room(error) from None
 
     async def skills(self, request: Request) -> Response:
         """The skills of the index that a query may mean, best first. Raises NotFound without an index."""
@@ -2800,25 +2757,24 @@ class Api:
             raise NotFound("The index of skills cannot be read. The service's operator finds the reason in /health.")
         return as_json(answer["skills"])
 
-    async def frameworks(self) -> tuple[list[dict[str, Any]] | None, str | None]:
-        """Those of the index of skills, or why it cannot be read, which the log says too."""
-        if not self.settings.skills_index:
-            return None, None
+    async def frameworks(self) -> dict[str, Any]:
+        """The `frameworks` of the index of skills, or the `fault` for which it cannot be read, which is logged too."""
         try:
-            answer = await self.readers.ask("frameworks", "", path=self.settings.index)
+            answer = await self.readers.ask("frameworks", "", path=self.settings.index) if self.settings.index else {}
         except ApiError as error:
             answer = {"fault": error.detail}
-        if fault := answer.get("fault"):
-            warn_once(f"badges get no alignments: {fault}", time.monotonic() // 3600)
-        return answer.get("frameworks"), fault and f"SKILLS_INDEX: {fault}"
-
-    # -- state
+        if "fault" in answer:
+            answer["fault"] = f"SKILLS_INDEX: {answer['fault']}"
+            warn_once(f"badges get no alignments: {answer['fault']}", time.monotonic() // 3600)
+        return answer
 
     async def health(self, request: Request) -> Response:
         """Engine, model and queue (contract 3.5); 503 when no badge could be written now."""
-        settings, queue = self.settings, self.queue
+        settings, queue, context = self.settings, self.queue, self.engine.context or 0
         available, error = await self._state()
-        frameworks, fault = await self.frameworks()
+        index = await self.frameworks()
+        # The tokens that instructions and an answer leave for a course, about three words in four.
+        room = max(0, context - min(1024, context // 4) - len(self.system_prompt.encode()) // 4 - 200)
         health = {
             "status": "unhealthy" if error else "healthy",
             "engine": settings.engine,
@@ -2836,17 +2792,11 @@ class Api:
             "queue_status": "full" if queue.full else "busy" if queue.waiting else "ready",
             "multiplexing_enabled": settings.enable_multiplexing,
             "version": __version__,
-            "error": error.detail if error else self.engine.remark or fault,
-            "content_words_that_fit": self._words_that_fit(),
-            "skills": frameworks,
+            "error": error.detail if error else self.engine.remark or index.get("fault"),
+            "content_words_that_fit": room * 3 // 4 if context else None,
+            "skills": index.get("frameworks"),
         }
         return as_json(health, 503 if error else 200)
-
-    def _words_that_fit(self) -> int | None:
-        """About how many words of a course the model's context holds beside instructions and an answer."""
-        if not (context := self.engine.context):
-            return None
-        return max(0, context - min(1024, context // 4) - len(self.system_prompt.encode()) // 4 - 200) * 3 // 4
 
     async def livez(self, request: Request) -> Response:
         return as_json({"status": "alive"})
@@ -2857,14 +2807,9 @@ class Api:
         return as_json({"status": "ready"})
 
     async def metrics(self, request: Request) -> Response:
-        """For Prometheus, in the format that it asks for."""
-        metrics = self.queue.metrics
-        metrics.engine_up.set(self.engine.has_model((await self._state())[0]))
-        try:
-            encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        except (TypeError, ValueError):  # a version that is no number
-            encode, content_type = choose_encoder("")
-        return Response(encode(metrics.registry), headers={"content-type": content_type})
+        """For Prometheus, in its text format."""
+        self.queue.metrics.engine_up.set(self.engine.has_model((await self._state())[0]))
+        return Response(generate_latest(self.queue.metrics.registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     async def _state(self) -> tuple[list[str], ApiError | None]:
         """The engine's models, and why no badge could be written now. Probes at the same time share one question."""
@@ -2881,34 +2826,20 @@ class Api:
         missing = f"The engine has no model {self.settings.model}. Create it, or set MODEL_NAME to one it has."
         return available, None if self.engine.has_model(available) else ModelMissing(missing)
 
-    # -- pages
-
     async def index(self, request: Request) -> Response:
         """The demo page to a browser, the paths to others."""
         if "text/html" in request.headers.get("accept", ""):
-            return await self.demo(request)
+            return page(request, DEMO)
         names = ("generate", "generate/stream", "health", "readyz", "metrics", "demo", "docs", "openapi.json")
         links = {name: f"{request.state.prefix}/{name}" for name in names}
         return as_json({"name": "dccapi", "version": __version__, "links": links})
 
-    async def demo(self, request: Request) -> Response:
-        return page(whole_page(DEMO), img="'self' data: blob:")
-
-    async def docs(self, request: Request) -> Response:
-        """Swagger UI, without any other host."""
-        return page(DOCS_PAGE, script="'self'", style="'self' 'unsafe-inline'", img="'self' data:")
-
-    async def docs_file(self, request: Request) -> Response:
-        """A part of Swagger UI, or a document: browsers show plain text."""
-        file = request.path_params["file"]
-        if file in DOCUMENTS:
-            return FileResponse(DOCUMENTS[file], headers={"cache-control": "no-cache"}, media_type="text/plain")
-        if file not in DOCS_FILES:
+    async def file(self, request: Request) -> Response:
+        """The OpenAPI document, a part of Swagger UI, or a document of ours as plain text, which browsers show."""
+        if not (file := FILES.get(request.path_params.get("file", OPENAPI.name))):
             raise NotFound
-        return FileResponse(swagger_ui.static_path / file, headers={"cache-control": "max-age=86400"})
-
-    async def openapi(self, request: Request) -> Response:
-        return Response(installed(OPENAPI), media_type="application/json")
+        media_type = "text/plain" if file.suffix == ".md" else None
+        return FileResponse(file, headers={"cache-control": "max-age=600"}, media_type=media_type)
 
 
 def as_json(document: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -2921,47 +2852,21 @@ def accepted(generation: Generation, prefix: str = "") -> dict[str, Any]:
     return {"id": generation.id, "status": generation.state, "events": events}
 
 
-def queue_position(generation: Generation) -> dict[str, str]:
-    return {"x-queue-position": str(generation.queued_position)}
+def page(request: Request, file: Path, script: str = "", style: str = "") -> Response:
+    """An HTML page with its own parts put in, allowed by hash (CSP Level 3, 8.2); `script` and `style` allow more."""
+    sources = {"connect": "'self'", "img": "'self' data: blob:", "script": script, "style": style}
 
+    def put_in(reference: re.Match[str]) -> str:
+        tag, text = reference["script"] or "style", "\n" + (file.parent / reference["path"]).read_text("utf-8")
+        sources[tag] += f" 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+        return f"<{tag}>{text}</{tag}>"
 
-def installed(file: Path) -> str:
-    """The text of a file that an installation may lack."""
     try:
-        return file.read_text("utf-8")
-    except FileNotFoundError:
-        raise NotFound(f"This installation lacks {file.name}; the project's repository has it.") from None
-
-
-def whole_page(file: Path) -> str:
-    """An HTML page with its style sheets and scripts in it, so that one answer brings all of it."""
-    html = re.sub(
-        r'<link rel="stylesheet" href="(page/[\w.-]+)">',
-        lambda found: f"<style>\n{installed(file.parent / found[1])}</style>",
-        installed(file),
-    )
-    return re.sub(
-        r'<script src="(page/[\w.-]+)"></script>',
-        lambda found: f"<script>\n{installed(file.parent / found[1])}</script>",
-        html,
-    )
-
-
-def page(html: str, **sources: str) -> Response:
-    """An HTML page under a policy that runs only the scripts and styles that stand in it (CSP Level 3, 8.2)."""
-
-    def inline(tag: str) -> str:
-        texts = re.findall(rf"(?s)<{tag}\b[^>]*>(.*?)</{tag}>", html)
-        return " ".join(
-            f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in texts if text
-        )
-
-    policy = {"default": "'none'", "connect": "'self'", "script": inline("script"), "style": inline("style")}
-    for name, allowed in sources.items():
-        policy[name] = f"{policy.get(name, '')} {allowed}".strip()
-    directives = [f"{name}-src {allowed}" for name, allowed in policy.items() if allowed]
-    directives += ["base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"]
-    return HTMLResponse(html, headers={"content-security-policy": "; ".join(directives), "cache-control": "no-cache"})
+        html = re.sub(OWN_PART, put_in, file.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise NotFound(f"This installation lacks {Path(error.filename).name}; the repository has it.") from None
+    policy = "; ".join([PAGE_POLICY, *(f"{name}-src {allowed.strip()}" for name, allowed in sources.items())])
+    return HTMLResponse(html, headers={"content-security-policy": policy, "cache-control": "no-cache"})
 
 
 async def json_body(request: Request) -> dict[str, Any]:
@@ -2984,22 +2889,8 @@ async def json_body(request: Request) -> dict[str, Any]:
     return document
 
 
-def with_objects(texts: Mapping[str, str]) -> dict[str, Any]:
-    """The fields of a query or a form, of which two hold JSON; what is none is left to the validation."""
-    fields: dict[str, Any] = dict(texts)
-    for name in {"badge", "badge_configuration"} & fields.keys():
-        with contextlib.suppress(ValueError):
-            fields[name] = orjson.loads(fields[name])
-    return fields
-
-
-def _is_multipart(request: Request) -> bool:
+def _is_form(request: Request) -> bool:
     return request.headers.get("content-type", "").lower().startswith("multipart/form-data")
-
-
-async def iter_file(file: UploadFile) -> AsyncIterator[bytes]:
-    while chunk := await file.read(MAX_WRITE):
-        yield chunk
 
 
 def validated(validate: Callable[[Any], Model], document: Any, unknown: Sequence[str] = ()) -> Model:
@@ -3021,13 +2912,6 @@ def urgency(request: Request) -> int:
     """From `Priority` (RFC 9218), 0 to 7; one that cannot be read is none."""
     given = re.search(r"(?:^|[,\s])u=([0-7])(?![^,;\s])", request.headers.get("priority", ""))
     return int(given[1]) if given else 3
-
-
-def idempotency_key(request: Request) -> str | None:
-    key = request.headers.get("idempotency-key")
-    if key is not None and not re.fullmatch(r"[\x21-\x7e]{1,255}", key):
-        raise invalid({("header", "Idempotency-Key"): "must be 1 to 255 visible characters"})
-    return key
 
 
 # ---- Guard: bounds, who may ask, headers on every response, errors as JSON ------------------------------------------

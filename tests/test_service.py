@@ -237,15 +237,6 @@ def test_the_committed_openapi_document_is_what_the_tool_makes() -> None:
     assert dccapi.OPENAPI.read_text("utf-8") == openapi.text(), "`make openapi` writes it anew"
 
 
-async def test_without_the_document_the_service_says_what_it_lacks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dccapi, "OPENAPI", tmp_path / "openapi.json")
-    async with serving() as service:
-        problem = problem_in(await ask(service, None, "/openapi.json", "GET"), 404, "not_found")
-        assert "openapi.json" in problem["detail"]
-
-
 async def test_openapi_has_an_example_for_every_body_answer_and_error() -> None:
     document = openapi.document()
     validators = {
@@ -409,16 +400,6 @@ async def test_the_metrics_count_a_failed_generation_once_and_no_probe() -> None
         after = await samples(service)
         assert after["dccapi_engine_up"] == 0
         assert not [name for name in after if name.startswith("dccapi_rejections_total{")]
-
-
-async def test_the_metrics_come_as_openmetrics_to_who_asks_for_it() -> None:
-    async with serving() as service:
-        accept = [("accept", "application/openmetrics-text;version=1.0.0,text/plain;q=0.5")]
-        response = await ask(service, None, "/metrics", "GET", accept)
-        assert response.headers["content-type"].startswith("application/openmetrics-text")
-        assert response.body.endswith(b"# EOF\n")
-        for odd in ("text/plain;version=x", "application/openmetrics-text; version=1.0.0foo"):
-            assert (await ask(service, None, "/metrics", "GET", [("accept", odd)])).status == 200
 
 
 # --- Log ---

@@ -317,7 +317,7 @@ EXTRACT = "The text of a document (PDF, DOCX, PPTX, ODT, HTML, Markdown, text); 
 CANCEL = "Cancel a generation; its state stays to be seen."
 FOLLOW = "The events from the start, or after Last-Event-ID. This address needs no key: nobody can guess it."
 HEALTH = "Engine, model and queue; 503 when no badge could be written now."
-METRICS = "For Prometheus, in the format that it asks for."
+METRICS = "For Prometheus, in its text format."
 INDEX = "The demo page to a browser, the paths to others."
 
 OPERATIONS = (
@@ -343,7 +343,7 @@ OPERATIONS = (
     Operation("get", "/metrics", "State", METRICS, {"200": ["Samples"]}),
     Operation("get", "/", "Pages", INDEX, {"200": ["Links", "Page"]}),
     Operation("get", "/demo", "Pages", "The demo page.", {"200": ["Page"]}, "404"),
-    Operation("get", "/docs", "Pages", "Swagger UI, without any other host.", {"200": ["Page"]}),
+    Operation("get", "/docs", "Pages", "Swagger UI, without any other host.", {"200": ["Page"]}, "404"),
     Operation("get", "/openapi.json", "Pages", "This document.", {"200": ["Document"]}, "404"),
 )
 

@@ -101,7 +101,7 @@ from starlette.datastructures import Headers, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.exceptions import ExceptionMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -3509,18 +3509,10 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["app"] = self
-        if scope["type"] != "http":
+        if scope["type"] == "http":
+            await Exchange(scope, receive, send, self.settings).run(self.app)
+        else:
             await self.app(scope, receive, send)
-            return
-        exchange, started = Exchange(scope, receive, send, self.settings), time.monotonic()
-        try:
-            await exchange.run(self.app)
-        finally:
-            # The pattern of the path, and no query: either may hold a course or a key put there by mistake.
-            path = scope["route"].path if "route" in scope else "a path that is not known"
-            end = "the client left" if exchange.gone else exchange.status
-            took = time.monotonic() - started
-            log.debug(f"{scope['method']} {path} over HTTP/{scope['http_version']}: {end} after {took:.3f} s")
 
 
 class Exchange:
@@ -3528,102 +3520,91 @@ class Exchange:
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, settings: Settings) -> None:
         self._scope, self._receive, self._send, self._settings = scope, receive, send, settings
-        self._headers = dict(scope["headers"])
-        self._peer = peer_at(scope.get("client"), settings)
-        self._refused: ApiError | None = None
-        self._body: Any = None  # a file, once something of it has come
-        self._size = self._held = 0
+        self._headers, self._peer = dict(scope["headers"]), peer_at(scope.get("client"), settings)
+        self._is_http1 = scope["http_version"].startswith("1")
         media_type = self._headers.get(b"content-type", b"").lower()
         is_upload = media_type.startswith(b"multipart/form-data") or _short_path(scope) == "/extract"
         self._limit = settings.max_upload_bytes if is_upload else settings.max_body_bytes
+        # In memory only while it is no larger than an ordinary one.
+        self._body = tempfile.SpooledTemporaryFile(settings.max_body_bytes)  # noqa: SIM115 - `_watch` closes it
+        self._size = 0
         self._arrived = asyncio.Event()  # the body, or why it is refused
-        self._is_http1 = scope["http_version"].startswith("1")
-        self._is_delivered = self._is_over = self.gone = False
-        self.status = 0
+        self._refused: ApiError | None = None
+        self._is_over, self._end = False, "no response"
         given = self._headers.get(b"x-request-id", b"").decode("latin-1")
-        self._id = given if re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given) else uuid.uuid4().hex
-        scope["state"] = {"request_id": self._id}
+        is_fit = re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given)
+        scope["state"] = {"request_id": given if is_fit else uuid.uuid4().hex}
 
     async def run(self, app: ASGIApp) -> None:
-        task = cast(asyncio.Task[None], asyncio.current_task())
-        watch = asyncio.create_task(self._watch(task))
-        cost = REQUEST_COST + sum(len(name) + len(value) for name, value in self._scope["headers"])
+        scope, started = self._scope, time.monotonic()
+        cost = REQUEST_COST + sum(len(name) + len(value) for name, value in scope["headers"])
         self._peer.hold(cost)
         try:
-            await asyncio.sleep(0)  # the watch looks first: what was reset before it starts is not executed
-            if self._is_http1:
-                # h11 closes a connection whose request was not read to its end, and the answer is lost with it.
-                await self._arrived.wait()
-            await app(self._scope, self.receive, self.send)
-        except asyncio.CancelledError:
-            if not self.gone:
-                watch.cancel()  # the connection is being torn down, so no http.disconnect will end it
-                raise
-            task.uncancel()
+            async with asyncio.TaskGroup() as group:
+                watch = group.create_task(self._watch())
+                await asyncio.sleep(0)  # the watch looks first
+                if self._is_http1:
+                    # h11 closes a connection whose request was not read to its end, and the answer is lost with it.
+                    await self._arrived.wait()
+                if not watch.done():  # what was reset before it starts is not executed
+                    await app(scope, self.receive, self.send)
+                watch.cancel()
+        except* ClientDisconnect:
+            self._end = "the client left"
         finally:
-            self._is_over = True
             self._peer.hold(-cost)
+            # The pattern of the path, and no query: either may hold a course or a key put there by mistake.
+            path = scope["route"].path if "route" in scope else "a path that is not known"
+            took = time.monotonic() - started
+            log.debug(f"{scope['method']} {path} over HTTP/{scope['http_version']}: {self._end} after {took:.3f} s")
 
-    async def _watch(self, task: asyncio.Task[None]) -> None:
-        """Take all that the client sends, or Hypercorn would stop reading; when it is gone, end its request."""
+    async def _watch(self) -> None:
+        """Take all that the client sends, or Hypercorn would stop reading. Raises ClientDisconnect when it leaves."""
         try:
-            if await self._take_body():
-                self._arrived.set()
-                while (await self._receive())["type"] != "http.disconnect":
-                    pass
+            await self._take_body()
+            self._arrived.set()
+            while True:
+                await self._next()
         finally:
-            if self._body:
-                with contextlib.suppress(OSError):  # there was no room for its last bytes
-                    self._body.close()
-        # Hypercorn says so after every response too, while it tidies up in the last `send`: that must not be cancelled.
-        if not self._is_over:
-            self.gone = True
-            task.cancel()
+            with contextlib.suppress(OSError):  # there was no room for its last bytes
+                self._body.close()
 
-    async def _take_body(self) -> bool:
-        """Read the body within its bounds, over HTTP/1.1 one that is refused as well. False if the client left."""
-        declared = self._headers.get(b"content-length", b"")
-        refused = self._refusal(int(declared) if declared.isdigit() else 0)
-        loop, settings, more, size = asyncio.get_running_loop(), self._settings, True, 0
+    async def _next(self) -> Message:
+        message = await self._receive()
+        # Hypercorn says so after every response too, while it tidies up in the last `send`: that must not be cancelled.
+        if message["type"] == "http.disconnect" and not self._is_over:
+            raise ClientDisconnect
+        return message
+
+    async def _take_body(self) -> None:
+        """Read the body within its bounds, over HTTP/1.1 one that is refused as well. Raises ClientDisconnect."""
+        declared, settings, more, held = self._headers.get(b"content-length", b""), self._settings, True, 0
+        self._refused = self._refusal(int(declared) if declared.isdigit() else 0)
         try:
             async with asyncio.timeout(settings.body_timeout) as deadline:
-                while more and (not refused or (self._is_http1 and size <= 16 * self._limit)):
-                    message = await self._receive()
-                    if message["type"] == "http.disconnect":
-                        return False
-                    more, chunk = message.get("more_body", False), message["body"]
-                    if not refused and size // settings.max_body_bytes < (size + len(chunk)) // settings.max_body_bytes:
-                        deadline.reschedule(loop.time() + settings.body_timeout)  # an upload goes on
-                    size += len(chunk)
-                    refused = refused or self._refusal(size)
-                    if chunk and not refused and not self._is_over:
-                        refused = self._kept(chunk, size)
-            if self._body and not refused:
-                self._body.seek(0)
+                while more and (not self._refused or (self._is_http1 and self._size <= 16 * self._limit)):
+                    message = await self._next()
+                    more, chunk = message.get("more_body", False), message.get("body", b"")
+                    counted, self._size = self._size // settings.max_body_bytes, self._size + len(chunk)
+                    self._refused = self._refused or self._refusal(self._size)
+                    if self._refused or self._is_over:
+                        continue
+                    try:
+                        self._body.write(chunk)
+                    except OSError as error:
+                        self._refused = no_room(error)
+                    if self._size <= settings.max_body_bytes:
+                        held += len(chunk)
+                        self._peer.hold(len(chunk))
+                    elif counted < self._size // settings.max_body_bytes:  # an upload goes on
+                        deadline.reschedule(asyncio.get_running_loop().time() + settings.body_timeout)
+            self._body.seek(0)
         except TimeoutError:
-            refused = refused or BodyTimeout()
+            self._refused = self._refused or BodyTimeout()
         except OSError as error:
-            refused = no_room(error)
+            self._refused = self._refused or no_room(error)
         finally:
-            self._hold(0)
-        self._refused, self._size = refused, size
-        return True
-
-    def _kept(self, chunk: bytes, size: int) -> ApiError | None:
-        """Keep a part of the body, in memory only what is no larger than an ordinary one. Why there is no room."""
-        try:
-            self._body = self._body or tempfile.SpooledTemporaryFile(self._settings.max_body_bytes)  # noqa: SIM115 - `_watch` closes it
-            self._body.write(chunk)
-        except OSError as error:
-            return no_room(error)
-        self._hold(size)
-        return None
-
-    def _hold(self, size: int) -> None:
-        """Count what of the body is in memory."""
-        size = size if size <= self._settings.max_body_bytes else 0
-        self._peer.hold(size - self._held)
-        self._held = size
+            self._peer.hold(-held)
 
     def _refusal(self, size: int) -> ApiError | None:
         if self._headers.get(b"content-encoding", b"identity").strip().lower() != b"identity":
@@ -3635,23 +3616,23 @@ class Exchange:
 
     async def receive(self) -> Message:
         """The body once it is there, in pieces. Raises why it was refused."""
-        if self._is_delivered:
-            await asyncio.Event().wait()  # for ever: disconnection arrives as cancellation
         await self._arrived.wait()
         if self._refused:
             raise self._refused
-        chunk = self._body.read(self._settings.max_body_bytes) if self._body else b""
-        self._is_delivered = not self._body or self._body.tell() >= self._size
-        if self._body and self._is_delivered:
+        if self._body.closed:
+            await asyncio.Event().wait()  # for ever: disconnection arrives as cancellation
+        chunk = self._body.read(self._settings.max_body_bytes)
+        more = self._body.tell() < self._size
+        if not more:
             self._body.close()  # a generation may wait long
-        return {"type": "http.request", "body": chunk, "more_body": not self._is_delivered}
+        return {"type": "http.request", "body": chunk, "more_body": more}
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self.status = message["status"]
+            self._end, state = str(message["status"]), self._scope["state"]
             names = {name for name, _ in message["headers"]}
-            marks = [(b"x-request-id", self._id.encode()), *DEFAULT_HEADERS]
-            if ignored := self._scope["state"].get("ignored", ())[:20]:
+            marks = [(b"x-request-id", state["request_id"].encode()), *DEFAULT_HEADERS]
+            if ignored := state.get("ignored", ())[:20]:
                 names_told = (re.sub(r"[^!-+\--~]+", lambda strange: quote(strange[0]), name[:64]) for name in ignored)
                 marks.append((b"x-ignored-fields", ", ".join(names_told).encode()))
             message["headers"] = [*message["headers"], *(mark for mark in marks if mark[0] not in names)]
@@ -3668,21 +3649,25 @@ class Admission:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            headers = Headers(scope=scope)
+            headers, host = Headers(scope=scope), (scope.get("client") or ("unknown",))[0]
+            is_proxied, root = _is_proxy(host, self.settings), scope.get("root_path", "")
             if _short_path(scope) != "/":
                 scope["path"] = scope["path"].rstrip("/")
-            scope["state"]["prefix"] = _prefix(scope, headers, self.settings)
-            self._check_site(scope, headers)
-            scope["state"]["client"] = await self._client(scope, headers)
+            # What the path has before it where clients ask.
+            prefix = headers.get("x-forwarded-prefix", "") if is_proxied else ""
+            is_path = re.fullmatch(r"(/[\w.~%-]+)+/?", prefix, re.ASCII)
+            scope["state"]["prefix"] = (prefix if is_path else root).rstrip("/")
+            self._check_site(scope, headers, is_proxied)
+            scope["state"]["client"] = await self._client(scope, headers, host)
         await self.app(scope, receive, send)
 
-    def _check_site(self, scope: Scope, headers: Headers) -> None:
+    def _check_site(self, scope: Scope, headers: Headers, is_proxied: bool) -> None:
         """Raise Forbidden for another site's page: a browser reaches what its user can."""
         settings, host, origin = self.settings, headers.get("host", ""), headers.get("origin")
         if settings.allows("*"):
             return
         here = _ip((scope.get("server") or ("",))[0])
-        is_open = here and here.is_loopback and not settings.keys and not _is_proxy(_host(scope), settings)
+        is_open = here and here.is_loopback and not settings.keys and not is_proxied
         if is_open and not re.fullmatch(LOCAL_HOST, host):
             raise Forbidden("This machine has another name: ask at localhost, or set API_KEYS or TRUSTED_PROXIES here.")
         site = headers.get("sec-fetch-site", "same-origin" if origin is None else "")
@@ -3692,29 +3677,28 @@ class Admission:
         if origin is None or not (settings.allows(origin) or origin.partition("://")[2] == host):
             raise Forbidden
 
-    async def _client(self, scope: Scope, headers: Headers) -> str:
+    async def _client(self, scope: Scope, headers: Headers, host: str) -> str:
         """Who is asking, for MAX_PER_CLIENT. Raises UriTooLong or Unauthorized."""
         if len(scope["query_string"]) > MAX_QUERY:
             raise UriTooLong
-        path, address, given = _short_path(scope), _address(scope, headers, self.settings), _given_key(headers)
+        path, address = _short_path(scope), _address(host, headers, self.settings)
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        given = (token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")).encode("latin-1")
         # Every key is compared, in constant time each.
         names = [name for name, key in self.settings.keys.items() if hmac.compare_digest(given, key)]
         is_open = not self.settings.keys or path in OPEN_PATHS or path.startswith("/docs/")
-        if not names and not is_open and not self._is_capability(scope["method"], path):
+        # An EventSource cannot send a key, and nobody can guess the URL of a generation's events.
+        events = re.fullmatch(r"/generations/([\w-]+)/events", path) if scope["method"] == "GET" else None
+        if not names and not is_open and not (events and self.queue.get(events[1])):
             if given and not peer_of(address).wrong_keys.spend():
                 await asyncio.sleep(1)  # who guesses keys waits
             raise Unauthorized(headers={"www-authenticate": 'Bearer realm="dccapi"'})
         return names[0] if names else address
 
-    def _is_capability(self, method: str, path: str) -> bool:
-        """Whether it is the unguessable URL of a generation's events: an EventSource cannot send a key."""
-        events = re.fullmatch(r"/generations/([\w-]+)/events", path)
-        return method == "GET" and events is not None and self.queue.get(events[1]) is not None
-
 
 async def as_problem(request: Request, raised: Exception) -> Response:
     """Any exception as application/problem+json; the only place that does so."""
-    state, path = request.scope["state"], _short_path(request.scope)
+    state = request.scope["state"]
     if isinstance(raised, HTTPException):  # the router's
         error = {404: NotFound, 405: MethodNotAllowed}.get(raised.status_code, ApiError)(headers=raised.headers or {})
     elif isinstance(raised, ApiError):
@@ -3722,13 +3706,13 @@ async def as_problem(request: Request, raised: Exception) -> Response:
     else:
         log.error("request %s failed: %s", state["request_id"], described(raised))
         error = ApiError()
-    if "generation" not in state and path not in OPEN_PATHS:
+    if "generation" not in state and _short_path(request.scope) not in OPEN_PATHS:
         request.app.queue.metrics.rejected(error)
     headers = dict(error.headers)
     if error.retry_after is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
-    document = problem(error, state["request_id"])
-    return Response(orjson.dumps(document), error.status, headers, "application/problem+json")
+    document = orjson.dumps(problem(error, state["request_id"]))
+    return Response(document, error.status, headers, "application/problem+json")
 
 
 def _short_path(scope: Scope) -> str:
@@ -3736,30 +3720,13 @@ def _short_path(scope: Scope) -> str:
     return cast(str, scope["path"]).removeprefix(scope.get("root_path", "")).removeprefix("/api/v1") or "/"
 
 
-def _prefix(scope: Scope, headers: Headers, settings: Settings) -> str:
-    """What the path has before it where clients ask: a trusted proxy's X-Forwarded-Prefix, or Hypercorn's root_path."""
-    prefix = headers.get("x-forwarded-prefix", "") if _is_proxy(_host(scope), settings) else ""
-    is_path = re.fullmatch(r"(/[\w.~%-]+)+/?", prefix, re.ASCII)
-    return (prefix if is_path else cast(str, scope.get("root_path", ""))).rstrip("/")
-
-
-def _given_key(headers: Headers) -> bytes:
-    scheme, _, token = headers.get("authorization", "").partition(" ")
-    return (token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")).encode("latin-1")
-
-
-def _address(scope: Scope, headers: Headers, settings: Settings) -> str:
+def _address(host: str, headers: Headers, settings: Settings) -> str:
     """The client's address; from X-Forwarded-For only behind a proxy in TRUSTED_PROXIES, the last that is none."""
-    address = _host(scope)
     for hop in reversed(",".join(headers.getlist("x-forwarded-for")).split(",")):
-        if not _is_proxy(address, settings) or not hop.strip():
+        if not _is_proxy(host, settings) or not hop.strip():
             break
-        address = hop.strip()
-    return str(_ip(address) or address)
-
-
-def _host(scope: Scope) -> str:
-    return cast(str, (scope.get("client") or ("unknown",))[0])
+        host = hop.strip()
+    return str(_ip(host) or host)
 
 
 def _is_proxy(address: str, settings: Settings) -> bool:

@@ -37,6 +37,7 @@ import logging
 import math
 import os
 import re
+import resource
 import secrets
 import signal
 import socket
@@ -1458,6 +1459,8 @@ async def _killed(process: asyncio.subprocess.Process) -> None:
     with contextlib.suppress(ProcessLookupError):
         process.kill()
     await process.wait()
+    with contextlib.suppress(ChildProcessError):  # process 1 of a container inherits what this one has started
+        await asyncio.to_thread(os.waitpid, -process.pid, 0)
 
 
 # ---- Generations ----------------------------------------------------------------------------------------------------
@@ -3778,11 +3781,6 @@ class NoPriorities:
     insert_stream = reprioritize = block = unblock = _ignore
 
 
-OPEN, GOAWAY = h2.connection.ConnectionState.SERVER_OPEN, h2.connection.ConnectionInputs.RECV_GOAWAY
-# A client that says GOAWAY gets what it has asked for (RFC 9113 6.8); h2 takes it for the end.
-STAYS_OPEN = {**h2.connection.H2ConnectionStateMachine._transitions, (OPEN, GOAWAY): (None, OPEN)}
-
-
 class GuardedH2Protocol(H2Protocol):
     """Hypercorn's HTTP/2 connection, in which each stream sends for itself as far as its windows are open.
 
@@ -3796,9 +3794,6 @@ class GuardedH2Protocol(H2Protocol):
         self._peer = peer_at(self.client, self._settings)
         self._is_leaving = False
         self.priority: Any = NoPriorities()
-        self.connection.state_machine._transitions = STAYS_OPEN
-        # h2 would drop what is still to leave.
-        self.connection.clear_outbound_data_buffer = lambda: None  # type: ignore[method-assign]  # it is replaced
 
     async def send_task(self) -> None:
         """Not needed."""
@@ -3809,25 +3804,25 @@ class GuardedH2Protocol(H2Protocol):
             if number % 4 == 0 and not self.closed:
                 async with self._peer.turn:
                     await asyncio.sleep(0)  # all others go on, and of this address one connection at a time
-            is_reset = isinstance(event, h2.events.RequestReceived) and event.stream_id in reset
-            if not is_reset and not self.closed:  # such a request is not executed
-                await self._handle_event(event)
+            if self.closed:
+                break
+            match event:
+                case h2.events.RequestReceived() if event.stream_id in reset:
+                    pass  # it is not executed
+                case h2.events.RequestReceived() if self._peer.is_full:
+                    await self._reset(event.stream_id, h2.errors.ErrorCodes.REFUSED_STREAM)
+                case h2.events.RequestReceived() if not _is_readable(event.headers):
+                    await self._reset(event.stream_id, h2.errors.ErrorCodes.PROTOCOL_ERROR)
+                case h2.events.DataReceived() if event.stream_id not in self.streams:
+                    self.connection.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+                case h2.events.ConnectionTerminated() if not event.error_code and self.streams:
+                    self._is_leaving = True
+                case _:
+                    await super()._handle_events([event])
+                    if isinstance(event, h2.events.StreamReset):
+                        await self._count_reset()
         await self._flush()
         await self._rest()
-
-    async def _handle_event(self, event: h2.events.Event) -> None:
-        if isinstance(event, h2.events.RequestReceived) and self._peer.is_full:
-            await self._reset(event.stream_id, h2.errors.ErrorCodes.REFUSED_STREAM)
-        elif isinstance(event, h2.events.RequestReceived) and not _is_readable(event.headers):
-            await self._reset(event.stream_id, h2.errors.ErrorCodes.PROTOCOL_ERROR)
-        elif isinstance(event, h2.events.DataReceived) and event.stream_id not in self.streams:
-            self.connection.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
-        elif isinstance(event, h2.events.ConnectionTerminated) and not event.error_code and self.streams:
-            self._is_leaving = True
-        else:
-            await super()._handle_events([event])
-            if isinstance(event, h2.events.StreamReset):
-                await self._count_reset()
 
     async def _reset(self, stream_id: int, code: h2.errors.ErrorCodes) -> None:
         with contextlib.suppress(h2.exceptions.ProtocolError):  # it is closed already
@@ -3839,8 +3834,7 @@ class GuardedH2Protocol(H2Protocol):
         if self._peer.resets.spend() and peer_of("").resets.spend():
             return
         warn_once(f"connections are closed: over {RESETS_AT_ONCE} streams were reset", time.monotonic() // 60)
-        with contextlib.suppress(h2.exceptions.ProtocolError):
-            self.connection.close_connection(h2.errors.ErrorCodes.ENHANCE_YOUR_CALM)
+        self.connection.close_connection(h2.errors.ErrorCodes.ENHANCE_YOUR_CALM)
         await self._flush()
         await self.handle(Closed())
         await self.send(Closed())
@@ -3876,13 +3870,14 @@ class GuardedH2Protocol(H2Protocol):
 
     async def _send_body(self, stream_id: int, data: bytes) -> None:
         """Return when all has left. Raises TimeoutError if the client opens no window for TOKEN_TIMEOUT."""
-        is_small, sent = len(data) < self.connection.max_outbound_frame_size, 0
-        while sent < len(data) and stream_id in self.streams:
+        frame_size = self.connection.max_outbound_frame_size
+        is_small = len(data) < frame_size
+        while data and stream_id in self.streams:
             window = self.connection.local_flow_control_window(stream_id)
             if window > 0:
-                frame = data[sent : sent + min(window, self.connection.max_outbound_frame_size)]
-                self.connection.send_data(stream_id, frame)
-                sent += len(frame)
+                size = min(window, frame_size)
+                self.connection.send_data(stream_id, data[:size])
+                data = data[size:]
                 continue
             await self._flush()
             async with asyncio.timeout(self._settings.token_timeout):
@@ -3933,27 +3928,24 @@ class Connection(socket.socket):
     peers: tuple[Peer, ...] = ()
 
     def end(self) -> None:
-        """Shut it down, which wakes the task that reads it, and count it no more."""
-        self._forget()
+        """Shut it down, which wakes the task that reads it."""
+        self.idle = False
         with contextlib.suppress(OSError):
             self.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        self._forget()
-        super().close()
-
-    def _forget(self) -> None:
         for peer in self.peers:
             peer.connections.pop(self, None)
+        super().close()
 
 
 class Listener(socket.socket):
     """A listening socket that bounds connections, before TLS begins: at a bound the oldest idle one makes room."""
 
-    def __init__(self, plain: socket.socket, settings: Settings, limit: int) -> None:
+    def __init__(self, plain: socket.socket, settings: Settings) -> None:
         super().__init__(fileno=plain.detach())
         self.setblocking(False)
-        # The rest of the file descriptors is for the engine, the parsers and files.
+        limit = file_descriptors()  # the rest of them is for the engine, the parsers and files
         self._bounds = settings.max_connections_per_client, limit - min(256, limit // 4)
         self._settings, self._accepted = settings, 0
         with contextlib.suppress(OSError, AttributeError, OverflowError):  # Linux alone has it, for TCP alone
@@ -4014,18 +4006,15 @@ class PromptTCPServer(TCPServer):
                     self.writer.write(event.data)
                 await self.writer.drain()
             elif isinstance(event, Updated):
-                await self._rest(event.idle)
+                connection = getattr(self.writer.get_extra_info("socket"), "_sock", None)
+                if isinstance(connection, Connection):
+                    connection.idle = event.idle
+                if not event.idle or self.idle_task._handle is None:  # else its time is running
+                    await super().protocol_send(event)
             else:
                 await super().protocol_send(event)
         except OSError:
             await self.protocol.handle(Closed())
-
-    async def _rest(self, idle: bool) -> None:
-        connection = getattr(self.writer.get_extra_info("socket"), "_sock", None)
-        if isinstance(connection, Connection):
-            connection.idle = idle
-        if not idle or self.idle_task._handle is None:  # else its time is running
-            await super().protocol_send(Updated(idle))
 
 
 def set_up(config: Config, settings: Settings) -> None:
@@ -4046,44 +4035,15 @@ def set_up(config: Config, settings: Settings) -> None:
 
 def file_descriptors() -> int:
     """How many this process may have, once it has asked for as many as it can get."""
-    limit = 1024
-    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has none; macOS names more than it gives
-        import resource
-
-        limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # macOS names more than it gives
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        limit = hard if hard != resource.RLIM_INFINITY else 2**20
-    return limit
-
-
-def give_memory_back() -> None:
-    """glibc keeps what a flood made it take until it is asked, which costs under a millisecond."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another libc
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def reap_orphans(before: set[str]) -> set[str]:
-    """Wait for the children that had ended `before` and that nobody waited for. Those that have ended now.
-
-    In a container the service is process 1, to which a killed reader leaves the process that read its document.
-    """
-    ended = set()
-    with contextlib.suppress(OSError, ValueError):  # no /proc; a name that is not UTF-8
-        for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
-            if ") Z " in Path(f"/proc/{child}/stat").read_text():
-                ended.add(child)
-    for child in ended & before:
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(int(child), os.WNOHANG)
-    return ended
+        limit = hard
+    return limit if limit != resource.RLIM_INFINITY else 2**20
 
 
 async def serve_until_drained(
-    app: Any,
-    config: Config,
-    *,
-    sockets: Sockets | None = None,
-    shutdown_trigger: Callable[..., Awaitable[Any]] | None = None,
+    app: Any, config: Config, *, sockets: Sockets | None = None, shutdown_trigger: Callable[..., Any] | None = None
 ) -> None:
     """Replaces Hypercorn's `worker_serve`: a stop drains first, and until then everything goes on being served.
 
@@ -4096,21 +4056,20 @@ async def serve_until_drained(
         return
     set_up(config, guard.settings)
     guard.addresses = addresses(config)
-    sockets, limit = sockets or config.create_sockets(), file_descriptors()
+    sockets = sockets or config.create_sockets()
     for several in (sockets.secure_sockets, sockets.insecure_sockets):
-        several[:] = [Listener(plain, guard.settings, limit) for plain in several]
+        several[:] = [Listener(plain, guard.settings) for plain in several]
     loop = asyncio.get_running_loop()
     asked = asyncio.ensure_future((shutdown_trigger or asyncio.Event().wait)())
     for sign in (signal.SIGTERM, signal.SIGINT):
-        with contextlib.suppress(RuntimeError, ValueError):  # on Windows, or not in the main thread
+        with contextlib.suppress(RuntimeError, ValueError):  # not in the main thread
             if not shutdown_trigger or signal.getsignal(sign) is signal.SIG_DFL:
                 loop.add_signal_handler(sign, asked.cancel)
 
     async def drained() -> None:
-        ended: set[str] = set()
         while not (await asyncio.wait({asked}, timeout=TRIM_INTERVAL))[0]:
-            give_memory_back()
-            ended = reap_orphans(ended) if os.getpid() == 1 else ended
+            with contextlib.suppress(AttributeError, OSError, TypeError):  # another libc
+                ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what a flood made it take until it is asked
         if not shutdown_trigger or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a process of our own
             # The next Ctrl-C ends it. One Ctrl-C may arrive twice, from the terminal and from a parent.
             loop.call_later(0.5, signal.signal, signal.SIGINT, signal.SIG_DFL)
@@ -4131,6 +4090,7 @@ def mend_hypercorn() -> None:
     for place, name, ours in (
         (Config, "settings", Settings.model_construct()),  # ours, for the connections; another app has the defaults
         (hypercorn.asyncio.tcp_server, "MAX_RECV", RECEIVED_AT_ONCE),
+        (h2.connection.H2Connection, "clear_outbound_data_buffer", lambda connection: None),  # at GOAWAY
         (hypercorn.protocol, "H2Protocol", GuardedH2Protocol),
         (hypercorn.protocol, "H11Protocol", GuardedH11Protocol),
         (hypercorn.asyncio.run, "TCPServer", PromptTCPServer),
@@ -4138,6 +4098,9 @@ def mend_hypercorn() -> None:
         (hypercorn.asyncio, "worker_serve", serve_until_drained),  # of `hypercorn.asyncio.serve`
     ):
         setattr(place, name, ours)
+    # A client that says GOAWAY gets what it has asked for (RFC 9113 6.8); h2 takes it for the end.
+    is_open, goaway = h2.connection.ConnectionState.SERVER_OPEN, h2.connection.ConnectionInputs.RECV_GOAWAY
+    h2.connection.H2ConnectionStateMachine._transitions[is_open, goaway] = None, is_open
 
 
 mend_hypercorn()

@@ -3922,18 +3922,27 @@ class GuardedH11Protocol(H11Protocol):
 
 
 class Connection(socket.socket):
-    """An accepted connection, which counts until it is closed."""
+    """An accepted connection, which counts until it is closed, and is ended when it has been idle for too long."""
 
-    idle = True
     peers: tuple[Peer, ...] = ()
+    timer: asyncio.TimerHandle | None = None  # runs while it is idle
 
-    def end(self) -> None:
-        """Shut it down, which wakes the task that reads it."""
-        self.idle = False
+    def rest(self, seconds: float) -> None:
+        self.timer = self.timer or asyncio.get_running_loop().call_later(seconds, self.end)
+
+    def wake(self) -> None:
+        if self.timer:
+            self.timer.cancel()
+            self.timer = None
+
+    def end(self, how: int = socket.SHUT_RDWR) -> None:
+        """Shut it down, which its reader takes for the client's leaving."""
+        self.wake()
         with contextlib.suppress(OSError):
-            self.shutdown(socket.SHUT_RDWR)
+            self.shutdown(how)
 
     def close(self) -> None:
+        self.wake()
         for peer in self.peers:
             peer.connections.pop(self, None)
         super().close()
@@ -3962,17 +3971,22 @@ class Listener(socket.socket):
         for peer, bound in zip(connection.peers, self._bounds, strict=True):
             if len(peer.connections) >= bound:
                 warn_once(f"{bound} connections are open: idle or new ones are closed", time.monotonic() // 60)
-                idle = next((other for other in peer.connections if other.idle), None)
+                idle = next((other for other in peer.connections if other.timer), None)
                 if idle is None:
                     connection.close()
                     raise ConnectionAbortedError
                 idle.end()
             peer.connections[connection] = None
+        connection.rest(self._settings.head_timeout)
         return connection, address
 
 
 class PromptTCPServer(TCPServer):
     """Hypercorn's connection, which is forgotten as soon as its client has left, and not after keep_alive_timeout."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._connection = getattr(self.writer.get_extra_info("socket"), "_sock", None)
 
     async def run(self) -> None:
         try:
@@ -3983,36 +3997,25 @@ class PromptTCPServer(TCPServer):
             log.warning("a connection was ended by %s", type(errors.exceptions[0]).__name__)
             log.debug(described(errors.exceptions[0]))
 
-    async def _read_data(self) -> None:
-        await super()._read_data()
-        await self.idle_task.stop()
-
     async def _idle_timeout(self) -> None:
-        if self.reader.at_eof() or self.writer.transport.is_closing():
-            return
-        config, protocol = cast(Any, self.config), cast(Any, self.protocol).protocol
-        waits_for_head = not protocol.keep_alive_requests or getattr(protocol, "has_begun", False)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(config.settings.head_timeout if waits_for_head else config.keep_alive_timeout):
-                await self.context.terminated.wait()
-        self.loop.call_later(CLOSE_TIMEOUT, self.writer.transport.abort)  # TLS waits for the client's word
-        await asyncio.shield(self._initiate_server_close())
+        if not isinstance(self._connection, Connection):  # it is of another app
+            await super()._idle_timeout()
 
     async def protocol_send(self, event: ConnectionEvent) -> None:
+        config, protocol = cast(Any, self.config), cast(Any, self.protocol).protocol
         try:
             if isinstance(event, RawData):
                 # Without Hypercorn's lock: a task that is cancelled there would take its frames along.
                 if not self.writer.transport.is_closing():
                     self.writer.write(event.data)
                 await self.writer.drain()
-            elif isinstance(event, Updated):
-                connection = getattr(self.writer.get_extra_info("socket"), "_sock", None)
-                if isinstance(connection, Connection):
-                    connection.idle = event.idle
-                if not event.idle or self.idle_task._handle is None:  # else its time is running
-                    await super().protocol_send(event)
-            else:
+            elif not isinstance(event, Updated) or not isinstance(self._connection, Connection):
                 await super().protocol_send(event)
+            elif event.idle:
+                waits_for_head = not protocol.keep_alive_requests or getattr(protocol, "has_begun", False)
+                self._connection.rest(config.settings.head_timeout if waits_for_head else config.keep_alive_timeout)
+            else:
+                self._connection.wake()
         except OSError:
             await self.protocol.handle(Closed())
 
@@ -4030,7 +4033,6 @@ def set_up(config: Config, settings: Settings) -> None:
     cast(Any, config).settings = settings
     if settings.log_format == "json" and config.errorlog == "-":
         config.errorlog = log  # its lines are JSON too
-    config.ssl_handshake_timeout = min(config.ssl_handshake_timeout, settings.head_timeout)
 
 
 def file_descriptors() -> int:
@@ -4074,7 +4076,9 @@ async def serve_until_drained(
             # The next Ctrl-C ends it. One Ctrl-C may arrive twice, from the terminal and from a parent.
             loop.call_later(0.5, signal.signal, signal.SIGINT, signal.SIG_DFL)
         await guard.queue.drain()
-        for connection in peer_of("").connections:  # Python 3.12 and later wait for each without end
+        for connection in list(peer_of("").connections):  # Python 3.12 and later wait for each without end
+            if connection.timer:
+                connection.end(socket.SHUT_RD)  # what waits to be written still leaves
             loop.call_later(CLOSE_TIMEOUT, connection.end)
 
     try:

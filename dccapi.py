@@ -3935,11 +3935,11 @@ class Connection(socket.socket):
             self.timer.cancel()
             self.timer = None
 
-    def end(self, how: int = socket.SHUT_RDWR) -> None:
+    def end(self) -> None:
         """Shut it down, which its reader takes for the client's leaving."""
         self.wake()
         with contextlib.suppress(OSError):
-            self.shutdown(how)
+            self.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self.wake()
@@ -3984,10 +3984,6 @@ class Listener(socket.socket):
 class PromptTCPServer(TCPServer):
     """Hypercorn's connection, which is forgotten as soon as its client has left, and not after keep_alive_timeout."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._connection = getattr(self.writer.get_extra_info("socket"), "_sock", None)
-
     async def run(self) -> None:
         try:
             await super().run()
@@ -3998,29 +3994,29 @@ class PromptTCPServer(TCPServer):
             log.debug(described(errors.exceptions[0]))
 
     async def _idle_timeout(self) -> None:
-        if not isinstance(self._connection, Connection):  # it is of another app
-            await super()._idle_timeout()
+        """Not needed: a `Connection` has a timer."""
 
     async def protocol_send(self, event: ConnectionEvent) -> None:
         config, protocol = cast(Any, self.config), cast(Any, self.protocol).protocol
+        connection: Connection = self.writer.get_extra_info("socket")._sock
         try:
             if isinstance(event, RawData):
                 # Without Hypercorn's lock: a task that is cancelled there would take its frames along.
                 if not self.writer.transport.is_closing():
                     self.writer.write(event.data)
                 await self.writer.drain()
-            elif not isinstance(event, Updated) or not isinstance(self._connection, Connection):
-                await super().protocol_send(event)
-            elif event.idle:
+            elif isinstance(event, Closed):
+                await self._close()
+            elif cast(Updated, event).idle:
                 waits_for_head = not protocol.keep_alive_requests or getattr(protocol, "has_begun", False)
-                self._connection.rest(config.settings.head_timeout if waits_for_head else config.keep_alive_timeout)
+                connection.rest(config.settings.head_timeout if waits_for_head else config.keep_alive_timeout)
             else:
-                self._connection.wake()
+                connection.wake()
         except OSError:
             await self.protocol.handle(Closed())
 
 
-def set_up(config: Config, settings: Settings) -> None:
+def set_up(config: Config, guard: Guard) -> None:
     """Give Hypercorn what its configuration leaves open, from our settings and from hypercorn.toml."""
     unknown = {name for name in vars(config) if not hasattr(Config, name)} - Config.__annotations__.keys()
     if unknown:
@@ -4030,9 +4026,10 @@ def set_up(config: Config, settings: Settings) -> None:
     for name, value in vars(Config.from_toml(HERE / "hypercorn.toml")).items():
         if not name.startswith("_") and name not in vars(config):
             setattr(config, name, value)
-    cast(Any, config).settings = settings
-    if settings.log_format == "json" and config.errorlog == "-":
+    cast(Any, config).settings = guard.settings
+    if guard.settings.log_format == "json" and config.errorlog == "-":
         config.errorlog = log  # its lines are JSON too
+    guard.addresses = addresses(config)
 
 
 def file_descriptors() -> int:
@@ -4052,15 +4049,12 @@ async def serve_until_drained(
     Under the `hypercorn` command this runs in a worker process, which SIGTERM would simply end. A supervisor that
     signals the whole process group (systemd does) signals it too.
     """
-    guard = app.app
-    if not isinstance(guard, Guard):
-        await worker_serve(app, config, sockets=sockets, shutdown_trigger=shutdown_trigger)
-        return
-    set_up(config, guard.settings)
-    guard.addresses = addresses(config)
+    guard = app.app if isinstance(app.app, Guard) else None  # another app is served as well
+    if guard:
+        set_up(config, guard)
     sockets = sockets or config.create_sockets()
     for several in (sockets.secure_sockets, sockets.insecure_sockets):
-        several[:] = [Listener(plain, guard.settings) for plain in several]
+        several[:] = [Listener(plain, cast(Any, config).settings) for plain in several]
     loop = asyncio.get_running_loop()
     asked = asyncio.ensure_future((shutdown_trigger or asyncio.Event().wait)())
     for sign in (signal.SIGTERM, signal.SIGINT):
@@ -4075,11 +4069,10 @@ async def serve_until_drained(
         if not shutdown_trigger or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a process of our own
             # The next Ctrl-C ends it. One Ctrl-C may arrive twice, from the terminal and from a parent.
             loop.call_later(0.5, signal.signal, signal.SIGINT, signal.SIG_DFL)
-        await guard.queue.drain()
-        for connection in list(peer_of("").connections):  # Python 3.12 and later wait for each without end
-            if connection.timer:
-                connection.end(socket.SHUT_RD)  # what waits to be written still leaves
-            loop.call_later(CLOSE_TIMEOUT, connection.end)
+        if guard:
+            await guard.queue.drain()
+        for connection in peer_of("").connections:  # Python 3.12 and later wait for each without end
+            loop.call_later(0.1 if connection.timer else CLOSE_TIMEOUT, connection.end)
 
     try:
         await worker_serve(app, config, sockets=sockets, shutdown_trigger=drained)

@@ -41,6 +41,7 @@ import resource
 import secrets
 import signal
 import socket
+import string
 import sys
 import tempfile
 import time
@@ -98,7 +99,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic_settings import BaseSettings, SettingsConfigDict
-from starlette.datastructures import Headers, UploadFile
+from starlette.datastructures import Headers, MutableHeaders, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.exceptions import ExceptionMiddleware
@@ -3437,12 +3438,12 @@ def idempotency_key(request: Request) -> str | None:
 
 # ---- Guard: bounds, who may ask, headers on every response, errors as JSON ------------------------------------------
 
-DEFAULT_HEADERS = [
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
-    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
-    (b"cache-control", b"no-store"),
-]
+DEFAULT_HEADERS = {
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
+    "cache-control": "no-store",
+}
 
 
 class Allowance:
@@ -3632,13 +3633,12 @@ class Exchange:
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self._end, state = str(message["status"]), self._scope["state"]
-            names = {name for name, _ in message["headers"]}
-            marks = [(b"x-request-id", state["request_id"].encode()), *DEFAULT_HEADERS]
+            self._end, state, headers = str(message["status"]), self._scope["state"], MutableHeaders(scope=message)
+            for name, value in {"x-request-id": state["request_id"], **DEFAULT_HEADERS}.items():
+                headers.setdefault(name, value)
             if ignored := state.get("ignored", ())[:20]:
-                names_told = (re.sub(r"[^!-+\--~]+", lambda strange: quote(strange[0]), name[:64]) for name in ignored)
-                marks.append((b"x-ignored-fields", ", ".join(names_told).encode()))
-            message["headers"] = [*message["headers"], *(mark for mark in marks if mark[0] not in names)]
+                visible = string.punctuation.replace(",", "")
+                headers["x-ignored-fields"] = ", ".join(quote(name[:64], safe=visible) for name in ignored)
         elif not message.get("more_body"):
             self._is_over = True
         await self._send(message)
@@ -3657,9 +3657,8 @@ class Admission:
             if _short_path(scope) != "/":
                 scope["path"] = scope["path"].rstrip("/")
             # What the path has before it where clients ask.
-            prefix = headers.get("x-forwarded-prefix", "") if is_proxied else ""
-            is_path = re.fullmatch(r"(/[\w.~%-]+)+/?", prefix, re.ASCII)
-            scope["state"]["prefix"] = (prefix if is_path else root).rstrip("/")
+            prefix = is_proxied and re.fullmatch(r"((/[\w.~%-]+)+)/?", headers.get("x-forwarded-prefix", ""), re.ASCII)
+            scope["state"]["prefix"] = prefix[1] if prefix else root.rstrip("/")
             self._check_site(scope, headers, is_proxied)
             scope["state"]["client"] = await self._client(scope, headers, host)
         await self.app(scope, receive, send)
@@ -3755,19 +3754,18 @@ def _ip(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 # it                                                        noticed by                 issue     lines  test
 # dies of DATA for a stream that was answered already       siblings of a refusal      334, 365      2  data_after
 # stops reading behind ten messages that nobody reads       siblings of an upload                Guard  nobody_reads
-# lets the application run ahead of a closed window         operators: 65 MB a stream               28  run_ahead
+# lets the application run ahead of a closed window         operators: 65 MB a stream               25  run_ahead
 # visits each stream for each frame, and takes 1,000        pages with many streams                  7  priority_frames
-# takes any number of resets, and executes what was reset   everyone, in a flood       146          32  resets, reset
-# accepts more connections than it has file descriptors     everyone, in a flood                70  file_descriptors
-# lets a head take for ever                                 operators: open files                   11  never_ends
-# ends the streams of a client that says GOAWAY             clients behind some proxies              7  goaway
-# leaves a response open that the application gave up       clients that wait                        2  given_up_open
+# takes any number of resets, and executes what was reset   everyone, in a flood       146          28  resets, reset
+# accepts more connections than it has file descriptors     everyone, in a flood                50  file_descriptors
+# lets a head take for ever                                 operators: open files                   15  never_ends
 # never ends a connection whose last stream was reset       operators: open files                    5  idle_again
-# dies of a path or method that is not ASCII                siblings of the request                  8  strange_request
+# keeps connections of clients that left or take nothing    operators: files, memory               7  closed, takes_nothing
+# ends the streams of a client that says GOAWAY             clients behind some proxies              9  goaway
+# leaves a response open that the application gave up       clients that wait                        2  given_up_open
+# dies of a path or method that is not ASCII                siblings of the request                  5  strange_request
 # reads no further behind an HTTP/1.1 request               workers without a client                20  sent_more
 # loses the frames of a task that is cancelled at its lock  siblings of the stream                   4  its_frames
-# keeps a connection that its client has closed             operators: open files                    5  client_closed
-# keeps a connection whose client takes nothing, for ever   operators: memory                        2  takes_nothing
 # logs tracebacks of nonsense, and of closing TLS           operators                  202, 264      8  nonsense, abrupt
 # waits for ever at SIGTERM, or cuts what runs              everyone, at a restart     308, 374     20  stop, signalled
 # takes unknown settings in silence                         operators with a typo                    3  unknown_key
@@ -3954,7 +3952,11 @@ class Listener(socket.socket):
     def __init__(self, plain: socket.socket, settings: Settings) -> None:
         super().__init__(fileno=plain.detach())
         self.setblocking(False)
-        limit = file_descriptors()  # the rest of them is for the engine, the parsers and files
+        limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(OSError, ValueError):  # macOS names more than it gives
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            limit = hard
+        # The rest of the file descriptors is for the engine, the parsers and files.
         self._bounds = settings.max_connections_per_client, limit - min(256, limit // 4)
         self._settings, self._accepted = settings, 0
         with contextlib.suppress(OSError, AttributeError, OverflowError):  # Linux alone has it, for TCP alone
@@ -4021,8 +4023,8 @@ def set_up(config: Config, guard: Guard) -> None:
     unknown = {name for name in vars(config) if not hasattr(Config, name)} - Config.__annotations__.keys()
     if unknown:
         raise SystemExit(f"dccapi: Hypercorn has no setting named {', '.join(sorted(unknown))}")
-    if config.workers > 1:
-        raise SystemExit("dccapi: one worker process only: each would have a queue and generations of its own")
+    if config.workers > 1 or config.worker_class != "asyncio":  # uvloop would bypass our listener
+        raise SystemExit("dccapi: one worker process only (each would have a queue of its own), of the class asyncio")
     for name, value in vars(Config.from_toml(HERE / "hypercorn.toml")).items():
         if not name.startswith("_") and name not in vars(config):
             setattr(config, name, value)
@@ -4030,15 +4032,6 @@ def set_up(config: Config, guard: Guard) -> None:
     if guard.settings.log_format == "json" and config.errorlog == "-":
         config.errorlog = log  # its lines are JSON too
     guard.addresses = addresses(config)
-
-
-def file_descriptors() -> int:
-    """How many this process may have, once it has asked for as many as it can get."""
-    limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):  # macOS names more than it gives
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        limit = hard
-    return limit if limit != resource.RLIM_INFINITY else 2**20
 
 
 async def serve_until_drained(

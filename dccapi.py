@@ -3760,7 +3760,7 @@ def _ip(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 # accepts more connections than it has file descriptors     everyone, in a flood                50  file_descriptors
 # lets a head take for ever                                 operators: open files                   15  never_ends
 # never ends a connection whose last stream was reset       operators: open files                    5  idle_again
-# keeps connections of clients that left or take nothing    operators: files, memory               7  closed, takes_nothing
+# keeps connections of clients that left or take nothing    operators: open files                    7  closed, nothing
 # ends the streams of a client that says GOAWAY             clients behind some proxies              9  goaway
 # leaves a response open that the application gave up       clients that wait                        2  given_up_open
 # dies of a path or method that is not ASCII                siblings of the request                  5  strange_request

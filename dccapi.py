@@ -37,10 +37,12 @@ import logging
 import math
 import os
 import re
+import resource
 import secrets
 import shutil
 import signal
 import socket
+import string
 import sys
 import tempfile
 import time
@@ -48,7 +50,7 @@ import traceback
 import uuid
 import weakref
 from collections import Counter as Counting, OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from difflib import get_close_matches
@@ -84,11 +86,11 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo
 from pydantic.functional_validators import AfterValidator, BeforeValidator, field_validator, model_validator
 from pydantic_settings import BaseSettings
-from starlette.datastructures import Headers, UploadFile
+from starlette.datastructures import Headers, MutableHeaders, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.exceptions import ExceptionMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -1212,6 +1214,8 @@ async def _killed(process: asyncio.subprocess.Process) -> None:
     with contextlib.suppress(ProcessLookupError):
         process.kill()
     await process.wait()
+    with contextlib.suppress(ChildProcessError):  # process 1 of a container inherits what this one has started
+        await asyncio.to_thread(os.waitpid, -process.pid, 0)
 
 
 # ---- Generations ----------------------------------------------------------------------------------------------------
@@ -2916,12 +2920,12 @@ def urgency(request: Request) -> int:
 
 # ---- Guard: bounds, who may ask, headers on every response, errors as JSON ------------------------------------------
 
-DEFAULT_HEADERS = [
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
-    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
-    (b"cache-control", b"no-store"),
-]
+DEFAULT_HEADERS = {
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
+    "cache-control": "no-store",
+}
 
 
 class Allowance:
@@ -2991,18 +2995,10 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["app"] = self
-        if scope["type"] != "http":
+        if scope["type"] == "http":
+            await Exchange(scope, receive, send, self.settings).run(self.app)
+        else:
             await self.app(scope, receive, send)
-            return
-        exchange, started = Exchange(scope, receive, send, self.settings), time.monotonic()
-        try:
-            await exchange.run(self.app)
-        finally:
-            # The pattern of the path, and no query: either may hold a course or a key put there by mistake.
-            path = scope["route"].path if "route" in scope else "a path that is not known"
-            end = "the client left" if exchange.gone else exchange.status
-            took = time.monotonic() - started
-            log.debug(f"{scope['method']} {path} over HTTP/{scope['http_version']}: {end} after {took:.3f} s")
 
 
 class Exchange:
@@ -3010,102 +3006,91 @@ class Exchange:
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, settings: Settings) -> None:
         self._scope, self._receive, self._send, self._settings = scope, receive, send, settings
-        self._headers = dict(scope["headers"])
-        self._peer = peer_at(scope.get("client"), settings)
-        self._refused: ApiError | None = None
-        self._body: Any = None  # a file, once something of it has come
-        self._size = self._held = 0
+        self._headers, self._peer = dict(scope["headers"]), peer_at(scope.get("client"), settings)
+        self._is_http1 = scope["http_version"].startswith("1")
         media_type = self._headers.get(b"content-type", b"").lower()
         is_upload = media_type.startswith(b"multipart/form-data") or _short_path(scope) == "/extract"
         self._limit = settings.max_upload_bytes if is_upload else settings.max_body_bytes
+        # In memory only while it is no larger than an ordinary one.
+        self._body = tempfile.SpooledTemporaryFile(settings.max_body_bytes)  # noqa: SIM115 - `_watch` closes it
+        self._size = 0
         self._arrived = asyncio.Event()  # the body, or why it is refused
-        self._is_http1 = scope["http_version"].startswith("1")
-        self._is_delivered = self._is_over = self.gone = False
-        self.status = 0
+        self._refused: ApiError | None = None
+        self._is_over, self._end = False, "no response"
         given = self._headers.get(b"x-request-id", b"").decode("latin-1")
-        self._id = given if re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given) else uuid.uuid4().hex
-        scope["state"] = {"request_id": self._id}
+        is_fit = re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given)
+        scope["state"] = {"request_id": given if is_fit else uuid.uuid4().hex}
 
     async def run(self, app: ASGIApp) -> None:
-        task = cast(asyncio.Task[None], asyncio.current_task())
-        watch = asyncio.create_task(self._watch(task))
-        cost = REQUEST_COST + sum(len(name) + len(value) for name, value in self._scope["headers"])
+        scope, started = self._scope, time.monotonic()
+        cost = REQUEST_COST + sum(len(name) + len(value) for name, value in scope["headers"])
         self._peer.hold(cost)
         try:
-            await asyncio.sleep(0)  # the watch looks first: what was reset before it starts is not executed
-            if self._is_http1:
-                # h11 closes a connection whose request was not read to its end, and the answer is lost with it.
-                await self._arrived.wait()
-            await app(self._scope, self.receive, self.send)
-        except asyncio.CancelledError:
-            if not self.gone:
-                watch.cancel()  # the connection is being torn down, so no http.disconnect will end it
-                raise
-            task.uncancel()
+            async with asyncio.TaskGroup() as group:
+                watch = group.create_task(self._watch())
+                await asyncio.sleep(0)  # the watch looks first
+                if self._is_http1:
+                    # h11 closes a connection whose request was not read to its end, and the answer is lost with it.
+                    await self._arrived.wait()
+                if not watch.done():  # what was reset before it starts is not executed
+                    await app(scope, self.receive, self.send)
+                watch.cancel()
+        except* ClientDisconnect:
+            self._end = "the client left"
         finally:
-            self._is_over = True
             self._peer.hold(-cost)
+            # The pattern of the path, and no query: either may hold a course or a key put there by mistake.
+            path = scope["route"].path if "route" in scope else "a path that is not known"
+            took = time.monotonic() - started
+            log.debug(f"{scope['method']} {path} over HTTP/{scope['http_version']}: {self._end} after {took:.3f} s")
 
-    async def _watch(self, task: asyncio.Task[None]) -> None:
-        """Take all that the client sends, or Hypercorn would stop reading; when it is gone, end its request."""
+    async def _watch(self) -> None:
+        """Take all that the client sends, or Hypercorn would stop reading. Raises ClientDisconnect when it leaves."""
         try:
-            if await self._take_body():
-                self._arrived.set()
-                while (await self._receive())["type"] != "http.disconnect":
-                    pass
+            await self._take_body()
+            self._arrived.set()
+            while True:
+                await self._next()
         finally:
-            if self._body:
-                with contextlib.suppress(OSError):  # there was no room for its last bytes
-                    self._body.close()
-        # Hypercorn says so after every response too, while it tidies up in the last `send`: that must not be cancelled.
-        if not self._is_over:
-            self.gone = True
-            task.cancel()
+            with contextlib.suppress(OSError):  # there was no room for its last bytes
+                self._body.close()
 
-    async def _take_body(self) -> bool:
-        """Read the body within its bounds, over HTTP/1.1 one that is refused as well. False if the client left."""
-        declared = self._headers.get(b"content-length", b"")
-        refused = self._refusal(int(declared) if declared.isdigit() else 0)
-        loop, settings, more, size = asyncio.get_running_loop(), self._settings, True, 0
+    async def _next(self) -> Message:
+        message = await self._receive()
+        # Hypercorn says so after every response too, while it tidies up in the last `send`: that must not be cancelled.
+        if message["type"] == "http.disconnect" and not self._is_over:
+            raise ClientDisconnect
+        return message
+
+    async def _take_body(self) -> None:
+        """Read the body within its bounds, over HTTP/1.1 one that is refused as well. Raises ClientDisconnect."""
+        declared, settings, more, held = self._headers.get(b"content-length", b""), self._settings, True, 0
+        self._refused = self._refusal(int(declared) if declared.isdigit() else 0)
         try:
             async with asyncio.timeout(settings.body_timeout) as deadline:
-                while more and (not refused or (self._is_http1 and size <= 16 * self._limit)):
-                    message = await self._receive()
-                    if message["type"] == "http.disconnect":
-                        return False
-                    more, chunk = message.get("more_body", False), message["body"]
-                    if not refused and size // settings.max_body_bytes < (size + len(chunk)) // settings.max_body_bytes:
-                        deadline.reschedule(loop.time() + settings.body_timeout)  # an upload goes on
-                    size += len(chunk)
-                    refused = refused or self._refusal(size)
-                    if chunk and not refused and not self._is_over:
-                        refused = self._kept(chunk, size)
-            if self._body and not refused:
-                self._body.seek(0)
+                while more and (not self._refused or (self._is_http1 and self._size <= 16 * self._limit)):
+                    message = await self._next()
+                    more, chunk = message.get("more_body", False), message.get("body", b"")
+                    counted, self._size = self._size // settings.max_body_bytes, self._size + len(chunk)
+                    self._refused = self._refused or self._refusal(self._size)
+                    if self._refused or self._is_over:
+                        continue
+                    try:
+                        self._body.write(chunk)
+                    except OSError as error:
+                        self._refused = no_room(error)
+                    if self._size <= settings.max_body_bytes:
+                        held += len(chunk)
+                        self._peer.hold(len(chunk))
+                    elif counted < self._size // settings.max_body_bytes:  # an upload goes on
+                        deadline.reschedule(asyncio.get_running_loop().time() + settings.body_timeout)
+            self._body.seek(0)
         except TimeoutError:
-            refused = refused or BodyTimeout()
+            self._refused = self._refused or BodyTimeout()
         except OSError as error:
-            refused = no_room(error)
+            self._refused = self._refused or no_room(error)
         finally:
-            self._hold(0)
-        self._refused, self._size = refused, size
-        return True
-
-    def _kept(self, chunk: bytes, size: int) -> ApiError | None:
-        """Keep a part of the body, in memory only what is no larger than an ordinary one. Why there is no room."""
-        try:
-            self._body = self._body or tempfile.SpooledTemporaryFile(self._settings.max_body_bytes)  # noqa: SIM115 - `_watch` closes it
-            self._body.write(chunk)
-        except OSError as error:
-            return no_room(error)
-        self._hold(size)
-        return None
-
-    def _hold(self, size: int) -> None:
-        """Count what of the body is in memory."""
-        size = size if size <= self._settings.max_body_bytes else 0
-        self._peer.hold(size - self._held)
-        self._held = size
+            self._peer.hold(-held)
 
     def _refusal(self, size: int) -> ApiError | None:
         if self._headers.get(b"content-encoding", b"identity").strip().lower() != b"identity":
@@ -3117,26 +3102,25 @@ class Exchange:
 
     async def receive(self) -> Message:
         """The body once it is there, in pieces. Raises why it was refused."""
-        if self._is_delivered:
-            await asyncio.Event().wait()  # for ever: disconnection arrives as cancellation
         await self._arrived.wait()
         if self._refused:
             raise self._refused
-        chunk = self._body.read(self._settings.max_body_bytes) if self._body else b""
-        self._is_delivered = not self._body or self._body.tell() >= self._size
-        if self._body and self._is_delivered:
+        if self._body.closed:
+            await asyncio.Event().wait()  # for ever: disconnection arrives as cancellation
+        chunk = self._body.read(self._settings.max_body_bytes)
+        more = self._body.tell() < self._size
+        if not more:
             self._body.close()  # a generation may wait long
-        return {"type": "http.request", "body": chunk, "more_body": not self._is_delivered}
+        return {"type": "http.request", "body": chunk, "more_body": more}
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self.status = message["status"]
-            names = {name for name, _ in message["headers"]}
-            marks = [(b"x-request-id", self._id.encode()), *DEFAULT_HEADERS]
-            if ignored := self._scope["state"].get("ignored", ())[:20]:
-                names_told = (re.sub(r"[^!-+\--~]+", lambda strange: quote(strange[0]), name[:64]) for name in ignored)
-                marks.append((b"x-ignored-fields", ", ".join(names_told).encode()))
-            message["headers"] = [*message["headers"], *(mark for mark in marks if mark[0] not in names)]
+            self._end, state, headers = str(message["status"]), self._scope["state"], MutableHeaders(scope=message)
+            for name, value in {"x-request-id": state["request_id"], **DEFAULT_HEADERS}.items():
+                headers.setdefault(name, value)
+            if ignored := state.get("ignored", ())[:20]:
+                visible = string.punctuation.replace(",", "")
+                headers["x-ignored-fields"] = ", ".join(quote(name[:64], safe=visible) for name in ignored)
         elif not message.get("more_body"):
             self._is_over = True
         await self._send(message)
@@ -3150,21 +3134,24 @@ class Admission:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            headers = Headers(scope=scope)
+            headers, host = Headers(scope=scope), (scope.get("client") or ("unknown",))[0]
+            is_proxied, root = _is_proxy(host, self.settings), scope.get("root_path", "")
             if _short_path(scope) != "/":
                 scope["path"] = scope["path"].rstrip("/")
-            scope["state"]["prefix"] = _prefix(scope, headers, self.settings)
-            self._check_site(scope, headers)
-            scope["state"]["client"] = await self._client(scope, headers)
+            # What the path has before it where clients ask.
+            prefix = is_proxied and re.fullmatch(r"((/[\w.~%-]+)+)/?", headers.get("x-forwarded-prefix", ""), re.ASCII)
+            scope["state"]["prefix"] = prefix[1] if prefix else root.rstrip("/")
+            self._check_site(scope, headers, is_proxied)
+            scope["state"]["client"] = await self._client(scope, headers, host)
         await self.app(scope, receive, send)
 
-    def _check_site(self, scope: Scope, headers: Headers) -> None:
+    def _check_site(self, scope: Scope, headers: Headers, is_proxied: bool) -> None:
         """Raise Forbidden for another site's page: a browser reaches what its user can."""
         settings, host, origin = self.settings, headers.get("host", ""), headers.get("origin")
         if settings.allows("*"):
             return
         here = _ip((scope.get("server") or ("",))[0])
-        is_open = here and here.is_loopback and not settings.keys and not _is_proxy(_host(scope), settings)
+        is_open = here and here.is_loopback and not settings.keys and not is_proxied
         if is_open and not re.fullmatch(LOCAL_HOST, host):
             raise Forbidden("This machine has another name: ask at localhost, or set API_KEYS or TRUSTED_PROXIES here.")
         site = headers.get("sec-fetch-site", "same-origin" if origin is None else "")
@@ -3174,29 +3161,28 @@ class Admission:
         if origin is None or not (settings.allows(origin) or origin.partition("://")[2] == host):
             raise Forbidden
 
-    async def _client(self, scope: Scope, headers: Headers) -> str:
+    async def _client(self, scope: Scope, headers: Headers, host: str) -> str:
         """Who is asking, for MAX_PER_CLIENT. Raises UriTooLong or Unauthorized."""
         if len(scope["query_string"]) > 32 * 2**10:  # bytes; Hypercorn refuses headers over 64 KiB
             raise UriTooLong
-        path, address, given = _short_path(scope), _address(scope, headers, self.settings), _given_key(headers)
+        path, address = _short_path(scope), _address(host, headers, self.settings)
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        given = (token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")).encode("latin-1")
         # Every key is compared, in constant time each.
         names = [name for name, key in self.settings.keys.items() if hmac.compare_digest(given, key)]
         is_open = not self.settings.keys or path in OPEN_PATHS or path.startswith("/docs/")
-        if not names and not is_open and not self._is_capability(scope["method"], path):
+        # An EventSource cannot send a key, and nobody can guess the URL of a generation's events.
+        events = re.fullmatch(r"/generations/([\w-]+)/events", path) if scope["method"] == "GET" else None
+        if not names and not is_open and not (events and self.queue.get(events[1])):
             if given and not peer_of(address).wrong_keys.spend():
                 await asyncio.sleep(1)  # who guesses keys waits
             raise Unauthorized(headers={"www-authenticate": 'Bearer realm="dccapi"'})
         return names[0] if names else address
 
-    def _is_capability(self, method: str, path: str) -> bool:
-        """Whether it is the unguessable URL of a generation's events: an EventSource cannot send a key."""
-        events = re.fullmatch(r"/generations/([\w-]+)/events", path)
-        return method == "GET" and events is not None and self.queue.get(events[1]) is not None
-
 
 async def as_problem(request: Request, raised: Exception) -> Response:
     """Any exception as application/problem+json; the only place that does so."""
-    state, path = request.scope["state"], _short_path(request.scope)
+    state = request.scope["state"]
     if isinstance(raised, HTTPException):  # the router's
         error = {404: NotFound, 405: MethodNotAllowed}.get(raised.status_code, ApiError)(headers=raised.headers or {})
     elif isinstance(raised, ApiError):
@@ -3204,13 +3190,13 @@ async def as_problem(request: Request, raised: Exception) -> Response:
     else:
         log.error("request %s failed: %s", state["request_id"], described(raised))
         error = ApiError()
-    if "generation" not in state and path not in OPEN_PATHS:
+    if "generation" not in state and _short_path(request.scope) not in OPEN_PATHS:
         request.app.queue.metrics.rejected(error)
     headers = dict(error.headers)
     if error.retry_after is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
-    document = problem(error, state["request_id"])
-    return Response(orjson.dumps(document), error.status, headers, "application/problem+json")
+    document = orjson.dumps(problem(error, state["request_id"]))
+    return Response(document, error.status, headers, "application/problem+json")
 
 
 def _short_path(scope: Scope) -> str:
@@ -3218,30 +3204,13 @@ def _short_path(scope: Scope) -> str:
     return cast(str, scope["path"]).removeprefix(scope.get("root_path", "")).removeprefix("/api/v1") or "/"
 
 
-def _prefix(scope: Scope, headers: Headers, settings: Settings) -> str:
-    """What the path has before it where clients ask: a trusted proxy's X-Forwarded-Prefix, or Hypercorn's root_path."""
-    prefix = headers.get("x-forwarded-prefix", "") if _is_proxy(_host(scope), settings) else ""
-    is_path = re.fullmatch(r"(/[\w.~%-]+)+/?", prefix, re.ASCII)
-    return (prefix if is_path else cast(str, scope.get("root_path", ""))).rstrip("/")
-
-
-def _given_key(headers: Headers) -> bytes:
-    scheme, _, token = headers.get("authorization", "").partition(" ")
-    return (token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")).encode("latin-1")
-
-
-def _address(scope: Scope, headers: Headers, settings: Settings) -> str:
+def _address(host: str, headers: Headers, settings: Settings) -> str:
     """The client's address; from X-Forwarded-For only behind a proxy in TRUSTED_PROXIES, the last that is none."""
-    address = _host(scope)
     for hop in reversed(",".join(headers.getlist("x-forwarded-for")).split(",")):
-        if not _is_proxy(address, settings) or not hop.strip():
+        if not _is_proxy(host, settings) or not hop.strip():
             break
-        address = hop.strip()
-    return str(_ip(address) or address)
-
-
-def _host(scope: Scope) -> str:
-    return cast(str, (scope.get("client") or ("unknown",))[0])
+        host = hop.strip()
+    return str(_ip(host) or host)
 
 
 def _is_proxy(address: str, settings: Settings) -> bool:
@@ -3267,19 +3236,18 @@ def _ip(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 # it                                                        noticed by                 issue     lines  test
 # dies of DATA for a stream that was answered already       siblings of a refusal      334, 365      2  data_after
 # stops reading behind ten messages that nobody reads       siblings of an upload                Guard  nobody_reads
-# lets the application run ahead of a closed window         operators: 65 MB a stream               28  run_ahead
+# lets the application run ahead of a closed window         operators: 65 MB a stream               25  run_ahead
 # visits each stream for each frame, and takes 1,000        pages with many streams                  7  priority_frames
-# takes any number of resets, and executes what was reset   everyone, in a flood       146          32  resets, reset
-# accepts more connections than it has file descriptors     everyone, in a flood                70  file_descriptors
-# lets a head take for ever                                 operators: open files                   11  never_ends
-# ends the streams of a client that says GOAWAY             clients behind some proxies              7  goaway
-# leaves a response open that the application gave up       clients that wait                        2  given_up_open
+# takes any number of resets, and executes what was reset   everyone, in a flood       146          28  resets, reset
+# accepts more connections than it has file descriptors     everyone, in a flood                50  file_descriptors
+# lets a head take for ever                                 operators: open files                   15  never_ends
 # never ends a connection whose last stream was reset       operators: open files                    5  idle_again
-# dies of a path or method that is not ASCII                siblings of the request                  8  strange_request
+# keeps connections of clients that left or take nothing    operators: open files                    7  closed, nothing
+# ends the streams of a client that says GOAWAY             clients behind some proxies              9  goaway
+# leaves a response open that the application gave up       clients that wait                        2  given_up_open
+# dies of a path or method that is not ASCII                siblings of the request                  5  strange_request
 # reads no further behind an HTTP/1.1 request               workers without a client                20  sent_more
 # loses the frames of a task that is cancelled at its lock  siblings of the stream                   4  its_frames
-# keeps a connection that its client has closed             operators: open files                    5  client_closed
-# keeps a connection whose client takes nothing, for ever   operators: memory                        2  takes_nothing
 # logs tracebacks of nonsense, and of closing TLS           operators                  202, 264      8  nonsense, abrupt
 # waits for ever at SIGTERM, or cuts what runs              everyone, at a restart     308, 374     20  stop, signalled
 # takes unknown settings in silence                         operators with a typo                    3  unknown_key
@@ -3291,11 +3259,6 @@ class NoPriorities:
     def _ignore(self, *_: Any, **__: Any) -> None: ...
 
     insert_stream = reprioritize = block = unblock = _ignore
-
-
-OPEN, GOAWAY = h2.connection.ConnectionState.SERVER_OPEN, h2.connection.ConnectionInputs.RECV_GOAWAY
-# A client that says GOAWAY gets what it has asked for (RFC 9113 6.8); h2 takes it for the end.
-STAYS_OPEN = {**h2.connection.H2ConnectionStateMachine._transitions, (OPEN, GOAWAY): (None, OPEN)}
 
 
 class GuardedH2Protocol(H2Protocol):
@@ -3311,9 +3274,6 @@ class GuardedH2Protocol(H2Protocol):
         self._peer = peer_at(self.client, self._settings)
         self._is_leaving = False
         self.priority: Any = NoPriorities()
-        self.connection.state_machine._transitions = STAYS_OPEN
-        # h2 would drop what is still to leave.
-        self.connection.clear_outbound_data_buffer = lambda: None  # type: ignore[method-assign]  # it is replaced
 
     async def send_task(self) -> None:
         """Not needed."""
@@ -3324,25 +3284,25 @@ class GuardedH2Protocol(H2Protocol):
             if number % 4 == 0 and not self.closed:
                 async with self._peer.turn:
                     await asyncio.sleep(0)  # all others go on, and of this address one connection at a time
-            is_reset = isinstance(event, h2.events.RequestReceived) and event.stream_id in reset
-            if not is_reset and not self.closed:  # such a request is not executed
-                await self._handle_event(event)
+            if self.closed:
+                break
+            match event:
+                case h2.events.RequestReceived() if event.stream_id in reset:
+                    pass  # it is not executed
+                case h2.events.RequestReceived() if self._peer.is_full:
+                    await self._reset(event.stream_id, h2.errors.ErrorCodes.REFUSED_STREAM)
+                case h2.events.RequestReceived() if not _is_readable(event.headers):
+                    await self._reset(event.stream_id, h2.errors.ErrorCodes.PROTOCOL_ERROR)
+                case h2.events.DataReceived() if event.stream_id not in self.streams:
+                    self.connection.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+                case h2.events.ConnectionTerminated() if not event.error_code and self.streams:
+                    self._is_leaving = True
+                case _:
+                    await super()._handle_events([event])
+                    if isinstance(event, h2.events.StreamReset):
+                        await self._count_reset()
         await self._flush()
         await self._rest()
-
-    async def _handle_event(self, event: h2.events.Event) -> None:
-        if isinstance(event, h2.events.RequestReceived) and self._peer.is_full:
-            await self._reset(event.stream_id, h2.errors.ErrorCodes.REFUSED_STREAM)
-        elif isinstance(event, h2.events.RequestReceived) and not _is_readable(event.headers):
-            await self._reset(event.stream_id, h2.errors.ErrorCodes.PROTOCOL_ERROR)
-        elif isinstance(event, h2.events.DataReceived) and event.stream_id not in self.streams:
-            self.connection.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
-        elif isinstance(event, h2.events.ConnectionTerminated) and not event.error_code and self.streams:
-            self._is_leaving = True
-        else:
-            await super()._handle_events([event])
-            if isinstance(event, h2.events.StreamReset):
-                await self._count_reset()
 
     async def _reset(self, stream_id: int, code: h2.errors.ErrorCodes) -> None:
         with contextlib.suppress(h2.exceptions.ProtocolError):  # it is closed already
@@ -3354,8 +3314,7 @@ class GuardedH2Protocol(H2Protocol):
         if self._peer.resets.spend() and peer_of("").resets.spend():
             return
         warn_once(f"connections are closed: over {RESETS_AT_ONCE} streams were reset", time.monotonic() // 60)
-        with contextlib.suppress(h2.exceptions.ProtocolError):
-            self.connection.close_connection(h2.errors.ErrorCodes.ENHANCE_YOUR_CALM)
+        self.connection.close_connection(h2.errors.ErrorCodes.ENHANCE_YOUR_CALM)
         await self._flush()
         await self.handle(Closed())
         await self.send(Closed())
@@ -3391,13 +3350,14 @@ class GuardedH2Protocol(H2Protocol):
 
     async def _send_body(self, stream_id: int, data: bytes) -> None:
         """Return when all has left. Raises TimeoutError if the client opens no window for TOKEN_TIMEOUT."""
-        is_small, sent = len(data) < self.connection.max_outbound_frame_size, 0
-        while sent < len(data) and stream_id in self.streams:
+        frame_size = self.connection.max_outbound_frame_size
+        is_small = len(data) < frame_size
+        while data and stream_id in self.streams:
             window = self.connection.local_flow_control_window(stream_id)
             if window > 0:
-                frame = data[sent : sent + min(window, self.connection.max_outbound_frame_size)]
-                self.connection.send_data(stream_id, frame)
-                sent += len(frame)
+                size = min(window, frame_size)
+                self.connection.send_data(stream_id, data[:size])
+                data = data[size:]
                 continue
             await self._flush()
             async with asyncio.timeout(self._settings.token_timeout):
@@ -3442,32 +3402,42 @@ class GuardedH11Protocol(H11Protocol):
 
 
 class Connection(socket.socket):
-    """An accepted connection, which counts until it is closed."""
+    """An accepted connection, which counts until it is closed, and is ended when it has been idle for too long."""
 
-    idle = True
     peers: tuple[Peer, ...] = ()
+    timer: asyncio.TimerHandle | None = None  # runs while it is idle
+
+    def rest(self, seconds: float) -> None:
+        self.timer = self.timer or asyncio.get_running_loop().call_later(seconds, self.end)
+
+    def wake(self) -> None:
+        if self.timer:
+            self.timer.cancel()
+            self.timer = None
 
     def end(self) -> None:
-        """Shut it down, which wakes the task that reads it, and count it no more."""
-        self._forget()
+        """Shut it down, which its reader takes for the client's leaving."""
+        self.wake()
         with contextlib.suppress(OSError):
             self.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        self._forget()
-        super().close()
-
-    def _forget(self) -> None:
+        self.wake()
         for peer in self.peers:
             peer.connections.pop(self, None)
+        super().close()
 
 
 class Listener(socket.socket):
     """A listening socket that bounds connections, before TLS begins: at a bound the oldest idle one makes room."""
 
-    def __init__(self, plain: socket.socket, settings: Settings, limit: int) -> None:
+    def __init__(self, plain: socket.socket, settings: Settings) -> None:
         super().__init__(fileno=plain.detach())
         self.setblocking(False)
+        limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(OSError, ValueError):  # macOS names more than it gives
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            limit = hard
         # The rest of the file descriptors is for the engine, the parsers and files.
         self._bounds = settings.max_connections_per_client, limit - min(256, limit // 4)
         self._settings, self._accepted = settings, 0
@@ -3485,12 +3455,13 @@ class Listener(socket.socket):
         for peer, bound in zip(connection.peers, self._bounds, strict=True):
             if len(peer.connections) >= bound:
                 warn_once(f"{bound} connections are open: idle or new ones are closed", time.monotonic() // 60)
-                idle = next((other for other in peer.connections if other.idle), None)
+                idle = next((other for other in peer.connections if other.timer), None)
                 if idle is None:
                     connection.close()
                     raise ConnectionAbortedError
                 idle.end()
             peer.connections[connection] = None
+        connection.rest(self._settings.head_timeout)
         return connection, address
 
 
@@ -3506,132 +3477,77 @@ class PromptTCPServer(TCPServer):
             log.warning("a connection was ended by %s", type(errors.exceptions[0]).__name__)
             log.debug(described(errors.exceptions[0]))
 
-    async def _read_data(self) -> None:
-        await super()._read_data()
-        await self.idle_task.stop()
-
     async def _idle_timeout(self) -> None:
-        if self.reader.at_eof() or self.writer.transport.is_closing():
-            return
-        config, protocol = cast(Any, self.config), cast(Any, self.protocol).protocol
-        waits_for_head = not protocol.keep_alive_requests or getattr(protocol, "has_begun", False)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(config.settings.head_timeout if waits_for_head else config.keep_alive_timeout):
-                await self.context.terminated.wait()
-        self.loop.call_later(CLOSE_TIMEOUT, self.writer.transport.abort)  # TLS waits for the client's word
-        await asyncio.shield(self._initiate_server_close())
+        """Not needed: a `Connection` has a timer."""
 
     async def protocol_send(self, event: ConnectionEvent) -> None:
+        config, protocol = cast(Any, self.config), cast(Any, self.protocol).protocol
+        connection: Connection = self.writer.get_extra_info("socket")._sock
         try:
             if isinstance(event, RawData):
                 # Without Hypercorn's lock: a task that is cancelled there would take its frames along.
                 if not self.writer.transport.is_closing():
                     self.writer.write(event.data)
                 await self.writer.drain()
-            elif isinstance(event, Updated):
-                await self._rest(event.idle)
+            elif isinstance(event, Closed):
+                await self._close()
+            elif cast(Updated, event).idle:
+                waits_for_head = not protocol.keep_alive_requests or getattr(protocol, "has_begun", False)
+                connection.rest(config.settings.head_timeout if waits_for_head else config.keep_alive_timeout)
             else:
-                await super().protocol_send(event)
+                connection.wake()
         except OSError:
             await self.protocol.handle(Closed())
 
-    async def _rest(self, idle: bool) -> None:
-        connection = getattr(self.writer.get_extra_info("socket"), "_sock", None)
-        if isinstance(connection, Connection):
-            connection.idle = idle
-        if not idle or self.idle_task._handle is None:  # else its time is running
-            await super().protocol_send(Updated(idle))
 
-
-def set_up(config: Config, settings: Settings) -> None:
+def set_up(config: Config, guard: Guard) -> None:
     """Give Hypercorn what its configuration leaves open, from our settings and from hypercorn.toml."""
     unknown = {name for name in vars(config) if not hasattr(Config, name)} - Config.__annotations__.keys()
     if unknown:
         raise SystemExit(f"dccapi: Hypercorn has no setting named {', '.join(sorted(unknown))}")
-    if config.workers > 1:
-        raise SystemExit("dccapi: one worker process only: each would have a queue and generations of its own")
+    if config.workers > 1 or config.worker_class != "asyncio":  # uvloop would bypass our listener
+        raise SystemExit("dccapi: one worker process only (each would have a queue of its own), of the class asyncio")
     for name, value in vars(Config.from_toml(HERE / "hypercorn.toml")).items():
         if not name.startswith("_") and name not in vars(config):
             setattr(config, name, value)
-    cast(Any, config).settings = settings
-    if settings.log_format == "json" and config.errorlog == "-":
+    cast(Any, config).settings = guard.settings
+    if guard.settings.log_format == "json" and config.errorlog == "-":
         config.errorlog = log  # its lines are JSON too
-    config.ssl_handshake_timeout = min(config.ssl_handshake_timeout, settings.head_timeout)
-
-
-def file_descriptors() -> int:
-    """How many this process may have, once it has asked for as many as it can get."""
-    limit = 1024
-    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has none; macOS names more than it gives
-        import resource
-
-        limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        limit = hard if hard != resource.RLIM_INFINITY else 2**20
-    return limit
-
-
-def give_memory_back() -> None:
-    """glibc keeps what a flood made it take until it is asked, which costs under a millisecond."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another libc
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def reap_orphans(before: set[str]) -> set[str]:
-    """Wait for the children that had ended `before` and that nobody waited for. Those that have ended now.
-
-    In a container the service is process 1, to which a killed reader leaves the process that read its document.
-    """
-    ended = set()
-    with contextlib.suppress(OSError, ValueError):  # no /proc; a name that is not UTF-8
-        for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
-            if ") Z " in Path(f"/proc/{child}/stat").read_text():
-                ended.add(child)
-    for child in ended & before:
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(int(child), os.WNOHANG)
-    return ended
+    guard.addresses = addresses(config)
 
 
 async def serve_until_drained(
-    app: Any,
-    config: Config,
-    *,
-    sockets: Sockets | None = None,
-    shutdown_trigger: Callable[..., Awaitable[Any]] | None = None,
+    app: Any, config: Config, *, sockets: Sockets | None = None, shutdown_trigger: Callable[..., Any] | None = None
 ) -> None:
     """Replaces Hypercorn's `worker_serve`: a stop drains first, and until then everything goes on being served.
 
     Under the `hypercorn` command this runs in a worker process, which SIGTERM would simply end. A supervisor that
     signals the whole process group (systemd does) signals it too.
     """
-    guard = app.app
-    if not isinstance(guard, Guard):
-        await worker_serve(app, config, sockets=sockets, shutdown_trigger=shutdown_trigger)
-        return
-    set_up(config, guard.settings)
-    guard.addresses = addresses(config)
-    sockets, limit = sockets or config.create_sockets(), file_descriptors()
+    guard = app.app if isinstance(app.app, Guard) else None  # another app is served as well
+    if guard:
+        set_up(config, guard)
+    sockets = sockets or config.create_sockets()
     for several in (sockets.secure_sockets, sockets.insecure_sockets):
-        several[:] = [Listener(plain, guard.settings, limit) for plain in several]
+        several[:] = [Listener(plain, cast(Any, config).settings) for plain in several]
     loop = asyncio.get_running_loop()
     asked = asyncio.ensure_future((shutdown_trigger or asyncio.Event().wait)())
     for sign in (signal.SIGTERM, signal.SIGINT):
-        with contextlib.suppress(RuntimeError, ValueError):  # on Windows, or not in the main thread
+        with contextlib.suppress(RuntimeError, ValueError):  # not in the main thread
             if not shutdown_trigger or signal.getsignal(sign) is signal.SIG_DFL:
                 loop.add_signal_handler(sign, asked.cancel)
 
     async def drained() -> None:
-        ended: set[str] = set()
         while not (await asyncio.wait({asked}, timeout=TRIM_INTERVAL))[0]:
-            give_memory_back()
-            ended = reap_orphans(ended) if os.getpid() == 1 else ended
+            with contextlib.suppress(AttributeError, OSError, TypeError):  # another libc
+                ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what a flood made it take until it is asked
         if not shutdown_trigger or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a process of our own
             # The next Ctrl-C ends it. One Ctrl-C may arrive twice, from the terminal and from a parent.
             loop.call_later(0.5, signal.signal, signal.SIGINT, signal.SIG_DFL)
-        await guard.queue.drain()
+        if guard:
+            await guard.queue.drain()
         for connection in peer_of("").connections:  # Python 3.12 and later wait for each without end
-            loop.call_later(CLOSE_TIMEOUT, connection.end)
+            loop.call_later(0.1 if connection.timer else CLOSE_TIMEOUT, connection.end)
 
     try:
         await worker_serve(app, config, sockets=sockets, shutdown_trigger=drained)
@@ -3646,6 +3562,7 @@ def mend_hypercorn() -> None:
     for place, name, ours in (
         (Config, "settings", Settings.model_construct()),  # ours, for the connections; another app has the defaults
         (hypercorn.asyncio.tcp_server, "MAX_RECV", 1024),  # bytes, after which other connections have their turn
+        (h2.connection.H2Connection, "clear_outbound_data_buffer", lambda connection: None),  # at GOAWAY
         (hypercorn.protocol, "H2Protocol", GuardedH2Protocol),
         (hypercorn.protocol, "H11Protocol", GuardedH11Protocol),
         (hypercorn.asyncio.run, "TCPServer", PromptTCPServer),
@@ -3653,6 +3570,9 @@ def mend_hypercorn() -> None:
         (hypercorn.asyncio, "worker_serve", serve_until_drained),  # of `hypercorn.asyncio.serve`
     ):
         setattr(place, name, ours)
+    # A client that says GOAWAY gets what it has asked for (RFC 9113 6.8); h2 takes it for the end.
+    is_open, goaway = h2.connection.ConnectionState.SERVER_OPEN, h2.connection.ConnectionInputs.RECV_GOAWAY
+    h2.connection.H2ConnectionStateMachine._transitions[is_open, goaway] = None, is_open
 
 
 mend_hypercorn()

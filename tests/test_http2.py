@@ -453,10 +453,10 @@ async def test_a_connection_whose_last_stream_was_reset_is_idle_again() -> None:
         stream = await connection.request("POST", "/generate/stream", body=COURSE)
         await connection.headers(stream)
         (served,) = served_connections()
-        timer = served.idle_task
-        assert timer._handle is None
+        accepted = served.writer.get_extra_info("socket")._sock
+        assert not accepted.timer
         connection.reset(stream)
-        await eventually(lambda: timer._handle, what="the timer of keep_alive_timeout")
+        await eventually(lambda: accepted.timer, what="the timer of keep_alive_timeout")
 
 
 async def test_a_tls_client_that_takes_no_part_in_closing_leaves_a_clean_log(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import errno
 import json
-import subprocess
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -326,16 +327,19 @@ async def test_without_room_for_its_body_a_request_is_refused_and_keeps_no_place
         assert (await ask(service)).status == 200
 
 
-def test_what_a_killed_child_leaves_behind_is_waited_for() -> None:
-    child = subprocess.Popen(["true"])
-    seen: set[str] = set()
-    deadline = time.monotonic() + 10
-    while str(child.pid) not in seen and time.monotonic() < deadline:
-        seen = dccapi.reap_orphans(set())
-    assert Path(f"/proc/{child.pid}").exists()
-    dccapi.reap_orphans(seen)
-    assert not Path(f"/proc/{child.pid}").exists()
-    child.wait()
+async def test_what_a_killed_child_leaves_behind_is_waited_for() -> None:
+    """As process 1 of a container, which inherits it, is made one by prctl here."""
+    libc, orphans = ctypes.CDLL(None), "import os, time; print(os.fork(), flush=True); time.sleep(0.2)"
+    libc.prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+    try:
+        child = await dccapi._started("-c", orphans)
+        assert child.stdout
+        orphan = int(await child.stdout.readline())
+        await dccapi._killed(child)
+        with pytest.raises(ProcessLookupError):  # which a zombie does not raise
+            os.kill(orphan, 0)
+    finally:
+        libc.prctl(36, 0)
 
 
 # --- what is kept ---

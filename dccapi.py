@@ -1622,8 +1622,6 @@ class GenerationQueue:
         self._read_until = 0.0  # when the engine had read the last prompt of an ended call
         self._telling: asyncio.TimerHandle | None = None
 
-    # -- lifecycle
-
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
         await self.engine.start()
@@ -1657,8 +1655,6 @@ class GenerationQueue:
         while any(one.followers for one in self._known.values()) and time.monotonic() < deadline:  # noqa: ASYNC110 - bounded
             await asyncio.sleep(0.02)
 
-    # -- admission
-
     def check_admission(self, client: str) -> None:
         """Raise what `submit` would raise for this client now."""
         most = self.settings.max_per_client
@@ -1679,8 +1675,8 @@ class GenerationQueue:
         generation = Generation(client, request_id, urgency)
         self._known[generation.id] = generation
         self._waiting[generation] = None
-        generation.position = generation.queued_position = self._position(self._in_order().index(generation) + 1)
-        self._dispatch()  # others may stand behind it now
+        self._dispatch()
+        generation.queued_position = generation.position
         self._loop.call_later(OVERTAKEN_AFTER, self._dispatch)
         return generation
 
@@ -1720,8 +1716,6 @@ class GenerationQueue:
                 del self._waiting[generation], self._known[generation.id]
                 self._dispatch()
 
-    # -- following and leaving
-
     @contextlib.contextmanager
     def following(self, generation: Generation, grace: float = 0) -> Iterator[asyncio.Event]:
         """Follow a generation; when all have left it unfinished, and the grace of each is over, it is cancelled."""
@@ -1756,8 +1750,6 @@ class GenerationQueue:
         self._finish(generation, reason)
         self._dispatch()
 
-    # -- order and time
-
     @property
     def waiting(self) -> int:
         return len(self._waiting)
@@ -1785,20 +1777,8 @@ class GenerationQueue:
                 return None
         return None
 
-    def _tell_positions(self) -> None:
-        self._telling = None
-        for number, generation in enumerate(self._in_order(), 1):
-            generation.position = self._position(number)
-            generation.wake()
-
-    def _position(self, number: int) -> int:
-        """Of the one that is this far in the queue: idle workers take the first at once."""
-        return max(0, number - (self.settings.workers - len(self.running)))
-
-    # -- work
-
     def _dispatch(self) -> None:
-        """The queue has changed: start what waits while workers are idle, and tell the rest their positions soon."""
+        """The queue has changed: start what waits while workers are idle, and number and tell the rest."""
         while len(self.running) < self.settings.workers and (generation := self._next()):
             del self._waiting[generation]
             self._starts += 1
@@ -1812,8 +1792,16 @@ class GenerationQueue:
             generation.task.add_done_callback(partial(self._closed, generation))
             generation.timer = self._loop.call_later(0, self._watch, generation)
             generation.wake()
+        idle = self.settings.workers - len(self.running)  # they take the first at once
+        for number, generation in enumerate(self._in_order(), 1):
+            generation.position = max(0, number - idle)
         if self._telling is None:  # a thousand are told twice a second, since each is a write
-            self._telling = self._loop.call_later(len(self._waiting) / 2000, self._tell_positions)
+            self._telling = self._loop.call_later(len(self._waiting) / 2000, self._tell)
+
+    def _tell(self) -> None:
+        self._telling = None
+        for generation in self._waiting:
+            generation.wake()
 
     def _watch(self, generation: Generation) -> None:
         """End an engine call when a deadline passes. Tokens set no timer: they are too many."""
@@ -1829,11 +1817,14 @@ class GenerationQueue:
             generation.timer = self._loop.call_at(later, self._watch, generation)
 
     def _closed(self, generation: Generation, task: asyncio.Task[Answer]) -> None:
-        """An engine call is closed, which frees its worker."""
+        """An engine call is closed, which frees its worker. An unforeseen exception is told as an engine error."""
         del self.running[generation]
         self._read_until = max(self._read_until, generation.begun or time.monotonic())
         cast(asyncio.TimerHandle, generation.timer).cancel()
-        outcome = _outcome(generation, task)
+        outcome = ShuttingDown() if task.cancelled() else task.exception() or task.result()
+        if not isinstance(outcome, Answer | ApiError):
+            log.error("generation %s failed: %s", generation.id[:8], described(outcome))
+            outcome = EngineError()
         try:
             if generation.outcome is None:
                 self._finish(generation, outcome)
@@ -2017,8 +2008,6 @@ class GenerationQueue:
         found.pop("fault", None)  # of the index, which /health tells
         return found
 
-    # -- the end
-
     def _finish(self, generation: Generation, outcome: Answer | ApiError) -> None:
         now = time.monotonic()
         is_answer = isinstance(outcome, Answer)
@@ -2071,17 +2060,6 @@ class GenerationQueue:
             metrics.tokens("output").observe(usage.completion_tokens)
             if usage.completion_tokens > 1:
                 metrics.each().observe((generation.last - first) / (usage.completion_tokens - 1))
-
-
-def _outcome(generation: Generation, task: asyncio.Task[Answer]) -> Answer | ApiError:
-    """What an engine call came to; an unforeseen exception is logged and told as an engine error."""
-    if task.cancelled():
-        return ShuttingDown()
-    error = task.exception()
-    if error is None or isinstance(error, ApiError):
-        return error or task.result()
-    log.error("generation %s failed: %s", generation.id[:8], described(error))
-    return EngineError()
 
 
 def described(error: BaseException) -> str:

@@ -1380,10 +1380,7 @@ def build_credential(request: dict[str, Any]) -> dict[str, Any]:
 
 # ---- Readers: child processes that read documents and review drafts -------------------------------------------------
 
-DOCUMENT_ERRORS = {
-    error.code: error
-    for error in (DocumentBroken, DocumentEncrypted, DocumentHasNoText, DocumentTooSlow, UnsupportedMediaType)
-}
+DOCUMENT_ERRORS = {error.code: error for error in ApiError.__subclasses__() if error.status in (415, 422)}
 
 
 class Readers:
@@ -1577,10 +1574,9 @@ class Metrics:
             made = Histogram(name, help, [*names, *labels], buckets=buckets, registry=registry)
             return partial(made.labels, *model)
 
-        server = "gen_ai_server"
-        self.duration = histogram(f"{server}_request_duration_seconds", "Of engine calls", SECONDS, "error_type")
-        self.first = histogram(f"{server}_time_to_first_token_seconds", "From the call to the first token", SECONDS)
-        self.each = histogram(f"{server}_time_per_output_token_seconds", "Between later tokens", SECONDS_A_TOKEN)
+        self.duration = histogram("gen_ai_server_request_duration_seconds", "Of engine calls", SECONDS, "error_type")
+        self.first = histogram("gen_ai_server_time_to_first_token_seconds", "From the call to the first token", SECONDS)
+        self.each = histogram("gen_ai_server_time_per_output_token_seconds", "Between later tokens", SECONDS_A_TOKEN)
         self.tokens = histogram("gen_ai_client_token_usage", "Of a finished generation", TOKENS, "gen_ai_token_type")
         self.wait = histogram("dccapi_queue_wait_seconds", "From admission to the engine call", SECONDS)
         ended = "Ended generations: succeeded, cancelled or an error_code; `key` is the name of the client's API key"
@@ -1597,9 +1593,7 @@ class Metrics:
             Gauge(f"dccapi_{name}", help, registry=registry).set_function(read)
 
 
-ENDLESS = (
-    "The language model wrote without end and was stopped. Try again, with another seed or a higher repeat_penalty."
-)
+LOOPS = "The language model wrote without end and was stopped. Try again, with another seed or a higher repeat_penalty."
 UNFINISHED = "The language model ended without finishing. Try again, with another seed or a lower temperature."
 CUT_OFF = "The language model reached max_tokens before the badge was complete. Try again with more max_tokens."
 
@@ -1662,10 +1656,8 @@ class GenerationQueue:
             raise ShuttingDown
         active = sum(generation.client == client for generation in [*self.running, *self._waiting])
         if active >= most:
-            raise TooManyRequests(
-                f"You have {active} generations in flight; {most} are allowed. Wait for one to finish or cancel one.",
-                retry_after=self.estimated_wait(1),
-            )
+            told = f"You have {active} generations in flight; {most} are allowed. Wait for one to finish or cancel one."
+            raise TooManyRequests(told, retry_after=self.estimated_wait(1))
         if self.full:
             raise QueueFull(retry_after=self.estimated_wait(len(self._waiting) + 1))
 
@@ -1675,8 +1667,9 @@ class GenerationQueue:
         generation = Generation(client, request_id, urgency)
         self._known[generation.id] = generation
         self._waiting[generation] = None
-        self._dispatch()
+        generation.position = max(0, sum(other.urgency <= urgency for other in self._waiting) - self._idle)
         generation.queued_position = generation.position
+        self._dispatch()
         self._loop.call_later(OVERTAKEN_AFTER, self._dispatch)
         return generation
 
@@ -1693,11 +1686,10 @@ class GenerationQueue:
 
     def join(self, client: str, key: str, fingerprint: bytes) -> Generation | None:
         """The generation that this `Idempotency-Key` stands for; a failed one is forgotten, so a retry is a new try."""
-        if (known := self._keys.get((client, key))) is None:
-            return None
-        if not hmac.compare_digest(known[0], fingerprint):
+        before, generation = self._keys.get((client, key), (fingerprint, None))
+        if before != fingerprint:
             raise IdempotencyConflict
-        return None if isinstance(known[1].outcome, ApiError) else known[1]
+        return None if generation is None or isinstance(generation.outcome, ApiError) else generation
 
     def remember(self, client: str, key: str, fingerprint: bytes, generation: Generation) -> None:
         self._keys[(client, key)] = (fingerprint, generation)
@@ -1756,7 +1748,12 @@ class GenerationQueue:
 
     @property
     def full(self) -> bool:
-        return len(self._waiting) >= self.settings.max_queue + self.settings.workers - len(self.running)
+        return len(self._waiting) >= self.settings.max_queue + self._idle
+
+    @property
+    def _idle(self) -> int:
+        """How many workers are; they take the first of the queue at once."""
+        return self.settings.workers - len(self.running)
 
     def estimated_wait(self, position: int) -> float:
         """Seconds until the generation at this position runs, from the measured service time."""
@@ -1778,8 +1775,8 @@ class GenerationQueue:
         return None
 
     def _dispatch(self) -> None:
-        """The queue has changed: start what waits while workers are idle, and number and tell the rest."""
-        while len(self.running) < self.settings.workers and (generation := self._next()):
+        """The queue has changed: start what waits while workers are idle, and tell the rest their positions soon."""
+        while self._idle and (generation := self._next()):
             del self._waiting[generation]
             self._starts += 1
             generation.state, generation.position, generation.started = "running", 0, time.monotonic()
@@ -1792,15 +1789,13 @@ class GenerationQueue:
             generation.task.add_done_callback(partial(self._closed, generation))
             generation.timer = self._loop.call_later(0, self._watch, generation)
             generation.wake()
-        idle = self.settings.workers - len(self.running)  # they take the first at once
-        for number, generation in enumerate(self._in_order(), 1):
-            generation.position = max(0, number - idle)
         if self._telling is None:  # a thousand are told twice a second, since each is a write
             self._telling = self._loop.call_later(len(self._waiting) / 2000, self._tell)
 
     def _tell(self) -> None:
         self._telling = None
-        for generation in self._waiting:
+        for number, generation in enumerate(self._in_order(), 1):
+            generation.position = max(0, number - self._idle)
             generation.wake()
 
     def _watch(self, generation: Generation) -> None:
@@ -1821,16 +1816,14 @@ class GenerationQueue:
         del self.running[generation]
         self._read_until = max(self._read_until, generation.begun or time.monotonic())
         cast(asyncio.TimerHandle, generation.timer).cancel()
+        self._dispatch()
         outcome = ShuttingDown() if task.cancelled() else task.exception() or task.result()
         if not isinstance(outcome, Answer | ApiError):
             log.error("generation %s failed: %s", generation.id[:8], described(outcome))
             outcome = EngineError()
-        try:
-            if generation.outcome is None:
-                self._finish(generation, outcome)
-        finally:
-            generation.task = None  # an exception holds on to the course
-            self._dispatch()
+        if generation.outcome is None:
+            self._finish(generation, outcome)
+        generation.task = None  # an exception holds on to the course
 
     async def _generate(self, generation: Generation) -> Answer:
         """Ask the engine, and again for what it left undone, and put what it writes into the log."""
@@ -1900,7 +1893,7 @@ class GenerationQueue:
                 # Eight pieces a token: some servers send their text letter by letter.
                 if blank > MAX_BLANK_RUN or size > MAX_OUTPUT_CHARS or count > 8 * most_tokens:
                     if not draft.written:
-                        raise InvalidModelOutput(ENDLESS)
+                        raise InvalidModelOutput(LOOPS)
                     usage = Usage(0, min(count, most_tokens), "length")
                     break
         if usage is None:  # Ollama after 30 equal tokens in a row
@@ -2034,21 +2027,16 @@ class GenerationQueue:
         code = outcome.code if isinstance(outcome, ApiError) else ""
         usage = outcome.usage if isinstance(outcome, Answer) else None
         queue_seconds, seconds = (started or now) - generation.created, now - (started or now)
-        fields = {
-            "request_id": generation.request_id,
-            "generation": generation.id[:8],  # the whole of it opens its events to who has no key
-            "engine": settings.engine,
-            "model": settings.model,
-            "client": generation.client,
-            "state": generation.state,
-            "queue_seconds": round(queue_seconds, 3),
-            "first_token_seconds": round(first - started, 3) if first else None,
-            "seconds": round(seconds, 3),
-            "prompt_tokens": usage and usage.prompt_tokens,
-            "tokens": usage.completion_tokens if usage else len(generation.log) - 1,
-            "finish_reason": code or cast(Answer, outcome).finish_reason,
-        }
-        log.info("generation", extra={"fields": {name: value for name, value in fields.items() if value is not None}})
+        fields: dict[str, Any] = {"request_id": generation.request_id}
+        fields["generation"] = generation.id[:8]  # the whole of it opens its events to who has no key
+        fields |= {"engine": settings.engine, "model": settings.model}
+        fields |= {"client": generation.client, "state": generation.state}
+        fields |= {"queue_seconds": round(queue_seconds, 3), "seconds": round(seconds, 3)}
+        fields |= {"first_token_seconds": round(first - started, 3)} if first else {}
+        fields |= {"prompt_tokens": usage.prompt_tokens} if usage else {}
+        fields["tokens"] = usage.completion_tokens if usage else len(generation.log) - 1
+        fields["finish_reason"] = outcome.finish_reason if isinstance(outcome, Answer) else outcome.code
+        log.info("generation", extra={"fields": fields})
         metrics.generations.labels(code or "succeeded", generation.client if settings.keys else "").inc()
         if started:
             metrics.wait().observe(queue_seconds)

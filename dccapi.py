@@ -1401,9 +1401,8 @@ class Readers:
         # A worker waits for these, so they do not wait behind courses that are not in a worker yet.
         is_of_worker = task in ("condense", "review")
         share = self._shares.setdefault((client, is_of_worker), asyncio.Semaphore(READERS // 2))
-        seconds = DOCUMENT_TIMEOUT if task == "document" else TEXT_TIMEOUT
         try:
-            async with share, self._free, asyncio.timeout(seconds):
+            async with share, self._free, asyncio.timeout(DOCUMENT_TIMEOUT if task == "document" else TEXT_TIMEOUT):
                 answer = await self._asked(orjson.dumps({"task": task, **arguments}))
         except TimeoutError:
             raise DocumentTooSlow from None
@@ -1537,25 +1536,13 @@ class Generation:
         """The first `count` tokens."""
         return "".join(entry for entry in self.log[:count] if isinstance(entry, str))
 
-    def deadline(self, settings: Settings, read_until: float) -> tuple[float, str]:
-        """The next deadline of its engine call, and which it is. `read_until`: when another prompt was last read.
-
-        A CPU reads prompts one after another or in turns, and writes next to nothing meanwhile. So each prompt that is
-        read beside this one adds FIRST_TOKEN_TIMEOUT, and while one is read no silence counts.
-        """
-        allowance = settings.first_token_timeout * min(self.beside, settings.workers - 1)
-        end = self.started + settings.generation_timeout + allowance
-        due = end, "GENERATION_TIMEOUT allows to finish. Try again later, or with a lower max_tokens."
-        if self.begun:
-            silence = max(self.last, read_until) + settings.token_timeout
-            return min(due, (silence, "TOKEN_TIMEOUT allows between two tokens. Try again later."))
-        first = self.asked + settings.first_token_timeout + allowance
-        return min(due, (first, "FIRST_TOKEN_TIMEOUT allows to begin. Try again later, or with less content."))
-
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 300, 600)
 SECONDS_A_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
+LOOPS = "The language model wrote without end and was stopped. Try again, with another seed or a higher repeat_penalty."
+UNFINISHED = "The language model ended without finishing. Try again, with another seed or a lower temperature."
+CUT_OFF = "The language model reached max_tokens before the badge was complete. Try again with more max_tokens."
 
 
 class Metrics:
@@ -1583,19 +1570,12 @@ class Metrics:
         self.generations = Counter("dccapi_generations", ended, ["outcome", "key"], registry=registry)
         refused = "Requests refused without a generation"
         self.rejections = Counter("dccapi_rejections", refused, ["reason"], registry=registry)
-        self.engine_up = Gauge("dccapi_engine_up", "1 if the engine answers and has the model", registry=registry)
-        for name, help, read in (
-            ("queue_depth", "Generations that wait", lambda: queue.waiting),
-            ("queue_limit", "How many may wait", lambda: settings.max_queue),
-            ("active_generations", "Generations that are written", lambda: len(queue.running)),
-            ("workers", "How many can be written at a time", lambda: settings.workers),
-        ):
-            Gauge(f"dccapi_{name}", help, registry=registry).set_function(read)
-
-
-LOOPS = "The language model wrote without end and was stopped. Try again, with another seed or a higher repeat_penalty."
-UNFINISHED = "The language model ended without finishing. Try again, with another seed or a lower temperature."
-CUT_OFF = "The language model reached max_tokens before the badge was complete. Try again with more max_tokens."
+        gauge = partial(Gauge, registry=registry)
+        self.engine_up = gauge("dccapi_engine_up", "1 if the engine answers and has the model")
+        gauge("dccapi_queue_depth", "Generations that wait").set_function(lambda: queue.waiting)
+        gauge("dccapi_queue_limit", "How many may wait").set(settings.max_queue)
+        gauge("dccapi_active_generations", "Generations that are written").set_function(lambda: len(queue.running))
+        gauge("dccapi_workers", "How many can be written at a time").set(settings.workers)
 
 
 class GenerationQueue:
@@ -1629,8 +1609,7 @@ class GenerationQueue:
 
     async def stop(self) -> None:
         await self.drain()
-        for timer in (self._next_beat, *self._finished.values()):
-            timer.cancel()
+        self._next_beat.cancel()
         await self.engine.stop()
         await self.readers.stop()
 
@@ -1719,16 +1698,13 @@ class GenerationQueue:
         finally:
             generation.followers.discard(changed)
             if grace:
-                self._loop.call_later(grace, self._release, generation)
+                self._loop.call_later(grace, self.keep, generation, -1)
             else:
-                self._release(generation)
+                self.keep(generation, -1)
 
-    def keep(self, generation: Generation) -> None:
-        """It runs to its end, followed or not, unless this is taken back by `_release`."""
-        generation.holds += 1
-
-    def _release(self, generation: Generation) -> None:
-        generation.holds -= 1
+    def keep(self, generation: Generation, holds: int = 1) -> None:
+        """One more who wants it to go on, followed or not, or with -1 one less."""
+        generation.holds += holds
         if not generation.holds:
             self.end(generation, Cancelled())
 
@@ -1799,17 +1775,29 @@ class GenerationQueue:
             generation.wake()
 
     def _watch(self, generation: Generation) -> None:
-        """End an engine call when a deadline passes. Tokens set no timer: they are too many."""
-        now = time.monotonic()
-        others = [other.begun or now for other in self.running if other is not generation]
-        due, allowed = generation.deadline(self.settings, max([self._read_until, *others]))
-        if due <= now:
-            error = EngineTimeout(f"The language model took longer than {allowed}", retry_after=self.estimated_wait(1))
-            self.end(generation, error)
+        """End an engine call when a deadline passes. Tokens set no timer: they are too many.
+
+        A CPU reads prompts one after another or in turns, and writes next to nothing meanwhile. So each prompt that is
+        read beside this one adds FIRST_TOKEN_TIMEOUT, and while one is read no silence counts.
+        """
+        settings, now = self.settings, time.monotonic()
+        allowance = settings.first_token_timeout * min(generation.beside, settings.workers - 1)
+        end = generation.started + settings.generation_timeout + allowance
+        last = end, "GENERATION_TIMEOUT allows to finish. Try again later, or with a lower max_tokens."
+        if generation.begun:
+            others = [other.begun or now for other in self.running if other is not generation]
+            silence = max([generation.last, self._read_until, *others]) + settings.token_timeout
+            next = silence, "TOKEN_TIMEOUT allows between two tokens. Try again later."
         else:
-            # After the first token the next deadline may be earlier, but not earlier than this.
-            later = min(due, now + self.settings.token_timeout)
+            first = generation.asked + settings.first_token_timeout + allowance
+            next = first, "FIRST_TOKEN_TIMEOUT allows to begin. Try again later, or with less content."
+        due, allowed = min(last, next)
+        if due > now:  # after the first token the next deadline may be earlier, but not earlier than TOKEN_TIMEOUT
+            later = min(due, now + settings.token_timeout)
             generation.timer = self._loop.call_at(later, self._watch, generation)
+            return
+        error = EngineTimeout(f"The language model took longer than {allowed}", retry_after=self.estimated_wait(1))
+        self.end(generation, error)
 
     def _closed(self, generation: Generation, task: asyncio.Task[Answer]) -> None:
         """An engine call is closed, which frees its worker. An unforeseen exception is told as an engine error."""
@@ -1942,10 +1930,10 @@ class GenerationQueue:
         own = " ".join(NOT_TEXT.sub("", course.grounds.get("title", "")).split())
 
         def accepted(title: str) -> str | None:
-            says_nothing = _says_nothing(title)
-            if not says_nothing and course.has_word_of(title, options) and sieve.bears(title):
-                return own if sieve.prefers(own, title) else sieve.as_title(title)
-            if says_nothing and not sieve.course:
+            if not _says_nothing(title):
+                if course.has_word_of(title, options) and sieve.bears(title):
+                    return own if sieve.prefers(own, title) else sieve.as_title(title)
+            elif not sieve.course:
                 return title
             if first:
                 return None
@@ -1981,20 +1969,11 @@ class GenerationQueue:
         """The review, and the alignments beside it where there is an index of skills; nothing when it failed."""
         request, course = prompt.request, prompt.course
         index = self.settings.index if "skills" in prompt.schema["properties"] else ""
-        draft = {
-            "badge": badge.model_dump(),
-            "skills": tags,
-            "course": course.text,
-            "notes": course.notes,
-            "index": index,
-        }
-        asked = {
-            "options": request.given_texts(),
-            "wanted_language": request.language,
-            "tone": request.option("badge_tone"),
-        }
+        tone = request.option("badge_tone")
+        asked = {"options": request.given_texts(), "wanted_language": request.language, "tone": tone}
+        draft = {"badge": badge.model_dump(), "skills": tags, "course": course.text, "notes": course.notes}
         try:
-            found = await self.readers.ask("review", client, **draft, **asked)
+            found = await self.readers.ask("review", client, index=index, **asked, **draft)
         except ApiError as error:  # a review never fails a request
             log.warning("a draft could not be reviewed: %s", error.code)
             return {}
@@ -2009,8 +1988,8 @@ class GenerationQueue:
         generation.append(outcome)
         generation.prompt = None  # up to MAX_BODY_BYTES, which no view needs
         if is_answer:
-            weight = 0.2 if self._service_time else 1.0
-            self._service_time += weight * (now - generation.started - self._service_time)
+            newest = now - generation.started - self._service_time
+            self._service_time += newest * (0.2 if self._service_time else 1)
         self._finished[generation] = self._loop.call_later(self.settings.result_ttl, self._forget, generation)
         while len(self._finished) > MAX_FINISHED or sum(one.size for one in self._finished) > MAX_FINISHED_BYTES:
             self._forget(next(iter(self._finished)))

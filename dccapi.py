@@ -48,6 +48,7 @@ import uuid
 import weakref
 from collections import Counter as Counting
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from difflib import get_close_matches
@@ -55,7 +56,7 @@ from functools import partial
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, cast
 from urllib.parse import quote
 
 import aiohttp
@@ -1458,8 +1459,7 @@ async def _killed(process: asyncio.subprocess.Process) -> None:
 # ---- Generations ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Usage:
+class Usage(NamedTuple):
     """An engine's last word: tokens read and written, and why it stopped."""
 
     prompt_tokens: int
@@ -1512,16 +1512,12 @@ class Generation:
     begun: float = 0.0  # the first sign of life since: a token, or a thought
     last: float = 0.0  # the last one
     first_token: float = 0.0
+    size: int = 0  # about, in bytes, once it has ended
     beside: int = 0  # prompts of ours that the engine had to read at the same time
 
     @property
     def outcome(self) -> Answer | ApiError | None:
         return self.log[-1] if self.log and not isinstance(self.log[-1], str) else None
-
-    @functools.cached_property
-    def size(self) -> int:
-        """About how many bytes it takes once it has ended; the answer repeats the text."""
-        return 4096 + 2 * sum(map(sys.getsizeof, self.log))
 
     def append(self, entry: str | Answer | ApiError) -> None:
         assert not self.log or isinstance(self.log[-1], str), "the log has ended"
@@ -1531,10 +1527,6 @@ class Generation:
     def wake(self) -> None:
         for changed in self.followers:
             changed.set()
-
-    def text(self, count: int) -> str:
-        """The first `count` tokens."""
-        return "".join(entry for entry in self.log[:count] if isinstance(entry, str))
 
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 300, 600)
@@ -1546,20 +1538,16 @@ CUT_OFF = "The language model reached max_tokens before the badge was complete. 
 
 
 class Metrics:
-    """What Prometheus reads. OpenTelemetry's GenAI names where it has one, `dccapi_` before the rest; labels bounded.
-
-    (opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-metrics)
-    """
+    """What Prometheus reads; labels bounded. `gen_ai_`: opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-metrics."""
 
     def __init__(self, settings: Settings, queue: GenerationQueue) -> None:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         names = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model")
-        model = ("generate_content", settings.engine, settings.model)
 
         def histogram(name: str, help: str, buckets: Sequence[float], *labels: str) -> partial[Histogram]:
             made = Histogram(name, help, [*names, *labels], buckets=buckets, registry=registry)
-            return partial(made.labels, *model)
+            return partial(made.labels, "generate_content", settings.engine, settings.model)
 
         self.duration = histogram("gen_ai_server_request_duration_seconds", "Of engine calls", SECONDS, "error_type")
         self.first = histogram("gen_ai_server_time_to_first_token_seconds", "From the call to the first token", SECONDS)
@@ -1568,8 +1556,7 @@ class Metrics:
         self.wait = histogram("dccapi_queue_wait_seconds", "From admission to the engine call", SECONDS)
         ended = "Ended generations: succeeded, cancelled or an error_code; `key` is the name of the client's API key"
         self.generations = Counter("dccapi_generations", ended, ["outcome", "key"], registry=registry)
-        refused = "Requests refused without a generation"
-        self.rejections = Counter("dccapi_rejections", refused, ["reason"], registry=registry)
+        self.rejections = Counter("dccapi_rejections", "Refused without a generation", ["reason"], registry=registry)
         gauge = partial(Gauge, registry=registry)
         self.engine_up = gauge("dccapi_engine_up", "1 if the engine answers and has the model")
         gauge("dccapi_queue_depth", "Generations that wait").set_function(lambda: queue.waiting)
@@ -1589,9 +1576,9 @@ class GenerationQueue:
         self.beats = 0  # of HEARTBEAT, a little early, so that a busy moment does not make one late
         self._waiting: dict[Generation, None] = {}  # in order of arrival
         self._starts = 0
-        self._known: dict[str, Generation] = {}
+        self.known: dict[str, Generation] = {}
         self._finished: dict[Generation, asyncio.TimerHandle] = {}
-        self._keys: dict[tuple[str, str], tuple[bytes, Generation]] = {}
+        self.keys: dict[tuple[str, str], tuple[bytes, Generation]] = {}
         self._service_time = 0.0
         self._read_until = 0.0  # when the engine had read the last prompt of an ended call
         self._telling: asyncio.TimerHandle | None = None
@@ -1604,7 +1591,7 @@ class GenerationQueue:
     def _beat(self) -> None:
         self._next_beat = self._loop.call_later(self.settings.heartbeat * 0.9, self._beat)
         self.beats += 1
-        for generation in self._known.values():
+        for generation in self.known.values():
             generation.wake()
 
     async def stop(self) -> None:
@@ -1625,7 +1612,7 @@ class GenerationQueue:
                 self.end(generation, ShuttingDown())
             await asyncio.wait(calls, timeout=1)
         deadline = time.monotonic() + 2  # for the last events to leave
-        while any(one.followers for one in self._known.values()) and time.monotonic() < deadline:  # noqa: ASYNC110 - bounded
+        while any(one.followers for one in self.known.values()) and time.monotonic() < deadline:  # noqa: ASYNC110 - bounded
             await asyncio.sleep(0.02)
 
     def check_admission(self, client: str) -> None:
@@ -1644,9 +1631,9 @@ class GenerationQueue:
         """Give a generation its place, before its course is read. Raises ShuttingDown, TooManyRequests or QueueFull."""
         self.check_admission(client)
         generation = Generation(client, request_id, urgency)
-        self._known[generation.id] = generation
+        self.known[generation.id] = generation
         self._waiting[generation] = None
-        generation.position = max(0, sum(other.urgency <= urgency for other in self._waiting) - self._idle)
+        generation.position = max(0, sum(other.urgency <= urgency for other in self._waiting) - self._idle_workers)
         generation.queued_position = generation.position
         self._dispatch()
         self._loop.call_later(OVERTAKEN_AFTER, self._dispatch)
@@ -1665,16 +1652,10 @@ class GenerationQueue:
 
     def join(self, client: str, key: str, fingerprint: bytes) -> Generation | None:
         """The generation that this `Idempotency-Key` stands for; a failed one is forgotten, so a retry is a new try."""
-        before, generation = self._keys.get((client, key), (fingerprint, None))
+        before, generation = self.keys.get((client, key), (fingerprint, None))
         if before != fingerprint:
             raise IdempotencyConflict
         return None if generation is None or isinstance(generation.outcome, ApiError) else generation
-
-    def remember(self, client: str, key: str, fingerprint: bytes, generation: Generation) -> None:
-        self._keys[(client, key)] = (fingerprint, generation)
-
-    def get(self, id: str) -> Generation | None:
-        return self._known.get(id)
 
     @contextlib.contextmanager
     def reading(self, client: str) -> Iterator[None]:
@@ -1684,7 +1665,7 @@ class GenerationQueue:
             yield
         finally:
             if generation.outcome is None:  # a drain may have ended it
-                del self._waiting[generation], self._known[generation.id]
+                del self._waiting[generation], self.known[generation.id]
                 self._dispatch()
 
     @contextlib.contextmanager
@@ -1724,11 +1705,10 @@ class GenerationQueue:
 
     @property
     def full(self) -> bool:
-        return len(self._waiting) >= self.settings.max_queue + self._idle
+        return len(self._waiting) >= self.settings.max_queue + self._idle_workers
 
     @property
-    def _idle(self) -> int:
-        """How many workers are; they take the first of the queue at once."""
+    def _idle_workers(self) -> int:
         return self.settings.workers - len(self.running)
 
     def estimated_wait(self, position: int) -> float:
@@ -1752,7 +1732,7 @@ class GenerationQueue:
 
     def _dispatch(self) -> None:
         """The queue has changed: start what waits while workers are idle, and tell the rest their positions soon."""
-        while self._idle and (generation := self._next()):
+        while self._idle_workers and (generation := self._next()):
             del self._waiting[generation]
             self._starts += 1
             generation.state, generation.position, generation.started = "running", 0, time.monotonic()
@@ -1771,7 +1751,7 @@ class GenerationQueue:
     def _tell(self) -> None:
         self._telling = None
         for number, generation in enumerate(self._in_order(), 1):
-            generation.position = max(0, number - self._idle)
+            generation.position = max(0, number - self._idle_workers)  # they take the first at once
             generation.wake()
 
     def _watch(self, generation: Generation) -> None:
@@ -1905,11 +1885,10 @@ class GenerationQueue:
         """What leaves out repetitions; with small models also what the course does not bear, for which it has words."""
         request, course = prompt.request, prompt.course
         asked = f"{prompt.system}\n{prompt.user.rpartition(chr(10))[2]}"
-        teaches_markup = EVERY_MARKUP.search(course.text) is not None
-        markup = None if teaches_markup else EVERY_MARKUP if self.engine.sifts else MARKUP
-        sieve = partial(Sieve, request=asked, markup=markup)
-        fewest = FEWEST_OF_TINY if self.engine.is_tiny else FEWEST_TO_SIFT
-        is_short = word_count(course.text) < fewest  # then hardly a sentence is left
+        markup = EVERY_MARKUP if self.engine.sifts else MARKUP
+        sieve = partial(Sieve, request=asked, markup=None if EVERY_MARKUP.search(course.text) else markup)
+        # Of a short course hardly a sentence would be left.
+        is_short = word_count(course.text) < (FEWEST_OF_TINY if self.engine.is_tiny else FEWEST_TO_SIFT)
         if is_short or not self.engine.sifts or request.language not in (None, course.language):
             return sieve()
         text = prompt.user.partition("</course>")[0].removeprefix("<course>\n")  # as much as the model has read
@@ -1922,8 +1901,7 @@ class GenerationQueue:
 
         A course may hold instructions to the model, which small models follow.
         """
-        request, course = prompt.request, prompt.course
-        options = request.given_texts()
+        request, course, options = prompt.request, prompt.course, prompt.request.given_texts()
         is_wanted = isinstance(request, RegenerateRequest) and not course.grounds.get("has_orders")
         if is_wanted or request.language not in (None, course.language) or word_count(course.text[:1000]) < 8:
             return str  # by a person who looks at it; in other words than the course's; there is nothing to compare
@@ -1950,11 +1928,10 @@ class GenerationQueue:
         course, content = prompt.course, prompt.request.content
         content = course.text if "</" in content else content  # Markdown still has its headings
         fits = error.members["content_words_that_fit"]
-        characters = len(content) * fits // word_count(content)
-        ask = partial(self.readers.ask, client=generation.client)
+        length = {"words": fits, "characters": len(content) * fits // word_count(content)}
         try:
-            cut = await ask("condense", content=content, words=fits, characters=characters)
-            text = (await ask("text", content=cut["text"]))["text"]
+            cut = await self.readers.ask("condense", generation.client, content=content, **length)
+            text = (await self.readers.ask("text", generation.client, content=cut["text"]))["text"]
         except ApiError:
             raise error from None
         said = f"The course was too long for the model, which has read {cut['words_kept']} of {cut['words']} words."
@@ -1982,14 +1959,16 @@ class GenerationQueue:
 
     def _finish(self, generation: Generation, outcome: Answer | ApiError) -> None:
         now = time.monotonic()
-        is_answer = isinstance(outcome, Answer)
-        generation.state = "succeeded" if is_answer else "cancelled" if isinstance(outcome, Cancelled) else "failed"
         generation.position = 0
         generation.append(outcome)
         generation.prompt = None  # up to MAX_BODY_BYTES, which no view needs
-        if is_answer:
-            newest = now - generation.started - self._service_time
+        if isinstance(outcome, Answer):
+            generation.state, newest = "succeeded", now - generation.started - self._service_time
             self._service_time += newest * (0.2 if self._service_time else 1)
+        else:
+            generation.state = "cancelled" if isinstance(outcome, Cancelled) else "failed"
+            outcome.__traceback__ = outcome.__cause__ = outcome.__context__ = None  # their frames hold the course
+        generation.size = 4096 + 2 * sum(map(sys.getsizeof, generation.log))  # the answer repeats the text
         self._finished[generation] = self._loop.call_later(self.settings.result_ttl, self._forget, generation)
         while len(self._finished) > MAX_FINISHED or sum(one.size for one in self._finished) > MAX_FINISHED_BYTES:
             self._forget(next(iter(self._finished)))
@@ -1997,8 +1976,8 @@ class GenerationQueue:
 
     def _forget(self, generation: Generation) -> None:
         self._finished.pop(generation).cancel()
-        del self._known[generation.id]
-        self._keys = {key: known for key, known in self._keys.items() if known[1] is not generation}
+        del self.known[generation.id]
+        self.keys = {key: known for key, known in self.keys.items() if known[1] is not generation}
 
     def _record(self, generation: Generation, outcome: Answer | ApiError, now: float) -> None:
         """Log and count what a generation came to."""
@@ -2006,10 +1985,9 @@ class GenerationQueue:
         code = outcome.code if isinstance(outcome, ApiError) else ""
         usage = outcome.usage if isinstance(outcome, Answer) else None
         queue_seconds, seconds = (started or now) - generation.created, now - (started or now)
-        fields: dict[str, Any] = {"request_id": generation.request_id}
+        fields: dict[str, Any] = {"request_id": generation.request_id, "state": generation.state}
         fields["generation"] = generation.id[:8]  # the whole of it opens its events to who has no key
-        fields |= {"engine": settings.engine, "model": settings.model}
-        fields |= {"client": generation.client, "state": generation.state}
+        fields |= {"engine": settings.engine, "model": settings.model, "client": generation.client}
         fields |= {"queue_seconds": round(queue_seconds, 3), "seconds": round(seconds, 3)}
         fields |= {"first_token_seconds": round(first - started, 3)} if first else {}
         fields |= {"prompt_tokens": usage.prompt_tokens} if usage else {}
@@ -2036,6 +2014,7 @@ def described(error: BaseException) -> str:
 
 # ---- Views of a generation ------------------------------------------------------------------------------------------
 
+EVENT_STREAM_HEADERS = {"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"}
 LINE_END = re.compile(rb"\xc2\x85|\xe2\x80[\xa8\xa9]")
 
 
@@ -2061,7 +2040,7 @@ class EventEncoder:
     def __init__(self, generation: Generation, options: StreamOptions, seen: int = 0) -> None:
         self.seen, self.ended = seen, False
         self._generation, self._options = generation, options
-        self._escaped = bytearray(one_line(generation.text(seen))[1:-1])
+        self._escaped = bytearray(one_line("".join(cast(list[str], generation.log[:seen])))[1:-1])
         self._partial: dict[str, Any] = {}
         self._name = generation.id.encode()
 
@@ -2076,7 +2055,7 @@ class EventEncoder:
             parts.append(self._token(piece))
             size += len(parts[-1])
         if parts and self._options.partial:
-            badge = partial_badge(self._generation.text(self.seen))
+            badge = partial_badge("".join(cast(list[str], log[: self.seen])))
             if badge and badge != self._partial:
                 self._partial = badge
                 parts.append(self._event({"type": "partial", "badge": badge}, "partial"))
@@ -2105,9 +2084,6 @@ class EventEncoder:
         return sse(data, id=f"{self._generation.id}.{self.seen}", event=name)
 
 
-EVENT_STREAM_HEADERS = {"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"}
-
-
 class EventStreamResponse(Response):
     """A generation as `text/event-stream`: queue positions, tokens, the end, and a comment with each heartbeat."""
 
@@ -2116,13 +2092,12 @@ class EventStreamResponse(Response):
     ) -> None:
         super().__init__(headers=EVENT_STREAM_HEADERS | {"x-queue-position": str(generation.queued_position)})
         del self.headers["content-length"]
-        self._queue, self._generation, self._grace = queue, generation, grace
-        self._encoder = EventEncoder(generation, options, seen)
+        self._view = queue, generation, EventEncoder(generation, options, seen), grace
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        queue, generation, encoder = self._queue, self._generation, self._encoder
+        queue, generation, encoder, grace = self._view
         position, beats, chunk = -1, queue.beats, b"retry: 1000\n\n"
-        with queue.following(generation, self._grace) as changed:
+        with queue.following(generation, grace) as changed:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             while not encoder.ended:
                 changed.clear()
@@ -2150,7 +2125,7 @@ async def finished(queue: GenerationQueue, generation: Generation) -> Answer:
             changed.clear()
             await changed.wait()
     if isinstance(outcome, ApiError):
-        raise outcome
+        raise copy(outcome)  # raised, it would keep the request
     return outcome
 
 
@@ -2953,7 +2928,7 @@ class Api:
             generation = self.queue.submit(client, request.state.request_id, urgency(request))
             request.state.generation = generation
             if key is not None:
-                self.queue.remember(client, key, fingerprint, generation)
+                self.queue.keys[client, key] = fingerprint, generation
             try:
                 self.queue.ready(generation, await self._prompt(body, client, notes))
             except BaseException as error:
@@ -2970,7 +2945,7 @@ class Api:
         return build_prompt(body, course, self.system_prompt, self.engine.defaults)
 
     def _known(self, request: Request, of_anyone: bool = False) -> Generation:
-        generation = self.queue.get(request.path_params["id"])
+        generation = self.queue.known.get(request.path_params["id"])
         is_foreign = self.settings.keys and not of_anyone and generation and generation.client != request.state.client
         if generation is None or is_foreign:
             raise NotFound(f"There is no such generation; finished ones are kept for {self.settings.result_ttl:g} s.")
@@ -2979,7 +2954,7 @@ class Api:
     def _resumed(self, last_event_id: str, options: StreamOptions) -> Response:
         """The rest of a stream; 204, which stops an EventSource, where there is none (WHATWG HTML 9.2)."""
         id, _, number = last_event_id.rpartition(".")
-        generation = self.queue.get(id)
+        generation = self.queue.known.get(id)
         seen = int(number) if re.fullmatch(r"\d{1,9}", number) else -1
         if generation is None or not 0 <= seen <= len(generation.log):
             return Response(status_code=204)
@@ -3554,7 +3529,7 @@ class Admission:
     def _is_capability(self, method: str, path: str) -> bool:
         """Whether it is the unguessable URL of a generation's events: an EventSource cannot send a key."""
         events = re.fullmatch(r"/generations/([\w-]+)/events", path)
-        return method == "GET" and events is not None and self.queue.get(events[1]) is not None
+        return method == "GET" and events is not None and self.queue.known.get(events[1]) is not None
 
 
 async def as_problem(request: Request, raised: Exception) -> Response:

@@ -421,7 +421,7 @@ async def test_two_thousand_generations_half_of_them_abandoned_leave_nothing() -
                 await asyncio.gather(*(one(connection, 100 * batch + number) for number in range(100)))
         await service.idle(20)
         await eventually(lambda: tasks_of_the_service() <= tasks_before, what="no task left")
-        await eventually(lambda: not service.queue._known, what="nothing remembered")
+        await eventually(lambda: not service.queue.known, what="nothing remembered")
         gc.collect()
         growth = rss_kib(os.getpid()) - before
         print(f"2,000 generations: {outcomes}, RSS +{growth} KiB")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import json
 import subprocess
 import tempfile
@@ -355,6 +356,16 @@ async def test_finished_generations_keep_no_course_and_a_bounded_number_of_bytes
         assert (await ask(service, body)).status == 200
         assert len(service.queue._finished) == 2
         assert (await ask(service, None, f"/generations/{kept[0].id}", "GET")).status == 404
+
+
+async def test_failed_generations_keep_no_course_in_their_tracebacks() -> None:
+    async with serving(script=Script(drop_after=3)) as service:
+        for path in ("/generate", "/generate/stream"):
+            await ask(service, {"content": "Knots " * 4000}, path)
+        await service.idle()
+        gc.collect()
+        assert len(service.queue._finished) == 2
+        assert not [held for held in gc.get_objects() if isinstance(held, dccapi.Prompt | dccapi.GenerateRequest)]
 
 
 async def test_a_generation_that_succeeded_as_it_was_cancelled_has_succeeded_for_its_key() -> None:

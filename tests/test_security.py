@@ -18,7 +18,7 @@ import pytest
 import dccapi
 from documents_kit import changed_reader
 from service import COURSE, HERE, PAGE, SLOW, Service, ask, asked, client, logging_into, problem_in, serving
-from testkit import ScriptedOpenAI, badge_json, eventually
+from testkit import Script, ScriptedOpenAI, badge_json, eventually
 
 EVIL = ("origin", "https://evil.example")
 TEXT = json.dumps(COURSE)

@@ -1608,7 +1608,7 @@ class GenerationQueue:
         if calls := {cast(asyncio.Task[Answer], generation.task) for generation in self.running}:
             log.info("draining %d generations", len(calls))
             await asyncio.wait(calls, timeout=self.settings.drain_timeout)
-            for generation in self.running:
+            for generation in [*self.running]:
                 self.end(generation, ShuttingDown())
             await asyncio.wait(calls, timeout=1)
         deadline = time.monotonic() + 2  # for the last events to leave
@@ -1767,11 +1767,11 @@ class GenerationQueue:
         if generation.begun:
             others = [other.begun or now for other in self.running if other is not generation]
             silence = max([generation.last, self._read_until, *others]) + settings.token_timeout
-            next = silence, "TOKEN_TIMEOUT allows between two tokens. Try again later."
+            sooner = silence, "TOKEN_TIMEOUT allows between two tokens. Try again later."
         else:
             first = generation.asked + settings.first_token_timeout + allowance
-            next = first, "FIRST_TOKEN_TIMEOUT allows to begin. Try again later, or with less content."
-        due, allowed = min(last, next)
+            sooner = first, "FIRST_TOKEN_TIMEOUT allows to begin. Try again later, or with less content."
+        due, allowed = min(last, sooner)
         if due > now:  # after the first token the next deadline may be earlier, but not earlier than TOKEN_TIMEOUT
             later = min(due, now + settings.token_timeout)
             generation.timer = self._loop.call_at(later, self._watch, generation)

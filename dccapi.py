@@ -49,8 +49,9 @@ import time
 import traceback
 import uuid
 import weakref
-from collections import Counter as Counting, OrderedDict
+from collections import Counter as Counting
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from difflib import get_close_matches
@@ -58,7 +59,7 @@ from functools import partial
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast
 from urllib.parse import quote
 
 import aiohttp
@@ -1137,10 +1138,7 @@ def build_credential(request: dict[str, Any]) -> dict[str, Any]:
 
 # ---- Readers: child processes that read documents and review drafts -------------------------------------------------
 
-DOCUMENT_ERRORS = {
-    error.code: error
-    for error in (DocumentBroken, DocumentEncrypted, DocumentHasNoText, DocumentTooSlow, UnsupportedMediaType)
-}
+DOCUMENT_ERRORS = {error.code: error for error in ApiError.__subclasses__() if error.status in (415, 422)}
 
 
 class Readers:
@@ -1161,9 +1159,8 @@ class Readers:
         # A worker waits for these, so they do not wait behind courses that are not in a worker yet.
         is_of_worker = task in ("condense", "review")
         share = self._shares.setdefault((client, is_of_worker), asyncio.Semaphore(READERS // 2))
-        seconds = DOCUMENT_TIMEOUT if task == "document" else TEXT_TIMEOUT
         try:
-            async with share, self._free, asyncio.timeout(seconds):
+            async with share, self._free, asyncio.timeout(DOCUMENT_TIMEOUT if task == "document" else TEXT_TIMEOUT):
                 answer = await self._asked(orjson.dumps({"task": task, **arguments}))
         except TimeoutError:
             raise DocumentTooSlow from None
@@ -1221,8 +1218,7 @@ async def _killed(process: asyncio.subprocess.Process) -> None:
 # ---- Generations ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Usage:
+class Usage(NamedTuple):
     """An engine's last word: tokens read and written, and why it stopped."""
 
     prompt_tokens: int
@@ -1248,12 +1244,9 @@ class Answer(BaseModel):
     review: dict[str, Any] | None = None  # None where the draft could not be reviewed
 
 
-State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
-
-
 @dataclass(eq=False)
 class Generation:
-    """One engine call and the log of what came of it.
+    """One request to the engine: the log of what came of it, and its times by the event loop's clock.
 
     `log` only grows: tokens, then one Answer or ApiError, never anything after it. Event n is `log[n - 1]`. Any number
     of followers read it, each at its own pace; they are woken by an asyncio.Event of their own.
@@ -1265,16 +1258,21 @@ class Generation:
     prompt: Prompt | None = None  # once its course is read, until it has ended
     id: str = field(default_factory=lambda: secrets.token_urlsafe(16))
     log: list[str | Answer | ApiError] = field(default_factory=list)
-    state: State = "queued"
+    state: Literal["queued", "running", "succeeded", "failed", "cancelled"] = "queued"
     position: int = 0  # in the queue, from 1; 0 = running or done
     queued_position: int = 0  # the position on arrival
-    created: float = field(default_factory=time.monotonic)  # the event loop's clock
     followers: set[asyncio.Event] = field(default_factory=set)
-    kept_until: float = 0  # when it ends without a follower; the event loop's clock
+    holds: int = 0  # followers, those who may come back, and an asynchronous request; without any it is cancelled
     task: asyncio.Task[Answer] | None = None  # the engine call
-    stop_reason: ApiError | None = None
-    leaving: asyncio.TimerHandle | None = None  # ends it when nobody comes back
+    timer: asyncio.TimerHandle | None = None  # its next deadline
+    created: float = field(default_factory=time.monotonic)
+    started: float = 0.0  # 0 = it never left the queue
+    asked: float = 0.0  # when the engine was asked last
+    begun: float = 0.0  # the first sign of life since: a token, or a thought
+    last: float = 0.0  # the last one
+    first_token: float = 0.0
     size: int = 0  # about, in bytes, once it has ended
+    beside: int = 0  # prompts of ours that the engine had to read at the same time
 
     @property
     def outcome(self) -> Answer | ApiError | None:
@@ -1289,183 +1287,102 @@ class Generation:
         for changed in self.followers:
             changed.set()
 
-    def text(self, count: int | None = None) -> str:
-        """The tokens so far, or the first `count` of them."""
-        return "".join(entry for entry in self.log[:count] if isinstance(entry, str))
-
-    def event_id(self, number: int) -> str:
-        return f"{self.id}.{number}"
-
-
-@dataclass(eq=False)
-class Call:
-    """One engine call: its times, and the deadlines that follow from them. Times are the event loop's.
-
-    A CPU reads prompts one after another or in turns, and writes next to nothing meanwhile. So each prompt that is read
-    beside this one adds FIRST_TOKEN_TIMEOUT, and while one is read no silence counts.
-    """
-
-    generation: Generation
-    started: float
-    asked: float  # when the engine was asked last
-    begun: float = 0.0  # the first sign of life: a token, or a thought
-    last: float = 0.0  # the last one
-    first_token: float = 0.0
-    beside: int = 0  # prompts of ours that the engine had to read at the same time
-
-    def asks(self, now: float) -> None:
-        self.asked, self.begun = now, 0.0
-
-    def deadline(self, settings: Settings, read_until: float) -> tuple[float, str]:
-        """The next deadline, and the setting that it comes from. `read_until`: when another prompt was last read."""
-        allowance = settings.first_token_timeout * min(self.beside, settings.workers - 1)
-        end = self.started + settings.generation_timeout + allowance, "GENERATION_TIMEOUT"
-        if not self.begun:
-            return min((self.asked + settings.first_token_timeout + allowance, "FIRST_TOKEN_TIMEOUT"), end)
-        return min((max(self.last, read_until) + settings.token_timeout, "TOKEN_TIMEOUT"), end)
-
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 300, 600)
 SECONDS_A_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
+LOOPS = "The language model wrote without end and was stopped. Try again, with another seed or a higher repeat_penalty."
+UNFINISHED = "The language model ended without finishing. Try again, with another seed or a lower temperature."
+CUT_OFF = "The language model reached max_tokens before the badge was complete. Try again with more max_tokens."
 
 
 class Metrics:
-    """What Prometheus reads. OpenTelemetry's GenAI names where it has one, `dccapi_` before the rest; labels bounded.
+    """What Prometheus reads; labels bounded. `gen_ai_`: opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-metrics."""
 
-    (opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-metrics)
-    """
-
-    def __init__(self, settings: Settings, gauges: Mapping[str, tuple[str, Callable[[], float]]]) -> None:
-        self._keyed = bool(settings.keys)
-        self._model = ("generate_content", settings.engine, settings.model)
+    def __init__(self, settings: Settings, queue: GenerationQueue) -> None:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
+        names = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model")
 
-        def histogram(name: str, help: str, buckets: Sequence[float], *labels: str) -> Histogram:
-            asked = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model")
-            return Histogram(name, help, [*asked, *labels], buckets=buckets, registry=registry)
+        def histogram(name: str, help: str, buckets: Sequence[float], *labels: str) -> partial[Histogram]:
+            made = Histogram(name, help, [*names, *labels], buckets=buckets, registry=registry)
+            return partial(made.labels, "generate_content", settings.engine, settings.model)
 
-        server = "gen_ai_server"
-        self._duration = histogram(f"{server}_request_duration_seconds", "Of engine calls", SECONDS, "error_type")
-        self._first = histogram(f"{server}_time_to_first_token_seconds", "From the call to the first token", SECONDS)
-        self._each = histogram(f"{server}_time_per_output_token_seconds", "Between later tokens", SECONDS_A_TOKEN)
-        self._tokens = histogram("gen_ai_client_token_usage", "Of a finished generation", TOKENS, "gen_ai_token_type")
-        self._wait = histogram("dccapi_queue_wait_seconds", "From admission to the engine call", SECONDS)
-        self._generations = Counter(
-            "dccapi_generations",
-            "Ended generations: succeeded, cancelled or an error_code; `key` is the name of the client's API key",
-            ["outcome", "key"],
-            registry=registry,
-        )
-        self._rejections = Counter(
-            "dccapi_rejections", "Requests refused without a generation", ["reason"], registry=registry
-        )
-        self.engine_up = Gauge("dccapi_engine_up", "1 if the engine answers and has the model", registry=registry)
-        for name, (help, read) in gauges.items():
-            Gauge(name, help, registry=registry).set_function(read)
-
-    def rejected(self, error: ApiError) -> None:
-        self._rejections.labels(error.code).inc()
-
-    def observe(self, generation: Generation, outcome: Answer | ApiError, call: Call | None, now: float) -> None:
-        """An ended generation; `call` is None where it never left the queue."""
-        code = outcome.code if isinstance(outcome, ApiError) else ""
-        self._generations.labels(code or "succeeded", generation.client if self._keyed else "").inc()
-        if call is None:
-            return
-        self._wait.labels(*self._model).observe(max(0.0, call.started - generation.created))
-        self._duration.labels(*self._model, code).observe(now - call.started)
-        if call.first_token:
-            self._first.labels(*self._model).observe(call.first_token - call.started)
-        if isinstance(outcome, Answer):
-            read, written = outcome.usage.prompt_tokens, outcome.usage.completion_tokens
-            self._tokens.labels(*self._model, "input").observe(read)
-            self._tokens.labels(*self._model, "output").observe(written)
-            if written > 1:
-                self._each.labels(*self._model).observe((call.last - call.first_token) / (written - 1))
+        self.duration = histogram("gen_ai_server_request_duration_seconds", "Of engine calls", SECONDS, "error_type")
+        self.first = histogram("gen_ai_server_time_to_first_token_seconds", "From the call to the first token", SECONDS)
+        self.each = histogram("gen_ai_server_time_per_output_token_seconds", "Between later tokens", SECONDS_A_TOKEN)
+        self.tokens = histogram("gen_ai_client_token_usage", "Of a finished generation", TOKENS, "gen_ai_token_type")
+        self.wait = histogram("dccapi_queue_wait_seconds", "From admission to the engine call", SECONDS)
+        ended = "Ended generations: succeeded, cancelled or an error_code; `key` is the name of the client's API key"
+        self.generations = Counter("dccapi_generations", ended, ["outcome", "key"], registry=registry)
+        self.rejections = Counter("dccapi_rejections", "Refused without a generation", ["reason"], registry=registry)
+        gauge = partial(Gauge, registry=registry)
+        self.engine_up = gauge("dccapi_engine_up", "1 if the engine answers and has the model")
+        gauge("dccapi_queue_depth", "Generations that wait").set_function(lambda: queue.waiting)
+        gauge("dccapi_queue_limit", "How many may wait").set(settings.max_queue)
+        gauge("dccapi_active_generations", "Generations that are written").set_function(lambda: len(queue.running))
+        gauge("dccapi_workers", "How many can be written at a time").set(settings.workers)
 
 
 class GenerationQueue:
     """Generations from arrival to the end of their keep: admission, order, workers, deadlines, drain."""
 
     def __init__(self, settings: Settings, engine: Engine, readers: Readers) -> None:
-        self.settings = settings
-        self.engine = engine
-        self.readers = readers
-        self.running: dict[Generation, Call] = {}
+        self.settings, self.engine, self.readers = settings, engine, readers
+        self.metrics = Metrics(settings, self)
+        self.running: dict[Generation, None] = {}  # at most a worker each, until the engine call is closed
         self.draining = False
-        self._waiting: dict[Generation, None] = {}  # in order; a client that leaves is taken out of the middle
+        self.beats = 0  # of HEARTBEAT, a little early, so that a busy moment does not make one late
+        self._waiting: dict[Generation, None] = {}  # in order of arrival
         self._starts = 0
-        self._door = asyncio.Lock()  # at which one idle worker waits for all
-        self._arrived = asyncio.Event()
-        self._known: dict[str, Generation] = {}
-        self._finished: OrderedDict[Generation, asyncio.TimerHandle] = OrderedDict()
-        self._keys: dict[tuple[str, str], tuple[bytes, Generation]] = {}
+        self.known: dict[str, Generation] = {}
+        self._finished: dict[Generation, asyncio.TimerHandle] = {}
+        self.keys: dict[tuple[str, str], tuple[bytes, Generation]] = {}
         self._service_time = 0.0
         self._read_until = 0.0  # when the engine had read the last prompt of an ended call
         self._telling: asyncio.TimerHandle | None = None
-        self.beats = 0  # of HEARTBEAT, a little early, so that a busy moment does not make one late
-        self.metrics = Metrics(
-            settings,
-            {
-                "dccapi_queue_depth": ("Generations that wait", lambda: self.waiting),
-                "dccapi_queue_limit": ("How many may wait", lambda: settings.max_queue),
-                "dccapi_active_generations": ("Generations that are written", lambda: len(self.running)),
-                "dccapi_workers": ("How many can be written at a time", lambda: settings.workers),
-            },
-        )
-        self._tasks: list[asyncio.Task[None]] = []
-
-    # -- lifecycle
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
         await self.engine.start()
-        self._tasks = [asyncio.create_task(self._work(), name=f"worker {n}") for n in range(self.settings.workers)]
-        self._tasks.append(asyncio.create_task(self._beat(), name="heartbeat"))
+        self._beat()
+
+    def _beat(self) -> None:
+        self._next_beat = self._loop.call_later(self.settings.heartbeat * 0.9, self._beat)
+        self.beats += 1
+        for generation in self.known.values():
+            generation.wake()
 
     async def stop(self) -> None:
         await self.drain()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        for timer in [*self._finished.values(), *filter(None, [self._telling])]:
-            timer.cancel()
+        self._next_beat.cancel()
         await self.engine.stop()
         await self.readers.stop()
 
     async def drain(self) -> None:
         """Admit nothing new, tell what waits, let what runs finish within `DRAIN_TIMEOUT`, tell the rest."""
         self.draining = True
-        for generation in list(self._waiting):
+        for generation in [*self._waiting]:
             self.end(generation, ShuttingDown())
-        calls = {generation.task for generation in self.running if generation.task}
-        if calls:
+        if calls := {cast(asyncio.Task[Answer], generation.task) for generation in self.running}:
             log.info("draining %d generations", len(calls))
             await asyncio.wait(calls, timeout=self.settings.drain_timeout)
-        for generation in list(self.running):
-            self.end(generation, ShuttingDown())
-        if calls:
+            for generation in [*self.running]:
+                self.end(generation, ShuttingDown())
             await asyncio.wait(calls, timeout=1)
         deadline = time.monotonic() + 2  # for the last events to leave
-        while any(one.followers for one in self._known.values()) and time.monotonic() < deadline:  # noqa: ASYNC110 - bounded
+        while any(one.followers for one in self.known.values()) and time.monotonic() < deadline:  # noqa: ASYNC110 - bounded
             await asyncio.sleep(0.02)
-
-    # -- admission
 
     def check_admission(self, client: str) -> None:
         """Raise what `submit` would raise for this client now."""
-        settings = self.settings
+        most = self.settings.max_per_client
         if self.draining:
             raise ShuttingDown
         active = sum(generation.client == client for generation in [*self.running, *self._waiting])
-        if active >= settings.max_per_client:
-            raise TooManyRequests(
-                f"You have {active} generations in flight; {settings.max_per_client} are allowed. "
-                "Wait for one to finish or cancel one.",
-                retry_after=self.estimated_wait(1),
-            )
+        if active >= most:
+            told = f"You have {active} generations in flight; {most} are allowed. Wait for one to finish or cancel one."
+            raise TooManyRequests(told, retry_after=self.estimated_wait(1))
         if self.full:
             raise QueueFull(retry_after=self.estimated_wait(len(self._waiting) + 1))
 
@@ -1473,10 +1390,12 @@ class GenerationQueue:
         """Give a generation its place, before its course is read. Raises ShuttingDown, TooManyRequests or QueueFull."""
         self.check_admission(client)
         generation = Generation(client, request_id, urgency)
-        self._known[generation.id] = generation
+        self.known[generation.id] = generation
         self._waiting[generation] = None
-        generation.position = generation.queued_position = self._position(self._in_order().index(generation) + 1)
-        self._renumber()  # others may stand behind it now
+        generation.position = max(0, sum(other.urgency <= urgency for other in self._waiting) - self._idle_workers)
+        generation.queued_position = generation.position
+        self._dispatch()
+        self._loop.call_later(OVERTAKEN_AFTER, self._dispatch)
         return generation
 
     def ready(self, generation: Generation, prompt: Prompt) -> None:
@@ -1488,22 +1407,14 @@ class GenerationQueue:
                 raise
         if generation.outcome is None:  # it may have been ended meanwhile
             generation.prompt = prompt
-            self._arrived.set()
+            self._dispatch()
 
     def join(self, client: str, key: str, fingerprint: bytes) -> Generation | None:
         """The generation that this `Idempotency-Key` stands for; a failed one is forgotten, so a retry is a new try."""
-        if (known := self._keys.get((client, key))) is None:
-            return None
-        if not hmac.compare_digest(known[0], fingerprint):
+        before, generation = self.keys.get((client, key), (fingerprint, None))
+        if before != fingerprint:
             raise IdempotencyConflict
-        outcome = known[1].outcome or known[1].stop_reason
-        return None if isinstance(outcome, ApiError) else known[1]
-
-    def remember(self, client: str, key: str, fingerprint: bytes, generation: Generation) -> None:
-        self._keys[(client, key)] = (fingerprint, generation)
-
-    def get(self, id: str) -> Generation | None:
-        return self._known.get(id)
+        return None if generation is None or isinstance(generation.outcome, ApiError) else generation
 
     @contextlib.contextmanager
     def reading(self, client: str) -> Iterator[None]:
@@ -1513,49 +1424,39 @@ class GenerationQueue:
             yield
         finally:
             if generation.outcome is None:  # a drain may have ended it
-                del self._waiting[generation], self._known[generation.id]
-                self._renumber()
-
-    # -- following and leaving
+                del self._waiting[generation], self.known[generation.id]
+                self._dispatch()
 
     @contextlib.contextmanager
     def following(self, generation: Generation, grace: float = 0) -> Iterator[asyncio.Event]:
         """Follow a generation; when all have left it unfinished, and the grace of each is over, it is cancelled."""
         changed = asyncio.Event()
         generation.followers.add(changed)
-        if generation.leaving is not None:
-            generation.leaving.cancel()
+        self.keep(generation)
         try:
             yield changed
         finally:
             generation.followers.discard(changed)
-            generation.kept_until = max(generation.kept_until, (now := self._loop.time()) + grace)
-            if not generation.followers and generation.outcome is None and generation.kept_until < math.inf:
-                if (until := generation.kept_until) > now:
-                    generation.leaving = self._loop.call_at(until, self.end, generation, Cancelled())
-                else:
-                    self.end(generation, Cancelled())
+            if grace:
+                self._loop.call_later(grace, self.keep, generation, -1)
+            else:
+                self.keep(generation, -1)
 
-    def keep(self, generation: Generation) -> None:
-        """It runs to its end, followed or not."""
-        generation.kept_until = math.inf
-        if generation.leaving is not None:
-            generation.leaving.cancel()
+    def keep(self, generation: Generation, holds: int = 1) -> None:
+        """One more who wants it to go on, followed or not, or with -1 one less."""
+        generation.holds += holds
+        if not generation.holds:
+            self.end(generation, Cancelled())
 
     def end(self, generation: Generation, reason: ApiError) -> None:
         """End a generation now, wherever it is; its engine call is closed."""
         if generation.outcome is not None or (generation.task and generation.task.done()):
             return
-        if generation.task is not None:
-            generation.stop_reason = generation.stop_reason or reason
+        if generation.task:
             generation.task.cancel()
-        else:
-            self._waiting.pop(generation, None)
-            self._arrived.set()
-            self._finish(generation, reason)
-            self._renumber()
-
-    # -- order and time
+        self._waiting.pop(generation, None)
+        self._finish(generation, reason)
+        self._dispatch()
 
     @property
     def waiting(self) -> int:
@@ -1563,7 +1464,11 @@ class GenerationQueue:
 
     @property
     def full(self) -> bool:
-        return len(self._waiting) >= self.settings.max_queue + self.settings.workers - len(self.running)
+        return len(self._waiting) >= self.settings.max_queue + self._idle_workers
+
+    @property
+    def _idle_workers(self) -> int:
+        return self.settings.workers - len(self.running)
 
     def estimated_wait(self, position: int) -> float:
         """Seconds until the generation at this position runs, from the measured service time."""
@@ -1577,111 +1482,87 @@ class GenerationQueue:
 
         One whose course takes long to read is overtaken, but not by what came at the same moment.
         """
-        order = self._in_order() if self._starts % 8 != 7 else list(self._waiting)
-        for generation in order:
+        for generation in self._in_order() if self._starts % 8 != 7 else self._waiting:
             if generation.prompt:
                 return generation
             if time.monotonic() - generation.created < OVERTAKEN_AFTER:
                 return None
         return None
 
-    def _renumber(self) -> None:
-        """Tell the waiting their positions; a thousand of them twice a second, since each is a write."""
-        if len(self._waiting) <= 64:
-            self._tell_positions()
-        elif self._telling is None:
-            self._telling = self._loop.call_later(len(self._waiting) / 2000, self._tell_positions)
+    def _dispatch(self) -> None:
+        """The queue has changed: start what waits while workers are idle, and tell the rest their positions soon."""
+        while self._idle_workers and (generation := self._next()):
+            del self._waiting[generation]
+            self._starts += 1
+            generation.state, generation.position, generation.started = "running", 0, time.monotonic()
+            being_read = [other for other in self.running if not other.begun]
+            generation.beside = len(being_read)
+            for other in being_read:
+                other.beside += 1
+            self.running[generation] = None
+            generation.task = self._loop.create_task(self._generate(generation), name=f"call {generation.id[:8]}")
+            generation.task.add_done_callback(partial(self._closed, generation))
+            generation.timer = self._loop.call_later(0, self._watch, generation)
+            generation.wake()
+        if self._telling is None:  # a thousand are told twice a second, since each is a write
+            self._telling = self._loop.call_later(len(self._waiting) / 2000, self._tell)
 
-    def _tell_positions(self) -> None:
+    def _tell(self) -> None:
         self._telling = None
         for number, generation in enumerate(self._in_order(), 1):
-            generation.position = self._position(number)
+            generation.position = max(0, number - self._idle_workers)  # they take the first at once
             generation.wake()
 
-    def _position(self, number: int) -> int:
-        """Of the one that is this far in the queue: idle workers take the first at once."""
-        return max(0, number - (self.settings.workers - len(self.running)))
+    def _watch(self, generation: Generation) -> None:
+        """End an engine call when a deadline passes. Tokens set no timer: they are too many.
 
-    # -- work
+        A CPU reads prompts one after another or in turns, and writes next to nothing meanwhile. So each prompt that is
+        read beside this one adds FIRST_TOKEN_TIMEOUT, and while one is read no silence counts.
+        """
+        settings, now = self.settings, time.monotonic()
+        allowance = settings.first_token_timeout * min(generation.beside, settings.workers - 1)
+        end = generation.started + settings.generation_timeout + allowance
+        last = end, "GENERATION_TIMEOUT allows to finish. Try again later, or with a lower max_tokens."
+        if generation.begun:
+            others = [other.begun or now for other in self.running if other is not generation]
+            silence = max([generation.last, self._read_until, *others]) + settings.token_timeout
+            sooner = silence, "TOKEN_TIMEOUT allows between two tokens. Try again later."
+        else:
+            first = generation.asked + settings.first_token_timeout + allowance
+            sooner = first, "FIRST_TOKEN_TIMEOUT allows to begin. Try again later, or with less content."
+        due, allowed = min(last, sooner)
+        if due > now:  # after the first token the next deadline may be earlier, but not earlier than TOKEN_TIMEOUT
+            later = min(due, now + settings.token_timeout)
+            generation.timer = self._loop.call_at(later, self._watch, generation)
+            return
+        error = EngineTimeout(f"The language model took longer than {allowed}", retry_after=self.estimated_wait(1))
+        self.end(generation, error)
 
-    async def _beat(self) -> None:
-        while True:
-            await asyncio.sleep(self.settings.heartbeat * 0.9)
-            self.beats += 1
-            for generation in self._known.values():
-                generation.wake()
+    def _closed(self, generation: Generation, task: asyncio.Task[Answer]) -> None:
+        """An engine call is closed, which frees its worker. An unforeseen exception is told as an engine error."""
+        del self.running[generation]
+        self._read_until = max(self._read_until, generation.begun or time.monotonic())
+        cast(asyncio.TimerHandle, generation.timer).cancel()
+        self._dispatch()
+        outcome = ShuttingDown() if task.cancelled() else task.exception() or task.result()
+        if not isinstance(outcome, Answer | ApiError):
+            log.error("generation %s failed: %s", generation.id[:8], described(outcome))
+            outcome = EngineError()
+        if generation.outcome is None:
+            self._finish(generation, outcome)
+        generation.task = None  # an exception holds on to the course
 
-    async def _work(self) -> None:
-        while True:
-            async with self._door:
-                while (generation := self._next()) is None:
-                    self._arrived.clear()
-                    with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(OVERTAKEN_AFTER if self._waiting else None):
-                            await self._arrived.wait()
-            try:
-                await self._run(generation)
-            except Exception as error:
-                log.error("a worker goes on after a fault: %s", described(error))
-
-    async def _run(self, generation: Generation) -> None:
-        del self._waiting[generation]
-        self._starts += 1
-        generation.state, generation.position = "running", 0
-        now = self._loop.time()
-        call = Call(generation, now, now, beside=sum(not other.begun for other in self.running.values()))
-        for other in self.running.values():
-            other.beside += not other.begun
-        self.running[generation] = call
-        generation.task = asyncio.create_task(self._generate(call), name=f"call {generation.id[:8]}")
-        try:
-            generation.wake()
-            self._renumber()
-            await self._supervise(call, generation.task)
-        except Exception:
-            generation.stop_reason = generation.stop_reason or ApiError()
-            raise
-        finally:
-            generation.task.cancel()
-            del self.running[generation]
-            self._read_until = max(self._read_until, call.begun or self._loop.time())
-            self._finish(generation, _outcome(generation, generation.task), call)
-            self._renumber()
-
-    async def _supervise(self, call: Call, task: asyncio.Task[Answer]) -> None:
-        """Wait for the end of a call, and end it when a deadline passes. Tokens set no timer: they are too many."""
-        while not task.done():
-            now = self._loop.time()
-            others = [other.begun or now for other in self.running.values() if other is not call]
-            due, name = call.deadline(self.settings, max([self._read_until, *others]))
-            if due <= now:
-                self.end(call.generation, self._late(name))
-                await asyncio.wait({task})
-            # After the first token the next deadline may be earlier, but not earlier than this.
-            await asyncio.wait({task}, timeout=min(due - now, self.settings.token_timeout))
-
-    def _late(self, name: str) -> EngineTimeout:
-        hint = {
-            "FIRST_TOKEN_TIMEOUT": "to begin. Try again later, or with less content.",
-            "TOKEN_TIMEOUT": "between two tokens. Try again later.",
-            "GENERATION_TIMEOUT": "to finish. Try again later, or with a lower max_tokens.",
-        }[name]
-        return EngineTimeout(
-            f"The language model took longer than {name} allows {hint}", retry_after=self.estimated_wait(1)
-        )
-
-    async def _generate(self, call: Call) -> Answer:
+    async def _generate(self, generation: Generation) -> Answer:
         """Ask the engine, and again for what it left undone, and put what it writes into the log."""
-        generation, spent = call.generation, Counting[str]()
-        prompt = cast(Prompt, generation.prompt)
+        spent, prompt = Counting[str](), cast(Prompt, generation.prompt)
         sieve = self._sieve(prompt)
         title, joint, broken_off = self._title(prompt, sieve, first=True), "{", 0
         while True:
             draft = Draft(prompt.kept, prompt.institution, title, sieve)
-            call.asks(self._loop.time())
+            generation.asked, generation.begun = time.monotonic(), 0.0
             try:
                 prompt.check_length(self.engine.context)
-                usage = await self._written(call, prompt, draft, joint, spent)
+                usage = await self._written(generation, prompt, draft, joint, spent)
                 break
             except ContentTooLong as error:
                 prompt = await self._condensed(prompt, error, generation)
@@ -1704,27 +1585,57 @@ class GenerationQueue:
             review=found or None,
         )
 
-    async def _written(self, call: Call, prompt: Prompt, draft: Draft, joint: str, spent: Counting[str]) -> Usage:
-        """One engine call, whose tokens are logged. Raises ContentTooLong, TitleRefused and other ApiErrors."""
-        generation = call.generation
+    async def _written(
+        self, generation: Generation, prompt: Prompt, draft: Draft, joint: str, spent: Counting[str]
+    ) -> Usage:
+        """One engine call: log what each piece of text adds to the badge; stop an engine that writes without end.
+
+        An empty piece is a sign of life: the model thinks. `joint` stands in place of the bracket that opens the badge.
+        Raises ContentTooLong, TitleRefused and other ApiErrors.
+        """
+        now, feed, most_tokens = time.monotonic, draft.feed, prompt.sampling["max_tokens"]
+        usage, is_first = None, True
+        count = size = blank = 0
         log.debug("generation %s: %d words to the engine, %s", generation.id[:8], prompt.words, prompt.sampling)
         async with contextlib.aclosing(self.engine.stream(prompt)) as pieces:
-            usage = await self._relay(call, prompt, draft, joint, pieces)
-        spent.update(prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens)
+            async for piece in pieces:
+                if isinstance(piece, Usage):
+                    usage = piece
+                    break
+                generation.last = now()
+                generation.begun = generation.begun or generation.last
+                if not piece:
+                    continue
+                generation.first_token = generation.first_token or generation.last
+                if text := feed(piece[:MAX_OUTPUT_CHARS]):
+                    if is_first:
+                        is_first, text = False, joint + text[1:]
+                    if text:
+                        generation.append(text)
+                count += 1
+                if draft.refused:
+                    raise TitleRefused(count)
+                size += len(piece)
+                blank = blank + len(piece) if piece.isspace() else 0
+                # Eight pieces a token: some servers send their text letter by letter.
+                if blank > MAX_BLANK_RUN or size > MAX_OUTPUT_CHARS or count > 8 * most_tokens:
+                    if not draft.badge:
+                        raise InvalidModelOutput(LOOPS)
+                    usage = Usage(0, min(count, most_tokens), "length")
+                    break
+        if usage is None:  # Ollama after 30 equal tokens in a row
+            raise EngineError(UNFINISHED)
+        read, written = usage.prompt_tokens, usage.completion_tokens
+        spent.update(prompt_tokens=read, completion_tokens=written)
         reached_limit, limit = usage.finish_reason == "length", self.engine.context
         try:
             rest = draft.finish(cut=reached_limit)
         except InvalidModelOutput:
             if draft.refused:
                 raise TitleRefused from None
-            if reached_limit and limit and usage.prompt_tokens + usage.completion_tokens >= limit - 1:
-                raise too_long(prompt, limit, usage.prompt_tokens) from None
-            if reached_limit:
-                raise InvalidModelOutput(
-                    "The language model reached max_tokens before the badge was complete. Try again with more "
-                    "max_tokens."
-                ) from None
-            raise
+            if reached_limit and limit and read + written >= limit - 1:
+                raise too_long(prompt, limit, read) from None
+            raise InvalidModelOutput(CUT_OFF if reached_limit else "") from None
         if rest:
             generation.append(joint + rest[1:] if rest[0] == "{" else rest)
         return usage
@@ -1733,11 +1644,10 @@ class GenerationQueue:
         """What leaves out repetitions; with small models also what the course does not bear, for which it has words."""
         request, course = prompt.request, prompt.course
         asked = f"{prompt.system}\n{prompt.user.rpartition(chr(10))[2]}"
-        teaches_markup = EVERY_MARKUP.search(course.text) is not None
-        markup = None if teaches_markup else EVERY_MARKUP if self.engine.sifts else MARKUP
-        sieve = partial(Sieve, request=asked, markup=markup)
-        fewest = FEWEST_OF_TINY if self.engine.is_tiny else FEWEST_TO_SIFT
-        is_short = word_count(course.text) < fewest  # then hardly a sentence is left
+        markup = EVERY_MARKUP if self.engine.sifts else MARKUP
+        sieve = partial(Sieve, request=asked, markup=None if EVERY_MARKUP.search(course.text) else markup)
+        # Of a short course hardly a sentence would be left.
+        is_short = word_count(course.text) < (FEWEST_OF_TINY if self.engine.is_tiny else FEWEST_TO_SIFT)
         if is_short or not self.engine.sifts or request.language not in (None, course.language):
             return sieve()
         text = prompt.user.partition("</course>")[0].removeprefix("<course>\n")  # as much as the model has read
@@ -1750,19 +1660,18 @@ class GenerationQueue:
 
         A course may hold instructions to the model, which small models follow.
         """
-        request, course = prompt.request, prompt.course
-        options, grounds = request.given_texts(), course.grounds
+        request, course, grounds = prompt.request, prompt.course, prompt.course.grounds
+        options = request.given_texts()
         is_wanted = isinstance(request, RegenerateRequest) and not grounds["has_orders"]
         if is_wanted or request.language not in (None, course.language) or word_count(course.text[:1000]) < 8:
             return str  # by a person who looks at it; in other words than the course's; there is nothing to compare
-
         own = " ".join(NOT_TEXT.sub("", grounds["title"]).split())
 
         def accepted(title: str) -> str | None:
-            says_nothing = _says_nothing(title)
-            if not says_nothing and review.title_is_from_course(title, grounds, options) and sieve.bears(title):
-                return own if sieve.prefers(own, title) else sieve.as_title(title)
-            if says_nothing and not sieve.course:
+            if not _says_nothing(title):
+                if review.title_is_from_course(title, grounds, options) and sieve.bears(title):
+                    return own if sieve.prefers(own, title) else sieve.as_title(title)
+            elif not sieve.course:
                 return title
             if first:
                 return None
@@ -1780,11 +1689,10 @@ class GenerationQueue:
         course, content = prompt.course, prompt.request.content
         content = course.text if "</" in content else content  # Markdown still has its headings
         fits = error.members["content_words_that_fit"]
-        characters = len(content) * fits // word_count(content)
-        ask = partial(self.readers.ask, client=generation.client)
+        length = {"words": fits, "characters": len(content) * fits // word_count(content)}
         try:
-            cut = await ask("condense", content=content, words=fits, characters=characters)
-            text = (await ask("text", content=cut["text"]))["text"]
+            cut = await self.readers.ask("condense", generation.client, content=content, **length)
+            text = (await self.readers.ask("text", generation.client, content=cut["text"]))["text"]
         except ApiError:
             raise error from None
         said = f"The course was too long for the model, which has read {cut['words_kept']} of {cut['words']} words."
@@ -1798,118 +1706,66 @@ class GenerationQueue:
     async def _review(self, badge: Badge, tags: Sequence[str], prompt: Prompt, client: str) -> dict[str, Any]:
         """The review, and the alignments beside it where there is an index of skills; nothing when it failed."""
         request, course = prompt.request, prompt.course
+        index = self.settings.index if "skills" in prompt.schema["properties"] else ""
+        tone = request.option("badge_tone")
+        asked = {"options": request.given_texts(), "wanted_language": request.language, "tone": tone}
+        draft = {"badge": badge.model_dump(), "skills": tags, "course": course.text, "notes": course.notes}
         try:
-            found = await self.readers.ask(
-                "review",
-                client,
-                index=self.settings.index if "skills" in prompt.schema["properties"] else "",
-                skills=tags,
-                badge=badge.model_dump(),
-                course=course.text,
-                options=request.given_texts(),
-                wanted_language=request.language,
-                tone=request.option("badge_tone"),
-                notes=course.notes,
-            )
-            found.pop("fault", None)  # of the index, which /health tells
-            return found
+            found = await self.readers.ask("review", client, index=index, **asked, **draft)
         except ApiError as error:  # a review never fails a request
             log.warning("a draft could not be reviewed: %s", error.code)
             return {}
+        found.pop("fault", None)  # of the index, which /health tells
+        return found
 
-    async def _relay(
-        self, call: Call, prompt: Prompt, draft: Draft, joint: str, pieces: AsyncIterator[str | Usage]
-    ) -> Usage:
-        """Log what each piece of text adds to the badge; stop an engine that writes without end.
-
-        An empty piece is a sign of life: the model thinks. `joint` stands in place of the bracket that opens the badge.
-        """
-        generation, now, feed = call.generation, self._loop.time, draft.feed
-        # Eight pieces a token: some servers send their text letter by letter.
-        most = 8 * prompt.sampling["max_tokens"]
-        count = size = blank = 0
-        is_first = True
-        async for piece in pieces:
-            if isinstance(piece, Usage):
-                return piece
-            call.last = now()
-            call.begun = call.begun or call.last
-            if not piece:
-                continue
-            call.first_token = call.first_token or call.last
-            if text := feed(piece[:MAX_OUTPUT_CHARS]):
-                if is_first:
-                    is_first, text = False, joint + text[1:]
-                if text:
-                    generation.append(text)
-            if draft.refused:
-                raise TitleRefused(count + 1)
-            count += 1
-            size += len(piece)
-            blank = blank + len(piece) if piece.isspace() else 0
-            if blank > MAX_BLANK_RUN or size > MAX_OUTPUT_CHARS or count > most:
-                if draft.badge:
-                    return Usage(0, min(count, prompt.sampling["max_tokens"]), "length")
-                raise InvalidModelOutput(
-                    "The language model wrote without end and was stopped. Try again, with another seed or a higher "
-                    "repeat_penalty."
-                )
-        raise EngineError(
-            "The language model ended without finishing. Try again, with another seed or a lower temperature."
-        )  # Ollama after 30 equal tokens in a row
-
-    def _finish(self, generation: Generation, outcome: Answer | ApiError, call: Call | None = None) -> None:
-        now = self._loop.time()
-        generation.state = (
-            "succeeded" if isinstance(outcome, Answer) else "cancelled" if isinstance(outcome, Cancelled) else "failed"
-        )
-        generation.position, generation.task = 0, None
+    def _finish(self, generation: Generation, outcome: Answer | ApiError) -> None:
+        now = time.monotonic()
+        generation.position = 0
         generation.append(outcome)
         generation.prompt = None  # up to MAX_BODY_BYTES, which no view needs
+        if isinstance(outcome, Answer):
+            generation.state, newest = "succeeded", now - generation.started - self._service_time
+            self._service_time += newest * (0.2 if self._service_time else 1)
+        else:
+            generation.state = "cancelled" if isinstance(outcome, Cancelled) else "failed"
+            outcome.__traceback__ = outcome.__cause__ = outcome.__context__ = None  # their frames hold the course
         generation.size = 4096 + 2 * sum(map(sys.getsizeof, generation.log))  # the answer repeats the text
-        if isinstance(outcome, Answer) and call:
-            weight = 0.2 if self._service_time else 1.0
-            self._service_time += weight * (now - call.started - self._service_time)
         self._finished[generation] = self._loop.call_later(self.settings.result_ttl, self._forget, generation)
         while len(self._finished) > MAX_FINISHED or sum(one.size for one in self._finished) > MAX_FINISHED_BYTES:
             self._forget(next(iter(self._finished)))
-        self.metrics.observe(generation, outcome, call, now)
-        self._log(generation, outcome, call, now)
+        self._record(generation, outcome, now)
 
     def _forget(self, generation: Generation) -> None:
         self._finished.pop(generation).cancel()
-        del self._known[generation.id]
-        self._keys = {key: known for key, known in self._keys.items() if known[1] is not generation}
+        del self.known[generation.id]
+        self.keys = {key: known for key, known in self.keys.items() if known[1] is not generation}
 
-    def _log(self, generation: Generation, outcome: Answer | ApiError, call: Call | None, now: float) -> None:
-        started = call.started if call else now
-        answer = outcome if isinstance(outcome, Answer) else None
-        fields = {
-            "request_id": generation.request_id,
-            "generation": generation.id[:8],  # the whole of it opens its events to who has no key
-            "engine": self.settings.engine,
-            "model": self.settings.model,
-            "client": generation.client,
-            "state": generation.state,
-            "queue_seconds": round(started - generation.created, 3),
-            "first_token_seconds": round(call.first_token - started, 3) if call and call.first_token else None,
-            "seconds": round(now - started, 3),
-            "prompt_tokens": answer.usage.prompt_tokens if answer else None,
-            "tokens": answer.usage.completion_tokens if answer else len(generation.log) - 1,
-            "finish_reason": outcome.finish_reason if isinstance(outcome, Answer) else outcome.code,
-        }
-        log.info("generation", extra={"fields": {name: value for name, value in fields.items() if value is not None}})
-
-
-def _outcome(generation: Generation, task: asyncio.Task[Answer]) -> Answer | ApiError:
-    """What an engine call came to; an unforeseen exception is logged and told as an engine error."""
-    if not task.done() or task.cancelled():
-        return generation.stop_reason or ShuttingDown()
-    error = task.exception()
-    if error is None or isinstance(error, ApiError):
-        return error or task.result()
-    log.error("generation %s failed: %s", generation.id[:8], described(error))
-    return EngineError()
+    def _record(self, generation: Generation, outcome: Answer | ApiError, now: float) -> None:
+        """Log and count what a generation came to."""
+        settings, metrics, started, first = self.settings, self.metrics, generation.started, generation.first_token
+        code = outcome.code if isinstance(outcome, ApiError) else ""
+        usage = outcome.usage if isinstance(outcome, Answer) else None
+        queue_seconds, seconds = (started or now) - generation.created, now - (started or now)
+        fields: dict[str, Any] = {"request_id": generation.request_id, "state": generation.state}
+        fields["generation"] = generation.id[:8]  # the whole of it opens its events to who has no key
+        fields |= {"engine": settings.engine, "model": settings.model, "client": generation.client}
+        fields |= {"queue_seconds": round(queue_seconds, 3), "seconds": round(seconds, 3)}
+        fields |= {"first_token_seconds": round(first - started, 3)} if first else {}
+        fields |= {"prompt_tokens": usage.prompt_tokens} if usage else {}
+        fields["tokens"] = usage.completion_tokens if usage else len(generation.log) - 1
+        fields["finish_reason"] = outcome.finish_reason if isinstance(outcome, Answer) else outcome.code
+        log.info("generation", extra={"fields": fields})
+        metrics.generations.labels(code or "succeeded", generation.client if settings.keys else "").inc()
+        if started:
+            metrics.wait().observe(queue_seconds)
+            metrics.duration(code).observe(seconds)
+        if first:
+            metrics.first().observe(first - started)
+        if usage:
+            metrics.tokens("input").observe(usage.prompt_tokens)
+            metrics.tokens("output").observe(usage.completion_tokens)
+            if usage.completion_tokens > 1:
+                metrics.each().observe((generation.last - first) / (usage.completion_tokens - 1))
 
 
 def described(error: BaseException) -> str:
@@ -1919,6 +1775,7 @@ def described(error: BaseException) -> str:
 
 # ---- Views of a generation ------------------------------------------------------------------------------------------
 
+EVENT_STREAM_HEADERS = {"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"}
 LINE_END = re.compile(rb"\xc2\x85|\xe2\x80[\xa8\xa9]")
 
 
@@ -1942,118 +1799,83 @@ class EventEncoder:
     """
 
     def __init__(self, generation: Generation, options: StreamOptions, seen: int = 0) -> None:
-        self.seen = seen
+        self.seen, self.ended = seen, False
         self._generation, self._options = generation, options
-        self._escaped = bytearray(one_line(generation.text(seen))[1:-1])
+        self._escaped = bytearray(one_line("".join(cast(list[str], generation.log[:seen])))[1:-1])
         self._partial: dict[str, Any] = {}
         self._name = generation.id.encode()
 
     def queue(self, position: int, estimated_wait: float) -> bytes:
-        data = {"type": "queue", "position": position, "estimated_wait": estimated_wait}
-        return sse(data, id=self._generation.event_id(self.seen), event="queue")
+        return self._event({"type": "queue", "position": position, "estimated_wait": estimated_wait}, "queue")
 
     def pending(self) -> bytes:
         """The events not encoded yet, as many as fit into one write."""
         log, parts, size = self._generation.log, [], 0
-        while self.seen < len(log) and size < MAX_WRITE:
-            entry = log[self.seen]
+        while self.seen < len(log) and size < MAX_WRITE and isinstance(piece := log[self.seen], str):
             self.seen += 1
-            parts.append(self._token(entry) if isinstance(entry, str) else self._last(entry))
+            parts.append(self._token(piece))
             size += len(parts[-1])
-        if parts and self._generation.outcome is None:
-            parts.append(self._partial_event())
+        if parts and self._options.partial:
+            badge = partial_badge("".join(cast(list[str], log[: self.seen])))
+            if badge and badge != self._partial:
+                self._partial = badge
+                parts.append(self._event({"type": "partial", "badge": badge}, "partial"))
+        if self.seen == len(log) - 1 and (outcome := self._generation.outcome):
+            self.seen, self.ended = len(log), True
+            parts.append(self._last(outcome))
         return b"".join(parts)
 
     def _token(self, piece: str) -> bytes:
         """What `sse` makes of a token, in one go."""
-        content = one_line(piece)
-        if not self._options.accumulated:
-            return b'id: %b.%d\ndata: {"type":"token","content":%b,"done":false}\n\n' % (self._name, self.seen, content)
-        self._escaped += content[1:-1]
-        return b'id: %b.%d\ndata: {"type":"token","content":%b,"accumulated":"%b","done":false}\n\n' % (
-            self._name,
-            self.seen,
-            content,
-            cast(bytes, self._escaped),
-        )
-
-    def _partial_event(self, badge: dict[str, Any] | None = None) -> bytes:
-        if not self._options.partial:
-            return b""
-        if badge is None:
-            badge = partial_badge(self._generation.text(self.seen))
-        if not badge or badge == self._partial:
-            return b""
-        self._partial = badge
-        return sse({"type": "partial", "badge": badge}, id=self._id, event="partial")
+        content, accumulated = one_line(piece), b""
+        if self._options.accumulated:
+            self._escaped += content[1:-1]
+            accumulated = b'"accumulated":"%b",' % cast(bytes, self._escaped)
+        data = b'id: %b.%d\ndata: {"type":"token","content":%b,%b"done":false}\n\n'
+        return data % (self._name, self.seen, content, accumulated)
 
     def _last(self, outcome: Answer | ApiError) -> bytes:
         if isinstance(outcome, Answer):
             answer = outcome.model_dump()
-            badge = answer.pop("response")
-            return self._partial_event(badge) + sse({"type": "final", "content": badge, **answer}, id=self._id)
+            return self._event({"type": "final", "content": answer.pop("response"), **answer})
         data = {"type": "error", "content": outcome.detail, "error": outcome.detail, "error_code": outcome.code}
-        members = {"request_id": self._generation.request_id, **outcome.members}
-        return sse(data | members, id=self._id)
+        return self._event({**data, "request_id": self._generation.request_id, **outcome.members})
 
-    @property
-    def ended(self) -> bool:
-        return self._generation.outcome is not None and self.seen == len(self._generation.log)
-
-    @property
-    def _id(self) -> str:
-        return self._generation.event_id(self.seen)
-
-
-async def event_stream(
-    queue: GenerationQueue, generation: Generation, changed: asyncio.Event, options: StreamOptions, seen: int
-) -> AsyncIterator[bytes]:
-    """The writes of one event stream: queue positions, tokens, the end, and a comment with each beat of the queue."""
-    encoder = EventEncoder(generation, options, seen)
-    position, beats = -1, queue.beats
-    chunk = b"retry: 1000\n\n"
-    while True:
-        changed.clear()
-        if queue.beats != beats and not encoder.ended:
-            beats = queue.beats
-            chunk += b": heartbeat\n\n"
-        if generation.position != position and generation.outcome is None:
-            position = generation.position
-            chunk += encoder.queue(position, queue.estimated_wait(position))
-        chunk += encoder.pending()
-        if chunk:
-            yield chunk
-            if len(chunk) >= MAX_WRITE:
-                await asyncio.sleep(0)  # there is more: others have their turn first
-            chunk = b""
-        elif encoder.ended:
-            return
-        else:
-            await changed.wait()
-
-
-EVENT_STREAM_HEADERS = {"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"}
+    def _event(self, data: dict[str, Any], name: str = "") -> bytes:
+        return sse(data, id=f"{self._generation.id}.{self.seen}", event=name)
 
 
 class EventStreamResponse(Response):
-    """A generation as `text/event-stream`, followed from the first byte to the last."""
+    """A generation as `text/event-stream`: queue positions, tokens, the end, and a comment with each heartbeat."""
 
     def __init__(
         self, queue: GenerationQueue, generation: Generation, options: StreamOptions, *, seen: int = 0, grace: float = 0
     ) -> None:
         super().__init__(headers=EVENT_STREAM_HEADERS | {"x-queue-position": str(generation.queued_position)})
         del self.headers["content-length"]
-        self._view = queue, generation, options, seen, grace
+        self._view = queue, generation, EventEncoder(generation, options, seen), grace
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        queue, generation, options, seen, grace = self._view
+        queue, generation, encoder, grace = self._view
+        position, beats, chunk = -1, queue.beats, b"retry: 1000\n\n"
         with queue.following(generation, grace) as changed:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async with contextlib.aclosing(
-                cast(AsyncGenerator[bytes], event_stream(queue, generation, changed, options, seen))
-            ) as chunks:
-                async for chunk in chunks:
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            while not encoder.ended:
+                changed.clear()
+                if queue.beats != beats:
+                    beats = queue.beats
+                    chunk += b": heartbeat\n\n"
+                if generation.position != position and generation.outcome is None:
+                    position = generation.position
+                    chunk += encoder.queue(position, queue.estimated_wait(position))
+                chunk += encoder.pending()
+                if not chunk:
+                    await changed.wait()
+                    continue
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                if len(chunk) >= MAX_WRITE:
+                    await asyncio.sleep(0)  # there is more: others have their turn first
+                chunk = b""
             await send({"type": "http.response.body", "body": b""})
 
 
@@ -2064,7 +1886,7 @@ async def finished(queue: GenerationQueue, generation: Generation) -> Answer:
             changed.clear()
             await changed.wait()
     if isinstance(outcome, ApiError):
-        raise outcome
+        raise copy(outcome)  # raised, it would keep the request
     return outcome
 
 
@@ -2643,7 +2465,7 @@ class Api:
             if "id" not in request.path_params:
                 await self._body(request, GenerateRequest)  # raises where it is not valid, as the first time
             id, _, number = last.rpartition(".")
-            generation = self.queue.get(id)
+            generation = self.queue.known.get(id)
             seen = int(number) if re.fullmatch(r"\d{1,9}", number) else -1
             if not generation or not 0 <= seen <= len(generation.log) - (generation.outcome is not None):
                 return Response(status_code=204)
@@ -2655,7 +2477,7 @@ class Api:
         return EventStreamResponse(self.queue, generation, options, seen=seen, grace=grace)
 
     def _known(self, request: Request, of_anyone: bool = False) -> Generation:
-        generation = self.queue.get(request.path_params["id"])
+        generation = self.queue.known.get(request.path_params["id"])
         is_foreign = self.settings.keys and not of_anyone and generation and generation.client != request.state.client
         if generation is None or is_foreign:
             raise NotFound(f"There is no such generation; finished ones are kept for {self.settings.result_ttl:g} s.")
@@ -2675,7 +2497,7 @@ class Api:
         if joined:
             return body, generation
         if key is not None:
-            queue.remember(client, key, body.fingerprint(), generation)
+            queue.keys[client, key] = body.fingerprint(), generation
         try:
             read = await self.readers.ask("text", client, content=body.content)
             if not re.search(VISIBLE, read["text"]):
@@ -3173,7 +2995,7 @@ class Admission:
         is_open = not self.settings.keys or path in OPEN_PATHS or path.startswith("/docs/")
         # An EventSource cannot send a key, and nobody can guess the URL of a generation's events.
         events = re.fullmatch(r"/generations/([\w-]+)/events", path) if scope["method"] == "GET" else None
-        if not names and not is_open and not (events and self.queue.get(events[1])):
+        if not names and not is_open and not (events and self.queue.known.get(events[1])):
             if given and not peer_of(address).wrong_keys.spend():
                 await asyncio.sleep(1)  # who guesses keys waits
             raise Unauthorized(headers={"www-authenticate": 'Bearer realm="dccapi"'})
@@ -3191,7 +3013,7 @@ async def as_problem(request: Request, raised: Exception) -> Response:
         log.error("request %s failed: %s", state["request_id"], described(raised))
         error = ApiError()
     if "generation" not in state and _short_path(request.scope) not in OPEN_PATHS:
-        request.app.queue.metrics.rejected(error)
+        request.app.queue.metrics.rejections.labels(error.code).inc()
     headers = dict(error.headers)
     if error.retry_after is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))

@@ -1635,12 +1635,12 @@ async def test_finished_generations_are_kept_for_their_time_and_no_more_than_256
     async with serving(result_ttl=0.3) as service, client(service) as http:
         for _ in range(3):
             await http.post("/generate", json=COURSE)
-        assert len(service.queue._known) == 3
-        await eventually(lambda: not service.queue._known)
+        assert len(service.queue.known) == 3
+        await eventually(lambda: not service.queue.known)
     async with serving(script=Script(pieces=[badge_json()])) as service, client(service) as http:
         for _ in range(260):
             assert (await http.post("/generate", json=COURSE)).status_code == 200
-        assert len(service.queue._known) == 256
+        assert len(service.queue.known) == 256
 
 
 @pytest.mark.slow

@@ -479,11 +479,11 @@ async def test_a_draft_that_the_service_has_forgotten_says_so() -> None:
         await write(page, 1)
         await states(page, "Reading the course")
         generation = next(iter(service.queue.running))
-        service.queue._known.clear()
+        service.queue.known.clear()
         await page.reload()
         await states(page, "Failed")
         await expect(card(page, 1).locator(".alert")).to_contain_text("Write it again")
-        service.queue._known[generation.id] = generation
+        service.queue.known[generation.id] = generation
 
 
 async def test_an_export_is_a_credential_an_achievement_or_the_badge(judge: Any) -> None:

@@ -438,11 +438,14 @@ async def test_a_connection_that_its_client_closed_is_forgotten(protocol: str) -
 
 
 async def test_a_response_that_fails_in_the_middle_is_reset(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def broken(*arguments: Any) -> AsyncIterator[bytes]:
-        yield b"retry: 1000\n\n"
-        raise ArithmeticError
+    pending = dccapi.EventEncoder.pending
 
-    monkeypatch.setattr(dccapi, "event_stream", broken)
+    def broken(encoder: dccapi.EventEncoder) -> bytes:
+        if encoder.seen:
+            raise ArithmeticError
+        return pending(encoder)
+
+    monkeypatch.setattr(dccapi.EventEncoder, "pending", broken)
     async with serving() as service, await service.connect() as connection:
         answer = await connection.response(await connection.request("POST", "/generate/stream", body=COURSE))
         assert (answer.status, answer.ended, answer.reset_code) == (200, False, h2.errors.ErrorCodes.CANCEL)

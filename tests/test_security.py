@@ -287,6 +287,7 @@ async def test_what_is_parsed_counts_as_in_flight_and_ends_with_its_client(
         assert (await ask(service)).status == 429
         connection.reset(stream)
         await eventually(lambda: parsers[0].returncode is not None, what="the end of the parser")
+        await eventually(lambda: not service.queue.waiting, what="the end of the request")
         monkeypatch.setattr(dccapi, "HERE", HERE)
         assert (await ask(service)).status == 200
 

@@ -1,9 +1,8 @@
 """dccapi writes Open Badges 3.0 drafts from course descriptions with a local language model.
 
-A course description is posted, a badge name, description and earning criteria come back: as one JSON answer, as
-Server-Sent Events token by token, or later, from the URL of an asynchronous generation. One file, served by Hypercorn
-over HTTP/2 (TLS and cleartext) and HTTP/1.1, in front of Ollama, of any OpenAI-compatible server, or of llama.cpp in a
-child process.
+A course description is posted; a badge name, description and earning criteria come back: as JSON, as Server-Sent Events
+token by token, or later, from the URL of an asynchronous generation. One file, served by Hypercorn over HTTP/2 (TLS and
+cleartext) and HTTP/1.1, in front of Ollama, an OpenAI-compatible server, or llama.cpp in a child process.
 
 Routes, each under /api/v1 and at the root:
 
@@ -115,7 +114,6 @@ LOCAL_HOST = r"(?i)(?:[^.:]*|[\w.-]+\.localhost|[\d.]+|\[[\da-f:.]+\])(?::\d+)?"
 
 _URL = r"https?://([^\s/?#]*@)?([^\s/?#@:\[\]]+|\[[0-9a-f:]+\])(:\d{1,5})?(/[^\s?#]*)?"
 Url = Annotated[str, Field(pattern=rf"^({_URL})?$"), AfterValidator(lambda url: url.rstrip("/"))]
-Duration = Annotated[str, Field(pattern=r"^(-?\d+|-?(\d+(\.\d+)?(ms|s|m|h))+)$")]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -137,7 +135,7 @@ class Settings(BaseSettings, frozen=True, env_ignore_empty=True):
     connection_pool_size: Count = 10
     keepalive_timeout: Seconds = 30
     num_ctx: Annotated[int, Field(ge=256)] = 6144
-    keep_alive: Duration = "30m"
+    keep_alive: str = Field("30m", pattern=r"^(-?\d+|-?(\d+(\.\d+)?(ms|s|m|h))+)$")
     connect_timeout: Seconds = 5
     first_token_timeout: Seconds = 120
     token_timeout: Seconds = 30
@@ -275,27 +273,18 @@ class EngineTimeout(ApiError, status=504, text="The language model took too long
 
 def problem(error: ApiError, request_id: str) -> dict[str, Any]:
     """`application/problem+json` (RFC 9457)."""
-    return {
-        "type": f"urn:dccapi:problem:{error.code}",
-        "title": error.code.replace("_", " ").capitalize(),
-        "status": error.status,
-        "detail": error.detail,
-        "error_code": error.code,
-        "request_id": request_id,
-        "timestamp": datetime.now(UTC).isoformat(timespec="milliseconds"),
-        **error.members,
-    }
+    kind = {"type": f"urn:dccapi:problem:{error.code}", "title": error.code.replace("_", " ").capitalize()}
+    told = {"status": error.status, "detail": error.detail, "error_code": error.code, "request_id": request_id}
+    return {**kind, **told, "timestamp": datetime.now(UTC).isoformat(timespec="milliseconds"), **error.members}
 
 
-# Faults that pydantic's own words would not tell a person, by the first part of their types (`int_parsing`).
-FAULTS = {
+# What is told where pydantic's own words are not for people: by the first part of a fault's type, such as int_parsing,
+# and by the field that does not match its pattern.
+WORDS = {
     "missing": "is missing",
     "int": "must be a whole number",
     "bool": "must be true or false",
     "model": "must be a JSON object",
-}
-# What a field must be that does not match its pattern; other fields must hold a visible character.
-PATTERNS = {
     "ollama_url": "must be a URL such as http://localhost:11434",
     "openai_base_url": "must be a URL such as http://localhost:8080/v1",
     "openai_api_key": "must be one line of ASCII",
@@ -309,10 +298,10 @@ Place = tuple[str | int, ...]  # of a field in a request
 
 def in_words(fault: Mapping[str, Any]) -> str:
     """A fault that pydantic has found, without the name of its field."""
+    key, words = fault["type"].partition("_")[0], fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "string_pattern_mismatch":
-        return PATTERNS.get(str(fault["loc"][-1]), "must be text that can be seen")
-    words = re.sub(r"'([\w-]+)'", r"\1", fault["msg"].removeprefix("Value error, "))
-    return FAULTS.get(fault["type"].partition("_")[0]) or re.sub(r"^\w+ should", "must", words)
+        key, words = fault["loc"][-1], "must be text that can be seen"
+    return WORDS.get(key) or re.sub(r"^\w+ should", "must", re.sub(r"'([\w-]+)'", r"\1", words))
 
 
 def invalid(faults: Mapping[Place, str], types: Mapping[Place, str] = {}, extra: Sequence[str] = ()) -> InvalidRequest:
@@ -418,8 +407,7 @@ class GenerateRequest(StreamOptions, BadgeOptions):
 
     def option(self, name: str) -> str | None:
         """An option, wherever it was given."""
-        inner = self.badge_configuration
-        return getattr(self, name) or (getattr(inner, name) if inner else None)
+        return getattr(self, name) or getattr(self.badge_configuration, name, None)
 
     def sampling(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
         """The client's parameters, else the engine's own defaults, else the contract's."""
@@ -3370,9 +3358,10 @@ def create_app(settings: Settings) -> Guard:
         log.setLevel(settings.log_level)
         await queue.start()
         await api.frameworks()
-        engine = f"engine {settings.engine}, model {settings.model}, {settings.workers} workers"
-        where = f"on {', '.join(guard.addresses)}, HTTP/2 on"
-        log.info(f"dccapi {__version__}: {engine}, queue {settings.max_queue}, {where}")
+        what = (
+            f"engine {settings.engine}, model {settings.model}, {settings.workers} workers, queue {settings.max_queue}"
+        )
+        log.info(f"dccapi {__version__}: {what}, on {', '.join(guard.addresses)}, HTTP/2 on")
         if not settings.keys and not all(re.fullmatch(LOCAL_ADDRESS, address) for address in guard.addresses):
             log.warning("everyone who can reach this address can use the service: set API_KEYS, or bind to 127.0.0.1")
         try:

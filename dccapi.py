@@ -283,6 +283,7 @@ def problem(error: ApiError, request_id: str) -> dict[str, Any]:
 WORDS = {
     "missing": "is missing",
     "int": "must be a whole number",
+    "float": "must be a number",
     "bool": "must be true or false",
     "model": "must be a JSON object",
     "ollama_url": "must be a URL such as http://localhost:11434",
@@ -3358,10 +3359,8 @@ def create_app(settings: Settings) -> Guard:
         log.setLevel(settings.log_level)
         await queue.start()
         await api.frameworks()
-        what = (
-            f"engine {settings.engine}, model {settings.model}, {settings.workers} workers, queue {settings.max_queue}"
-        )
-        log.info(f"dccapi {__version__}: {what}, on {', '.join(guard.addresses)}, HTTP/2 on")
+        what = f"{settings.workers} workers, queue {settings.max_queue}, on {', '.join(guard.addresses)}"
+        log.info(f"dccapi {__version__}: engine {settings.engine}, model {settings.model}, {what}, HTTP/2 on")
         if not settings.keys and not all(re.fullmatch(LOCAL_ADDRESS, address) for address in guard.addresses):
             log.warning("everyone who can reach this address can use the service: set API_KEYS, or bind to 127.0.0.1")
         try:

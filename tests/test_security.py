@@ -98,6 +98,11 @@ def test_an_origin_that_would_never_match_stops_the_start(wrong: str) -> None:
         dccapi.Settings(allowed_origins=wrong)
 
 
+def test_a_name_of_two_keys_stops_the_start() -> None:
+    with pytest.raises(ValueError, match="API_KEYS gives a name to two keys"):
+        dccapi.Settings(api_keys="lms:a, moodle:b, lms:c")
+
+
 @pytest.mark.parametrize(
     ("host", "settings", "status"),
     [

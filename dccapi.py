@@ -1,23 +1,21 @@
 """dccapi writes Open Badges 3.0 drafts from course descriptions with a local language model.
 
-A course description is posted, a badge name, description and earning criteria come back: as one JSON answer, as
-Server-Sent Events token by token, or later, from the URL of an asynchronous generation. One file, served by Hypercorn
-over HTTP/2 (TLS and cleartext) and HTTP/1.1, in front of Ollama, of any OpenAI-compatible server, or of llama.cpp in a
-child process.
+A course description is posted; a badge name, description and earning criteria come back: as JSON, as Server-Sent Events
+token by token, or later, from the URL of an asynchronous generation. One file, served by Hypercorn over HTTP/2 (TLS and
+cleartext) and HTTP/1.1, in front of Ollama, an OpenAI-compatible server, or llama.cpp in a child process.
 
 Routes, each under /api/v1 and at the root:
 
-    POST   /generate, /generate-badge-suggestions                 one badge as JSON; `Prefer: respond-async` gives 202
-    POST   /generate/stream, /generate-badge-suggestions/stream   the same as Server-Sent Events
-    GET    /generate/stream                                       the same for EventSource, fields in the query
-    GET    /generations/{id}, /generations/{id}/events            state and result; its events
-    DELETE /generations/{id}                                      cancel
-    POST   /regenerate-field                                      the badge with one field written anew
-    POST   /credentials                                           an unsigned OpenBadgeCredential; no engine involved
-    POST   /extract                                               the text of a document; no engine involved
-    GET    /skills                                                skills of ESCO and O*NET, where there is an index
-    GET    /health, /livez, /readyz, /metrics                     state
-    GET    /, /demo, /docs, /openapi.json                         the demo page, the documentation
+    POST         /generate, /generate-badge-suggestions   one badge as JSON; `Prefer: respond-async` gives 202
+    POST, GET    the same with /stream                    the same as Server-Sent Events; GET for EventSource
+    GET, DELETE  /generations/{id}                        state and result; cancel
+    GET          /generations/{id}/events                 its events
+    POST         /regenerate-field                        the badge with one field written anew
+    POST         /credentials                             an unsigned OpenBadgeCredential; no engine involved
+    POST         /extract                                 the text of a document; no engine involved
+    GET          /skills                                  skills of ESCO and O*NET, where there is an index
+    GET          /health, /livez, /readyz, /metrics       state
+    GET          /, /demo, /docs, /openapi.json           the demo page, the documentation
 
 Where Hypercorn is mended, why, and which test tells when a patch may go: the table under "Hypercorn 0.18, mended".
 """
@@ -29,12 +27,10 @@ import asyncio
 import base64
 import contextlib
 import ctypes
-import functools
 import hashlib
 import hmac
 import ipaddress
 import logging
-import math
 import os
 import re
 import resource
@@ -42,7 +38,6 @@ import secrets
 import shutil
 import signal
 import socket
-import string
 import sys
 import tempfile
 import time
@@ -55,7 +50,7 @@ from copy import copy
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from difflib import get_close_matches
-from functools import partial
+from functools import cache, cached_property, lru_cache, partial, reduce
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
@@ -64,13 +59,8 @@ from urllib.parse import quote
 
 import aiohttp
 import h2.connection
-import h2.errors
-import h2.events
-import h2.exceptions
 import h11
-import hypercorn.asyncio.run
-import hypercorn.asyncio.tcp_server
-import hypercorn.protocol
+import hypercorn.asyncio
 import orjson
 import pydantic_core
 from hypercorn.app_wrappers import ASGIWrapper
@@ -83,7 +73,6 @@ from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.protocol.h11 import H11Protocol
 from openapi_ui_bundles import swagger_ui
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo
 from pydantic.functional_validators import AfterValidator, BeforeValidator, field_validator, model_validator
 from pydantic_settings import BaseSettings
@@ -117,7 +106,6 @@ MAX_WRITE = 128 * 2**10  # bytes that one write of an event stream may hold, so 
 RESETS_AT_ONCE, RESETS_PER_SECOND = 1000, 33  # nghttp2's own limits (nghttp2_option_set_stream_reset_rate_limit)
 MAX_HELD, MAX_HELD_OF_ONE = 48 * 2**20, 24 * 2**20  # bytes of requests under way or arriving: of all, of one address
 REQUEST_COST = 16 * 2**10  # bytes that a request takes besides what was sent
-CLOSE_TIMEOUT = 2  # seconds that the closing of a connection may take
 TRIM_INTERVAL = 30  # seconds between two times that free memory is given back
 LOOPBACK_PAGE = r"https?://(?:(?:[\w-]+\.)*localhost|127(?:\.\d{1,3}){3}|\[::1\])(?::\d+)?"
 LOCAL_ADDRESS = rf"{LOOPBACK_PAGE}|http://(unix|fd):.*"  # that only this machine can reach
@@ -126,7 +114,6 @@ LOCAL_HOST = r"(?i)(?:[^.:]*|[\w.-]+\.localhost|[\d.]+|\[[\da-f:.]+\])(?::\d+)?"
 
 _URL = r"https?://([^\s/?#]*@)?([^\s/?#@:\[\]]+|\[[0-9a-f:]+\])(:\d{1,5})?(/[^\s?#]*)?"
 Url = Annotated[str, Field(pattern=rf"^({_URL})?$"), AfterValidator(lambda url: url.rstrip("/"))]
-Duration = Annotated[str, Field(pattern=r"^(-?\d+|-?(\d+(\.\d+)?(ms|s|m|h))+)$")]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -148,7 +135,7 @@ class Settings(BaseSettings, frozen=True, env_ignore_empty=True):
     connection_pool_size: Count = 10
     keepalive_timeout: Seconds = 30
     num_ctx: Annotated[int, Field(ge=256)] = 6144
-    keep_alive: Duration = "30m"
+    keep_alive: str = Field("30m", pattern=r"^(-?\d+|-?(\d+(\.\d+)?(ms|s|m|h))+)$")
     connect_timeout: Seconds = 5
     first_token_timeout: Seconds = 120
     token_timeout: Seconds = 30
@@ -198,47 +185,39 @@ class Settings(BaseSettings, frozen=True, env_ignore_empty=True):
         file = self.model_path if self.engine == "embedded" else None
         return self.model_name or (file.stem if file else "phi4badges")
 
-    @property
-    def index(self) -> str:
-        """The path of the index of skills, for readers, which run elsewhere; "" without one."""
-        return str(self.skills_index.absolute()) if self.skills_index else ""
-
-    @functools.cached_property
+    @cached_property
     def keys(self) -> dict[str, bytes]:
         """Name to key, from `API_KEYS` and `API_KEYS_FILE`."""
         text = self.api_keys + "\n" + (self.api_keys_file.read_text("utf-8") if self.api_keys_file else "")
-        entries = [re.fullmatch(r"([^:]*[^:\s])\s*:\s*(.+)", entry) for entry in _listed(text)]
-        if None in entries:
-            raise ValueError("API_KEYS holds an entry that is not name:key")
-        if twice := [name for name, count in Counting(entry[1] for entry in entries if entry).items() if count > 1]:
-            raise ValueError(f"API_KEYS names {twice[0]} twice")
-        return {entry[1]: entry[2].encode() for entry in entries if entry}
+        entries = _listed(text, r"([^:]*[^:\s])\s*:\s*(.+)", "API_KEYS holds an entry that is not name:key")
+        keys = {entry[1]: entry[2].encode() for entry in entries}
+        if len(keys) < len(entries):
+            raise ValueError("API_KEYS gives a name to two keys")
+        return keys
 
-    @functools.cached_property
-    def origins(self) -> list[str]:
-        """`ALLOWED_ORIGINS` as browsers write them: without a path and a default port."""
+    @cached_property
+    def origins(self) -> str:
+        """A pattern of the origins whose pages may ask, as browsers write them: without a path and a default port."""
         pattern = r"(\*|[a-z][a-z0-9+.-]*://(?:[\w.-]+|\[[\da-f:.]+\])(?::\d+)?)(?:/[^*]*)?"
-        entries = [re.fullmatch(pattern, entry.lower(), re.ASCII) for entry in _listed(self.allowed_origins)]
-        if None in entries:
-            raise ValueError("ALLOWED_ORIGINS must be *, or origins such as https://lms.example.edu")
-        return [re.sub(r"^(http:.*):80$|^(https:.*):443$", r"\1\2", entry[1]) for entry in entries if entry]
+        fault = "ALLOWED_ORIGINS must be *, or origins such as https://lms.example.edu"
+        entries = _listed(self.allowed_origins.lower(), pattern, fault)
+        origins = [re.sub(r"^(http:.*):80$|^(https:.*):443$", r"\1\2", entry[1]) for entry in entries]
+        return ".*" if "*" in origins else "|".join(map(re.escape, origins)) or LOOPBACK_PAGE
 
-    @functools.cached_property
+    @cached_property
     def proxies(self) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
         try:
-            return [ipaddress.ip_network(network, strict=False) for network in _listed(self.trusted_proxies)]
+            return [ipaddress.ip_network(entry[0], strict=False) for entry in _listed(self.trusted_proxies)]
         except ValueError as error:
             raise ValueError(f"TRUSTED_PROXIES: {error}") from None
 
-    def allows(self, origin: str) -> bool:
-        """Whether this origin's pages may ask; all may where `*` was set."""
-        is_local = not self.origins and re.fullmatch(LOOPBACK_PAGE, origin)
-        return bool(is_local) or origin in self.origins or "*" in self.origins
 
-
-def _listed(value: str) -> list[str]:
-    """The entries of a comma- or line-separated setting."""
-    return [entry.strip() for entry in re.split(r"[,\n]", value) if entry.strip()]
+def _listed(value: str, pattern: str = ".+", fault: str = "") -> list[re.Match[str]]:
+    """The entries of a comma- or line-separated setting. Raises ValueError where one does not match the pattern."""
+    entries = [re.fullmatch(pattern, entry.strip(), re.ASCII) for entry in re.split(r"[,\n]", value) if entry.strip()]
+    if None in entries:
+        raise ValueError(fault)
+    return cast(list[re.Match[str]], entries)
 
 
 # ---- Errors ---------------------------------------------------------------------------------------------------------
@@ -249,18 +228,15 @@ class ApiError(Exception):
 
     status, code = 500, "internal_error"
     text = "Something went wrong here. Try again; if it stays, report the request_id."
-    retry_after: float | None = None
+    retry_after: float = 0  # seconds; 0 = nothing is said
 
     def __init_subclass__(cls, status: int, text: str) -> None:
-        cls.status, cls.text, cls.retry_after = status, text, 5 if status == 503 else None
+        cls.status, cls.text, cls.retry_after = status, text, 5 if status in (429, 503) else 0
         cls.code = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
 
-    def __init__(
-        self, detail: str = "", *, retry_after: float | None = None, headers: Mapping[str, str] = {}, **members: Any
-    ) -> None:
-        self.detail = detail or self.text
+    def __init__(self, text: str = "", retry_after: float = 0, headers: Mapping[str, str] = {}, **members: Any) -> None:
+        self.detail, self.retry_after = text or self.text, retry_after or self.retry_after
         super().__init__(self.detail)
-        self.retry_after = self.retry_after if retry_after is None else retry_after
         self.headers, self.members = dict(headers), members  # extension members of the problem (RFC 9457 3.2)
 
 
@@ -272,12 +248,10 @@ class NotFound(ApiError, status=404, text="There is nothing at this path; /opena
 class MethodNotAllowed(ApiError, status=405, text="This path has other methods: use one of the Allow header."): ...
 class BodyTimeout(ApiError, status=408, text="The body did not arrive in time. Send it again, all of it at once."): ...
 class IdempotencyConflict(ApiError, status=409, text="This Idempotency-Key came with another body. Use a new one."): ...
-class BodyTooLarge(ApiError, status=413,
-    text="The body is too large. Send less; /docs/api.md says how documents are sent."): ...
+class BodyTooLarge(ApiError, status=413, text="The body is too large. Send less, or the document as a file."): ...
 class ContentTooLong(ApiError, status=413, text="The content does not fit the model's context. Shorten it."): ...
 class UriTooLong(ApiError, status=414, text="The query is too long. POST long content to /generate/stream."): ...
-class UnsupportedMediaType(ApiError, status=415,
-    text="Send the body as application/json, or a document as multipart/form-data; /docs/api.md shows both."): ...
+class UnsupportedMediaType(ApiError, status=415, text="Send JSON or multipart/form-data; /docs/api.md shows both."): ...
 class DocumentBroken(ApiError, status=422, text="The document is damaged or too complex to read. Send its text."): ...
 class DocumentEncrypted(ApiError, status=422, text="The document is protected by a password. Send it without."): ...
 class DocumentHasNoText(ApiError, status=422, text="It holds pictures only. Run text recognition (OCR) first."): ...
@@ -299,36 +273,19 @@ class EngineTimeout(ApiError, status=504, text="The language model took too long
 
 def problem(error: ApiError, request_id: str) -> dict[str, Any]:
     """`application/problem+json` (RFC 9457)."""
-    return {
-        "type": f"urn:dccapi:problem:{error.code}",
-        "title": error.code.replace("_", " ").capitalize(),
-        "status": error.status,
-        "detail": error.detail,
-        "error_code": error.code,
-        "request_id": request_id,
-        "timestamp": datetime.now(UTC).isoformat(timespec="milliseconds"),
-        **error.members,
-    }
+    kind = {"type": f"urn:dccapi:problem:{error.code}", "title": error.code.replace("_", " ").capitalize()}
+    told = {"status": error.status, "detail": error.detail, "error_code": error.code, "request_id": request_id}
+    return {**kind, **told, "timestamp": datetime.now(UTC).isoformat(timespec="milliseconds"), **error.members}
 
 
-# The faults that pydantic finds, in words, by their types or the first part of these (`int_parsing`).
-FAULTS = {
+# What is told where pydantic's own words are not for people: by the first part of a fault's type, such as int_parsing,
+# and by the field that does not match its pattern.
+WORDS = {
     "missing": "is missing",
-    "string": "must be a text",
     "int": "must be a whole number",
     "float": "must be a number",
-    "finite_number": "must be a number",
     "bool": "must be true or false",
     "model": "must be a JSON object",
-    "greater_than": "must be more than {gt}",
-    "greater_than_equal": "must be at least {ge}",
-    "less_than_equal": "must be at most {le}",
-    "string_too_long": "may have at most {max_length} characters",
-    "literal_error": "must be one of {expected}",
-    "value_error": "{error}",
-}
-# What a field must be that does not match its pattern; other fields must hold a visible character.
-PATTERNS = {
     "ollama_url": "must be a URL such as http://localhost:11434",
     "openai_base_url": "must be a URL such as http://localhost:8080/v1",
     "openai_api_key": "must be one line of ASCII",
@@ -342,11 +299,10 @@ Place = tuple[str | int, ...]  # of a field in a request
 
 def in_words(fault: Mapping[str, Any]) -> str:
     """A fault that pydantic has found, without the name of its field."""
-    kind = fault["type"]
-    if kind == "string_pattern_mismatch":
-        return PATTERNS.get(str(fault["loc"][-1]), "must be text that can be seen")
-    words = FAULTS.get(kind) or FAULTS.get(kind.partition("_")[0], "is not valid")
-    return re.sub(r"'([\w-]+)'", r"\1", words.format(**fault.get("ctx", {})))
+    key, words = fault["type"].partition("_")[0], fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "string_pattern_mismatch":
+        key, words = fault["loc"][-1], "must be text that can be seen"
+    return WORDS.get(key) or re.sub(r"^\w+ should", "must", re.sub(r"'([\w-]+)'", r"\1", words))
 
 
 def invalid(faults: Mapping[Place, str], types: Mapping[Place, str] = {}, extra: Sequence[str] = ()) -> InvalidRequest:
@@ -367,26 +323,14 @@ Tone = Literal["Authoritative", "Encouraging", "Detailed", "Concise", "Engaging"
 Level = Literal["Beginner", "Intermediate", "Advanced", "Expert"]
 CriterionStyle = Literal["Task-Oriented", "Evidence-Based", "Outcome-Focused"]
 CHOICES = {"badge_style": Style, "badge_tone": Tone, "badge_level": Level, "criterion_style": CriterionStyle}
-# What they mean, as a model is told.
-MEANINGS = {
-    "Professional": "skills for the job",
-    "Academic": "knowledge and theory",
-    "Industry": "the needs of the sector",
-    "Technical": "tools and methods",
-    "Creative": "ideas and original work",
-    "Authoritative": "firm and formal",
-    "Encouraging": "warm",
-    "Detailed": "thorough",
-    "Concise": "brief",
-    "Engaging": "lively",
-    "Beginner": "first steps with guidance",
-    "Intermediate": "independent use",
-    "Advanced": "complex problems",
-    "Expert": "leading others",
-    "Task-Oriented": "the tasks done",
-    "Evidence-Based": "the proof handed in",
-    "Outcome-Focused": "what learners can do afterwards",
-}
+_MEANINGS = """
+Professional: skills for the job; Academic: knowledge and theory; Industry: the needs of the sector;
+Technical: tools and methods; Creative: ideas and original work;
+Authoritative: firm and formal; Encouraging: warm; Detailed: thorough; Concise: brief; Engaging: lively;
+Beginner: first steps with guidance; Intermediate: independent use; Advanced: complex problems; Expert: leading others;
+Task-Oriented: the tasks done; Evidence-Based: the proof handed in; Outcome-Focused: what learners can do afterwards;
+"""
+MEANINGS = dict(re.findall(r"(\S+): ([^;]+);", _MEANINGS))  # of the choices, as a model is told
 NOT_GIVEN = ("", "not-specified")
 OTHER_NAMES = {"course_input": "content", "user_prompt": "custom_instructions"}
 # Names that clients of other services use for the content; a 422 says what is meant.
@@ -464,8 +408,7 @@ class GenerateRequest(StreamOptions, BadgeOptions):
 
     def option(self, name: str) -> str | None:
         """An option, wherever it was given."""
-        inner = self.badge_configuration
-        return getattr(self, name) or (getattr(inner, name) if inner else None)
+        return getattr(self, name) or getattr(self.badge_configuration, name, None)
 
     def sampling(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
         """The client's parameters, else the engine's own defaults, else the contract's."""
@@ -488,8 +431,7 @@ class GenerateRequest(StreamOptions, BadgeOptions):
 
     def fingerprint(self) -> bytes:
         """What an `Idempotency-Key` stands for: the fields, not how they are delivered."""
-        fields = self.model_dump(exclude=set(StreamOptions.model_fields))
-        return hashlib.sha256(orjson.dumps(fields, option=orjson.OPT_SORT_KEYS)).digest()
+        return hashlib.sha256(self.model_dump_json(exclude={*StreamOptions.model_fields}).encode()).digest()
 
 
 class RegenerateRequest(GenerateRequest):
@@ -546,12 +488,12 @@ class Prompt:
         name = " ".join(_tidied(self.request.option("institution") or "").split())
         return name if re.search(VISIBLE, name) and "badge_description" not in self.kept else ""
 
-    @functools.cached_property
+    @cached_property
     def words(self) -> int:
         """No tokenizer makes fewer tokens than words."""
         return len(self.system.split()) + len(self.user.split())
 
-    @functools.cached_property
+    @cached_property
     def tokens(self) -> int:
         """About as many as it has."""
         return max(self.words * 4 // 3, len((self.system + self.user).encode()) // 4)
@@ -1001,7 +943,7 @@ OB_CONTEXT = "https://purl.imsglobal.org/spec/ob/v3p0/context-3.0.3.json"
 MAX_CREDENTIAL_BYTES = 100 * 1024  # DCC's issuer-coordinator refuses more (the default of express.json())
 
 
-@functools.cache
+@cache
 def open_badges() -> tuple[dict[str, Any], Any]:
     """The schema of Open Badges and its validator of requests. Not loaded at start-up: they take 9 MB."""
     from jsonschema_rs import Draft202012Validator
@@ -1048,7 +990,7 @@ def build_achievement(
 def _told(error: Any, schema: dict[str, Any]) -> Iterator[tuple[tuple[str | int, ...], str]]:
     """Where an error of the validator is and what to do. A description in the schema that begins with Must says it."""
     kind, place = error.kind, tuple(error.instance_path)
-    part = functools.reduce(lambda node, key: node[key], error.schema_path[:-1], schema)
+    part = reduce(lambda node, key: node[key], error.schema_path[:-1], schema)
     if part.get("description", "").startswith("Must "):
         yield place, part["description"].replace("Must", "must", 1)
     elif kind.name == "anyOf":  # of something and null
@@ -1161,7 +1103,7 @@ class Readers:
         share = self._shares.setdefault((client, is_of_worker), asyncio.Semaphore(READERS // 2))
         try:
             async with share, self._free, asyncio.timeout(DOCUMENT_TIMEOUT if task == "document" else TEXT_TIMEOUT):
-                answer = await self._asked(orjson.dumps({"task": task, **arguments}))
+                answer = await self._asked(orjson.dumps({"task": task, **arguments}, default=os.path.abspath))
         except TimeoutError:
             raise DocumentTooSlow from None
         except (OSError, EOFError, ValueError):  # it ran into its limits
@@ -1706,7 +1648,7 @@ class GenerationQueue:
     async def _review(self, badge: Badge, tags: Sequence[str], prompt: Prompt, client: str) -> dict[str, Any]:
         """The review, and the alignments beside it where there is an index of skills; nothing when it failed."""
         request, course = prompt.request, prompt.course
-        index = self.settings.index if "skills" in prompt.schema["properties"] else ""
+        index = self.settings.skills_index if "skills" in prompt.schema["properties"] else None
         tone = request.option("badge_tone")
         asked = {"options": request.given_texts(), "wanted_language": request.language, "tone": tone}
         draft = {"badge": badge.model_dump(), "skills": tags, "course": course.text, "notes": course.notes}
@@ -2108,7 +2050,7 @@ class Engine:
         """The part of a request that the server does not take. Raises what else its refusal means."""
         status, retry_after = response.status, response.headers.get("retry-after", "")
         message = _message(await _whole(response))
-        if error := self._meaning(status, message, prompt, float(retry_after) if retry_after.isdecimal() else None):
+        if error := self._meaning(status, message, prompt, float(retry_after) if retry_after.isdecimal() else 0):
             raise error
         if status in (400, 422) or (status == 500 and re.search(r"'body', |\b(?:in|invalid) format\b|Jinja", message)):
             sent = [f"(?P<{part}>{words})" for part, words in self.optional.items() if part not in without]
@@ -2116,7 +2058,7 @@ class Engine:
                 return found.lastgroup
         raise EngineError(f"The language model's server answers {status}. Its operator finds the reason in its log.")
 
-    def _meaning(self, status: int, message: str, prompt: Prompt, retry_after: float | None = None) -> ApiError | None:
+    def _meaning(self, status: int, message: str, prompt: Prompt, retry_after: float = 0) -> ApiError | None:
         """What a client is told of a refusal, or of an error in mid-stream, where that is known."""
         # A server that died repeats the last line of its log, which may tell of another prompt (Ollama 0.32).
         if status == 413 or (re.search(TOO_LONG, message) and status != 429 and "terminated" not in message):
@@ -2578,7 +2520,7 @@ class Api:
         query = request.query_params.get("q", "")
         if not re.search(VISIBLE, query):
             raise invalid({("q",): "must be a word of the skill that is looked for"})
-        answer = await self.readers.ask("skills", request.state.client, path=self.settings.index, query=query)
+        answer = await self.readers.ask("skills", request.state.client, path=self.settings.skills_index, query=query)
         if "fault" in answer:
             raise NotFound("The index of skills cannot be read. The service's operator finds the reason in /health.")
         return as_json(answer["skills"])
@@ -2586,7 +2528,8 @@ class Api:
     async def frameworks(self) -> dict[str, Any]:
         """The `frameworks` of the index of skills, or the `fault` for which it cannot be read, which is logged too."""
         try:
-            answer = await self.readers.ask("frameworks", "", path=self.settings.index) if self.settings.index else {}
+            index = self.settings.skills_index
+            answer = await self.readers.ask("frameworks", "", path=index) if index else {}
         except ApiError as error:
             answer = {"fault": error.detail}
         if "fault" in answer:
@@ -2635,7 +2578,7 @@ class Api:
     async def metrics(self, request: Request) -> Response:
         """For Prometheus, in its text format."""
         self.queue.metrics.engine_up.set(self.engine.has_model((await self._state())[0]))
-        return Response(generate_latest(self.queue.metrics.registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+        return Response(generate_latest(self.queue.metrics.registry), media_type="text/plain; version=0.0.4")
 
     async def _state(self) -> tuple[list[str], ApiError | None]:
         """The engine's models, and why no badge could be written now. Probes at the same time share one question."""
@@ -2785,7 +2728,7 @@ class Peer:
         peer_of("").held += size
 
 
-peer_of = functools.lru_cache(10_000)(Peer)
+peer_of = lru_cache(10_000)(Peer)
 
 
 def peer_at(client: object, settings: Settings) -> Peer:
@@ -2796,7 +2739,7 @@ def peer_at(client: object, settings: Settings) -> Peer:
     return peer_of(f"{host} {port}" if _is_proxy(host, settings) else host)
 
 
-@functools.lru_cache(8)
+@lru_cache(8)
 def warn_once(text: str, minute: float) -> None:
     """One line a minute for what an attack makes happen a thousand times a second."""
     log.warning(text)
@@ -2941,8 +2884,7 @@ class Exchange:
             for name, value in {"x-request-id": state["request_id"], **DEFAULT_HEADERS}.items():
                 headers.setdefault(name, value)
             if ignored := state.get("ignored", ())[:20]:
-                visible = string.punctuation.replace(",", "")
-                headers["x-ignored-fields"] = ", ".join(quote(name[:64], safe=visible) for name in ignored)
+                headers["x-ignored-fields"] = ", ".join(quote(name[:64]) for name in ignored)
         elif not message.get("more_body"):
             self._is_over = True
         await self._send(message)
@@ -2970,7 +2912,7 @@ class Admission:
     def _check_site(self, scope: Scope, headers: Headers, is_proxied: bool) -> None:
         """Raise Forbidden for another site's page: a browser reaches what its user can."""
         settings, host, origin = self.settings, headers.get("host", ""), headers.get("origin")
-        if settings.allows("*"):
+        if "*" in settings.allowed_origins:
             return
         here = _ip((scope.get("server") or ("",))[0])
         is_open = here and here.is_loopback and not settings.keys and not is_proxied
@@ -2980,7 +2922,7 @@ class Admission:
         is_visit = headers.get("sec-fetch-mode") == "navigate" and scope["method"] in ("GET", "HEAD")
         if site in ("same-origin", "none") or (is_visit and _short_path(scope) in OPEN_PATHS):
             return
-        if origin is None or not (settings.allows(origin) or origin.partition("://")[2] == host):
+        if origin is None or not (re.fullmatch(settings.origins, origin) or origin.partition("://")[2] == host):
             raise Forbidden
 
     async def _client(self, scope: Scope, headers: Headers, host: str) -> str:
@@ -3015,8 +2957,8 @@ async def as_problem(request: Request, raised: Exception) -> Response:
     if "generation" not in state and _short_path(request.scope) not in OPEN_PATHS:
         request.app.queue.metrics.rejections.labels(error.code).inc()
     headers = dict(error.headers)
-    if error.retry_after is not None:
-        headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
+    if error.retry_after:
+        headers["retry-after"] = str(max(1, round(error.retry_after)))
     document = orjson.dumps(problem(error, state["request_id"]))
     return Response(document, error.status, headers, "application/problem+json")
 
@@ -3369,7 +3311,7 @@ async def serve_until_drained(
         if guard:
             await guard.queue.drain()
         for connection in peer_of("").connections:  # Python 3.12 and later wait for each without end
-            loop.call_later(0.1 if connection.timer else CLOSE_TIMEOUT, connection.end)
+            loop.call_later(0.1 if connection.timer else 2, connection.end)
 
     try:
         await worker_serve(app, config, sockets=sockets, shutdown_trigger=drained)
@@ -3400,24 +3342,25 @@ def mend_hypercorn() -> None:
 mend_hypercorn()
 
 
-# ---- Application ----------------------------------------------------------------------------------------------------
+# ---- Application and main -------------------------------------------------------------------------------------------
 
 
 def create_app(settings: Settings) -> Guard:
     """The ASGI application: Guard, CORS, errors, Admission, routes, in this order."""
-    engine = ENGINES[settings.engine](settings)
-    queue = GenerationQueue(settings, engine, Readers())
+    queue = GenerationQueue(settings, ENGINES[settings.engine](settings), Readers())
     api = Api(settings, queue)
 
     @contextlib.asynccontextmanager
     async def lifespan(guard: Guard) -> AsyncIterator[None]:
-        configure_logging(settings)
+        if not log.handlers:  # what embeds this module keeps its own
+            log.addHandler(logging.StreamHandler())
+            log.handlers[0].setFormatter(LogFormatter(settings.log_format))
+            log.propagate = False
+        log.setLevel(settings.log_level)
         await queue.start()
         await api.frameworks()
-        log.info(
-            f"dccapi {__version__}: engine {settings.engine}, model {settings.model}, {settings.workers} workers, "
-            f"queue {settings.max_queue}, on {', '.join(guard.addresses)}, HTTP/2 on"
-        )
+        what = f"{settings.workers} workers, queue {settings.max_queue}, on {', '.join(guard.addresses)}"
+        log.info(f"dccapi {__version__}: engine {settings.engine}, model {settings.model}, {what}, HTTP/2 on")
         if not settings.keys and not all(re.fullmatch(LOCAL_ADDRESS, address) for address in guard.addresses):
             log.warning("everyone who can reach this address can use the service: set API_KEYS, or bind to 127.0.0.1")
         try:
@@ -3429,13 +3372,7 @@ def create_app(settings: Settings) -> Guard:
     app = ExceptionMiddleware(app, {Exception: as_problem, HTTPException: as_problem})
     exposed = ["X-Request-ID", "X-Queue-Position", "X-Ignored-Fields", "Retry-After", "Location", "Preference-Applied"]
     app = CORSMiddleware(
-        app,
-        allow_origins=settings.origins,
-        allow_origin_regex=None if settings.origins else LOOPBACK_PAGE,
-        allow_methods=["GET", "POST", "DELETE"],
-        allow_headers=["*"],
-        expose_headers=exposed,
-        max_age=86400,
+        app, allow_origin_regex=settings.origins, allow_methods=["*"], allow_headers=["*"], expose_headers=exposed
     )
     return Guard(app, settings, queue)
 
@@ -3449,13 +3386,12 @@ class LogFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         fields: dict[str, Any] = getattr(record, "fields", {})
+        text = super().format(record)  # makes `message` and `exc_text`
         if not self._is_json:
-            return super().format(record) + "".join(f" {name}={value}" for name, value in fields.items())
+            return text + "".join(f" {name}={value}" for name, value in fields.items())
         moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        document = {"time": moment, "level": record.levelname, "logger": record.name, "message": record.getMessage()}
-        if record.exc_info:
-            fields = fields | {"exception": self.formatException(record.exc_info)}
-        return orjson.dumps(document | fields).decode()
+        document = {"time": moment, "level": record.levelname, "logger": record.name, "message": record.message}
+        return orjson.dumps(document | fields | ({"exception": record.exc_text} if record.exc_text else {})).decode()
 
 
 def load_settings() -> Settings:
@@ -3467,21 +3403,9 @@ def load_settings() -> Settings:
         raise SystemExit(f"dccapi: invalid setting: {'; '.join(faults)}") from None
 
 
-def configure_logging(settings: Settings) -> None:
-    """Our own logger only: what embeds this module keeps its own."""
-    if not log.handlers:
-        log.addHandler(logging.StreamHandler())
-        log.handlers[0].setFormatter(LogFormatter(settings.log_format))
-        log.propagate = False
-    log.setLevel(settings.log_level)
-
-
 def addresses(config: Config) -> list[str]:
     secure, cleartext = (config.bind, config.insecure_bind) if config.ssl_enabled else ([], config.bind)
     return [f"https://{bind}" for bind in secure] + [f"http://{bind}" for bind in cleartext]
-
-
-# ---- Main -----------------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -3492,7 +3416,6 @@ def main() -> None:
     parser.add_argument("--tls-bind", default="0.0.0.0:8443", help="TLS address (default %(default)s)")
     parser.add_argument("--certs", type=Path, default=HERE / "certs", help="where cert.pem and key.pem are")
     options = parser.parse_args()
-    settings = load_settings()
     config = Config.from_toml(options.config)
     config.bind = options.bind or config.bind
     certificate, key = options.certs / "cert.pem", options.certs / "key.pem"
@@ -3505,7 +3428,7 @@ def main() -> None:
         fault = f"read {error.filename}" if error.filename else f"listen on {', '.join(addresses(config))}"
         hint = "Give it to this user" if error.filename else "Free it, or choose another: --bind"
         raise SystemExit(f"dccapi: cannot {fault}: {error.strerror}. {hint}") from None
-    asyncio.run(serve_until_drained(ASGIWrapper(cast(Any, create_app(settings))), config, sockets=sockets))
+    asyncio.run(serve_until_drained(ASGIWrapper(cast(Any, create_app(load_settings()))), config, sockets=sockets))
 
 
 if __name__ == "__main__" and sys.argv[1:2] == ["engine"]:

@@ -341,7 +341,7 @@ async def test_what_no_try_can_help_is_asked_once(tmp_path: Path) -> None:
         assert not service.engine.calls
     errors = {draft["id"]: draft["error"] for draft in lines(drafts)}
     assert {id: error["status"] for id, error in errors.items()} == {"empty": 422, "long": 413, "wrong": 422}
-    assert "badge_level must be one of Beginner" in errors["wrong"]["detail"]
+    assert "badge_level must be Beginner" in errors["wrong"]["detail"]
 
 
 async def test_a_key_that_is_missing_stops_the_run(tmp_path: Path) -> None:

@@ -218,6 +218,33 @@ def test_the_version_is_the_same_wherever_it_stands() -> None:
     assert released[0] == dccapi.__version__
 
 
+# --- Messages ---
+
+
+async def test_a_422_tells_every_fault_in_words_for_people() -> None:
+    fields = {
+        "content": 5, "temperature": 9, "top_p": "x", "top_k": 1.5, "seed": "x", "badge_level": "Wizard",
+        "badge_configuration": 5, "institution": "x" * 400, "language": "x y", "institute_url": "x", "stream": "maybe",
+    }  # fmt: skip
+    async with serving() as service, client(service) as http:
+        answer = (await http.post("/generate", json=fields)).json()
+    told = {fault["loc"][-1]: fault["msg"] for fault in answer["errors"]}
+    assert told == {
+        "content": "must be a valid string",
+        "temperature": "must be less than or equal to 2",
+        "top_p": "must be a number",
+        "top_k": "must be a whole number",
+        "seed": "must be a whole number",
+        "badge_level": "must be Beginner, Intermediate, Advanced or Expert",
+        "badge_configuration": "must be a JSON object",
+        "institution": "must have at most 300 characters",
+        "language": "must be a language tag, for example en or pt-BR",
+        "institute_url": "must be the address of the institution, for example https://example.edu",
+        "stream": "must be true or false",
+    }
+    assert all(f"{field} {words}" in answer["detail"] for field, words in told.items())
+
+
 # --- Headers and pages ---
 
 

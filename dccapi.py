@@ -709,13 +709,6 @@ def _says_nothing(text: str) -> bool:
     return re.sub(r"[\W_]+", "", text[:1000]).casefold() in PLACEHOLDERS
 
 
-class TitleRefused(Exception):
-    """The title of a badge has no word of the course. A call that was broken off for it has read and written tokens."""
-
-    def __init__(self, tokens: int = 0) -> None:
-        self.tokens = tokens  # written, where the call was broken off
-
-
 class Draft:
     """The badge in what a model writes, whatever stands around it: prose, fences, thoughts.
 
@@ -1226,19 +1219,13 @@ class Usage(NamedTuple):
     finish_reason: Literal["stop", "length"]
 
 
-class TokenUsage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
 class Answer(BaseModel):
     """A finished badge (contract 3.2)."""
 
     response: Badge
     achievement: dict[str, Any]
     model: str
-    usage: TokenUsage
+    usage: dict[str, int]  # `prompt_tokens`, `completion_tokens`, `total_tokens`: of all its engine calls
     finish_reason: Literal["stop", "length"]
     request_id: str
     review: dict[str, Any] | None = None  # None where the draft could not be reviewed
@@ -1248,8 +1235,8 @@ class Answer(BaseModel):
 class Generation:
     """One request to the engine: the log of what came of it, and its times by the event loop's clock.
 
-    `log` only grows: tokens, then one Answer or ApiError, never anything after it. Event n is `log[n - 1]`. Any number
-    of followers read it, each at its own pace; they are woken by an asyncio.Event of their own.
+    `log` only grows, until there is an `outcome`. Event n is `log[n - 1]`, the last one the outcome. Any number of
+    followers read it, each at its own pace; they are woken by an asyncio.Event of their own.
     """
 
     client: str
@@ -1257,30 +1244,24 @@ class Generation:
     urgency: int = 3  # RFC 9218: the lower number first
     prompt: Prompt | None = None  # once its course is read, until it has ended
     id: str = field(default_factory=lambda: secrets.token_urlsafe(16))
-    log: list[str | Answer | ApiError] = field(default_factory=list)
+    log: list[str] = field(default_factory=list)  # pieces of the badge's JSON, as they are written
+    outcome: Answer | ApiError | None = None
     state: Literal["queued", "running", "succeeded", "failed", "cancelled"] = "queued"
     position: int = 0  # in the queue, from 1; 0 = running or done
-    queued_position: int = 0  # the position on arrival
     followers: set[asyncio.Event] = field(default_factory=set)
     holds: int = 0  # followers, those who may come back, and an asynchronous request; without any it is cancelled
     task: asyncio.Task[Answer] | None = None  # the engine call
-    timer: asyncio.TimerHandle | None = None  # its next deadline
+    timer: asyncio.TimerHandle | None = None  # its next deadline; of one that has ended, when it is forgotten
     created: float = field(default_factory=time.monotonic)
     started: float = 0.0  # 0 = it never left the queue
     asked: float = 0.0  # when the engine was asked last
     begun: float = 0.0  # the first sign of life since: a token, or a thought
     last: float = 0.0  # the last one
     first_token: float = 0.0
-    size: int = 0  # about, in bytes, once it has ended
     beside: int = 0  # prompts of ours that the engine had to read at the same time
 
-    @property
-    def outcome(self) -> Answer | ApiError | None:
-        return self.log[-1] if self.log and not isinstance(self.log[-1], str) else None
-
-    def append(self, entry: str | Answer | ApiError) -> None:
-        assert not self.log or isinstance(self.log[-1], str), "the log has ended"
-        self.log.append(entry)
+    def append(self, piece: str) -> None:
+        self.log.append(piece)
         self.wake()
 
     def wake(self) -> None:
@@ -1336,7 +1317,7 @@ class GenerationQueue:
         self._waiting: dict[Generation, None] = {}  # in order of arrival
         self._starts = 0
         self.known: dict[str, Generation] = {}
-        self._finished: dict[Generation, asyncio.TimerHandle] = {}
+        self._finished: dict[Generation, int] = {}  # and about how many bytes it keeps
         self.keys: dict[tuple[str, str], tuple[bytes, Generation]] = {}
         self._service_time = 0.0
         self._read_until = 0.0  # when the engine had read the last prompt of an ended call
@@ -1393,7 +1374,6 @@ class GenerationQueue:
         self.known[generation.id] = generation
         self._waiting[generation] = None
         generation.position = max(0, sum(other.urgency <= urgency for other in self._waiting) - self._idle_workers)
-        generation.queued_position = generation.position
         self._dispatch()
         self._loop.call_later(OVERTAKEN_AFTER, self._dispatch)
         return generation
@@ -1437,10 +1417,7 @@ class GenerationQueue:
             yield changed
         finally:
             generation.followers.discard(changed)
-            if grace:
-                self._loop.call_later(grace, self.keep, generation, -1)
-            else:
-                self.keep(generation, -1)
+            self._loop.call_later(grace, self.keep, generation, -1)
 
     def keep(self, generation: Generation, holds: int = 1) -> None:
         """One more who wants it to go on, followed or not, or with -1 one less."""
@@ -1449,14 +1426,11 @@ class GenerationQueue:
             self.end(generation, Cancelled())
 
     def end(self, generation: Generation, reason: ApiError) -> None:
-        """End a generation now, wherever it is; its engine call is closed."""
-        if generation.outcome is not None or (generation.task and generation.task.done()):
-            return
-        if generation.task:
-            generation.task.cancel()
-        self._waiting.pop(generation, None)
-        self._finish(generation, reason)
-        self._dispatch()
+        """End a generation now, wherever it is; its engine call is closed. Nothing where it has ended by itself."""
+        if generation.outcome is None and (generation.task is None or generation.task.cancel()):
+            self._waiting.pop(generation, None)
+            self._finish(generation, reason)
+            self._dispatch()
 
     @property
     def waiting(self) -> int:
@@ -1542,56 +1516,58 @@ class GenerationQueue:
         """An engine call is closed, which frees its worker. An unforeseen exception is told as an engine error."""
         del self.running[generation]
         self._read_until = max(self._read_until, generation.begun or time.monotonic())
-        cast(asyncio.TimerHandle, generation.timer).cancel()
-        self._dispatch()
         outcome = ShuttingDown() if task.cancelled() else task.exception() or task.result()
         if not isinstance(outcome, Answer | ApiError):
             log.error("generation %s failed: %s", generation.id[:8], described(outcome))
             outcome = EngineError()
-        if generation.outcome is None:
-            self._finish(generation, outcome)
-        generation.task = None  # an exception holds on to the course
+        try:
+            if generation.outcome is None:
+                self._finish(generation, outcome)
+        finally:
+            generation.task = None  # an exception holds on to the course
+            self._dispatch()
 
     async def _generate(self, generation: Generation) -> Answer:
         """Ask the engine, and again for what it left undone, and put what it writes into the log."""
-        spent, prompt = Counting[str](), cast(Prompt, generation.prompt)
+        prompt, spent = cast(Prompt, generation.prompt), list[Usage]()
         sieve = self._sieve(prompt)
-        title, joint, broken_off = self._title(prompt, sieve, first=True), "{", 0
+        title, joint = self._title(prompt, sieve, first=True), "{"
         while True:
             draft = Draft(prompt.kept, prompt.institution, title, sieve)
             generation.asked, generation.begun = time.monotonic(), 0.0
             try:
                 prompt.check_length(self.engine.context)
-                usage = await self._written(generation, prompt, draft, joint, spent)
-                break
+                await self._written(generation, prompt, draft, joint, spent)
             except ContentTooLong as error:
                 prompt = await self._condensed(prompt, error, generation)
-            except TitleRefused as refused:
-                title, joint = self._title(prompt, sieve, first=False), draft.joint
-                prompt = replace(prompt, user=f"{prompt.user}\n{TITLE_AGAIN}")
-                broken_off = refused.tokens
-        if broken_off:  # the engine did not say how much it had read: as much as for the second call
-            spent.update(prompt_tokens=usage.prompt_tokens, completion_tokens=broken_off)
-        badge = cast(Badge, draft.badge)
+                continue
+            if not draft.refused:
+                break
+            title, joint = self._title(prompt, sieve, first=False), draft.joint
+            prompt = replace(prompt, user=f"{prompt.user}\n{TITLE_AGAIN}")
+        last, badge = spent[-1], cast(Badge, draft.badge)
+        # A call that was broken off says nothing of what it has read: as much as the last one.
+        read = sum(call.prompt_tokens or last.prompt_tokens for call in spent)
+        written = sum(call.completion_tokens for call in spent)
         tags = skills_in(badge._tags, prompt)
         found = await self._review(badge, tags, prompt, generation.client)
         return Answer(
             response=badge,
             achievement=build_achievement(badge, prompt.request, tags, found.pop("alignment", ())),
             model=self.settings.model,
-            usage=TokenUsage(**spent, total_tokens=spent.total()),
-            finish_reason=usage.finish_reason,
+            usage={"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written},
+            finish_reason=last.finish_reason,
             request_id=generation.request_id,
             review=found or None,
         )
 
     async def _written(
-        self, generation: Generation, prompt: Prompt, draft: Draft, joint: str, spent: Counting[str]
-    ) -> Usage:
+        self, generation: Generation, prompt: Prompt, draft: Draft, joint: str, spent: list[Usage]
+    ) -> None:
         """One engine call: log what each piece of text adds to the badge; stop an engine that writes without end.
 
         An empty piece is a sign of life: the model thinks. `joint` stands in place of the bracket that opens the badge.
-        Raises ContentTooLong, TitleRefused and other ApiErrors.
+        A call whose title is refused is broken off. Raises ContentTooLong and other ApiErrors.
         """
         now, feed, most_tokens = time.monotonic, draft.feed, prompt.sampling["max_tokens"]
         usage, is_first = None, True
@@ -1614,7 +1590,8 @@ class GenerationQueue:
                         generation.append(text)
                 count += 1
                 if draft.refused:
-                    raise TitleRefused(count)
+                    spent.append(Usage(0, count, "stop"))
+                    return
                 size += len(piece)
                 blank = blank + len(piece) if piece.isspace() else 0
                 # Eight pieces a token: some servers send their text letter by letter.
@@ -1625,20 +1602,16 @@ class GenerationQueue:
                     break
         if usage is None:  # Ollama after 30 equal tokens in a row
             raise EngineError(UNFINISHED)
-        read, written = usage.prompt_tokens, usage.completion_tokens
-        spent.update(prompt_tokens=read, completion_tokens=written)
+        spent.append(usage)
         reached_limit, limit = usage.finish_reason == "length", self.engine.context
         try:
             rest = draft.finish(cut=reached_limit)
         except InvalidModelOutput:
-            if draft.refused:
-                raise TitleRefused from None
-            if reached_limit and limit and read + written >= limit - 1:
-                raise too_long(prompt, limit, read) from None
+            if reached_limit and limit and usage.prompt_tokens + usage.completion_tokens >= limit - 1:
+                raise too_long(prompt, limit, usage.prompt_tokens) from None
             raise InvalidModelOutput(CUT_OFF if reached_limit else "") from None
         if rest:
-            generation.append(joint + rest[1:] if rest[0] == "{" else rest)
-        return usage
+            generation.append(joint + rest[1:] if is_first else rest)
 
     def _sieve(self, prompt: Prompt) -> Sieve:
         """What leaves out repetitions; with small models also what the course does not bear, for which it has words."""
@@ -1692,13 +1665,12 @@ class GenerationQueue:
         length = {"words": fits, "characters": len(content) * fits // word_count(content)}
         try:
             cut = await self.readers.ask("condense", generation.client, content=content, **length)
-            text = (await self.readers.ask("text", generation.client, content=cut["text"]))["text"]
         except ApiError:
             raise error from None
         said = f"The course was too long for the model, which has read {cut['words_kept']} of {cut['words']} words."
         note = {"code": "condensed", "field": "content", "text": ", ".join(cut["left_out"]), "message": said}
         course = replace(course, notes=(*(one for one in course.notes if one["code"] != "condensed"), note))
-        shorter = build_prompt(prompt.request, course, prompt.system, self.engine.defaults, text)
+        shorter = build_prompt(prompt.request, course, prompt.system, self.engine.defaults, cut["text"])
         if shorter.words >= prompt.words:
             raise error
         return shorter
@@ -1711,48 +1683,48 @@ class GenerationQueue:
         asked = {"options": request.given_texts(), "wanted_language": request.language, "tone": tone}
         draft = {"badge": badge.model_dump(), "skills": tags, "course": course.text, "notes": course.notes}
         try:
-            found = await self.readers.ask("review", client, index=index, **asked, **draft)
+            return await self.readers.ask("review", client, index=index, **asked, **draft)
         except ApiError as error:  # a review never fails a request
             log.warning("a draft could not be reviewed: %s", error.code)
             return {}
-        found.pop("fault", None)  # of the index, which /health tells
-        return found
 
     def _finish(self, generation: Generation, outcome: Answer | ApiError) -> None:
         now = time.monotonic()
-        generation.position = 0
-        generation.append(outcome)
+        generation.outcome, generation.position = outcome, 0
+        generation.wake()
         generation.prompt = None  # up to MAX_BODY_BYTES, which no view needs
+        if generation.timer:
+            generation.timer.cancel()
         if isinstance(outcome, Answer):
             generation.state, newest = "succeeded", now - generation.started - self._service_time
             self._service_time += newest * (0.2 if self._service_time else 1)
         else:
             generation.state = "cancelled" if isinstance(outcome, Cancelled) else "failed"
             outcome.__traceback__ = outcome.__cause__ = outcome.__context__ = None  # their frames hold the course
-        generation.size = 4096 + 2 * sum(map(sys.getsizeof, generation.log))  # the answer repeats the text
-        self._finished[generation] = self._loop.call_later(self.settings.result_ttl, self._forget, generation)
-        while len(self._finished) > MAX_FINISHED or sum(one.size for one in self._finished) > MAX_FINISHED_BYTES:
+        generation.timer = self._loop.call_later(self.settings.result_ttl, self._forget, generation)
+        self._finished[generation] = 4096 + 2 * sum(map(sys.getsizeof, generation.log))  # the answer repeats the text
+        while len(self._finished) > MAX_FINISHED or sum(self._finished.values()) > MAX_FINISHED_BYTES:
             self._forget(next(iter(self._finished)))
         self._record(generation, outcome, now)
 
     def _forget(self, generation: Generation) -> None:
-        self._finished.pop(generation).cancel()
-        del self.known[generation.id]
+        cast(asyncio.TimerHandle, generation.timer).cancel()
+        del self._finished[generation], self.known[generation.id]
         self.keys = {key: known for key, known in self.keys.items() if known[1] is not generation}
 
     def _record(self, generation: Generation, outcome: Answer | ApiError, now: float) -> None:
         """Log and count what a generation came to."""
         settings, metrics, started, first = self.settings, self.metrics, generation.started, generation.first_token
         code = outcome.code if isinstance(outcome, ApiError) else ""
-        usage = outcome.usage if isinstance(outcome, Answer) else None
+        usage = outcome.usage if isinstance(outcome, Answer) else {}
         queue_seconds, seconds = (started or now) - generation.created, now - (started or now)
         fields: dict[str, Any] = {"request_id": generation.request_id, "state": generation.state}
         fields["generation"] = generation.id[:8]  # the whole of it opens its events to who has no key
         fields |= {"engine": settings.engine, "model": settings.model, "client": generation.client}
         fields |= {"queue_seconds": round(queue_seconds, 3), "seconds": round(seconds, 3)}
         fields |= {"first_token_seconds": round(first - started, 3)} if first else {}
-        fields |= {"prompt_tokens": usage.prompt_tokens} if usage else {}
-        fields["tokens"] = usage.completion_tokens if usage else len(generation.log) - 1
+        fields |= {"prompt_tokens": usage["prompt_tokens"]} if usage else {}
+        fields["tokens"] = usage["completion_tokens"] if usage else len(generation.log)
         fields["finish_reason"] = outcome.finish_reason if isinstance(outcome, Answer) else outcome.code
         log.info("generation", extra={"fields": fields})
         metrics.generations.labels(code or "succeeded", generation.client if settings.keys else "").inc()
@@ -1762,10 +1734,11 @@ class GenerationQueue:
         if first:
             metrics.first().observe(first - started)
         if usage:
-            metrics.tokens("input").observe(usage.prompt_tokens)
-            metrics.tokens("output").observe(usage.completion_tokens)
-            if usage.completion_tokens > 1:
-                metrics.each().observe((generation.last - first) / (usage.completion_tokens - 1))
+            written = usage["completion_tokens"]
+            metrics.tokens("input").observe(usage["prompt_tokens"])
+            metrics.tokens("output").observe(written)
+            if written > 1:
+                metrics.each().observe((generation.last - first) / (written - 1))
 
 
 def described(error: BaseException) -> str:
@@ -1801,7 +1774,7 @@ class EventEncoder:
     def __init__(self, generation: Generation, options: StreamOptions, seen: int = 0) -> None:
         self.seen, self.ended = seen, False
         self._generation, self._options = generation, options
-        self._escaped = bytearray(one_line("".join(cast(list[str], generation.log[:seen])))[1:-1])
+        self._escaped = bytearray(one_line("".join(generation.log[:seen]))[1:-1])
         self._partial: dict[str, Any] = {}
         self._name = generation.id.encode()
 
@@ -1811,17 +1784,17 @@ class EventEncoder:
     def pending(self) -> bytes:
         """The events not encoded yet, as many as fit into one write."""
         log, parts, size = self._generation.log, [], 0
-        while self.seen < len(log) and size < MAX_WRITE and isinstance(piece := log[self.seen], str):
+        while self.seen < len(log) and size < MAX_WRITE:
             self.seen += 1
-            parts.append(self._token(piece))
+            parts.append(self._token(log[self.seen - 1]))
             size += len(parts[-1])
         if parts and self._options.partial:
-            badge = partial_badge("".join(cast(list[str], log[: self.seen])))
+            badge = partial_badge("".join(log[: self.seen]))
             if badge and badge != self._partial:
                 self._partial = badge
                 parts.append(self._event({"type": "partial", "badge": badge}, "partial"))
-        if self.seen == len(log) - 1 and (outcome := self._generation.outcome):
-            self.seen, self.ended = len(log), True
+        if self.seen == len(log) and (outcome := self._generation.outcome):
+            self.seen, self.ended = len(log) + 1, True
             parts.append(self._last(outcome))
         return b"".join(parts)
 
@@ -1851,7 +1824,7 @@ class EventStreamResponse(Response):
     def __init__(
         self, queue: GenerationQueue, generation: Generation, options: StreamOptions, *, seen: int = 0, grace: float = 0
     ) -> None:
-        super().__init__(headers=EVENT_STREAM_HEADERS | {"x-queue-position": str(generation.queued_position)})
+        super().__init__(headers=EVENT_STREAM_HEADERS | {"x-queue-position": str(generation.position)})
         del self.headers["content-length"]
         self._view = queue, generation, EventEncoder(generation, options, seen), grace
 
@@ -2429,7 +2402,7 @@ class Api:
     async def generate(self, request: Request, model: type[GenerateRequest] = GenerateRequest) -> Response:
         """A badge as JSON, as events, or later: the client's `Prefer`, `Accept` and `stream` choose."""
         body, generation = await self._submitted(request, model)
-        position = {"x-queue-position": str(generation.queued_position)}
+        position = {"x-queue-position": str(generation.position)}
         if "respond-async" in ",".join(request.headers.getlist("prefer")).lower():
             self.queue.keep(generation)
             state = accepted(generation, request.state.prefix)
@@ -2467,7 +2440,7 @@ class Api:
             id, _, number = last.rpartition(".")
             generation = self.queue.known.get(id)
             seen = int(number) if re.fullmatch(r"\d{1,9}", number) else -1
-            if not generation or not 0 <= seen <= len(generation.log) - (generation.outcome is not None):
+            if not generation or not 0 <= seen <= len(generation.log):
                 return Response(status_code=204)
         elif "id" in request.path_params:
             generation = self._known(request, of_anyone=True)

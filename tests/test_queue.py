@@ -77,7 +77,7 @@ class GenerationMachine(RuleBasedStateMachine):
         self.queue = dccapi.GenerationQueue(self.settings, self.engine, NoReaders())  # type: ignore[arg-type]
         self.run(self.queue.start())
         self.made: list[dccapi.Generation] = []
-        self.seen: dict[str, list[Any]] = {}
+        self.seen: dict[str, tuple[list[str], Any]] = {}
         self.following: list[tuple[Any, asyncio.Event, dccapi.Generation, list[Any]]] = []
         self.may_come_back: set[dccapi.Generation] = set()
 
@@ -169,12 +169,10 @@ class GenerationMachine(RuleBasedStateMachine):
     @invariant()
     def the_log_is_gapless_and_ends_once(self) -> None:
         for generation in self.made:
-            ends = [entry for entry in generation.log if not isinstance(entry, str)]
-            assert len(ends) <= 1
-            assert not ends or generation.log[-1] is ends[0]
-            seen = self.seen.setdefault(generation.id, [])
+            seen, end = self.seen.get(generation.id, ([], None))
             assert generation.log[: len(seen)] == seen, "the log is append-only"
-            self.seen[generation.id] = list(generation.log)
+            assert end is None or (generation.outcome is end and generation.log == seen), "it has ended"
+            self.seen[generation.id] = list(generation.log), generation.outcome
         for _, _, generation, read in self.following:
             assert read == generation.log[: len(read)]
 

@@ -356,7 +356,7 @@ async def test_finished_generations_keep_no_course_and_a_bounded_number_of_bytes
         kept = list(service.queue._finished)
         assert len(kept) == 3
         assert not [one for one in kept if one.prompt]
-        monkeypatch.setattr(dccapi, "MAX_FINISHED_BYTES", 2 * kept[0].size + 1)
+        monkeypatch.setattr(dccapi, "MAX_FINISHED_BYTES", 2 * service.queue._finished[kept[0]] + 1)
         assert (await ask(service, body)).status == 200
         assert len(service.queue._finished) == 2
         assert (await ask(service, None, f"/generations/{kept[0].id}", "GET")).status == 404

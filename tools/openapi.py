@@ -423,22 +423,22 @@ def asked() -> Examples:
 
 def answered() -> Examples:
     """Examples of answers, by schema and name; what is random or of today is fixed."""
-    answer = dccapi.Answer(
-        response=BADGE,
-        achievement=dccapi.build_achievement(BADGE) | {"id": URN},
-        model="phi4badges",
-        usage={"prompt_tokens": 540, "completion_tokens": 96, "total_tokens": 636},
-        finish_reason="stop",
-        request_id=REQUEST_ID,
-        review=REVIEW,
-    )
+    answer = {
+        "response": BADGE.model_dump(),
+        "achievement": dccapi.build_achievement(BADGE) | {"id": URN},
+        "model": "phi4badges",
+        "usage": {"prompt_tokens": 540, "completion_tokens": 96, "total_tokens": 636},
+        "finish_reason": "stop",
+        "request_id": REQUEST_ID,
+        "review": REVIEW,
+    }
     credential = dccapi.build_credential(AWARD) | {"id": URN}
     credential["credentialSubject"]["achievement"]["id"] = URN
     accepted = dccapi.accepted(dccapi.Generation("", REQUEST_ID, id=ID))
     waiting = {**accepted, "position": 3, "result": None, "error": None}
-    done = {**waiting, "status": "succeeded", "position": 0, "result": answer.model_dump()}
+    done = {**waiting, "status": "succeeded", "position": 0, "result": answer}
     return {
-        "Answer": {"a badge": answer.model_dump()},
+        "Answer": {"a badge": answer},
         "Accepted": {"waiting": accepted},
         "GenerationState": {"waiting": waiting, "done": done},
         "OpenBadgeCredential": {"unsigned": credential},
@@ -461,7 +461,8 @@ def events(seen: int, outcome: dccapi.Answer | dccapi.ApiError) -> str:
     """The events of a generation after those that its reader has seen."""
     generation = dccapi.Generation("", REQUEST_ID, id=ID, log=['{"badge_name": "Kn', "ots"], outcome=outcome)
     encoder = dccapi.EventEncoder(generation, dccapi.StreamOptions(partial=True), seen)
-    position = b"" if seen else encoder.queue(3, 12.5)
+    queue = {"type": "queue", "position": 3, "estimated_wait": 12.5}
+    position = b"" if seen else encoder.event(queue, "queue")
     return (position + encoder.pending()).decode()
 
 

@@ -1251,7 +1251,7 @@ class Generation:
     position: int = 0  # in the queue, from 1; 0 = running or done
     followers: set[asyncio.Event] = field(default_factory=set)
     holds: int = 0  # followers, those who may come back, and an asynchronous request; without any it is cancelled
-    timer: asyncio.TimerHandle | None = None  # its next deadline; of one that has ended, when it is forgotten
+    timer: asyncio.TimerHandle | None = None  # its next deadline; once it has ended, the end of its keep
     created: float = field(default_factory=time.monotonic)
     started: float = 0.0  # 0 = it never left the queue
     begun: float = 0.0  # the first sign of life of its engine call: a token, or a thought
@@ -1311,7 +1311,7 @@ class GenerationQueue:
         self.known: dict[str, Generation] = {}
         self._finished: dict[Generation, int] = {}  # and about how many bytes it keeps
         self.keys: dict[tuple[str, str], tuple[bytes, Generation]] = {}
-        self._service_time = 0.0
+        self._service_time = 0.0  # of a generation, in seconds; the newest count most
         self._read_until = 0.0  # when the engine had read the last prompt of an ended call
         self._telling: asyncio.TimerHandle | None = None
 
@@ -1416,7 +1416,7 @@ class GenerationQueue:
             self.end(generation, Cancelled())
 
     def end(self, generation: Generation, reason: ApiError) -> None:
-        """End a generation now, wherever it is; its engine call is closed. Nothing where it has ended by itself."""
+        """End a generation now, wherever it is; its engine call is closed. One that has ended by itself stays as it is."""
         task = self.running.get(generation)
         if generation.outcome is None and (task is None or task.cancel()):
             self.waiting.pop(generation, None)
@@ -1658,7 +1658,7 @@ class GenerationQueue:
             "usage": {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written},
             "finish_reason": last.finish_reason,
             "request_id": generation.request_id,
-            "review": found or None,  # where the draft could not be reviewed
+            "review": found or None,  # null where the draft could not be reviewed
         }
 
     def _finish(self, generation: Generation, outcome: Answer | ApiError) -> None:

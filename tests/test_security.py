@@ -404,6 +404,22 @@ async def test_a_worker_survives_a_fault_of_its_bookkeeping(place: str) -> None:
         assert not service.queue.running
 
 
+async def test_a_fault_of_the_queue_loses_no_badge_that_is_written() -> None:
+    gate = asyncio.Event()
+    async with serving(max_concurrent_requests=1, script=Script(gate=gate)) as service:
+        answer = asyncio.create_task(ask(service))
+        await service.engine.wait_for_calls(1)
+
+        def faulty() -> None:
+            del service.queue._dispatch  # type: ignore[method-assign]
+            raise KeyError
+
+        service.queue._dispatch = faulty  # type: ignore[method-assign]
+        gate.set()
+        assert (await answer).status == 200
+        assert (await ask(service)).status == 200
+
+
 # --- the embedded engine's child ---
 
 CHILD = """

@@ -1416,7 +1416,7 @@ class GenerationQueue:
             self.end(generation, Cancelled())
 
     def end(self, generation: Generation, reason: ApiError) -> None:
-        """End a generation now, wherever it is; its engine call is closed. One that has ended by itself stays as it is."""
+        """End a generation now, wherever it is; its engine call is closed. One that has ended stays as it is."""
         task = self.running.get(generation)
         if generation.outcome is None and (task is None or task.cancel()):
             self.waiting.pop(generation, None)

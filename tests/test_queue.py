@@ -457,6 +457,16 @@ async def test_a_document_that_is_read_at_a_stop_is_still_answered() -> None:
         assert service.queue.documents == []
 
 
+async def test_a_document_that_is_read_holds_up_no_generation() -> None:
+    async with serving() as service:
+        with service.queue.reading("a client"):
+            generation = service.queue.submit("another client", "request")
+            prompt = dccapi.build_prompt(dccapi.GenerateRequest(**COURSE), dccapi.Course(COURSE["content"]), "", {})
+            service.queue.ready(generation, prompt)
+            assert generation.state == "running"
+            service.queue.end(generation, dccapi.Cancelled())
+
+
 async def test_a_generation_that_is_ended_while_its_course_is_read_keeps_none_of_it() -> None:
     async with serving() as service:
         generation = service.queue.submit("a client", "request")

@@ -1251,7 +1251,7 @@ class Generation:
     position: int = 0  # in the queue, from 1; 0 = running or done
     followers: set[asyncio.Event] = field(default_factory=set)
     holds: int = 0  # followers, those who may come back, and an asynchronous request; without any it is cancelled
-    timer: asyncio.TimerHandle | None = None  # its next deadline; once it has ended, the end of its keep
+    timer: asyncio.TimerHandle = field(init=False)  # of its being overtaken, then of its deadlines, then of its keep
     created: float = field(default_factory=time.monotonic)
     started: float = 0.0  # 0 = it never left the queue
     begun: float = 0.0  # the first sign of life of its engine call: a token, or a thought
@@ -1366,7 +1366,7 @@ class GenerationQueue:
         self.known[generation.id] = generation
         self.waiting[generation] = None
         generation.position = max(0, sum(other.urgency <= urgency for other in self.waiting) - self._idle_workers)
-        self._loop.call_later(OVERTAKEN_AFTER, self._dispatch)
+        generation.timer = self._loop.call_later(OVERTAKEN_AFTER, self._dispatch)
         return generation
 
     def ready(self, generation: Generation, prompt: Prompt) -> None:
@@ -1666,8 +1666,7 @@ class GenerationQueue:
         generation.outcome, generation.position = outcome, 0
         generation.wake()
         generation.prompt = None  # up to MAX_BODY_BYTES, which no view needs
-        if generation.timer:
-            generation.timer.cancel()
+        generation.timer.cancel()
         if isinstance(outcome, dict):
             generation.state, newest = "succeeded", now - generation.started - self._service_time
             self._service_time += newest * (0.2 if self._service_time else 1)
@@ -1681,7 +1680,7 @@ class GenerationQueue:
         self._record(generation, outcome, now)
 
     def _forget(self, generation: Generation) -> None:
-        cast(asyncio.TimerHandle, generation.timer).cancel()
+        generation.timer.cancel()
         del self._finished[generation], self.known[generation.id]
         self.keys = {key: known for key, known in self.keys.items() if known[1] is not generation}
 

@@ -1491,8 +1491,7 @@ class GenerationQueue:
             told = f"The language model took longer than {allowed}"
             self.end(generation, EngineTimeout(told, retry_after=self.estimated_wait(1)))
         else:  # after the first token the next deadline may be earlier, but not earlier than TOKEN_TIMEOUT
-            later = min(due, now + settings.token_timeout)
-            generation.timer = self._loop.call_at(later, self._watch, generation)
+            generation.timer = self._loop.call_at(min(due, now + settings.token_timeout), self._watch, generation)
 
     def _closed(self, generation: Generation, task: asyncio.Task[Answer]) -> None:
         """An engine call is closed, which frees its worker. An unforeseen exception is told as an engine error."""

@@ -1126,8 +1126,8 @@ def answer_in(request: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
         tone=prompt.request.option("badge_tone"),
         notes=prompt.course.notes,
     )
-    usage = {name: (body.get("usage") or {}).get(name, 0) for name in dccapi.TokenUsage.model_fields}
-    review.pop("fault", None)
+    counts = ("prompt_tokens", "completion_tokens", "total_tokens")
+    usage = {name: (body.get("usage") or {}).get(name, 0) for name in counts}
     achievement = dccapi.build_achievement(badge, prompt.request, tags, review.pop("alignment", ()))
     return {"response": badge.model_dump(), "achievement": achievement, "review": review, "usage": usage}
 

@@ -44,7 +44,6 @@ import time
 import traceback
 import uuid
 import weakref
-from collections import Counter as Counting
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -53,6 +52,7 @@ from difflib import get_close_matches
 from functools import cache, cached_property, lru_cache, partial, reduce
 from importlib.metadata import version
 from io import BytesIO
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast
 from urllib.parse import quote
@@ -651,13 +651,6 @@ def _says_nothing(text: str) -> bool:
     return re.sub(r"[\W_]+", "", text[:1000]).casefold() in PLACEHOLDERS
 
 
-class TitleRefused(Exception):
-    """The title of a badge has no word of the course. A call that was broken off for it has read and written tokens."""
-
-    def __init__(self, tokens: int = 0) -> None:
-        self.tokens = tokens  # written, where the call was broken off
-
-
 class Draft:
     """The badge in what a model writes, whatever stands around it: prose, fences, thoughts.
 
@@ -1099,11 +1092,16 @@ class Readers:
     async def ask(self, task: str, client: str, **arguments: Any) -> dict[str, Any]:
         """What `reader` answers to a task. Raises one of DOCUMENT_ERRORS."""
         # A worker waits for these, so they do not wait behind courses that are not in a worker yet.
-        is_of_worker = task in ("condense", "review")
-        share = self._shares.setdefault((client, is_of_worker), asyncio.Semaphore(READERS // 2))
+        kind = client, task in ("condense", "review")
+        share = self._shares.setdefault(kind, asyncio.Semaphore(READERS // 2))
+        seconds = DOCUMENT_TIMEOUT if task == "document" else TEXT_TIMEOUT
         try:
-            async with share, self._free, asyncio.timeout(DOCUMENT_TIMEOUT if task == "document" else TEXT_TIMEOUT):
-                answer = await self._asked(orjson.dumps({"task": task, **arguments}, default=os.path.abspath))
+            async with share, self._free, asyncio.timeout(seconds), self._reader() as reader:
+                question = orjson.dumps({"task": task, **arguments}, default=os.path.abspath)
+                reader.stdin.write(len(question).to_bytes(8) + question)
+                await reader.stdin.drain()
+                size = int.from_bytes(await reader.stdout.readexactly(8))
+                answer = cast(dict[str, Any], orjson.loads(await reader.stdout.readexactly(size)))
         except TimeoutError:
             raise DocumentTooSlow from None
         except (OSError, EOFError, ValueError):  # it ran into its limits
@@ -1112,21 +1110,19 @@ class Readers:
             raise error(answer.get("detail", ""))
         return answer
 
-    async def _asked(self, question: bytes) -> dict[str, Any]:
+    @contextlib.asynccontextmanager
+    async def _reader(self) -> AsyncIterator[Any]:
+        """A process that has nothing else to do; after a task that it did not finish it is killed."""
         self._idle = [one for one in self._idle if one.returncode is None]  # the kernel may have killed one
         reader = self._idle.pop() if self._idle else await _started("-m", "reader", cwd=HERE)
-        stdin, stdout = cast(asyncio.StreamWriter, reader.stdin), cast(asyncio.StreamReader, reader.stdout)
         try:
-            stdin.write(len(question).to_bytes(8) + question)
-            await stdin.drain()
-            answer = await stdout.readexactly(int.from_bytes(await stdout.readexactly(8)))
+            yield reader
             self._idle.append(reader)
         except BaseException as error:
             await _killed(reader)
             if isinstance(error, OSError | EOFError):
                 log.error("a process that reads has ended with %s", reader.returncode)
             raise
-        return cast(dict[str, Any], orjson.loads(answer))
 
     async def stop(self) -> None:
         while self._idle:
@@ -1159,6 +1155,15 @@ async def _killed(process: asyncio.subprocess.Process) -> None:
 
 # ---- Generations ----------------------------------------------------------------------------------------------------
 
+Answer = dict[str, Any]  # a finished badge as JSON (contract 3.2), as `GenerationQueue._answer` makes it
+BY_URGENCY = attrgetter("urgency")
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 300, 600)
+SECONDS_A_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
+LOOPS = "The language model wrote without end and was stopped. Try again, with another seed or a higher repeat_penalty."
+UNFINISHED = "The language model ended without finishing. Try again, with another seed or a lower temperature."
+CUT_OFF = "The language model reached max_tokens before the badge was complete. Try again with more max_tokens."
+
 
 class Usage(NamedTuple):
     """An engine's last word: tokens read and written, and why it stopped."""
@@ -1168,30 +1173,12 @@ class Usage(NamedTuple):
     finish_reason: Literal["stop", "length"]
 
 
-class TokenUsage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class Answer(BaseModel):
-    """A finished badge (contract 3.2)."""
-
-    response: Badge
-    achievement: dict[str, Any]
-    model: str
-    usage: TokenUsage
-    finish_reason: Literal["stop", "length"]
-    request_id: str
-    review: dict[str, Any] | None = None  # None where the draft could not be reviewed
-
-
 @dataclass(eq=False)
 class Generation:
     """One request to the engine: the log of what came of it, and its times by the event loop's clock.
 
-    `log` only grows: tokens, then one Answer or ApiError, never anything after it. Event n is `log[n - 1]`. Any number
-    of followers read it, each at its own pace; they are woken by an asyncio.Event of their own.
+    `log` only grows, until there is an `outcome`. Event n is `log[n - 1]`, the last one the outcome. Any number of
+    followers read it, each at its own pace; they are woken by an asyncio.Event of their own.
     """
 
     client: str
@@ -1199,43 +1186,27 @@ class Generation:
     urgency: int = 3  # RFC 9218: the lower number first
     prompt: Prompt | None = None  # once its course is read, until it has ended
     id: str = field(default_factory=lambda: secrets.token_urlsafe(16))
-    log: list[str | Answer | ApiError] = field(default_factory=list)
+    log: list[str] = field(default_factory=list)  # pieces of the badge's JSON, as they are written
+    outcome: Answer | ApiError | None = None
     state: Literal["queued", "running", "succeeded", "failed", "cancelled"] = "queued"
     position: int = 0  # in the queue, from 1; 0 = running or done
-    queued_position: int = 0  # the position on arrival
     followers: set[asyncio.Event] = field(default_factory=set)
     holds: int = 0  # followers, those who may come back, and an asynchronous request; without any it is cancelled
-    task: asyncio.Task[Answer] | None = None  # the engine call
-    timer: asyncio.TimerHandle | None = None  # its next deadline
+    timer: asyncio.TimerHandle = field(init=False)  # of its being overtaken, then of its deadlines, then of its keep
     created: float = field(default_factory=time.monotonic)
     started: float = 0.0  # 0 = it never left the queue
-    asked: float = 0.0  # when the engine was asked last
-    begun: float = 0.0  # the first sign of life since: a token, or a thought
-    last: float = 0.0  # the last one
+    begun: float = 0.0  # the first sign of life of its engine call: a token, or a thought
+    last: float = 0.0  # the last one; before the first one, when the engine was asked
     first_token: float = 0.0
-    size: int = 0  # about, in bytes, once it has ended
     beside: int = 0  # prompts of ours that the engine had to read at the same time
 
-    @property
-    def outcome(self) -> Answer | ApiError | None:
-        return self.log[-1] if self.log and not isinstance(self.log[-1], str) else None
-
-    def append(self, entry: str | Answer | ApiError) -> None:
-        assert not self.log or isinstance(self.log[-1], str), "the log has ended"
-        self.log.append(entry)
+    def append(self, piece: str) -> None:
+        self.log.append(piece)
         self.wake()
 
     def wake(self) -> None:
         for changed in self.followers:
             changed.set()
-
-
-SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 300, 600)
-SECONDS_A_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
-TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
-LOOPS = "The language model wrote without end and was stopped. Try again, with another seed or a higher repeat_penalty."
-UNFINISHED = "The language model ended without finishing. Try again, with another seed or a lower temperature."
-CUT_OFF = "The language model reached max_tokens before the badge was complete. Try again with more max_tokens."
 
 
 class Metrics:
@@ -1260,7 +1231,7 @@ class Metrics:
         self.rejections = Counter("dccapi_rejections", "Refused without a generation", ["reason"], registry=registry)
         gauge = partial(Gauge, registry=registry)
         self.engine_up = gauge("dccapi_engine_up", "1 if the engine answers and has the model")
-        gauge("dccapi_queue_depth", "Generations that wait").set_function(lambda: queue.waiting)
+        gauge("dccapi_queue_depth", "Generations that wait").set_function(lambda: len(queue.waiting))
         gauge("dccapi_queue_limit", "How many may wait").set(settings.max_queue)
         gauge("dccapi_active_generations", "Generations that are written").set_function(lambda: len(queue.running))
         gauge("dccapi_workers", "How many can be written at a time").set(settings.workers)
@@ -1272,15 +1243,16 @@ class GenerationQueue:
     def __init__(self, settings: Settings, engine: Engine, readers: Readers) -> None:
         self.settings, self.engine, self.readers = settings, engine, readers
         self.metrics = Metrics(settings, self)
-        self.running: dict[Generation, None] = {}  # at most a worker each, until the engine call is closed
+        self.running: dict[Generation, asyncio.Task[Answer]] = {}  # a worker each, until the engine call is closed
         self.draining = False
         self.beats = 0  # of HEARTBEAT, a little early, so that a busy moment does not make one late
-        self._waiting: dict[Generation, None] = {}  # in order of arrival
+        self.waiting: dict[Generation, None] = {}  # in order of arrival
+        self.documents: list[str] = []  # the clients of those that are read
         self._starts = 0
         self.known: dict[str, Generation] = {}
-        self._finished: dict[Generation, asyncio.TimerHandle] = {}
+        self._finished: dict[Generation, int] = {}  # and about how many bytes it keeps
         self.keys: dict[tuple[str, str], tuple[bytes, Generation]] = {}
-        self._service_time = 0.0
+        self._service_time = 0.0  # of a generation, in seconds; the newest count most
         self._read_until = 0.0  # when the engine had read the last prompt of an ended call
         self._telling: asyncio.TimerHandle | None = None
 
@@ -1304,9 +1276,9 @@ class GenerationQueue:
     async def drain(self) -> None:
         """Admit nothing new, tell what waits, let what runs finish within `DRAIN_TIMEOUT`, tell the rest."""
         self.draining = True
-        for generation in [*self._waiting]:
+        for generation in [*self.waiting]:
             self.end(generation, ShuttingDown())
-        if calls := {cast(asyncio.Task[Answer], generation.task) for generation in self.running}:
+        if calls := [*self.running.values()]:
             log.info("draining %d generations", len(calls))
             await asyncio.wait(calls, timeout=self.settings.drain_timeout)
             for generation in [*self.running]:
@@ -1319,25 +1291,23 @@ class GenerationQueue:
     def check_admission(self, client: str) -> None:
         """Raise what `submit` would raise for this client now."""
         most = self.settings.max_per_client
+        active = [*self.documents, *(one.client for one in [*self.running, *self.waiting])].count(client)
         if self.draining:
             raise ShuttingDown
-        active = sum(generation.client == client for generation in [*self.running, *self._waiting])
         if active >= most:
             told = f"You have {active} generations in flight; {most} are allowed. Wait for one to finish or cancel one."
             raise TooManyRequests(told, retry_after=self.estimated_wait(1))
         if self.full:
-            raise QueueFull(retry_after=self.estimated_wait(len(self._waiting) + 1))
+            raise QueueFull(retry_after=self.estimated_wait(len(self.waiting) + 1))
 
     def submit(self, client: str, request_id: str, urgency: int = 3) -> Generation:
         """Give a generation its place, before its course is read. Raises ShuttingDown, TooManyRequests or QueueFull."""
         self.check_admission(client)
         generation = Generation(client, request_id, urgency)
         self.known[generation.id] = generation
-        self._waiting[generation] = None
-        generation.position = max(0, sum(other.urgency <= urgency for other in self._waiting) - self._idle_workers)
-        generation.queued_position = generation.position
-        self._dispatch()
-        self._loop.call_later(OVERTAKEN_AFTER, self._dispatch)
+        self.waiting[generation] = None
+        generation.position = max(0, sum(other.urgency <= urgency for other in self.waiting) - self._idle_workers)
+        generation.timer = self._loop.call_later(OVERTAKEN_AFTER, self._dispatch)
         return generation
 
     def ready(self, generation: Generation, prompt: Prompt) -> None:
@@ -1361,13 +1331,12 @@ class GenerationQueue:
     @contextlib.contextmanager
     def reading(self, client: str) -> Iterator[None]:
         """A document is read without a generation; it counts as one in flight."""
-        generation = self.submit(client, "")
+        self.check_admission(client)
+        self.documents.append(client)
         try:
             yield
         finally:
-            if generation.outcome is None:  # a drain may have ended it
-                del self._waiting[generation], self.known[generation.id]
-                self._dispatch()
+            self.documents.remove(client)
 
     @contextlib.contextmanager
     def following(self, generation: Generation, grace: float = 0) -> Iterator[asyncio.Event]:
@@ -1379,10 +1348,7 @@ class GenerationQueue:
             yield changed
         finally:
             generation.followers.discard(changed)
-            if grace:
-                self._loop.call_later(grace, self.keep, generation, -1)
-            else:
-                self.keep(generation, -1)
+            self._loop.call_later(grace, self.keep, generation, -1)
 
     def keep(self, generation: Generation, holds: int = 1) -> None:
         """One more who wants it to go on, followed or not, or with -1 one less."""
@@ -1391,22 +1357,16 @@ class GenerationQueue:
             self.end(generation, Cancelled())
 
     def end(self, generation: Generation, reason: ApiError) -> None:
-        """End a generation now, wherever it is; its engine call is closed."""
-        if generation.outcome is not None or (generation.task and generation.task.done()):
-            return
-        if generation.task:
-            generation.task.cancel()
-        self._waiting.pop(generation, None)
-        self._finish(generation, reason)
-        self._dispatch()
-
-    @property
-    def waiting(self) -> int:
-        return len(self._waiting)
+        """End a generation now, wherever it is; its engine call is closed. One that has ended stays as it is."""
+        task = self.running.get(generation)
+        if generation.outcome is None and (task is None or task.cancel()):
+            self.waiting.pop(generation, None)
+            self._finish(generation, reason)
+            self._dispatch()
 
     @property
     def full(self) -> bool:
-        return len(self._waiting) >= self.settings.max_queue + self._idle_workers
+        return len(self.waiting) + len(self.documents) >= self.settings.max_queue + self._idle_workers
 
     @property
     def _idle_workers(self) -> int:
@@ -1416,42 +1376,37 @@ class GenerationQueue:
         """Seconds until the generation at this position runs, from the measured service time."""
         return round(position * (self._service_time or 20) / self.settings.workers, 1)  # 20 s until one is measured
 
-    def _in_order(self) -> list[Generation]:
-        return sorted(self._waiting, key=lambda generation: generation.urgency)
-
     def _next(self) -> Generation | None:
         """The next in order; each eighth time the oldest, however urgent: a catalogue gets on as well.
 
         One whose course takes long to read is overtaken, but not by what came at the same moment.
         """
-        for generation in self._in_order() if self._starts % 8 != 7 else self._waiting:
-            if generation.prompt:
-                return generation
-            if time.monotonic() - generation.created < OVERTAKEN_AFTER:
-                return None
-        return None
+        order = self.waiting if self._starts % 8 == 7 else sorted(self.waiting, key=BY_URGENCY)
+        same_moment = time.monotonic() - OVERTAKEN_AFTER
+        first = next((one for one in order if one.prompt or one.created > same_moment), None)
+        return first if first and first.prompt else None
 
     def _dispatch(self) -> None:
         """The queue has changed: start what waits while workers are idle, and tell the rest their positions soon."""
         while self._idle_workers and (generation := self._next()):
-            del self._waiting[generation]
+            del self.waiting[generation]
             self._starts += 1
             generation.state, generation.position, generation.started = "running", 0, time.monotonic()
             being_read = [other for other in self.running if not other.begun]
             generation.beside = len(being_read)
             for other in being_read:
                 other.beside += 1
-            self.running[generation] = None
-            generation.task = self._loop.create_task(self._generate(generation), name=f"call {generation.id[:8]}")
-            generation.task.add_done_callback(partial(self._closed, generation))
+            task = self._loop.create_task(self._generate(generation), name=f"call {generation.id[:8]}")
+            task.add_done_callback(partial(self._closed, generation))
+            self.running[generation] = task
             generation.timer = self._loop.call_later(0, self._watch, generation)
             generation.wake()
         if self._telling is None:  # a thousand are told twice a second, since each is a write
-            self._telling = self._loop.call_later(len(self._waiting) / 2000, self._tell)
+            self._telling = self._loop.call_later(len(self.waiting) / 2000, self._tell)
 
     def _tell(self) -> None:
         self._telling = None
-        for number, generation in enumerate(self._in_order(), 1):
+        for number, generation in enumerate(sorted(self.waiting, key=BY_URGENCY), 1):
             generation.position = max(0, number - self._idle_workers)  # they take the first at once
             generation.wake()
 
@@ -1470,79 +1425,61 @@ class GenerationQueue:
             silence = max([generation.last, self._read_until, *others]) + settings.token_timeout
             sooner = silence, "TOKEN_TIMEOUT allows between two tokens. Try again later."
         else:
-            first = generation.asked + settings.first_token_timeout + allowance
+            first = generation.last + settings.first_token_timeout + allowance
             sooner = first, "FIRST_TOKEN_TIMEOUT allows to begin. Try again later, or with less content."
         due, allowed = min(last, sooner)
-        if due > now:  # after the first token the next deadline may be earlier, but not earlier than TOKEN_TIMEOUT
-            later = min(due, now + settings.token_timeout)
-            generation.timer = self._loop.call_at(later, self._watch, generation)
-            return
-        error = EngineTimeout(f"The language model took longer than {allowed}", retry_after=self.estimated_wait(1))
-        self.end(generation, error)
+        if due <= now:
+            told = f"The language model took longer than {allowed}"
+            self.end(generation, EngineTimeout(told, retry_after=self.estimated_wait(1)))
+        else:  # after the first token the next deadline may be earlier, but not earlier than TOKEN_TIMEOUT
+            generation.timer = self._loop.call_at(min(due, now + settings.token_timeout), self._watch, generation)
 
     def _closed(self, generation: Generation, task: asyncio.Task[Answer]) -> None:
         """An engine call is closed, which frees its worker. An unforeseen exception is told as an engine error."""
-        del self.running[generation]
         self._read_until = max(self._read_until, generation.begun or time.monotonic())
-        cast(asyncio.TimerHandle, generation.timer).cancel()
-        self._dispatch()
         outcome = ShuttingDown() if task.cancelled() else task.exception() or task.result()
-        if not isinstance(outcome, Answer | ApiError):
+        if not isinstance(outcome, dict | ApiError):
             log.error("generation %s failed: %s", generation.id[:8], described(outcome))
             outcome = EngineError()
-        if generation.outcome is None:
-            self._finish(generation, outcome)
-        generation.task = None  # an exception holds on to the course
+        try:
+            if generation.outcome is None:
+                self._finish(generation, outcome)
+        finally:
+            del self.running[generation]
+            self._dispatch()
 
     async def _generate(self, generation: Generation) -> Answer:
         """Ask the engine, and again for what it left undone, and put what it writes into the log."""
-        spent, prompt = Counting[str](), cast(Prompt, generation.prompt)
+        prompt, spent = cast(Prompt, generation.prompt), list[Usage]()
         sieve = self._sieve(prompt)
-        title, joint, broken_off = self._title(prompt, sieve, first=True), "{", 0
+        title, joint = self._title(prompt, sieve, first=True), "{"
         while True:
             draft = Draft(prompt.kept, prompt.institution, title, sieve)
-            generation.asked, generation.begun = time.monotonic(), 0.0
+            generation.last, generation.begun = time.monotonic(), 0.0
             try:
                 prompt.check_length(self.engine.context)
-                usage = await self._written(generation, prompt, draft, joint, spent)
-                break
+                await self._call(generation, prompt, draft, joint, spent)
             except ContentTooLong as error:
                 prompt = await self._condensed(prompt, error, generation)
-            except TitleRefused as refused:
-                title, joint = self._title(prompt, sieve, first=False), draft.joint
-                prompt = replace(prompt, user=f"{prompt.user}\n{TITLE_AGAIN}")
-                broken_off = refused.tokens
-        if broken_off:  # the engine did not say how much it had read: as much as for the second call
-            spent.update(prompt_tokens=usage.prompt_tokens, completion_tokens=broken_off)
-        badge = cast(Badge, draft.badge)
-        tags = skills_in(badge._tags, prompt)
-        found = await self._review(badge, tags, prompt, generation.client)
-        return Answer(
-            response=badge,
-            achievement=build_achievement(badge, prompt.request, tags, found.pop("alignment", ())),
-            model=self.settings.model,
-            usage=TokenUsage(**spent, total_tokens=spent.total()),
-            finish_reason=usage.finish_reason,
-            request_id=generation.request_id,
-            review=found or None,
-        )
+                continue
+            if not draft.refused:
+                return await self._answer(generation, cast(Badge, draft.badge), prompt, spent)
+            title, joint = self._title(prompt, sieve, first=False), draft.joint
+            prompt = replace(prompt, user=f"{prompt.user}\n{TITLE_AGAIN}")
 
-    async def _written(
-        self, generation: Generation, prompt: Prompt, draft: Draft, joint: str, spent: Counting[str]
-    ) -> Usage:
+    async def _call(self, generation: Generation, prompt: Prompt, draft: Draft, joint: str, spent: list[Usage]) -> None:
         """One engine call: log what each piece of text adds to the badge; stop an engine that writes without end.
 
         An empty piece is a sign of life: the model thinks. `joint` stands in place of the bracket that opens the badge.
-        Raises ContentTooLong, TitleRefused and other ApiErrors.
+        A call whose title is refused is broken off. Raises ContentTooLong and other ApiErrors.
         """
         now, feed, most_tokens = time.monotonic, draft.feed, prompt.sampling["max_tokens"]
-        usage, is_first = None, True
-        count = size = blank = 0
+        is_first, count, size, blank = True, 0, 0, 0
         log.debug("generation %s: %d words to the engine, %s", generation.id[:8], prompt.words, prompt.sampling)
         async with contextlib.aclosing(self.engine.stream(prompt)) as pieces:
             async for piece in pieces:
                 if isinstance(piece, Usage):
-                    usage = piece
+                    spent.append(piece)
                     break
                 generation.last = now()
                 generation.begun = generation.begun or generation.last
@@ -1556,31 +1493,26 @@ class GenerationQueue:
                         generation.append(text)
                 count += 1
                 if draft.refused:
-                    raise TitleRefused(count)
+                    spent.append(Usage(0, count, "stop"))
+                    return
                 size += len(piece)
                 blank = blank + len(piece) if piece.isspace() else 0
                 # Eight pieces a token: some servers send their text letter by letter.
                 if blank > MAX_BLANK_RUN or size > MAX_OUTPUT_CHARS or count > 8 * most_tokens:
                     if not draft.badge:
                         raise InvalidModelOutput(LOOPS)
-                    usage = Usage(0, min(count, most_tokens), "length")
+                    spent.append(Usage(0, min(count, most_tokens), "length"))
                     break
-        if usage is None:  # Ollama after 30 equal tokens in a row
-            raise EngineError(UNFINISHED)
-        read, written = usage.prompt_tokens, usage.completion_tokens
-        spent.update(prompt_tokens=read, completion_tokens=written)
-        reached_limit, limit = usage.finish_reason == "length", self.engine.context
+        usage, limit = spent[-1], self.engine.context
+        reached_limit = usage.finish_reason == "length"
         try:
             rest = draft.finish(cut=reached_limit)
         except InvalidModelOutput:
-            if draft.refused:
-                raise TitleRefused from None
-            if reached_limit and limit and read + written >= limit - 1:
-                raise too_long(prompt, limit, read) from None
+            if reached_limit and limit and usage.prompt_tokens + usage.completion_tokens >= limit - 1:
+                raise too_long(prompt, limit, usage.prompt_tokens) from None
             raise InvalidModelOutput(CUT_OFF if reached_limit else "") from None
         if rest:
-            generation.append(joint + rest[1:] if rest[0] == "{" else rest)
-        return usage
+            generation.append(joint + rest[1:] if is_first else rest)
 
     def _sieve(self, prompt: Prompt) -> Sieve:
         """What leaves out repetitions; with small models also what the course does not bear, for which it has words."""
@@ -1634,68 +1566,78 @@ class GenerationQueue:
         length = {"words": fits, "characters": len(content) * fits // word_count(content)}
         try:
             cut = await self.readers.ask("condense", generation.client, content=content, **length)
-            text = (await self.readers.ask("text", generation.client, content=cut["text"]))["text"]
         except ApiError:
             raise error from None
         said = f"The course was too long for the model, which has read {cut['words_kept']} of {cut['words']} words."
         note = {"code": "condensed", "field": "content", "text": ", ".join(cut["left_out"]), "message": said}
         course = replace(course, notes=(*(one for one in course.notes if one["code"] != "condensed"), note))
-        shorter = build_prompt(prompt.request, course, prompt.system, self.engine.defaults, text)
+        shorter = build_prompt(prompt.request, course, prompt.system, self.engine.defaults, cut["text"])
         if shorter.words >= prompt.words:
             raise error
         return shorter
 
-    async def _review(self, badge: Badge, tags: Sequence[str], prompt: Prompt, client: str) -> dict[str, Any]:
-        """The review, and the alignments beside it where there is an index of skills; nothing when it failed."""
-        request, course = prompt.request, prompt.course
+    async def _answer(self, generation: Generation, badge: Badge, prompt: Prompt, spent: list[Usage]) -> Answer:
+        """The badge as an Achievement, reviewed, with its skills and what it took."""
+        request, course, last = prompt.request, prompt.course, spent[-1]
+        # A call that was broken off says nothing of what it has read: as much as the last one.
+        read = sum(call.prompt_tokens or last.prompt_tokens for call in spent)
+        written = sum(call.completion_tokens for call in spent)
+        tags, options, tone = skills_in(badge._tags, prompt), request.given_texts(), request.option("badge_tone")
         index = self.settings.skills_index if "skills" in prompt.schema["properties"] else None
-        tone = request.option("badge_tone")
-        asked = {"options": request.given_texts(), "wanted_language": request.language, "tone": tone}
         draft = {"badge": badge.model_dump(), "skills": tags, "course": course.text, "notes": course.notes}
+        asked = {"options": options, "wanted_language": request.language, "tone": tone, "index": index}
         try:
-            found = await self.readers.ask("review", client, index=index, **asked, **draft)
+            found = await self.readers.ask("review", generation.client, **draft, **asked)
         except ApiError as error:  # a review never fails a request
             log.warning("a draft could not be reviewed: %s", error.code)
-            return {}
-        found.pop("fault", None)  # of the index, which /health tells
-        return found
+            found = {}
+        return {
+            "response": draft["badge"],
+            "achievement": build_achievement(badge, request, tags, found.pop("alignment", ())),
+            "model": self.settings.model,
+            "usage": {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written},
+            "finish_reason": last.finish_reason,
+            "request_id": generation.request_id,
+            "review": found or None,  # null where the draft could not be reviewed
+        }
 
     def _finish(self, generation: Generation, outcome: Answer | ApiError) -> None:
         now = time.monotonic()
-        generation.position = 0
-        generation.append(outcome)
+        generation.outcome, generation.position = outcome, 0
+        generation.wake()
         generation.prompt = None  # up to MAX_BODY_BYTES, which no view needs
-        if isinstance(outcome, Answer):
+        generation.timer.cancel()
+        if isinstance(outcome, dict):
             generation.state, newest = "succeeded", now - generation.started - self._service_time
             self._service_time += newest * (0.2 if self._service_time else 1)
         else:
             generation.state = "cancelled" if isinstance(outcome, Cancelled) else "failed"
             outcome.__traceback__ = outcome.__cause__ = outcome.__context__ = None  # their frames hold the course
-        generation.size = 4096 + 2 * sum(map(sys.getsizeof, generation.log))  # the answer repeats the text
-        self._finished[generation] = self._loop.call_later(self.settings.result_ttl, self._forget, generation)
-        while len(self._finished) > MAX_FINISHED or sum(one.size for one in self._finished) > MAX_FINISHED_BYTES:
+        generation.timer = self._loop.call_later(self.settings.result_ttl, self._forget, generation)
+        self._finished[generation] = 4096 + 2 * sum(map(sys.getsizeof, generation.log))  # the answer repeats the text
+        while len(self._finished) > MAX_FINISHED or sum(self._finished.values()) > MAX_FINISHED_BYTES:
             self._forget(next(iter(self._finished)))
         self._record(generation, outcome, now)
 
     def _forget(self, generation: Generation) -> None:
-        self._finished.pop(generation).cancel()
-        del self.known[generation.id]
+        generation.timer.cancel()
+        del self._finished[generation], self.known[generation.id]
         self.keys = {key: known for key, known in self.keys.items() if known[1] is not generation}
 
     def _record(self, generation: Generation, outcome: Answer | ApiError, now: float) -> None:
         """Log and count what a generation came to."""
         settings, metrics, started, first = self.settings, self.metrics, generation.started, generation.first_token
-        code = outcome.code if isinstance(outcome, ApiError) else ""
-        usage = outcome.usage if isinstance(outcome, Answer) else None
+        code, answer = (outcome.code, {}) if isinstance(outcome, ApiError) else ("", outcome)
+        usage = answer.get("usage", {})
+        written = usage.get("completion_tokens", len(generation.log))
         queue_seconds, seconds = (started or now) - generation.created, now - (started or now)
         fields: dict[str, Any] = {"request_id": generation.request_id, "state": generation.state}
         fields["generation"] = generation.id[:8]  # the whole of it opens its events to who has no key
         fields |= {"engine": settings.engine, "model": settings.model, "client": generation.client}
         fields |= {"queue_seconds": round(queue_seconds, 3), "seconds": round(seconds, 3)}
         fields |= {"first_token_seconds": round(first - started, 3)} if first else {}
-        fields |= {"prompt_tokens": usage.prompt_tokens} if usage else {}
-        fields["tokens"] = usage.completion_tokens if usage else len(generation.log) - 1
-        fields["finish_reason"] = outcome.finish_reason if isinstance(outcome, Answer) else outcome.code
+        fields |= {"prompt_tokens": usage["prompt_tokens"]} if usage else {}
+        fields |= {"tokens": written, "finish_reason": code or answer["finish_reason"]}
         log.info("generation", extra={"fields": fields})
         metrics.generations.labels(code or "succeeded", generation.client if settings.keys else "").inc()
         if started:
@@ -1704,10 +1646,10 @@ class GenerationQueue:
         if first:
             metrics.first().observe(first - started)
         if usage:
-            metrics.tokens("input").observe(usage.prompt_tokens)
-            metrics.tokens("output").observe(usage.completion_tokens)
-            if usage.completion_tokens > 1:
-                metrics.each().observe((generation.last - first) / (usage.completion_tokens - 1))
+            metrics.tokens("input").observe(usage["prompt_tokens"])
+            metrics.tokens("output").observe(written)
+            if written > 1:
+                metrics.each().observe((generation.last - first) / (written - 1))
 
 
 def described(error: BaseException) -> str:
@@ -1727,12 +1669,6 @@ def one_line(data: Any) -> bytes:
     return line if line.isascii() else LINE_END.sub(lambda end: b"\\u%04x" % ord(end[0].decode()), line)
 
 
-def sse(data: dict[str, Any], *, id: str, event: str = "") -> bytes:
-    """One event (WHATWG HTML 9.2.6): a name only where given, one line of JSON."""
-    head = (f"event: {event}\n" if event else "") + f"id: {id}\n"
-    return b"%bdata: %b\n\n" % (head.encode(), one_line(data))
-
-
 class EventEncoder:
     """Turns the log of a generation into Server-Sent Events (contract 3.3), from after event number `seen`.
 
@@ -1742,33 +1678,35 @@ class EventEncoder:
 
     def __init__(self, generation: Generation, options: StreamOptions, seen: int = 0) -> None:
         self.seen, self.ended = seen, False
-        self._generation, self._options = generation, options
-        self._escaped = bytearray(one_line("".join(cast(list[str], generation.log[:seen])))[1:-1])
+        self.generation, self._options = generation, options
+        self._escaped = bytearray(one_line("".join(generation.log[:seen]))[1:-1])
         self._partial: dict[str, Any] = {}
         self._name = generation.id.encode()
 
-    def queue(self, position: int, estimated_wait: float) -> bytes:
-        return self._event({"type": "queue", "position": position, "estimated_wait": estimated_wait}, "queue")
+    def event(self, data: dict[str, Any], name: str = "") -> bytes:
+        """One event (WHATWG HTML 9.2.6): a name only where given, one line of JSON."""
+        head = f"event: {name}\n" if name else ""
+        return b"%bid: %b.%d\ndata: %b\n\n" % (head.encode(), self._name, self.seen, one_line(data))
 
     def pending(self) -> bytes:
         """The events not encoded yet, as many as fit into one write."""
-        log, parts, size = self._generation.log, [], 0
-        while self.seen < len(log) and size < MAX_WRITE and isinstance(piece := log[self.seen], str):
+        log, parts, size = self.generation.log, [], 0
+        while self.seen < len(log) and size < MAX_WRITE:
             self.seen += 1
-            parts.append(self._token(piece))
+            parts.append(self._token(log[self.seen - 1]))
             size += len(parts[-1])
         if parts and self._options.partial:
-            badge = partial_badge("".join(cast(list[str], log[: self.seen])))
+            badge = partial_badge("".join(log[: self.seen]))
             if badge and badge != self._partial:
                 self._partial = badge
-                parts.append(self._event({"type": "partial", "badge": badge}, "partial"))
-        if self.seen == len(log) - 1 and (outcome := self._generation.outcome):
-            self.seen, self.ended = len(log), True
+                parts.append(self.event({"type": "partial", "badge": badge}, "partial"))
+        if self.seen == len(log) and (outcome := self.generation.outcome):
+            self.seen, self.ended = len(log) + 1, True
             parts.append(self._last(outcome))
         return b"".join(parts)
 
     def _token(self, piece: str) -> bytes:
-        """What `sse` makes of a token, in one go."""
+        """What `event` makes of a token, in one go."""
         content, accumulated = one_line(piece), b""
         if self._options.accumulated:
             self._escaped += content[1:-1]
@@ -1777,31 +1715,22 @@ class EventEncoder:
         return data % (self._name, self.seen, content, accumulated)
 
     def _last(self, outcome: Answer | ApiError) -> bytes:
-        if isinstance(outcome, Answer):
-            answer = outcome.model_dump()
-            return self._event({"type": "final", "content": answer.pop("response"), **answer})
+        if isinstance(outcome, dict):
+            answer = {name: part for name, part in outcome.items() if name != "response"}
+            return self.event({"type": "final", "content": outcome["response"], **answer})
         data = {"type": "error", "content": outcome.detail, "error": outcome.detail, "error_code": outcome.code}
-        return self._event({**data, "request_id": self._generation.request_id, **outcome.members})
-
-    def _event(self, data: dict[str, Any], name: str = "") -> bytes:
-        return sse(data, id=f"{self._generation.id}.{self.seen}", event=name)
+        return self.event({**data, "request_id": self.generation.request_id, **outcome.members})
 
 
-class EventStreamResponse(Response):
+def event_stream(queue: GenerationQueue, encoder: EventEncoder, grace: float = 0) -> ASGIApp:
     """A generation as `text/event-stream`: queue positions, tokens, the end, and a comment with each heartbeat."""
+    generation = encoder.generation
+    headers = Headers(EVENT_STREAM_HEADERS | {"x-queue-position": str(generation.position)}).raw
 
-    def __init__(
-        self, queue: GenerationQueue, generation: Generation, options: StreamOptions, *, seen: int = 0, grace: float = 0
-    ) -> None:
-        super().__init__(headers=EVENT_STREAM_HEADERS | {"x-queue-position": str(generation.queued_position)})
-        del self.headers["content-length"]
-        self._view = queue, generation, EventEncoder(generation, options, seen), grace
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        queue, generation, encoder, grace = self._view
+    async def respond(scope: Scope, receive: Receive, send: Send) -> None:
         position, beats, chunk = -1, queue.beats, b"retry: 1000\n\n"
         with queue.following(generation, grace) as changed:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
             while not encoder.ended:
                 changed.clear()
                 if queue.beats != beats:
@@ -1809,7 +1738,8 @@ class EventStreamResponse(Response):
                     chunk += b": heartbeat\n\n"
                 if generation.position != position and generation.outcome is None:
                     position = generation.position
-                    chunk += encoder.queue(position, queue.estimated_wait(position))
+                    place = {"position": position, "estimated_wait": queue.estimated_wait(position)}
+                    chunk += encoder.event({"type": "queue", **place}, "queue")
                 chunk += encoder.pending()
                 if not chunk:
                     await changed.wait()
@@ -1819,6 +1749,8 @@ class EventStreamResponse(Response):
                     await asyncio.sleep(0)  # there is more: others have their turn first
                 chunk = b""
             await send({"type": "http.response.body", "body": b""})
+
+    return respond
 
 
 async def finished(queue: GenerationQueue, generation: Generation) -> Answer:
@@ -1998,8 +1930,8 @@ class Engine:
                 with contextlib.suppress(aiohttp.ClientError, OSError):  # nothing of the answer is missing
                     async with asyncio.timeout(0.05):
                         await response.content.readany()
-            if ended is None:
-                return
+            if ended is None:  # Ollama after 30 equal tokens in a row
+                raise EngineError(UNFINISHED)
             meant = FINISH_REASONS.get(str(ended).lower())
             if meant is None or meant == "filter":
                 raise EngineError(FILTERED if meant else "")
@@ -2368,19 +2300,18 @@ class Api:
         ]
         return [Route(base + path, run, methods=verbs.split()) for base in ("/api/v1", "") for path, verbs, run in rows]
 
-    async def generate(self, request: Request, model: type[GenerateRequest] = GenerateRequest) -> Response:
+    async def generate(self, request: Request, model: type[GenerateRequest] = GenerateRequest) -> ASGIApp:
         """A badge as JSON, as events, or later: the client's `Prefer`, `Accept` and `stream` choose."""
         body, generation = await self._submitted(request, model)
-        position = {"x-queue-position": str(generation.queued_position)}
+        position = {"x-queue-position": str(generation.position)}
         if "respond-async" in ",".join(request.headers.getlist("prefer")).lower():
             self.queue.keep(generation)
             state = accepted(generation, request.state.prefix)
             headers = {"location": state["events"].removesuffix("/events"), "preference-applied": "respond-async"}
             return as_json(state, 202, headers | position)
         if body.stream or "text/event-stream" in request.headers.get("accept", "").lower():
-            return EventStreamResponse(self.queue, generation, body)
-        answer = await finished(self.queue, generation)
-        return as_json(answer.model_dump(), headers=position)
+            return event_stream(self.queue, EventEncoder(generation, body))
+        return as_json(await finished(self.queue, generation), headers=position)
 
     async def generation(self, request: Request) -> Response:
         """State and result of a generation. DELETE ends it; its state can still be asked for."""
@@ -2389,12 +2320,12 @@ class Api:
             self.queue.end(generation, Cancelled())
             return Response(status_code=204)
         outcome = generation.outcome
-        result = outcome.model_dump() if isinstance(outcome, Answer) else None
+        result = outcome if isinstance(outcome, dict) else None
         error = problem(outcome, generation.request_id) if isinstance(outcome, ApiError) else None
         state = accepted(generation, request.state.prefix)
         return as_json(state | {"position": generation.position, "result": result, "error": error})
 
-    async def events(self, request: Request) -> Response:
+    async def events(self, request: Request) -> ASGIApp:
         """The events of a new generation, or of one that is known: from the start, or after `Last-Event-ID`.
 
         An EventSource (GET) has RESUME_GRACE to come back; 204 stops one for which nothing is left (WHATWG HTML 9.2).
@@ -2409,14 +2340,14 @@ class Api:
             id, _, number = last.rpartition(".")
             generation = self.queue.known.get(id)
             seen = int(number) if re.fullmatch(r"\d{1,9}", number) else -1
-            if not generation or not 0 <= seen <= len(generation.log) - (generation.outcome is not None):
+            if not generation or not 0 <= seen <= len(generation.log):
                 return Response(status_code=204)
         elif "id" in request.path_params:
             generation = self._known(request, of_anyone=True)
         else:
             options, generation = await self._submitted(request, GenerateRequest)
         grace = 0 if is_post else self.settings.resume_grace
-        return EventStreamResponse(self.queue, generation, options, seen=seen, grace=grace)
+        return event_stream(self.queue, EventEncoder(generation, options, seen), grace)
 
     def _known(self, request: Request, of_anyone: bool = False) -> Generation:
         generation = self.queue.known.get(request.path_params["id"])
@@ -2556,7 +2487,7 @@ class Api:
             "system_prompt_preview": self.system_prompt[:200],
             "active_requests": len(queue.running),
             "max_concurrent_requests": settings.workers,
-            "queued_requests": queue.waiting,
+            "queued_requests": len(queue.waiting),
             "max_queue": settings.max_queue,
             "queue_status": "full" if queue.full else "busy" if queue.waiting else "ready",
             "multiplexing_enabled": settings.enable_multiplexing,

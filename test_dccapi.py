@@ -278,7 +278,7 @@ async def test_four_generations_run_at_once_and_the_fifth_waits() -> None:
     async with serving(script=Script(gate=gate)) as service, await service.connect() as connection:
         streams = [await connection.request("POST", "/generate/stream", body=COURSE) for _ in range(5)]
         await service.engine.wait_for_calls(4)
-        await eventually(lambda: service.queue.waiting == 1)
+        await eventually(lambda: len(service.queue.waiting) == 1)
         waiting = connection.events(streams[4])
         assert await anext(waiting) == {"retry": 1000}
         assert (await anext(waiting))["data"]["position"] == 1
@@ -798,7 +798,7 @@ async def test_a_course_id_keeps_the_achievements_id() -> None:
 
 def read(service: Any) -> list[dccapi.Generation]:
     """The generations that wait, and whose course is read."""
-    return [generation for generation in service.queue._waiting if generation.prompt]
+    return [generation for generation in service.queue.waiting if generation.prompt]
 
 
 async def test_the_more_urgent_is_served_first_and_the_oldest_now_and_then() -> None:
@@ -970,7 +970,7 @@ async def test_a_waiting_client_sees_its_position_until_it_runs() -> None:
     ):
         streams = [await connection.request("POST", "/generate/stream", body=COURSE) for _ in range(4)]
         last = await connection.request("POST", "/generate", body=COURSE | {"seed": 1})
-        await eventually(lambda: service.queue.waiting == 4 and all(one.prompt for one in service.queue._waiting))
+        await eventually(lambda: len(service.queue.waiting) == 4 and all(one.prompt for one in service.queue.waiting))
         for number, gate in enumerate(gates):
             gate.set()
             await service.engine.wait_for_calls(min(4, number + 2))
@@ -1305,7 +1305,7 @@ async def test_a_full_queue_is_a_503_with_retry_after(path: str) -> None:
     gate = asyncio.Event()
     async with serving(script=Script(gate=gate), max_concurrent_requests=1, max_queue=1) as service:
         asking = asyncio.gather(writes(service), writes(service))
-        await eventually(lambda: service.queue.waiting == 1)
+        await eventually(lambda: len(service.queue.waiting) == 1)
         problem_in(await ask(service, path=path), 503, "queue_full")
         gate.set()
         await asking
@@ -1318,7 +1318,7 @@ async def test_a_full_queue_refuses_at_once_and_says_when_to_come_back() -> None
         await service.connect() as connection,
     ):
         running = [await connection.request("POST", "/generate", body=COURSE) for _ in range(2)]
-        await eventually(lambda: service.queue.waiting == 1)
+        await eventually(lambda: len(service.queue.waiting) == 1)
         # In the middle of the upload: the body is never finished.
         refused = await connection.request("POST", "/generate", body=b"{", end_stream=False)
         answer = await connection.response(refused, timeout=1)
@@ -1374,7 +1374,7 @@ async def test_documents_that_cannot_be_read_are_told_and_leave_nothing_behind()
         none = await post(service, "/extract", files={"other": b"x"})
         assert none.status_code == 422
         assert not service.engine.calls
-        assert service.queue.waiting == 0
+        assert len(service.queue.waiting) == 0
     assert glob.glob(f"{tempfile.gettempdir()}/dccapi-*") == before
 
 
@@ -1463,7 +1463,9 @@ async def test_health_counts_what_runs_and_what_waits() -> None:
             seen.append(await health_of(service))
             if number < 3:
                 asking.append(asyncio.create_task(writes(service)))
-                await eventually(lambda: (len(service.queue.running), service.queue.waiting) == (1, len(asking) - 1))
+                await eventually(
+                    lambda: (len(service.queue.running), len(service.queue.waiting)) == (1, len(asking) - 1)
+                )
         gate.set()
         await asyncio.gather(*asking)
     assert [(one["active_requests"], one["queued_requests"], one["queue_status"]) for one in seen] == [
@@ -1556,9 +1558,9 @@ async def test_a_waiting_client_that_leaves_gives_its_place_up_at_once() -> None
         await service.connect() as connection,
     ):
         _first, second, third = [await connection.request("POST", "/generate/stream", body=COURSE) for _ in range(3)]
-        await eventually(lambda: service.queue.waiting == 2)
+        await eventually(lambda: len(service.queue.waiting) == 2)
         connection.reset(second)
-        await eventually(lambda: service.queue.waiting == 1, timeout=0.25)
+        await eventually(lambda: len(service.queue.waiting) == 1, timeout=0.25)
         gate.set()
         assert (await events_of(connection, third))[-1]["data"]["type"] == "final"
         assert len(service.engine.calls) == 2

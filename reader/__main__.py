@@ -36,15 +36,22 @@ def text(content: str) -> dict[str, Any]:
 
 
 def reviewed(index: str = "", skills: Sequence[str] = (), **arguments: Any) -> dict[str, Any]:
-    """A review, and with an index of skills the alignments of the badge beside it."""
+    """A review, and with an index of skills the alignments of the badge beside it. /health tells of its faults."""
     found = review(**arguments)
-    return found | aligned(index, skills, arguments["course"], found["language"]) if index else found
+    more = aligned(index, skills, arguments["course"], found["language"]) if index else {}
+    return found | more if "fault" not in more else found
+
+
+def condensed(**arguments: Any) -> dict[str, Any]:
+    """What is left of a long course, without its markup."""
+    found = condense(**arguments)
+    return found | {"text": plain_text(found["text"]).text}
 
 
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {
     "text": text,
     "document": document,
-    "condense": condense,
+    "condense": condensed,
     "review": reviewed,
     "frameworks": frameworks,
     "skills": search,

@@ -399,10 +399,10 @@ async def test_a_person_waits_for_one_free_worker_and_not_for_the_catalogue(tmp_
     path, drafts = courses(tmp_path, 100), tmp_path / "drafts.jsonl"
     limits = {"max_concurrent_requests": 2, "max_queue": 300, "max_per_client": 300}
     async with serving(script=script, **limits) as service, running(service.url, path, drafts, "--in-flight", 80):
-        await testkit.eventually(lambda: (len(service.queue.running), service.queue.waiting) == (2, 78), 30)
+        await testkit.eventually(lambda: (len(service.queue.running), len(service.queue.waiting)) == (2, 78), 30)
         person = asyncio.create_task(ask(service, {"content": "Chess"}))
         await testkit.eventually(
-            lambda: service.queue.waiting == 79 and all(g.prompt for g in service.queue._waiting), 30
+            lambda: len(service.queue.waiting) == 79 and all(g.prompt for g in service.queue.waiting), 30
         )
         gates[0].set()
         _, _, call = await service.engine.wait_for_calls(3)

@@ -362,7 +362,7 @@ async def test_finished_generations_keep_no_course_and_a_bounded_number_of_bytes
         kept = list(service.queue._finished)
         assert len(kept) == 3
         assert not [one for one in kept if one.prompt]
-        monkeypatch.setattr(dccapi, "MAX_FINISHED_BYTES", 2 * kept[0].size + 1)
+        monkeypatch.setattr(dccapi, "MAX_FINISHED_BYTES", 2 * service.queue._finished[kept[0]] + 1)
         assert (await ask(service, body)).status == 200
         assert len(service.queue._finished) == 2
         assert (await ask(service, None, f"/generations/{kept[0].id}", "GET")).status == 404
@@ -408,6 +408,22 @@ async def test_a_worker_survives_a_fault_of_its_bookkeeping(place: str) -> None:
         delattr(service.queue, place)
         assert (await ask(service)).status == 200
         assert not service.queue.running
+
+
+async def test_a_fault_of_the_queue_loses_no_badge_that_is_written() -> None:
+    gate = asyncio.Event()
+    async with serving(max_concurrent_requests=1, script=Script(gate=gate)) as service:
+        answer = asyncio.create_task(ask(service))
+        await service.engine.wait_for_calls(1)
+
+        def faulty() -> None:
+            del service.queue._dispatch  # type: ignore[method-assign]
+            raise KeyError
+
+        service.queue._dispatch = faulty  # type: ignore[method-assign]
+        gate.set()
+        assert (await answer).status == 200
+        assert (await ask(service)).status == 200
 
 
 # --- the embedded engine's child ---

@@ -389,7 +389,7 @@ async def test_the_metrics_tell_what_ran_what_waits_and_what_was_refused() -> No
         async with await service.connect() as connection:
             for _ in range(2):
                 await connection.request("POST", "/generate", list(key.items()), COURSE)
-            await eventually(lambda: service.queue.waiting == 1)
+            await eventually(lambda: len(service.queue.waiting) == 1)
             problem_in(await ask(service, headers=list(key.items())), 503, "queue_full")
             await ask(service)
             during = await samples(service, **key)

@@ -53,12 +53,18 @@ class Review(BaseModel):
     notes: list[Note]
 
 
+class TokenUsage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
 class Written(BaseModel):
     """What comes with every badge."""
 
     achievement: dict[str, Any]  # its schema stands in a file
     model: str
-    usage: dccapi.TokenUsage
+    usage: TokenUsage
     finish_reason: Literal["stop", "length"]
     request_id: str
     review: Review | None = Field(description="null where the draft could not be reviewed.")
@@ -417,28 +423,28 @@ def asked() -> Examples:
 
 def answered() -> Examples:
     """Examples of answers, by schema and name; what is random or of today is fixed."""
-    answer = dccapi.Answer(
-        response=BADGE,
-        achievement=dccapi.build_achievement(BADGE) | {"id": URN},
-        model="phi4badges",
-        usage=dccapi.TokenUsage(prompt_tokens=540, completion_tokens=96, total_tokens=636),
-        finish_reason="stop",
-        request_id=REQUEST_ID,
-        review=REVIEW,
-    )
+    answer = {
+        "response": BADGE.model_dump(),
+        "achievement": dccapi.build_achievement(BADGE) | {"id": URN},
+        "model": "phi4badges",
+        "usage": {"prompt_tokens": 540, "completion_tokens": 96, "total_tokens": 636},
+        "finish_reason": "stop",
+        "request_id": REQUEST_ID,
+        "review": REVIEW,
+    }
     credential = dccapi.build_credential(AWARD) | {"id": URN}
     credential["credentialSubject"]["achievement"]["id"] = URN
-    accepted = dccapi.accepted(generation([]))
+    accepted = dccapi.accepted(dccapi.Generation("", REQUEST_ID, id=ID))
     waiting = {**accepted, "position": 3, "result": None, "error": None}
-    done = {**waiting, "status": "succeeded", "position": 0, "result": answer.model_dump()}
+    done = {**waiting, "status": "succeeded", "position": 0, "result": answer}
     return {
-        "Answer": {"a badge": answer.model_dump()},
+        "Answer": {"a badge": answer},
         "Accepted": {"waiting": accepted},
         "GenerationState": {"waiting": waiting, "done": done},
         "OpenBadgeCredential": {"unsigned": credential},
         "EventStream": {
-            "a badge": "retry: 1000\n\n" + events(0, ['{"badge_name": "Kn', "ots", answer]),
-            "an error": events(2, ['{"badge_name": "Kn', "ots", dccapi.EngineTimeout()]),
+            "a badge": "retry: 1000\n\n" + events(0, answer),
+            "an error": events(2, dccapi.EngineTimeout()),
         },
         "Extracted": {"a text": EXTRACTED},
         "Skills": {"one": [SKILL]},
@@ -451,19 +457,12 @@ def answered() -> Examples:
     }
 
 
-def generation(log: list[str | dccapi.Answer | dccapi.ApiError]) -> dccapi.Generation:
-    return dccapi.Generation(
-        "",
-        REQUEST_ID,
-        id=ID,
-        log=log,
-    )
-
-
-def events(seen: int, log: list[str | dccapi.Answer | dccapi.ApiError]) -> str:
+def events(seen: int, outcome: dccapi.Answer | dccapi.ApiError) -> str:
     """The events of a generation after those that its reader has seen."""
-    encoder = dccapi.EventEncoder(generation(log), dccapi.StreamOptions(partial=True), seen)
-    position = b"" if seen else encoder.queue(3, 12.5)
+    generation = dccapi.Generation("", REQUEST_ID, id=ID, log=['{"badge_name": "Kn', "ots"], outcome=outcome)
+    encoder = dccapi.EventEncoder(generation, dccapi.StreamOptions(partial=True), seen)
+    queue = {"type": "queue", "position": 3, "estimated_wait": 12.5}
+    position = b"" if seen else encoder.event(queue, "queue")
     return (position + encoder.pending()).decode()
 
 

@@ -1922,6 +1922,8 @@ FINISH_REASONS: dict[str, Literal["stop", "length", "filter"]] = {
     **dict.fromkeys(("length", "max_tokens", "max_length", "max_output_tokens", "model_length"), "length"),
     **dict.fromkeys(("content_filter", "safety", "content_filtered"), "filter"),
 }
+# What an OpenAI server is told of sampling; llama.cpp knows the penalty by the one name, and vLLM by the other.
+SAMPLING = ("max_tokens", "seed", "temperature", "top_p", "top_k", "repeat_penalty", "repetition_penalty")
 # What stands before a record: nothing (Ollama), or the name of its field in a server-sent event. Other lines are none.
 RECORD = re.compile(rb"(data:|error:)?\s*(?=\{|\[DONE\])")
 # What a record of an answer says, in whatever dialect: text, thought, why the text ended, tokens read and written.
@@ -1942,9 +1944,8 @@ class Engine:
     # Parts of a request that a server may refuse, and how it names them: openai-agents-python 442, Flowise 2866,
     # obsidian-copilot 1477, TGI 2899, langchainjs PR 6888; of chat templates: autogen 1037, ramalama 2425.
     optional: Mapping[str, str] = {
-        **{name: rf"\b{name}\b" for name in ("max_tokens", "seed", "temperature", "top_p")},
+        **{name: rf"\b{name}\b" for name in SAMPLING},
         "stream_options": r"stream_options|include_usage",
-        "sampling": r"\btop_k\b|\brepe(?:at|tition)_penalty\b",
         "json_schema": r"response[_ ]format|json_schema|guided_json",
         "response_format": r"response[_ ]format|json_object",
         "chat_template_kwargs": r"chat_template_kwargs|enable_thinking",
@@ -1983,28 +1984,26 @@ class Engine:
         await self.models()
 
     def body(self, prompt: Prompt, without: frozenset[str]) -> dict[str, Any]:
-        """What the server is asked, without the optional parts that it refused."""
-        sampling, penalty, seed = prompt.sampling, prompt.sampling["repeat_penalty"], prompt.sampling["seed"]
+        """What the server is asked. Members that are None, or named in `without`, are not sent."""
+        sampling, seed = prompt.sampling, prompt.sampling["seed"]
         messages = [{"role": "system", "content": prompt.system}, {"role": "user", "content": prompt.user}]
         if "system" in without:
             messages = [{"role": "user", "content": f"{prompt.system}\n\n{prompt.user}"}]
-        body: dict[str, Any] = {
+        response_format = {"type": "json_schema", "json_schema": {"name": "badge", "schema": prompt.schema}}
+        if "json_schema" in without:
+            response_format = {"type": "json_object", "schema": prompt.schema}  # llama-cpp-python's way
+        return {
+            **sampling,
+            "max_completion_tokens": sampling["max_tokens"] if "max_tokens" in without else None,
+            "repetition_penalty": sampling["repeat_penalty"],
+            "seed": None if seed is None else seed % 2**31,  # llama.cpp's is 32 bits wide
             "model": self.settings.model,
             "messages": messages,
             "stream": True,
             "stream_options": {"include_usage": True},
-            "temperature": sampling["temperature"],
-            "top_p": sampling["top_p"],
-            "seed": None if seed is None else seed % 2**31,  # llama.cpp's is 32 bits wide
             "chat_template_kwargs": {"enable_thinking": False},
-            "response_format": {"type": "json_schema", "json_schema": {"name": "badge", "schema": prompt.schema}},
-            "max_completion_tokens" if "max_tokens" in without else "max_tokens": sampling["max_tokens"],
+            "response_format": response_format,
         }
-        if "json_schema" in without:
-            body["response_format"] = {"type": "json_object", "schema": prompt.schema}  # llama-cpp-python's way
-        if "sampling" not in without:  # the penalty by llama.cpp's name and by vLLM's
-            body |= {"top_k": sampling["top_k"], "repeat_penalty": penalty, "repetition_penalty": penalty}
-        return {name: value for name, value in body.items() if name not in without and value is not None}
 
     def read(self, record: dict[str, Any], prompt: Prompt) -> Record:
         choice: dict[str, Any] = next(iter(record.get("choices") or []), {})
@@ -2073,16 +2072,29 @@ class Engine:
 
     async def _answer(self, prompt: Prompt) -> aiohttp.ClientResponse:
         """The response with the answer. Refused parts of the request are left out, from then on where that helps."""
-        was_known = self._known and not self.remark
-        if not was_known:
+        # A connection that has just answered a question is not one that the server has long closed (aiohttp 6138).
+        may_retry = self._known and not self.remark
+        if not may_retry:
             self.remark = ""
             with contextlib.suppress(ApiError, AttributeError, TypeError, ValueError):  # it is silent, or says nonsense
                 await self.introduce()
                 self._known = True
         without = self._without
         while True:
-            # A connection that has just answered a question is not one that the server has long closed.
-            response = await self._post(self.body(prompt, without), retry=was_known)
+            body = self.body(prompt, without)
+            body = {name: value for name, value in body.items() if value is not None and name not in without}
+            try:
+                response = await self._session.post(await self.url() + self.path, json=body, allow_redirects=False)
+            except TimeoutError as error:
+                said = "The language model's server takes no connection within CONNECT_TIMEOUT. Try again later."
+                raise EngineTimeout(said, retry_after=EngineUnreachable.retry_after) from error
+            except aiohttp.ClientConnectionError as error:  # without a byte of an answer
+                await asyncio.sleep(0.05)  # then connections that end with it are out of the pool
+                if not may_retry:
+                    self._known = False  # another server may be started in its place
+                    raise EngineUnreachable from error
+                may_retry = False
+                continue
             if response.status == 200:
                 if without > self._without:
                     self._without |= without
@@ -2090,19 +2102,6 @@ class Engine:
                 return response
             async with response:
                 without |= {await self._refused_part(response, prompt, without)}
-
-    async def _post(self, body: dict[str, Any], retry: bool) -> aiohttp.ClientResponse:
-        """The response, after one retry where a connection ends without a byte of it (aiohttp 6138)."""
-        for _ in range(1 + retry):
-            try:
-                return await self._session.post(await self.url() + self.path, json=body, allow_redirects=False)
-            except TimeoutError as error:
-                said = "The language model's server takes no connection within CONNECT_TIMEOUT. Try again later."
-                raise EngineTimeout(said, retry_after=EngineUnreachable.retry_after) from error
-            except aiohttp.ClientConnectionError:
-                await asyncio.sleep(0.05)  # then connections that end with it are out of the pool
-        self._known = False  # another server may be started in its place
-        raise EngineUnreachable
 
     async def _refused_part(self, response: aiohttp.ClientResponse, prompt: Prompt, without: frozenset[str]) -> str:
         """The part of a request that the server does not take. Raises what else its refusal means."""
@@ -2159,9 +2158,8 @@ class Engine:
         try:
             return self.listed(status, answer)
         except (AttributeError, KeyError, TypeError, ValueError):
-            raise EngineUnreachable(
-                f"Another server answers at the model's address ({status}). {self.remedy}"
-            ) from None
+            fault = f"Another server answers at the model's address ({status})."
+            raise EngineUnreachable(f"{fault} {self.remedy}") from None
 
     def has_model(self, available: list[str]) -> bool:
         return self.full_name(self.settings.model) in map(self.full_name, available)
@@ -2214,9 +2212,7 @@ class OllamaEngine(Engine):
 
     async def introduce(self) -> None:
         status, answer = await self.ask("/api/show", {"model": self.settings.model})
-        if status != 200:
-            return
-        model = orjson.loads(answer)
+        model = orjson.loads(answer) if status == 200 else {}
         details, info = model.get("details") or {}, model.get("model_info") or {}
         thinks = "thinking" in (model.get("capabilities") or [])
         cannot_stop = re.search("gpt-?oss", str(details.get("family")))  # ollama docs/thinking
@@ -2232,7 +2228,7 @@ class OllamaEngine(Engine):
     def body(self, prompt: Prompt, without: frozenset[str]) -> dict[str, Any]:
         settings, keep_alive = self.settings, self.settings.keep_alive
         options = {name: value for name, value in prompt.sampling.items() if name != "max_tokens" and value is not None}
-        body = {
+        return {
             "model": settings.model,
             "system": prompt.system,
             "prompt": prompt.user,
@@ -2246,7 +2242,6 @@ class OllamaEngine(Engine):
             "shift": False,
             "think": self._think,
         }
-        return {name: value for name, value in body.items() if name not in without and value is not None}
 
     def read(self, record: dict[str, Any], prompt: Prompt) -> Record:
         text, thought = str(record.get("response") or ""), str(record.get("thinking") or "")

@@ -1926,8 +1926,6 @@ FINISH_REASONS: dict[str, Literal["stop", "length", "filter"]] = {
 SAMPLING = ("max_tokens", "seed", "temperature", "top_p", "top_k", "repeat_penalty", "repetition_penalty")
 # What stands before a record: nothing (Ollama), or the name of its field in a server-sent event. Other lines are none.
 RECORD = re.compile(rb"(data:|error:)?\s*(?=\{|\[DONE\])")
-# What a record of an answer says, in whatever dialect: text, thought, why the text ended, tokens read and written.
-Record = tuple[str, str, object, tuple[int, int] | None]
 
 
 class Engine:
@@ -1936,7 +1934,8 @@ class Engine:
     This class speaks the OpenAI API, as vLLM, sglang, TGI, llm-d, Ray Serve, llama-server and llama-cpp-python do.
     """
 
-    path, list_path = "/chat/completions", "/models"  # of a generation, and of the list of models
+    path = "/chat/completions"  # of a generation
+    listing = "/models", "data", "id"  # the path of the list of models, its member, and the member with a model's name
     remedy = "Start it, or correct OPENAI_BASE_URL; badges are written again as soon as it answers."
     full_name: Callable[[str], str] = str  # a model's name as the server compares it
     defaults: Mapping[str, Any] = {}  # sampling where the client gave none
@@ -1961,16 +1960,15 @@ class Engine:
         self._without: frozenset[str] = frozenset()  # parts that the server has refused, and is not sent again
 
     async def start(self) -> None:
+        settings = self.settings
         # Fewer connections than workers would be a second queue; one more is for the health check.
-        limit = max(self.settings.connection_pool_size, self.settings.workers + 1)
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=limit, keepalive_timeout=self.settings.keepalive_timeout),
-            # `Call` has the deadlines; aiohttp's total of 300 s would end long answers.
-            timeout=aiohttp.ClientTimeout(total=None, connect=self.settings.connect_timeout),
-            headers={"accept-encoding": "identity"} | ({"authorization": f"Bearer {self.key}"} if self.key else {}),
-            json_serialize_bytes=orjson.dumps,
-            read_bufsize=2**12,  # bytes; aiohttp holds up to twice as many for each call
-        )
+        limit = max(settings.connection_pool_size, settings.workers + 1)
+        connector = aiohttp.TCPConnector(limit=limit, keepalive_timeout=settings.keepalive_timeout)
+        # `GenerationQueue` has the other deadlines; aiohttp's total of 300 s would end long answers.
+        timeout = aiohttp.ClientTimeout(total=None, connect=settings.connect_timeout)
+        headers = {"accept-encoding": "identity"} | ({"authorization": f"Bearer {self.key}"} if self.key else {})
+        # aiohttp holds up to twice `read_bufsize` bytes for each call.
+        self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers, read_bufsize=2**12)
 
     async def stop(self) -> None:
         await self._session.close()
@@ -1992,20 +1990,16 @@ class Engine:
         response_format = {"type": "json_schema", "json_schema": {"name": "badge", "schema": prompt.schema}}
         if "json_schema" in without:
             response_format = {"type": "json_object", "schema": prompt.schema}  # llama-cpp-python's way
-        return {
-            **sampling,
-            "max_completion_tokens": sampling["max_tokens"] if "max_tokens" in without else None,
-            "repetition_penalty": sampling["repeat_penalty"],
-            "seed": None if seed is None else seed % 2**31,  # llama.cpp's is 32 bits wide
-            "model": self.settings.model,
-            "messages": messages,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            "chat_template_kwargs": {"enable_thinking": False},
-            "response_format": response_format,
-        }
+        body = {"model": self.settings.model, "messages": messages, "response_format": response_format, **sampling}
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+        body |= {"chat_template_kwargs": {"enable_thinking": False}, "repetition_penalty": sampling["repeat_penalty"]}
+        body["seed"] = None if seed is None else seed % 2**31  # llama.cpp's is 32 bits wide
+        if "max_tokens" in without:
+            body["max_completion_tokens"] = sampling["max_tokens"]
+        return body
 
-    def read(self, record: dict[str, Any], prompt: Prompt) -> Record:
+    def read(self, record: dict[str, Any], prompt: Prompt) -> tuple[str, str, object, tuple[int, int] | None]:
+        """What a record of an answer says: text, thought, why the text ended, tokens read and written."""
         choice: dict[str, Any] = next(iter(record.get("choices") or []), {})
         # A server that does not stream answers with a `message`.
         delta, usage = choice.get("delta") or choice.get("message") or {}, record.get("usage") or {}
@@ -2016,16 +2010,6 @@ class Engine:
             content = "".join(filter(None, texts))
         counts = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
         return content, str(thought), choice.get("finish_reason"), counts if usage else None
-
-    def listed(self, status: int, answer: bytes) -> list[str]:
-        """The models in what the server answers when it is asked for their list."""
-        if status in (404, 405, 501):  # a server that has no list is ready when it answers
-            return [self.settings.model]
-        models = {str(model["id"]): model for model in orjson.loads(answer)["data"] or []}
-        served = models.get(self.settings.model, {})
-        limit = served.get("max_model_len") or (served.get("meta") or {}).get("n_ctx")
-        self.context = limit if isinstance(limit, int) else self.context
-        return list(models)
 
     async def stream(self, prompt: Prompt) -> AsyncGenerator[str | Usage]:
         """The pieces of text, an empty one for each thought, and the Usage. Leaving early closes the connection."""
@@ -2154,12 +2138,19 @@ class Engine:
 
     async def models(self) -> list[str]:
         """The names it can be asked for. Raises EngineUnreachable."""
-        status, answer = await self.ask(self.list_path)
+        path, member, name = self.listing
+        status, answer = await self.ask(path)
+        if status in (404, 405, 501) and path == "/models":  # a server that has no list is ready when it answers
+            return [self.settings.model]
         try:
-            return self.listed(status, answer)
+            models = {str(model[name]): model for model in orjson.loads(answer)[member] or []}
+            served = models.get(self.settings.model, {})
+            limit = served.get("max_model_len") or (served.get("meta") or {}).get("n_ctx")
         except (AttributeError, KeyError, TypeError, ValueError):
             fault = f"Another server answers at the model's address ({status})."
             raise EngineUnreachable(f"{fault} {self.remedy}") from None
+        self.context = limit if isinstance(limit, int) else self.context
+        return list(models)
 
     def has_model(self, available: list[str]) -> bool:
         return self.full_name(self.settings.model) in map(self.full_name, available)
@@ -2201,7 +2192,7 @@ def _message(said: Any) -> str:
 class OllamaEngine(Engine):
     """Ollama's own API: newline-delimited JSON from `POST /api/generate`."""
 
-    path, list_path = "/api/generate", "/api/tags"
+    path, listing = "/api/generate", ("/api/tags", "models", "name")
     remedy = "Start it, or correct OLLAMA_URL; badges are written again as soon as it answers."
     optional: Mapping[str, str] = {"think": r"\bthink(?:ing)?\b", "format": r"\bformat\b|json_schema"}
 
@@ -2213,10 +2204,10 @@ class OllamaEngine(Engine):
     async def introduce(self) -> None:
         status, answer = await self.ask("/api/show", {"model": self.settings.model})
         model = orjson.loads(answer) if status == 200 else {}
-        details, info = model.get("details") or {}, model.get("model_info") or {}
-        thinks = "thinking" in (model.get("capabilities") or [])
-        cannot_stop = re.search("gpt-?oss", str(details.get("family")))  # ollama docs/thinking
-        self._think = ("low" if cannot_stop else False) if thinks else None
+        info, family = model.get("model_info") or {}, (model.get("details") or {}).get("family")
+        self._think = None
+        if "thinking" in (model.get("capabilities") or []):
+            self._think = "low" if re.search("gpt-?oss", str(family)) else False  # ollama docs/thinking
         limits = [value for key, value in info.items() if key.endswith(".context_length") and isinstance(value, int)]
         self.context = min([self.settings.num_ctx, *limits])
         # Ollama's own template, or since 0.30 the model's, in Jinja; a renderer stands for either.
@@ -2228,22 +2219,15 @@ class OllamaEngine(Engine):
     def body(self, prompt: Prompt, without: frozenset[str]) -> dict[str, Any]:
         settings, keep_alive = self.settings, self.settings.keep_alive
         options = {name: value for name, value in prompt.sampling.items() if name != "max_tokens" and value is not None}
-        return {
-            "model": settings.model,
-            "system": prompt.system,
-            "prompt": prompt.user,
-            "format": prompt.schema,
-            "stream": True,
-            # Without num_predict a model may loop for ever under `format` (ollama 2577).
-            "options": {**options, "num_ctx": settings.num_ctx, "num_predict": prompt.sampling["max_tokens"]},
-            # A duration is taken as text, and bare seconds only as a number.
-            "keep_alive": int(keep_alive) if keep_alive.lstrip("-").isdecimal() else keep_alive,
-            "truncate": False,  # a prompt over the context is an error, not cut at its front (ollama 3839)
-            "shift": False,
-            "think": self._think,
-        }
+        # Without num_predict a model may loop for ever under `format` (ollama 2577).
+        options |= {"num_ctx": settings.num_ctx, "num_predict": prompt.sampling["max_tokens"]}
+        body = {"model": settings.model, "system": prompt.system, "prompt": prompt.user, "format": prompt.schema}
+        # A prompt over the context is an error, not cut at its front (ollama 3839).
+        body |= {"truncate": False, "shift": False, "stream": True, "think": self._think, "options": options}
+        # A duration is taken as text, and bare seconds only as a number.
+        return body | {"keep_alive": int(keep_alive) if keep_alive.lstrip("-").isdecimal() else keep_alive}
 
-    def read(self, record: dict[str, Any], prompt: Prompt) -> Record:
+    def read(self, record: dict[str, Any], prompt: Prompt) -> tuple[str, str, object, tuple[int, int] | None]:
         text, thought = str(record.get("response") or ""), str(record.get("thinking") or "")
         if not record.get("done"):
             return text, thought, None, None
@@ -2252,9 +2236,6 @@ class OllamaEngine(Engine):
             # A server before 0.12.6 knows neither `truncate` nor `shift`, and has cut the prompt.
             raise too_long(prompt, self.context)
         return text, thought, record.get("done_reason") or "stop", (read, written)
-
-    def listed(self, status: int, answer: bytes) -> list[str]:
-        return [str(model["name"]) for model in orjson.loads(answer)["models"] or []]
 
     @staticmethod
     def full_name(model: str) -> str:

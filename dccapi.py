@@ -117,6 +117,7 @@ MAX_WRITE = 128 * 2**10  # bytes that one write of an event stream may hold, so 
 RESETS_AT_ONCE, RESETS_PER_SECOND = 1000, 33  # nghttp2's own limits (nghttp2_option_set_stream_reset_rate_limit)
 MAX_HELD, MAX_HELD_OF_ONE = 48 * 2**20, 24 * 2**20  # bytes of requests under way or arriving: of all, of one address
 REQUEST_COST = 16 * 2**10  # bytes that a request takes besides what was sent
+RESTART_DELAY = 2  # seconds until an embedded engine that has ended is started again
 CLOSE_TIMEOUT = 2  # seconds that the closing of a connection may take
 TRIM_INTERVAL = 30  # seconds between two times that free memory is given back
 LOOPBACK_PAGE = r"https?://(?:(?:[\w-]+\.)*localhost|127(?:\.\d{1,3}){3}|\[::1\])(?::\d+)?"
@@ -2263,8 +2264,8 @@ class EmbeddedEngine(Engine):
         super().__init__(settings)
         self.is_tiny = cast(Path, settings.model_path).stat().st_size < 400e6  # half a billion parameters in 4 bits
         self.key = secrets.token_urlsafe(16)  # other users of this machine can reach the child's port
-        self._told = asyncio.Event()  # whether there is an address, or a reason why there is none
-        self._not_started = ""  # that reason
+        self._told = asyncio.Event()  # whether the child listens, or could not be started
+        self._fault = ""  # why it could not, or why it ended
 
     def body(self, prompt: Prompt, without: frozenset[str]) -> dict[str, Any]:
         """With bounds on the texts, which llama.cpp's grammars take as long as they are short."""
@@ -2285,28 +2286,25 @@ class EmbeddedEngine(Engine):
         """The child's address, once it listens: a restart takes seconds, for which a generation has its deadlines."""
         await self._told.wait()
         if not self.base_url:
-            raise EngineUnreachable(f"The embedded language model cannot be started: {self._not_started}")
+            raise EngineUnreachable(f"The embedded language model cannot be started: {self._fault}")
         return self.base_url
 
     async def _supervise(self) -> None:
         """Start the child, and again whenever it ends."""
-        delay = 0.5
         while True:
-            started, self.base_url = time.monotonic(), ""
+            self.base_url = ""
             try:
-                ended = await self._run()
+                self._fault = await self._run()
             except (OSError, ValueError) as error:  # no memory or file descriptor for it now; a line without end
-                ended = getattr(error, "strerror", None) or type(error).__name__
+                self._fault = getattr(error, "strerror", None) or type(error).__name__
             if not self.base_url:
-                self._not_started = ended
                 self._told.set()
-            delay = 0.5 if time.monotonic() - started > 30 else min(delay * 2, 30)
-            log.error("the embedded engine ended: %s; next start in %.1f s", ended, delay)
-            await asyncio.sleep(delay)
+            log.error("the embedded engine ended: %s; it is started again", self._fault)
+            await asyncio.sleep(RESTART_DELAY)
 
     async def _run(self) -> str:
         """One child from its start to its end, and why it ended."""
-        started, settings = time.monotonic(), self.settings
+        settings = self.settings
         arguments = settings.model_path, settings.num_ctx, settings.workers, settings.model
         process: Any = await _started(str(HERE / "dccapi.py"), "engine", *map(str, arguments))
         try:
@@ -2315,28 +2313,26 @@ class EmbeddedEngine(Engine):
             if said.startswith("http"):
                 self.base_url, said = f"{said}/v1", ""
                 self._told.set()
-                log.info("embedded engine ready after %.1f s", time.monotonic() - started)
-            await process.stdout.read()  # until it ends
+                log.info("the embedded engine is ready")
+            code = await process.wait()
             if self.base_url:
                 self._told.clear()
-            code = await process.wait()
             return said or f"its process ended with {code} (-9: it lacks memory; -4: another processor)"
         finally:
             await _killed(process)
 
 
-def serve_embedded(path: str, context: int, slots: int, name: str) -> None:
+def serve_embedded(path: str, context: str, slots: str, name: str) -> None:
     """The child process of EmbeddedEngine: llama.cpp's OpenAI API on a free loopback port until stdin ends."""
     say = partial(print, file=os.fdopen(os.dup(1), "w"), flush=True)
     os.dup2(2, 1)  # what libraries print goes to stderr
     try:
         import xllamacpp  # type: ignore[import-not-found,unused-ignore]  # an extra, without types
     except ImportError as error:
-        say(f"{error}. Install dccapi[embedded]; libgomp.so.1 comes from the system (Debian: libgomp1).")
-        sys.exit(1)
+        return say(f"{error}. Install dccapi[embedded]; libgomp.so.1 comes from the system (Debian: libgomp1).")
     parameters = xllamacpp.CommonParams()
     parameters.model.path, parameters.model_alias = path, {name}
-    parameters.n_ctx, parameters.n_parallel = context * slots, slots
+    parameters.n_ctx, parameters.n_parallel = int(context) * int(slots), int(slots)
     parameters.n_batch = 512  # a client that leaves while its prompt is read frees the slot after so many tokens
     with contextlib.suppress(OSError, ValueError):  # more threads than a container may use wait for each other
         quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
@@ -2346,8 +2342,7 @@ def serve_embedded(path: str, context: int, slots: int, name: str) -> None:
     try:
         server = xllamacpp.Server(parameters)
     except RuntimeError as error:
-        say(f"{error} ({Path(path).name})")
-        sys.exit(1)
+        return say(f"{error} ({Path(path).name})")
     say(server.listening_address)
     sys.stdin.read()
     os._exit(0)  # llama.cpp's own end waits for running requests
@@ -3485,8 +3480,7 @@ def main() -> None:
 
 
 if __name__ == "__main__" and sys.argv[1:2] == ["engine"]:
-    path, context, slots, name = sys.argv[2:]
-    serve_embedded(path, int(context), int(slots), name)
+    serve_embedded(*sys.argv[2:])
 elif __name__ == "__main__":
     main()
 else:

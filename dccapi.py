@@ -1898,9 +1898,8 @@ async def finished(queue: GenerationQueue, generation: Generation) -> Answer:
 # 42474, 36789 and opencode PR 25230; sglang 4048; chat-ui 1149 (TGI); lmstudio-bug-tracker 546, openclaude 353;
 # tensorrtllm_backend 565; SillyTavern 3543; cline 3120; gemini-cli 6678; OpenAI, Mistral, llama-cpp-python.
 TOO_LONG = (
-    r"(?i)context[ _](?:length|size|window|limit)|maximum \w+ length|(?:prompt|input) is too long|max_new_tokens"
-    r"|`inputs` must have less than|context the overflows|\bn_keep\b|max_seq_len|too many tokens: "
-    r"|number of tokens allowed|must be at least 1, got -"
+    r"(?i)context[ _](?:length|size|window|limit)|maximum \w+ length|(?:prompt|input) is too long|too many tokens: "
+    r"|max_new_tokens|max_seq_len|\bn_keep\b|`inputs` must have less than|of tokens allowed|must be at least 1, got -"
 )
 FIGURES = (
     r"(?i)(?:n_ctx|max_seq_len|context (?:length|size|window)|maximum (?:\w+ )?length|(?:model|sequence) length"
@@ -1925,6 +1924,8 @@ FINISH_REASONS: dict[str, Literal["stop", "length", "filter"]] = {
 }
 # What an OpenAI server is told of sampling; llama.cpp knows the penalty by the one name, and vLLM by the other.
 SAMPLING = ("max_tokens", "seed", "temperature", "top_p", "top_k", "repeat_penalty", "repetition_penalty")
+# The rest of what a refusal may mean; 502 and 504 are said by a balancer that has no engine to ask.
+REFUSALS = {404: ModelMissing, 429: QueueFull, 502: EngineUnreachable, 503: QueueFull, 504: EngineUnreachable}
 # What stands before a record: nothing (Ollama), or the name of its field in a server-sent event. Other lines are none.
 RECORD = re.compile(rb"(data:|error:)?\s*(?=\{|\[DONE\])")
 
@@ -2048,12 +2049,10 @@ class Engine:
             if not pieces and re.fullmatch(r"\s*\{.*\}\s*", thoughts, re.S):
                 yield thoughts  # the badge's JSON went to the wrong place (maclocal-api 44)
             yield Usage(counts[0], counts[1] or pieces, meant)  # llama-cpp-python counts only what it does not stream
-        except ApiError as error:
-            log.warning("an engine call failed: %s: %s", error.code, error.detail)
-            raise
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            log.warning("the engine's answer broke off or is no JSON: %s", type(error).__name__)
-            raise EngineError from error
+        except (ApiError, aiohttp.ClientError, OSError, ValueError) as error:  # it broke off, or is no JSON
+            told = error if isinstance(error, ApiError) else EngineError()
+            log.warning("an engine call failed: %s: %s", type(error).__name__, told.detail)
+            raise told from None
 
     async def _answer(self, prompt: Prompt) -> aiohttp.ClientResponse:
         """The response with the answer. Refused parts of the request are left out, from then on where that helps."""
@@ -2090,9 +2089,10 @@ class Engine:
 
     async def _refused_part(self, response: aiohttp.ClientResponse, prompt: Prompt, without: frozenset[str]) -> str:
         """The part of a request that the server does not take. Raises what else its refusal means."""
-        status, retry_after = response.status, response.headers.get("retry-after", "")
+        status, wait = response.status, response.headers.get("retry-after", "")
         message = _message(await _whole(response))
-        if error := self._meaning(status, message, prompt, float(retry_after) if retry_after.isdecimal() else None):
+        if error := self._meaning(status, message, prompt):
+            error.retry_after = float(wait) if wait.isdecimal() else error.retry_after
             raise error
         if status in (400, 422) or (status == 500 and re.search(r"'body', |\b(?:in|invalid) format\b|Jinja", message)):
             sent = [f"(?P<{part}>{words})" for part, words in self.optional.items() if part not in without]
@@ -2100,7 +2100,7 @@ class Engine:
                 return found.lastgroup
         raise EngineError(f"The language model's server answers {status}. Its operator finds the reason in its log.")
 
-    def _meaning(self, status: int, message: str, prompt: Prompt, retry_after: float | None = None) -> ApiError | None:
+    def _meaning(self, status: int, message: str, prompt: Prompt) -> ApiError | None:
         """What a client is told of a refusal, or of an error in mid-stream, where that is known."""
         # A server that died repeats the last line of its log, which may tell of another prompt (Ollama 0.32).
         if status == 413 or (re.search(TOO_LONG, message) and status != 429 and "terminated" not in message):
@@ -2118,22 +2118,17 @@ class Engine:
             fault = f"cannot run it ({cannot[0]})" if cannot else "does not take the service's key"
             self.remark = f"The language model's server {fault}. Its operator has to mend that."
             return EngineError(self.remark)
-        if status == 404:
-            self._known = False
-            return ModelMissing()
+        self._known = self._known and status != 404  # the model may be made anew
         if status == 503 and "loading model" in message.lower():  # llama-server
             return EngineUnreachable("The language model is being loaded. Try again in a moment.")
-        if status in (502, 504):  # by a balancer that has no engine to ask
-            return EngineUnreachable()
-        return QueueFull(retry_after=retry_after) if status in (429, 503) else None
+        return REFUSALS[status]() if status in REFUSALS else None
 
     async def ask(self, path: str, body: dict[str, Any] | None = None) -> tuple[int, bytes]:
         """Status and body of what the server answers to a question. Raises EngineUnreachable."""
+        method, deadline = "POST" if body else "GET", asyncio.timeout(self.settings.connect_timeout)
         try:
-            async with asyncio.timeout(self.settings.connect_timeout):
-                url, method = await self.url() + path, "POST" if body else "GET"
-                async with self._session.request(method, url, json=body) as response:
-                    return response.status, await _whole(response)
+            async with deadline, self._session.request(method, await self.url() + path, json=body) as response:
+                return response.status, await _whole(response)
         except (aiohttp.ClientError, OSError) as error:  # of which TimeoutError is one
             raise EngineUnreachable(f"The language model's server does not answer. {self.remedy}") from error
 
@@ -2218,15 +2213,16 @@ class OllamaEngine(Engine):
             warn_once(self.remark, time.monotonic() // 3600)
 
     def body(self, prompt: Prompt, without: frozenset[str]) -> dict[str, Any]:
-        settings, keep_alive = self.settings, self.settings.keep_alive
-        options = {name: value for name, value in prompt.sampling.items() if name != "max_tokens" and value is not None}
+        settings, sampling, keep_alive = self.settings, prompt.sampling, self.settings.keep_alive
+        options = {name: value for name, value in sampling.items() if name != "max_tokens" and value is not None}
         # Without num_predict a model may loop for ever under `format` (ollama 2577).
-        options |= {"num_ctx": settings.num_ctx, "num_predict": prompt.sampling["max_tokens"]}
+        options |= {"num_ctx": settings.num_ctx, "num_predict": sampling["max_tokens"]}
         body = {"model": settings.model, "system": prompt.system, "prompt": prompt.user, "format": prompt.schema}
         # A prompt over the context is an error, not cut at its front (ollama 3839).
-        body |= {"truncate": False, "shift": False, "stream": True, "think": self._think, "options": options}
+        limits = {"truncate": False, "shift": False, "options": options}
         # A duration is taken as text, and bare seconds only as a number.
-        return body | {"keep_alive": int(keep_alive) if keep_alive.lstrip("-").isdecimal() else keep_alive}
+        seconds = int(keep_alive) if keep_alive.lstrip("-").isdecimal() else keep_alive
+        return {**body, **limits, "keep_alive": seconds, "stream": True, "think": self._think}
 
     def read(self, record: dict[str, Any], prompt: Prompt) -> tuple[str, str, object, tuple[int, int] | None]:
         text, thought = str(record.get("response") or ""), str(record.get("thinking") or "")

@@ -1936,8 +1936,7 @@ class Engine:
     This class speaks the OpenAI API, as vLLM, sglang, TGI, llm-d, Ray Serve, llama-server and llama-cpp-python do.
     """
 
-    path = "/chat/completions"  # of a generation
-    listing = "/models", "data", "id"  # the path of the list of models, its member, and the member with a model's name
+    path, listing = "/chat/completions", ("/models", "data", "id")  # of a generation; of the models, with its members
     remedy = "Start it, or correct OPENAI_BASE_URL; badges are written again as soon as it answers."
     full_name: Callable[[str], str] = str  # a model's name as the server compares it
     defaults: Mapping[str, Any] = {}  # sampling where the client gave none
@@ -2143,8 +2142,7 @@ class Engine:
             served = models.get(self.settings.model, {})
             limit = served.get("max_model_len") or (served.get("meta") or {}).get("n_ctx")
         except (AttributeError, KeyError, TypeError, ValueError):
-            fault = f"Another server answers at the model's address ({status})."
-            raise EngineUnreachable(f"{fault} {self.remedy}") from None
+            raise EngineUnreachable(f"The model's address is another server's ({status}). {self.remedy}") from None
         self.context = limit if isinstance(limit, int) else self.context
         return list(models)
 
@@ -2287,35 +2285,30 @@ class EmbeddedEngine(Engine):
 
     async def _supervise(self) -> None:
         """Start the child, and again whenever it ends."""
+        arguments = self.settings.model_path, self.settings.num_ctx, self.settings.workers, self.settings.model
         while True:
             self.base_url = ""
             try:
-                self._fault = await self._run()
+                process: Any = await _started(str(HERE / "dccapi.py"), "engine", *map(str, arguments))
+                try:
+                    process.stdin.write(self.key.encode() + b"\n")  # not in its arguments, which anyone can read
+                    said = (await process.stdout.readline()).decode().strip()  # an address, or why there is none
+                    if said.startswith("http"):
+                        self.base_url, said = f"{said}/v1", ""
+                        self._told.set()
+                        log.info("the embedded engine is ready")
+                        await process.wait()
+                        self._told.clear()
+                    code = await process.wait()
+                    self._fault = said or f"its process ended with {code} (-9: it lacks memory; -4: another processor)"
+                finally:
+                    await _killed(process)
             except (OSError, ValueError) as error:  # no memory or file descriptor for it now; a line without end
                 self._fault = getattr(error, "strerror", None) or type(error).__name__
             if not self.base_url:
                 self._told.set()
             log.error("the embedded engine ended: %s; it is started again", self._fault)
             await asyncio.sleep(RESTART_DELAY)
-
-    async def _run(self) -> str:
-        """One child from its start to its end, and why it ended."""
-        settings = self.settings
-        arguments = settings.model_path, settings.num_ctx, settings.workers, settings.model
-        process: Any = await _started(str(HERE / "dccapi.py"), "engine", *map(str, arguments))
-        try:
-            process.stdin.write(self.key.encode() + b"\n")  # not in its arguments, which anyone can read
-            said = (await process.stdout.readline()).decode().strip()  # an address, or why there is none
-            if said.startswith("http"):
-                self.base_url, said = f"{said}/v1", ""
-                self._told.set()
-                log.info("the embedded engine is ready")
-            code = await process.wait()
-            if self.base_url:
-                self._told.clear()
-            return said or f"its process ended with {code} (-9: it lacks memory; -4: another processor)"
-        finally:
-            await _killed(process)
 
 
 def serve_embedded(path: str, context: str, slots: str, name: str) -> None:

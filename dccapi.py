@@ -2084,20 +2084,16 @@ class Engine:
                     log.warning("the engine is asked without %s from now on", " and ".join(sorted(without)))
                 return response
             async with response:
-                without |= {await self._refused_part(response, prompt, without)}
-
-    async def _refused_part(self, response: aiohttp.ClientResponse, prompt: Prompt, without: frozenset[str]) -> str:
-        """The part of a request that the server does not take. Raises what else its refusal means."""
-        status, wait = response.status, response.headers.get("retry-after", "")
-        message = _message(await _whole(response))
-        if error := self._meaning(status, message, prompt):
-            error.retry_after = float(wait) if wait.isdecimal() else error.retry_after
-            raise error
-        if status in (400, 422) or (status == 500 and re.search(r"'body', |\b(?:in|invalid) format\b|Jinja", message)):
-            sent = [f"(?P<{part}>{words})" for part, words in self.optional.items() if part not in without]
-            if (found := re.search("|".join(sent), message, re.I)) and found.lastgroup:
-                return found.lastgroup
-        raise EngineError(f"The language model's server answers {status}. Its operator finds the reason in its log.")
+                message, wait = _message(await _whole(response)), response.headers.get("retry-after", "")
+            if known := self._meaning(response.status, message, prompt):
+                known.retry_after = float(wait) if wait.isdecimal() else known.retry_after
+                raise known
+            sent = "|".join(f"(?P<{part}>{words})" for part, words in self.optional.items() if part not in without)
+            is_of_body = response.status in (400, 422) or re.search(r"'body', |\b(in|invalid) format\b|Jinja", message)
+            found = re.search(sent, message, re.I) if is_of_body else None
+            if not (found and found.lastgroup):
+                raise EngineError(f"The model's server answers {response.status}. Its operator finds why in its log.")
+            without |= {found.lastgroup}
 
     def _meaning(self, status: int, message: str, prompt: Prompt) -> ApiError | None:
         """What a client is told of a refusal, or of an error in mid-stream, where that is known."""

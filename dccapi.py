@@ -1771,9 +1771,8 @@ async def finished(queue: GenerationQueue, generation: Generation) -> Answer:
 # 42474, 36789 and opencode PR 25230; sglang 4048; chat-ui 1149 (TGI); lmstudio-bug-tracker 546, openclaude 353;
 # tensorrtllm_backend 565; SillyTavern 3543; cline 3120; gemini-cli 6678; OpenAI, Mistral, llama-cpp-python.
 TOO_LONG = (
-    r"(?i)context[ _](?:length|size|window|limit)|maximum \w+ length|(?:prompt|input) is too long|max_new_tokens"
-    r"|`inputs` must have less than|context the overflows|\bn_keep\b|max_seq_len|too many tokens: "
-    r"|number of tokens allowed|must be at least 1, got -"
+    r"(?i)context[ _](?:length|size|window|limit)|maximum \w+ length|(?:prompt|input) is too long|too many tokens: "
+    r"|max_new_tokens|max_seq_len|\bn_keep\b|`inputs` must have less than|of tokens allowed|must be at least 1, got -"
 )
 FIGURES = (
     r"(?i)(?:n_ctx|max_seq_len|context (?:length|size|window)|maximum (?:\w+ )?length|(?:model|sequence) length"
@@ -1796,10 +1795,12 @@ FINISH_REASONS: dict[str, Literal["stop", "length", "filter"]] = {
     **dict.fromkeys(("length", "max_tokens", "max_length", "max_output_tokens", "model_length"), "length"),
     **dict.fromkeys(("content_filter", "safety", "content_filtered"), "filter"),
 }
+# What an OpenAI server is told of sampling; llama.cpp knows the penalty by the one name, and vLLM by the other.
+SAMPLING = ("max_tokens", "seed", "temperature", "top_p", "top_k", "repeat_penalty", "repetition_penalty")
+# The rest of what a refusal may mean; 502 and 504 are said by a balancer that has no engine to ask.
+REFUSALS = {404: ModelMissing, 429: QueueFull, 502: EngineUnreachable, 503: QueueFull, 504: EngineUnreachable}
 # What stands before a record: nothing (Ollama), or the name of its field in a server-sent event. Other lines are none.
 RECORD = re.compile(rb"(data:|error:)?\s*(?=\{|\[DONE\])")
-# What a record of an answer says, in whatever dialect: text, thought, why the text ended, tokens read and written.
-Record = tuple[str, str, object, tuple[int, int] | None]
 
 
 class Engine:
@@ -1808,7 +1809,7 @@ class Engine:
     This class speaks the OpenAI API, as vLLM, sglang, TGI, llm-d, Ray Serve, llama-server and llama-cpp-python do.
     """
 
-    path, list_path = "/chat/completions", "/models"  # of a generation, and of the list of models
+    path, listing = "/chat/completions", ("/models", "data", "id")  # of a generation; of the models, with its members
     remedy = "Start it, or correct OPENAI_BASE_URL; badges are written again as soon as it answers."
     full_name: Callable[[str], str] = str  # a model's name as the server compares it
     defaults: Mapping[str, Any] = {}  # sampling where the client gave none
@@ -1816,9 +1817,8 @@ class Engine:
     # Parts of a request that a server may refuse, and how it names them: openai-agents-python 442, Flowise 2866,
     # obsidian-copilot 1477, TGI 2899, langchainjs PR 6888; of chat templates: autogen 1037, ramalama 2425.
     optional: Mapping[str, str] = {
-        **{name: rf"\b{name}\b" for name in ("max_tokens", "seed", "temperature", "top_p")},
+        **{name: rf"\b{name}\b" for name in SAMPLING},
         "stream_options": r"stream_options|include_usage",
-        "sampling": r"\btop_k\b|\brepe(?:at|tition)_penalty\b",
         "json_schema": r"response[_ ]format|json_schema|guided_json",
         "response_format": r"response[_ ]format|json_object",
         "chat_template_kwargs": r"chat_template_kwargs|enable_thinking",
@@ -1834,16 +1834,15 @@ class Engine:
         self._without: frozenset[str] = frozenset()  # parts that the server has refused, and is not sent again
 
     async def start(self) -> None:
+        settings = self.settings
         # Fewer connections than workers would be a second queue; one more is for the health check.
-        limit = max(self.settings.connection_pool_size, self.settings.workers + 1)
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=limit, keepalive_timeout=self.settings.keepalive_timeout),
-            # `Call` has the deadlines; aiohttp's total of 300 s would end long answers.
-            timeout=aiohttp.ClientTimeout(total=None, connect=self.settings.connect_timeout),
-            headers={"accept-encoding": "identity"} | ({"authorization": f"Bearer {self.key}"} if self.key else {}),
-            json_serialize_bytes=orjson.dumps,
-            read_bufsize=2**12,  # bytes; aiohttp holds up to twice as many for each call
-        )
+        limit = max(settings.connection_pool_size, settings.workers + 1)
+        connector = aiohttp.TCPConnector(limit=limit, keepalive_timeout=settings.keepalive_timeout)
+        # `GenerationQueue` has the other deadlines; aiohttp's total of 300 s would end long answers.
+        timeout = aiohttp.ClientTimeout(total=None, connect=settings.connect_timeout)
+        headers = {"accept-encoding": "identity"} | ({"authorization": f"Bearer {self.key}"} if self.key else {})
+        # aiohttp holds up to twice `read_bufsize` bytes for each call.
+        self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers, read_bufsize=2**12)
 
     async def stop(self) -> None:
         await self._session.close()
@@ -1857,30 +1856,24 @@ class Engine:
         await self.models()
 
     def body(self, prompt: Prompt, without: frozenset[str]) -> dict[str, Any]:
-        """What the server is asked, without the optional parts that it refused."""
-        sampling, penalty, seed = prompt.sampling, prompt.sampling["repeat_penalty"], prompt.sampling["seed"]
+        """What the server is asked. Members that are None, or named in `without`, are not sent."""
+        sampling, seed = prompt.sampling, prompt.sampling["seed"]
         messages = [{"role": "system", "content": prompt.system}, {"role": "user", "content": prompt.user}]
         if "system" in without:
             messages = [{"role": "user", "content": f"{prompt.system}\n\n{prompt.user}"}]
-        body: dict[str, Any] = {
-            "model": self.settings.model,
-            "messages": messages,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            "temperature": sampling["temperature"],
-            "top_p": sampling["top_p"],
-            "seed": None if seed is None else seed % 2**31,  # llama.cpp's is 32 bits wide
-            "chat_template_kwargs": {"enable_thinking": False},
-            "response_format": {"type": "json_schema", "json_schema": {"name": "badge", "schema": prompt.schema}},
-            "max_completion_tokens" if "max_tokens" in without else "max_tokens": sampling["max_tokens"],
-        }
+        response_format = {"type": "json_schema", "json_schema": {"name": "badge", "schema": prompt.schema}}
         if "json_schema" in without:
-            body["response_format"] = {"type": "json_object", "schema": prompt.schema}  # llama-cpp-python's way
-        if "sampling" not in without:  # the penalty by llama.cpp's name and by vLLM's
-            body |= {"top_k": sampling["top_k"], "repeat_penalty": penalty, "repetition_penalty": penalty}
-        return {name: value for name, value in body.items() if name not in without and value is not None}
+            response_format = {"type": "json_object", "schema": prompt.schema}  # llama-cpp-python's way
+        body = {"model": self.settings.model, "messages": messages, "response_format": response_format, **sampling}
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+        body |= {"chat_template_kwargs": {"enable_thinking": False}, "repetition_penalty": sampling["repeat_penalty"]}
+        body["seed"] = None if seed is None else seed % 2**31  # llama.cpp's is 32 bits wide
+        if "max_tokens" in without:
+            body["max_completion_tokens"] = sampling["max_tokens"]
+        return body
 
-    def read(self, record: dict[str, Any], prompt: Prompt) -> Record:
+    def read(self, record: dict[str, Any], prompt: Prompt) -> tuple[str, str, object, tuple[int, int] | None]:
+        """What a record of an answer says: text, thought, why the text ended, tokens read and written."""
         choice: dict[str, Any] = next(iter(record.get("choices") or []), {})
         # A server that does not stream answers with a `message`.
         delta, usage = choice.get("delta") or choice.get("message") or {}, record.get("usage") or {}
@@ -1891,16 +1884,6 @@ class Engine:
             content = "".join(filter(None, texts))
         counts = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
         return content, str(thought), choice.get("finish_reason"), counts if usage else None
-
-    def listed(self, status: int, answer: bytes) -> list[str]:
-        """The models in what the server answers when it is asked for their list."""
-        if status in (404, 405, 501):  # a server that has no list is ready when it answers
-            return [self.settings.model]
-        models = {str(model["id"]): model for model in orjson.loads(answer)["data"] or []}
-        served = models.get(self.settings.model, {})
-        limit = served.get("max_model_len") or (served.get("meta") or {}).get("n_ctx")
-        self.context = limit if isinstance(limit, int) else self.context
-        return list(models)
 
     async def stream(self, prompt: Prompt) -> AsyncGenerator[str | Usage]:
         """The pieces of text, an empty one for each thought, and the Usage. Leaving early closes the connection."""
@@ -1938,59 +1921,54 @@ class Engine:
             if not pieces and re.fullmatch(r"\s*\{.*\}\s*", thoughts, re.S):
                 yield thoughts  # the badge's JSON went to the wrong place (maclocal-api 44)
             yield Usage(counts[0], counts[1] or pieces, meant)  # llama-cpp-python counts only what it does not stream
-        except ApiError as error:
-            log.warning("an engine call failed: %s: %s", error.code, error.detail)
-            raise
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            log.warning("the engine's answer broke off or is no JSON: %s", type(error).__name__)
-            raise EngineError from error
+        except (ApiError, aiohttp.ClientError, OSError, ValueError) as error:  # it broke off, or is no JSON
+            told = error if isinstance(error, ApiError) else EngineError()
+            log.warning("an engine call failed: %s: %s", type(error).__name__, told.detail)
+            raise told from None
 
     async def _answer(self, prompt: Prompt) -> aiohttp.ClientResponse:
         """The response with the answer. Refused parts of the request are left out, from then on where that helps."""
-        was_known = self._known and not self.remark
-        if not was_known:
+        # A connection that has just answered a question is not one that the server has long closed (aiohttp 6138).
+        may_retry = self._known and not self.remark
+        if not may_retry:
             self.remark = ""
             with contextlib.suppress(ApiError, AttributeError, TypeError, ValueError):  # it is silent, or says nonsense
                 await self.introduce()
                 self._known = True
         without = self._without
         while True:
-            # A connection that has just answered a question is not one that the server has long closed.
-            response = await self._post(self.body(prompt, without), retry=was_known)
+            body = self.body(prompt, without)
+            body = {name: value for name, value in body.items() if value is not None and name not in without}
+            try:
+                response = await self._session.post(await self.url() + self.path, json=body, allow_redirects=False)
+            except TimeoutError as error:
+                said = "The language model's server takes no connection within CONNECT_TIMEOUT. Try again later."
+                raise EngineTimeout(said, retry_after=EngineUnreachable.retry_after) from error
+            except aiohttp.ClientConnectionError as error:  # without a byte of an answer
+                await asyncio.sleep(0.05)  # then connections that end with it are out of the pool
+                if not may_retry:
+                    self._known = False  # another server may be started in its place
+                    raise EngineUnreachable from error
+                may_retry = False
+                continue
             if response.status == 200:
                 if without > self._without:
                     self._without |= without
                     log.warning("the engine is asked without %s from now on", " and ".join(sorted(without)))
                 return response
             async with response:
-                without |= {await self._refused_part(response, prompt, without)}
+                message, wait = _message(await _whole(response)), response.headers.get("retry-after", "")
+            if known := self._meaning(response.status, message, prompt):
+                known.retry_after = float(wait) if wait.isdecimal() else known.retry_after
+                raise known
+            sent = "|".join(f"(?P<{part}>{words})" for part, words in self.optional.items() if part not in without)
+            is_of_body = response.status in (400, 422) or re.search(r"'body', |\b(in|invalid) format\b|Jinja", message)
+            found = re.search(sent, message, re.I) if is_of_body else None
+            if not (found and found.lastgroup):
+                raise EngineError(f"The model's server answers {response.status}. Its operator finds why in its log.")
+            without |= {found.lastgroup}
 
-    async def _post(self, body: dict[str, Any], retry: bool) -> aiohttp.ClientResponse:
-        """The response, after one retry where a connection ends without a byte of it (aiohttp 6138)."""
-        for _ in range(1 + retry):
-            try:
-                return await self._session.post(await self.url() + self.path, json=body, allow_redirects=False)
-            except TimeoutError as error:
-                said = "The language model's server takes no connection within CONNECT_TIMEOUT. Try again later."
-                raise EngineTimeout(said, retry_after=EngineUnreachable.retry_after) from error
-            except aiohttp.ClientConnectionError:
-                await asyncio.sleep(0.05)  # then connections that end with it are out of the pool
-        self._known = False  # another server may be started in its place
-        raise EngineUnreachable
-
-    async def _refused_part(self, response: aiohttp.ClientResponse, prompt: Prompt, without: frozenset[str]) -> str:
-        """The part of a request that the server does not take. Raises what else its refusal means."""
-        status, retry_after = response.status, response.headers.get("retry-after", "")
-        message = _message(await _whole(response))
-        if error := self._meaning(status, message, prompt, float(retry_after) if retry_after.isdecimal() else 0):
-            raise error
-        if status in (400, 422) or (status == 500 and re.search(r"'body', |\b(?:in|invalid) format\b|Jinja", message)):
-            sent = [f"(?P<{part}>{words})" for part, words in self.optional.items() if part not in without]
-            if (found := re.search("|".join(sent), message, re.I)) and found.lastgroup:
-                return found.lastgroup
-        raise EngineError(f"The language model's server answers {status}. Its operator finds the reason in its log.")
-
-    def _meaning(self, status: int, message: str, prompt: Prompt, retry_after: float = 0) -> ApiError | None:
+    def _meaning(self, status: int, message: str, prompt: Prompt) -> ApiError | None:
         """What a client is told of a refusal, or of an error in mid-stream, where that is known."""
         # A server that died repeats the last line of its log, which may tell of another prompt (Ollama 0.32).
         if status == 413 or (re.search(TOO_LONG, message) and status != 429 and "terminated" not in message):
@@ -2008,34 +1986,34 @@ class Engine:
             fault = f"cannot run it ({cannot[0]})" if cannot else "does not take the service's key"
             self.remark = f"The language model's server {fault}. Its operator has to mend that."
             return EngineError(self.remark)
-        if status == 404:
-            self._known = False
-            return ModelMissing()
+        self._known = self._known and status != 404  # the model may be made anew
         if status == 503 and "loading model" in message.lower():  # llama-server
             return EngineUnreachable("The language model is being loaded. Try again in a moment.")
-        if status in (502, 504):  # by a balancer that has no engine to ask
-            return EngineUnreachable()
-        return QueueFull(retry_after=retry_after) if status in (429, 503) else None
+        return REFUSALS[status]() if status in REFUSALS else None
 
     async def ask(self, path: str, body: dict[str, Any] | None = None) -> tuple[int, bytes]:
         """Status and body of what the server answers to a question. Raises EngineUnreachable."""
+        method, deadline = "POST" if body else "GET", asyncio.timeout(self.settings.connect_timeout)
         try:
-            async with asyncio.timeout(self.settings.connect_timeout):
-                url, method = await self.url() + path, "POST" if body else "GET"
-                async with self._session.request(method, url, json=body) as response:
-                    return response.status, await _whole(response)
+            async with deadline, self._session.request(method, await self.url() + path, json=body) as response:
+                return response.status, await _whole(response)
         except (aiohttp.ClientError, OSError) as error:  # of which TimeoutError is one
             raise EngineUnreachable(f"The language model's server does not answer. {self.remedy}") from error
 
     async def models(self) -> list[str]:
         """The names it can be asked for. Raises EngineUnreachable."""
-        status, answer = await self.ask(self.list_path)
+        path, member, name = self.listing
+        status, answer = await self.ask(path)
+        if status in (404, 405, 501) and path == "/models":  # a server that has no list is ready when it answers
+            return [self.settings.model]
         try:
-            return self.listed(status, answer)
+            models = {str(model[name]): model for model in orjson.loads(answer)[member] or []}
+            served = models.get(self.settings.model, {})
+            limit = served.get("max_model_len") or (served.get("meta") or {}).get("n_ctx")
         except (AttributeError, KeyError, TypeError, ValueError):
-            raise EngineUnreachable(
-                f"Another server answers at the model's address ({status}). {self.remedy}"
-            ) from None
+            raise EngineUnreachable(f"The model's address is another server's ({status}). {self.remedy}") from None
+        self.context = limit if isinstance(limit, int) else self.context
+        return list(models)
 
     def has_model(self, available: list[str]) -> bool:
         return self.full_name(self.settings.model) in map(self.full_name, available)
@@ -2077,7 +2055,7 @@ def _message(said: Any) -> str:
 class OllamaEngine(Engine):
     """Ollama's own API: newline-delimited JSON from `POST /api/generate`."""
 
-    path, list_path = "/api/generate", "/api/tags"
+    path, listing = "/api/generate", ("/api/tags", "models", "name")
     remedy = "Start it, or correct OLLAMA_URL; badges are written again as soon as it answers."
     optional: Mapping[str, str] = {"think": r"\bthink(?:ing)?\b", "format": r"\bformat\b|json_schema"}
 
@@ -2088,13 +2066,11 @@ class OllamaEngine(Engine):
 
     async def introduce(self) -> None:
         status, answer = await self.ask("/api/show", {"model": self.settings.model})
-        if status != 200:
-            return
-        model = orjson.loads(answer)
-        details, info = model.get("details") or {}, model.get("model_info") or {}
-        thinks = "thinking" in (model.get("capabilities") or [])
-        cannot_stop = re.search("gpt-?oss", str(details.get("family")))  # ollama docs/thinking
-        self._think = ("low" if cannot_stop else False) if thinks else None
+        model = orjson.loads(answer) if status == 200 else {}
+        info, family = model.get("model_info") or {}, (model.get("details") or {}).get("family")
+        self._think = None
+        if "thinking" in (model.get("capabilities") or []):
+            self._think = "low" if re.search("gpt-?oss", str(family)) else False  # ollama docs/thinking
         limits = [value for key, value in info.items() if key.endswith(".context_length") and isinstance(value, int)]
         self.context = min([self.settings.num_ctx, *limits])
         # Ollama's own template, or since 0.30 the model's, in Jinja; a renderer stands for either.
@@ -2104,25 +2080,18 @@ class OllamaEngine(Engine):
             warn_once(self.remark, time.monotonic() // 3600)
 
     def body(self, prompt: Prompt, without: frozenset[str]) -> dict[str, Any]:
-        settings, keep_alive = self.settings, self.settings.keep_alive
-        options = {name: value for name, value in prompt.sampling.items() if name != "max_tokens" and value is not None}
-        body = {
-            "model": settings.model,
-            "system": prompt.system,
-            "prompt": prompt.user,
-            "format": prompt.schema,
-            "stream": True,
-            # Without num_predict a model may loop for ever under `format` (ollama 2577).
-            "options": {**options, "num_ctx": settings.num_ctx, "num_predict": prompt.sampling["max_tokens"]},
-            # A duration is taken as text, and bare seconds only as a number.
-            "keep_alive": int(keep_alive) if keep_alive.lstrip("-").isdecimal() else keep_alive,
-            "truncate": False,  # a prompt over the context is an error, not cut at its front (ollama 3839)
-            "shift": False,
-            "think": self._think,
-        }
-        return {name: value for name, value in body.items() if name not in without and value is not None}
+        settings, sampling, keep_alive = self.settings, prompt.sampling, self.settings.keep_alive
+        options = {name: value for name, value in sampling.items() if name != "max_tokens" and value is not None}
+        # Without num_predict a model may loop for ever under `format` (ollama 2577).
+        options |= {"num_ctx": settings.num_ctx, "num_predict": sampling["max_tokens"]}
+        body = {"model": settings.model, "system": prompt.system, "prompt": prompt.user, "format": prompt.schema}
+        # A prompt over the context is an error, not cut at its front (ollama 3839).
+        limits = {"truncate": False, "shift": False, "options": options}
+        # A duration is taken as text, and bare seconds only as a number.
+        seconds = int(keep_alive) if keep_alive.lstrip("-").isdecimal() else keep_alive
+        return {**body, **limits, "keep_alive": seconds, "stream": True, "think": self._think}
 
-    def read(self, record: dict[str, Any], prompt: Prompt) -> Record:
+    def read(self, record: dict[str, Any], prompt: Prompt) -> tuple[str, str, object, tuple[int, int] | None]:
         text, thought = str(record.get("response") or ""), str(record.get("thinking") or "")
         if not record.get("done"):
             return text, thought, None, None
@@ -2131,9 +2100,6 @@ class OllamaEngine(Engine):
             # A server before 0.12.6 knows neither `truncate` nor `shift`, and has cut the prompt.
             raise too_long(prompt, self.context)
         return text, thought, record.get("done_reason") or "stop", (read, written)
-
-    def listed(self, status: int, answer: bytes) -> list[str]:
-        return [str(model["name"]) for model in orjson.loads(answer)["models"] or []]
 
     @staticmethod
     def full_name(model: str) -> str:
@@ -2161,8 +2127,8 @@ class EmbeddedEngine(Engine):
         super().__init__(settings)
         self.is_tiny = cast(Path, settings.model_path).stat().st_size < 400e6  # half a billion parameters in 4 bits
         self.key = secrets.token_urlsafe(16)  # other users of this machine can reach the child's port
-        self._told = asyncio.Event()  # whether there is an address, or a reason why there is none
-        self._not_started = ""  # that reason
+        self._told = asyncio.Event()  # whether the child listens, or could not be started
+        self._fault = ""  # why it could not, or why it ended
 
     def body(self, prompt: Prompt, without: frozenset[str]) -> dict[str, Any]:
         """With bounds on the texts, which llama.cpp's grammars take as long as they are short."""
@@ -2183,58 +2149,50 @@ class EmbeddedEngine(Engine):
         """The child's address, once it listens: a restart takes seconds, for which a generation has its deadlines."""
         await self._told.wait()
         if not self.base_url:
-            raise EngineUnreachable(f"The embedded language model cannot be started: {self._not_started}")
+            raise EngineUnreachable(f"The embedded language model cannot be started: {self._fault}")
         return self.base_url
 
     async def _supervise(self) -> None:
         """Start the child, and again whenever it ends."""
-        delay = 0.5
+        arguments = self.settings.model_path, self.settings.num_ctx, self.settings.workers, self.settings.model
+        delay = 1.0
         while True:
-            started, self.base_url = time.monotonic(), ""
+            self.base_url = ""
             try:
-                ended = await self._run()
+                process: Any = await _started(str(HERE / "dccapi.py"), "engine", *map(str, arguments))
+                try:
+                    process.stdin.write(self.key.encode() + b"\n")  # not in its arguments, which anyone can read
+                    said = (await process.stdout.readline()).decode().strip()  # an address, or why there is none
+                    if said.startswith("http"):
+                        self.base_url, said = f"{said}/v1", ""
+                        self._told.set()
+                        log.info("the embedded engine is ready")
+                        await process.wait()
+                        self._told.clear()
+                    code = await process.wait()
+                    self._fault = said or f"its process ended with {code} (-9: it lacks memory; -4: another processor)"
+                finally:
+                    await _killed(process)
             except (OSError, ValueError) as error:  # no memory or file descriptor for it now; a line without end
-                ended = getattr(error, "strerror", None) or type(error).__name__
+                self._fault = getattr(error, "strerror", None) or type(error).__name__
             if not self.base_url:
-                self._not_started = ended
                 self._told.set()
-            delay = 0.5 if time.monotonic() - started > 30 else min(delay * 2, 30)
-            log.error("the embedded engine ended: %s; next start in %.1f s", ended, delay)
+            delay = 1.0 if self.base_url else min(delay * 2, 30)
+            log.error("the embedded engine ended: %s; next start in %g s", self._fault, delay)
             await asyncio.sleep(delay)
 
-    async def _run(self) -> str:
-        """One child from its start to its end, and why it ended."""
-        started, settings = time.monotonic(), self.settings
-        arguments = settings.model_path, settings.num_ctx, settings.workers, settings.model
-        process: Any = await _started(str(HERE / "dccapi.py"), "engine", *map(str, arguments))
-        try:
-            process.stdin.write(self.key.encode() + b"\n")  # not in its arguments, which anyone can read
-            said = (await process.stdout.readline()).decode().strip()  # an address, or why there is none
-            if said.startswith("http"):
-                self.base_url, said = f"{said}/v1", ""
-                self._told.set()
-                log.info("embedded engine ready after %.1f s", time.monotonic() - started)
-            await process.stdout.read()  # until it ends
-            if self.base_url:
-                self._told.clear()
-            code = await process.wait()
-            return said or f"its process ended with {code} (-9: it lacks memory; -4: another processor)"
-        finally:
-            await _killed(process)
 
-
-def serve_embedded(path: str, context: int, slots: int, name: str) -> None:
+def serve_embedded(path: str, context: str, slots: str, name: str) -> None:
     """The child process of EmbeddedEngine: llama.cpp's OpenAI API on a free loopback port until stdin ends."""
     say = partial(print, file=os.fdopen(os.dup(1), "w"), flush=True)
     os.dup2(2, 1)  # what libraries print goes to stderr
     try:
         import xllamacpp  # type: ignore[import-not-found,unused-ignore]  # an extra, without types
     except ImportError as error:
-        say(f"{error}. Install dccapi[embedded]; libgomp.so.1 comes from the system (Debian: libgomp1).")
-        sys.exit(1)
+        return say(f"{error}. Install dccapi[embedded]; libgomp.so.1 comes from the system (Debian: libgomp1).")
     parameters = xllamacpp.CommonParams()
     parameters.model.path, parameters.model_alias = path, {name}
-    parameters.n_ctx, parameters.n_parallel = context * slots, slots
+    parameters.n_ctx, parameters.n_parallel = int(context) * int(slots), int(slots)
     parameters.n_batch = 512  # a client that leaves while its prompt is read frees the slot after so many tokens
     with contextlib.suppress(OSError, ValueError):  # more threads than a container may use wait for each other
         quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
@@ -2244,8 +2202,7 @@ def serve_embedded(path: str, context: int, slots: int, name: str) -> None:
     try:
         server = xllamacpp.Server(parameters)
     except RuntimeError as error:
-        say(f"{error} ({Path(path).name})")
-        sys.exit(1)
+        return say(f"{error} ({Path(path).name})")
     say(server.listening_address)
     sys.stdin.read()
     os._exit(0)  # llama.cpp's own end waits for running requests
@@ -3363,8 +3320,7 @@ def main() -> None:
 
 
 if __name__ == "__main__" and sys.argv[1:2] == ["engine"]:
-    path, context, slots, name = sys.argv[2:]
-    serve_embedded(path, int(context), int(slots), name)
+    serve_embedded(*sys.argv[2:])
 elif __name__ == "__main__":
     main()
 else:

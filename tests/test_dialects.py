@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import dccapi
 from service import (
     COURSE,
     ENGINES,
@@ -353,7 +354,9 @@ REFUSED_PARTS: dict[str, tuple[int, Any]] = {  # status and error of a server th
     "temperature": (400, {"message": "Unsupported value: 'temperature' does not support 0.2 with this model. Only the "
         "default (1) value is supported."}),
     "top_p": (400, {"message": "top_p is not supported"}),
-    "sampling": (400, {"message": "Unrecognized request arguments supplied: repeat_penalty, repetition_penalty"}),
+    "top_k": (400, {"message": "Unrecognized request argument supplied: top_k"}),
+    "repeat_penalty": (422, {"detail": [{"loc": ["body", "repeat_penalty"], "msg": "Extra inputs are not permitted"}]}),
+    "repetition_penalty": (400, {"message": "Unrecognized request argument supplied: repetition_penalty"}),
     "json_schema": (400, {"message": "Invalid parameter: 'response_format' of type 'json_schema' is not supported"}),
     "chat_template_kwargs": (422, {"detail": [{"loc": ["body", "chat_template_kwargs"], "msg": "Extra inputs are not "
         "permitted", "input": {"enable_thinking": False, "seed": 3}}]}),
@@ -361,7 +364,6 @@ REFUSED_PARTS: dict[str, tuple[int, Any]] = {  # status and error of a server th
     "think": (400, '"phi4badges" does not support thinking'),
     "format": (500, 'invalid format: "{}"; expected "json" or a valid JSON Schema object'),
 }  # fmt: skip
-NAMES = {"sampling": "top_k", "json_schema": "response_format"}  # of the members of the body, where it is another
 
 
 def _has(body: dict[str, Any], part: str) -> bool:
@@ -369,7 +371,7 @@ def _has(body: dict[str, Any], part: str) -> bool:
         return any(message["role"] == "system" for message in body["messages"])
     if part == "json_schema":
         return body.get("response_format", {}).get("type") == "json_schema"
-    return NAMES.get(part, part) in body
+    return part in body
 
 
 WITHOUT_SYSTEM = [
@@ -400,7 +402,7 @@ async def test_a_part_that_a_server_does_not_take_is_left_out_from_then_on(part:
             assert (await badge_of(s, body))["response"] == BADGE
     calls = [call.body for call in engine.calls]
     assert [_has(call, part) for call in calls] == [True, False, False]
-    assert set(calls[0]) - set(calls[1]) <= {NAMES.get(part, part), "repeat_penalty", "repetition_penalty"}
+    assert set(calls[0]) - set(calls[1]) <= {part}
     if part == "max_tokens":
         assert calls[1]["max_completion_tokens"] == 1024
     if part == "system":
@@ -409,8 +411,7 @@ async def test_a_part_that_a_server_does_not_take_is_left_out_from_then_on(part:
 
 
 async def test_a_server_that_takes_nothing_optional_is_asked_without_any_of_it() -> None:
-    optional = ("chat_template_kwargs", "stream_options", "max_tokens", "seed", "temperature", "top_p", "sampling")
-    parts = ("system", *optional, "json_schema")
+    parts = ("system", "chat_template_kwargs", "stream_options", *dccapi.SAMPLING, "json_schema")
 
     def strict(body: dict[str, Any], index: int) -> Script:
         part = next((part for part in parts if _has(body, part)), None)

@@ -433,8 +433,8 @@ async def test_a_strict_openai_server_is_asked_without_extensions_from_then_on()
         await writes(service)
         await writes(service)
         assert (await watch(service))[-1]["type"] == "final"
-    assert ["top_k" in call.body for call in service.engine.calls] == [True, False, False, False]
-    assert not [name for call in service.engine.calls[1:] for name in call.body if "penalty" in name]
+    assert ["top_k" in call.body for call in service.engine.calls] == [True] * 3 + [False] * 3
+    assert not [name for call in service.engine.calls[3:] for name in call.body if "penalty" in name]
 
 
 FORMATS = {  # the answer of a server to a response_format that it does not know

@@ -455,7 +455,7 @@ async def test_the_embedded_engine_is_started_again_and_says_until_then_why_not(
         with logging_into(lines):
             await engine.start()
             try:
-                await eventually(lambda: engine._not_started)
+                await eventually(lambda: engine._fault)
                 with pytest.raises(dccapi.EngineUnreachable, match="Too many open files"):
                     await engine.url()
                 await eventually(lambda: engine.base_url)

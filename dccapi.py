@@ -668,11 +668,11 @@ def too_long(prompt: Prompt, limit: int | None, tokens: int | None = None, answe
     return ContentTooLong(detail, context_tokens=limit, content_words_that_fit=fits, **members)
 
 
-# The words of the schema, with nothing but letters and digits left of them.
-PLACEHOLDERS = frozenset(
-    "string text badge badgename badgetitle badgedescription name title description criteria narrative "  # noqa: SIM905 - reads better than a list
-    "criterianarrative object value example placeholder todo tbd null none na".split()
-) | {""}
+# What says nothing: a text without a letter or digit, or with only a word of the schema.
+PLACEHOLDER = re.compile(
+    r"(?i)[\W_]*+(?:(?:badge[\W_]*)?(?:name|title|description)?|string|text|criteria(?:[\W_]*narrative)?|narrative|object"
+    r"|value|example|placeholder|todo|tbd|null|none|n[\W_]*a)[\W_]*"
+)
 _THOUGHT = "think|thinking|thoughts?|reasoning"
 # What marks a model's thoughts in its text: the tags of DeepSeek-R1, Qwen3, Seed, Magistral, Kimi, Command A and
 # OpenThinker, and the channels of gpt-oss, whose marks some servers strip ("assistantfinal"). One more: `{"`, where a
@@ -690,9 +690,8 @@ BULLET = re.compile(r"\A\s*(?:[-*•·.]\s+)?")
 FULL_STOP = re.compile(r"(?<=[^\s.!?…])[.!?。！？।]\Z")
 TITLE_LABEL = re.compile(r"(?i)\A\s*badge(?:[ _](?:name|title))?\s*:(?=.*\w)")
 PLAIN = re.compile(r'[^"\\<&]+\Z')
-# Of a JSON text: the next mark, the same without taking it, and the end of a number or a word. Commas do not matter.
-NEXT_MARK, MARK_AHEAD = re.compile(r"[\s,]++|([^\s,])"), re.compile(r"[\s,]++|(?=([^\s,]))")
-AFTER_WORD = re.compile(r'[^\s,:"\[\]{}]++|(?=([\s,:"\[\]{}]))')
+# Of a JSON text: what comes next, and what follows a number or a word. Commas do not matter.
+AHEAD, AFTER_WORD = re.compile(r"[\s,]++|(?=([^\s,]))"), re.compile(r'[^\s,:"\[\]{}]++|(?=([\s,:"\[\]{}]))')
 # Of a JSON string: its end, a run of characters, or an escape sequence once it is whole, both halves of a pair.
 _HIGH, _LOW = r"\\u[dD][89abAB][\da-fA-F]{2}", r"\\u[dD][c-fC-F][\da-fA-F]{2}"
 _BEGUN = rf"(?:\\(?:u[\da-fA-F]{{0,3}})?|{_HIGH}(?:\\(?:u[\da-fA-F]{{0,3}})?)?)\Z"
@@ -703,10 +702,6 @@ FEWEST_TO_SIFT, FEWEST_OF_TINY = 40, 12  # words of a course; a tiny model's own
 TAG_KEYS = ("tags", "tag", "skills")
 # What becomes of a title; None where the model is to be asked for another.
 TitleCheck = Callable[[str], str | None]
-
-
-def _says_nothing(text: str) -> bool:
-    return re.sub(r"[\W_]+", "", text[:1000]).casefold() in PLACEHOLDERS
 
 
 class TitleRefused(Exception):
@@ -739,27 +734,23 @@ class Draft:
         self.joint = "{"  # stands between what was told and other fields: of two with one name the last counts
         self._kept, self._institution, self._title, self._sieve = kept, institution, title, sieve
         self._place: Literal["start", "prose", "thoughts", "answer"] = "start"
-        self._is_told = False  # whether the object that is read is told as it is written
-        self._was_told = False  # whether the badge was
-        self._text, self._at = "", 0  # of the model, and how far it is read
-        self._past: list[str] = []  # what stood before it, from the object that is read on
-        self._wasted = 0  # characters of objects that were no badge
+        self._text, self._at, self._wasted = "", 0, 0  # of the model; how far it is read; characters that were no badge
         self._said: list[str] = []  # the pieces of the text that is being written
-        self._is_plain = False  # whether the next piece continues that text, and may be taken as it is
+        self._is_told = False  # whether the object that was read last is told as it is written
+        self._is_plain = False  # whether the next piece continues the text, and may be taken as it is
         self._has_ended = self._is_cut = False
         self._run = self._document()
 
     def feed(self, piece: str) -> str:
         """What this piece of the model's text adds to the JSON of the badge. Raises InvalidModelOutput for nonsense."""
+        is_all_read, self._text, self._out = self._at == len(self._text), self._text + piece, ""
         # As most are: there is nothing to decode, to trim or to end in it.
-        if self._is_plain and not self._text and piece.isprintable() and piece[-1:] != " " and PLAIN.match(piece):
-            self._past.append(piece)
+        if self._is_plain and is_all_read and piece.isprintable() and piece[-1:] != " " and PLAIN.match(piece):
+            self._at = len(self._text)
             self._said.append(piece)
             return piece if self._is_told else ""
-        self._text += piece
-        self._out: list[str] = []
         next(self._run, None)
-        return "".join(self._out)
+        return self._out
 
     def finish(self, cut: bool) -> str:
         """The last of the badge's JSON. Raises InvalidModelOutput; `cut` says that a token limit ended the text."""
@@ -768,30 +759,28 @@ class Draft:
         rendered = self.feed("")
         if self.badge is None:
             raise InvalidModelOutput
-        return rendered + ("}" if self._was_told else self.joint + orjson.dumps(self.badge.model_dump()).decode()[1:])
+        return rendered + ("}" if self._is_told else self.joint + orjson.dumps(self.badge.model_dump()).decode()[1:])
 
     def _document(self) -> Iterator[None]:
         while (yield from self._seek()):
-            start, self._past = self._at, []
-            self._fields: dict[str, list[str]] = {}  # texts in pieces
+            start = self._at
+            self._fields: dict[str, Any] = {}
             self._tags: list[str] = []
             # What a list may not repeat: the field and the text.
             self._items = [(name, str(text)) for name, text in self._kept.items() if name == "badge_name"]
-            self._closing = ""  # what ends the text
-            self._stop = ""  # the full stop of its last sentence, held back until the institution may be in
             self._is_told = self.joint == "{" and self._place != "prose"
-            self._tell(orjson.dumps(dict(self._kept)).decode()[:-1], ", " if self._kept else "")
+            self._tell(orjson.dumps(self._kept).decode()[:-1], ", " if self._kept else "")
             with contextlib.suppress(InvalidModelOutput):
                 yield from self._object({name: name for name in Badge.model_fields})
-            self._is_plain = False
-            if badge := self._read_badge():
-                self.badge, self._was_told = badge, self._is_told
+            with contextlib.suppress(ValidationError):  # a field is missing, or the name is too long
+                self.badge = Badge.model_validate({**self._kept, **self._fields})
+                self.badge._tags = tuple(NOT_TEXT.sub("", self._sieve.bare(tag)) for tag in self._tags)
                 continue
-            whole = "".join([*self._past, self._text])
-            self._wasted += len(whole) - len(self._text) + self._at - start + LONGEST_MARK
+            self._is_told = False
+            self._wasted += self._at - start + LONGEST_MARK
             if self._wasted > MAX_WASTED:
                 raise InvalidModelOutput
-            self._text, self._at = whole, start + 1  # the badge may be in there
+            self._at = start + 1  # the badge may be in there
 
     def _seek(self) -> Generator[None, None, bool]:
         """Go to the next object that may be the badge; whether there is one."""
@@ -811,17 +800,17 @@ class Draft:
                 self._place = "answer"
             elif mark["opens"]:
                 self._place = "thoughts"
-            elif self._place != "thoughts" and not (self.badge and self._was_told):
+            elif self._place != "thoughts" and not (self.badge and self._is_told):
                 self._at = mark.start()
                 return True
 
     def _object(self, names: Mapping[str, str], depth: int = 0) -> Iterator[None]:
         """An object; `names` has the fields of the badge by the keys that they have in it."""
         yield from self._expect("{")
-        while (yield from self._next(MARK_AHEAD)) != "}":
+        while (yield from self._next(AHEAD)) != "}":
             key = yield from self._string()
             yield from self._expect(":")
-            first = yield from self._next(MARK_AHEAD)
+            first = yield from self._next(AHEAD)
             name = names.get(key, "")
             if first == "{" and depth < MAX_DEPTH and (name == "criteria" or not self._fields):
                 # Where no field came before it, the badge may be in there.
@@ -836,62 +825,76 @@ class Draft:
 
     def _field(self, name: str, first: str) -> Iterator[None]:
         """A text, or a list of texts, of the badge."""
-        title = None
-        if name == "badge_name" and first == '"':
+        if first not in ('"' if name == "badge_name" else '"['):
+            raise InvalidModelOutput
+        if name == "badge_name":
             text = self._sieve.bare((yield from self._string()))
             title = self._title(re.sub(r"[\r\n\t]+", " ", TITLE_LABEL.sub("", text)).strip())
-            self.refused = self.refused or title is None
-        if first not in '"[' or (name == "badge_name" and title is None):
-            raise InvalidModelOutput
-        opening, self._closing = ('{"narrative": "', '"}') if name == "criteria" else ('"', '"')
-        self._tell(f'{self.joint}"{name}": {opening}', self._closing + ", ")
-        self._fields[name] = self._said = []
-        if title is not None:
-            self._write(title)
-            self._items.append((name, title))
+            if title is None:
+                self.refused = True
+                raise InvalidModelOutput
+        opening, closing = ('{"narrative": "', '"}') if name == "criteria" else ('"', '"')
+        self._tell(f'{self.joint}"{name}": {opening}', closing + ", ")
+        self._said, self._stop = [], ""
+        if name == "badge_name":
+            self._write_item(name, title)
         elif first == '"':
             yield from self._string(write=True)
         else:
-            self._spare = ""  # what stands for a list of which nothing is kept: it can be corrected
-            yield from self._strings(partial(self._add_item, name))
-            for sentence in self._sieve.more(name, self._items):
-                self._write_item(name, sentence)
-            if not self._said:
-                self._write_item(name, self._spare)
-        self._end_text(name)
+            yield from self._list(name)
+        text = "".join(self._said)
+        if PLACEHOLDER.fullmatch(text) or self._sieve.echoes(text):
+            raise InvalidModelOutput
+        if name == "badge_description" and self._institution:
+            heading = self._kept.get("badge_name") or self._fields.get("badge_name")
+            mention = rf"(?<!\w){re.escape(self._institution.casefold())}(?!\w)"  # MIT is not in "submit"
+            if not re.search(mention, f"{heading} {text}".casefold()):
+                self._write(f" ({self._institution})")
+        self._write(self._stop)
+        self._tell(closing, ", ")
+        text = "".join(self._said)
+        self._fields[name] = {"narrative": text} if name == "criteria" else text
+
+    def _list(self, name: str) -> Iterator[None]:
+        """The strings of a list, as far as they are worth keeping, and sentences of the course where they are few."""
+        texts: list[str] = []
+
+        def add(text: str) -> None:
+            texts.append(BULLET.sub("", text).rstrip())
+            self._write_item(name, self._sieve.kept(name, texts[-1], self._items))
+
+        yield from self._strings(add)
+        for sentence in self._sieve.more(name, self._items):
+            self._write_item(name, sentence)
+        if not self._said:  # something stands for a list of which nothing is kept: it can be corrected
+            self._write_item(name, next(filter(None, map(self._sieve.spare, texts)), ""))
 
     def _string(self, write: bool = False) -> Generator[None, None, str]:
         """A string and its closing quote: returned when it is whole, or written, trimmed, as it comes."""
         yield from self._expect('"')
-        parts: list[str] = []
-        held = ""  # white space counts once more text follows, and markup once it ends
+        text = ""  # all of it, or what is not written yet: white space before more text, and markup until it ends
         while True:
-            self._is_plain = bool(write and not held and self._said)
+            self._is_plain = bool(write and self._said and not text)
             part = yield from self._next(CHARACTERS, '"')
             self._is_plain = False
             if part == '"':
                 if write:
-                    self._write(held.rstrip())
-                return "".join(parts)
-            if part[0] == "\\":
-                part = _unescaped(part)
-            if not write:
-                parts.append(part)
-                continue
-            part = held + part
-            at = self._sieve.unfinished(part)
-            bare = self._sieve.bare(part[:at])
-            bare = bare if self._said else bare.lstrip()
-            said = bare.rstrip()
-            held = bare[len(said) :][:MAX_BLANK_RUN] + part[at:]
-            if said:
+                    self._write(text.rstrip())
+                return text
+            text += _unescaped(part) if part[0] == "\\" else part
+            if write:
+                at = self._sieve.unfinished(text)
+                bare = self._sieve.bare(text[:at])
+                bare = bare if self._said else bare.lstrip()
+                said = bare.rstrip()
                 self._write(said)
+                text = bare[len(said) :][:MAX_BLANK_RUN] + text[at:]
 
     def _strings(self, each: Callable[[str], object]) -> Iterator[None]:
         """A string, list or object; the strings of a list go to `each`. Brackets are counted, not matched."""
         depth = 0
         while True:
-            mark = yield from self._next(MARK_AHEAD, "]")
+            mark = yield from self._next(AHEAD, "]")
             if mark == '"':
                 text = yield from self._string()
                 if depth == 1:
@@ -903,8 +906,9 @@ class Draft:
                 return
 
     def _expect(self, mark: str) -> Iterator[None]:
-        if (yield from self._next(NEXT_MARK, mark)) != mark:
+        if (yield from self._next(AHEAD)) != mark:
             raise InvalidModelOutput
+        self._at += 1
 
     def _next(self, pattern: re.Pattern[str], if_cut: str = "") -> Generator[None, None, str]:
         """What the pattern's group finds, once it is there, and `if_cut` where a token limit cut the text before it.
@@ -920,16 +924,10 @@ class Draft:
                 if if_cut and self._is_cut and self.badge is None:
                     return if_cut
                 raise InvalidModelOutput
-            self._past.append(self._text[: self._at])
-            self._text, self._at = self._text[self._at :], 0
             yield
 
-    def _add_item(self, name: str, text: str) -> None:
-        text = BULLET.sub("", text).rstrip()
-        self._spare = self._spare or self._sieve.spare(text)
-        self._write_item(name, self._sieve.kept(name, text, self._items))
-
     def _write_item(self, name: str, text: str) -> None:
+        """One text of a list. The full stop of a sentence waits, since an institution may come before it."""
         if text:
             rest = FULL_STOP.sub("", text) if name == "badge_description" else text
             bullet, joint = ("- ", "\n") if name == "criteria" else ("", " ")
@@ -937,41 +935,18 @@ class Draft:
             self._stop = text[len(rest) :]
             self._items.append((name, text))
 
-    def _end_text(self, name: str) -> None:
-        if name == "badge_description" and self._institution and not _says_nothing("".join(self._said)):
-            pattern = rf"(?<!\w){re.escape(self._institution.casefold())}(?!\w)"  # MIT is not in "submit"
-            written = [*self._fields.get("badge_name", []), " ", *self._said]
-            if not re.search(pattern, f"{self._kept.get('badge_name')} {''.join(written)}".casefold()):
-                self._write(f" ({self._institution})")
-        self._write(self._stop)
-        self._tell(self._closing, ", ")
-        self._stop = self._closing = ""
-
     def _write(self, text: str) -> None:
         text = text.replace("\r\n", "\n")
         if NOT_TEXT.search(text):
             raise InvalidModelOutput
-        self._said.append(text)
-        self._tell(orjson.dumps(text)[1:-1].decode(), self.joint)
+        if text:
+            self._said.append(text)
+            self._tell(orjson.dumps(text)[1:-1].decode(), self.joint)
 
     def _tell(self, text: str, joint: str) -> None:
         if self._is_told:
-            self._out.append(text)
+            self._out += text
             self.joint = joint
-
-    def _read_badge(self) -> Badge | None:
-        """None for an object that is no badge, with placeholders for example."""
-        texts: dict[str, Any] = {name: "".join(pieces) for name, pieces in self._fields.items()}
-        if self._closing or any(_says_nothing(text) or self._sieve.echoes(text) for text in texts.values()):
-            return None
-        if "criteria" in texts:
-            texts["criteria"] = {"narrative": texts["criteria"]}
-        try:
-            badge = Badge.model_validate({**self._kept, **texts})
-        except ValidationError:  # a field is missing, or the name is too long
-            return None
-        badge._tags = tuple(NOT_TEXT.sub("", self._sieve.bare(tag)) for tag in self._tags)
-        return badge
 
 
 def _unescaped(piece: str) -> str:
@@ -1668,7 +1643,7 @@ class GenerationQueue:
         own = " ".join(NOT_TEXT.sub("", grounds["title"]).split())
 
         def accepted(title: str) -> str | None:
-            if not _says_nothing(title):
+            if not PLACEHOLDER.fullmatch(title):
                 if review.title_is_from_course(title, grounds, options) and sieve.bears(title):
                     return own if sieve.prefers(own, title) else sieve.as_title(title)
             elif not sieve.course:
@@ -1678,7 +1653,7 @@ class GenerationQueue:
             # The beginning of a text without a heading is a poor title, though better than what no course has.
             is_ordered = grounds["has_orders"] or review.title_is_ordered(title, grounds, options)
             is_title = len(own) <= review.HEADLINE or sieve.course or is_ordered
-            return own if is_title and not _says_nothing(own) else title
+            return own if is_title and not PLACEHOLDER.fullmatch(own) else title
 
         return accepted
 

@@ -33,6 +33,7 @@ import functools
 import hashlib
 import hmac
 import ipaddress
+import json
 import logging
 import math
 import os
@@ -602,29 +603,25 @@ def _asked(request: GenerateRequest, words: int, kept: Mapping[str, Any]) -> tup
     Texts are asked for as lists of sentences, as many as the course has matter for: small models pad a longer text with
     inventions. Neither `pattern` nor `maxLength`, which break or slow grammars (ollama 8325, 18226).
     """
-    tone = request.option("badge_tone") or ""
+    text, tone = {"type": "string"}, request.option("badge_tone") or ""
     few, many = (min(count, max(1, words // 8)) for count in SENTENCES.get(tone, (3, 4)))
     most = max(2, min(12 if tone == "Detailed" else 8, words // 15))
     least = min(4, most)
-    text = {"type": "string"}
     counts = {"badge_description": (few, many), "criteria": (least, most), "skills": (min(3, least), 8)}
+    sentences, items = f"{few} or {many}" if few < many else many, f"{least} to {most}" if least < most else most
     said = {
-        "badge_name": "badge_name, a short title",
-        "badge_description": f"badge_description with {_between(few, 'or', many)} sentences that explain what this "
-        "course teaches and which topics it covers",
-        "criteria": f"criteria with {_between(least, 'to', most)} short items, each one task or skill of this course, "
-        "in other words than the description",
-        "skills": "skills with the short names of up to 8 skills of this course",
+        "badge_name": ", a short title",
+        "badge_description": f" with {sentences} sentences that explain what this course teaches and which topics it"
+        " covers",
+        "criteria": f" with {items} short items, each one task or skill of this course, in other words than the"
+        " description",
+        "skills": " with the short names of up to 8 skills of this course",
     }
     fields = [name for name in said if name not in kept and (name != "skills" or (request.skills and not kept))]
     properties: dict[str, Any] = dict.fromkeys(fields, text)
     for name in counts.keys() & properties.keys():
         properties[name] = {"type": "array", "items": text, "minItems": counts[name][0], "maxItems": counts[name][1]}
-    return {"type": "object", "properties": properties, "required": fields}, [said[name] for name in fields]
-
-
-def _between(few: int, word: str, many: int) -> str:
-    return f"{few} {word} {many}" if few < many else str(many)
+    return {"type": "object", "properties": properties, "required": fields}, [name + said[name] for name in fields]
 
 
 def skills_in(tags: Sequence[str], prompt: Prompt) -> list[str]:
@@ -670,17 +667,16 @@ def too_long(prompt: Prompt, limit: int | None, tokens: int | None = None, answe
 
 # What says nothing: a text without a letter or digit, or with only a word of the schema.
 PLACEHOLDER = re.compile(
-    r"(?i)[\W_]*+(?:(?:badge[\W_]*)?(?:name|title|description)?|string|text|criteria(?:[\W_]*narrative)?|narrative|object"
-    r"|value|example|placeholder|todo|tbd|null|none|n[\W_]*a)[\W_]*"
+    r"(?i)[\W_]*+(?:(?:badge[\W_]*+)?(?:name|title|description)?|string|text|criteria(?:[\W_]*+narrative)?|narrative"
+    r"|object|value|example|placeholder|todo|tbd|null|none|n[\W_]*+a)[\W_]*"
 )
-_THOUGHT = "think|thinking|thoughts?|reasoning"
 # What marks a model's thoughts in its text: the tags of DeepSeek-R1, Qwen3, Seed, Magistral, Kimi, Command A and
 # OpenThinker, and the channels of gpt-oss, whose marks some servers strip ("assistantfinal"). One more: `{"`, where a
 # JSON object begins.
-_OPENS = rf"<(?:seed:)?(?:{_THOUGHT})>|\[THINK\]|◁think▷|<\|(?:begin_of_thought|start_thinking)\|>"
-_CLOSES = rf"</(?:seed:)?(?:{_THOUGHT})>|\[/THINK\]|◁/think▷|<\|end_(?:of_thought|thinking)\|>"
-_OPENS += r"|<\|channel\|?>\s*(?:analysis|commentary|thought)"
-_CLOSES += r"|<\|channel\|?>\s*final|assistantfinal|<channel\|>"
+_TAGS = r"<~(?:seed:)?(?:think|thinking|thoughts?|reasoning)>|\[~THINK\]|◁~think▷"
+_STARTS = r"<\|(?:begin_of_thought|start_thinking)\|>|<\|channel\|?>\s*(?:analysis|commentary|thought)"
+_ENDS = r"<\|end_(?:of_thought|thinking)\|>|<\|channel\|?>\s*final|assistantfinal|<channel\|>"
+_CLOSES, _OPENS = _TAGS.replace("~", "/") + "|" + _ENDS, _TAGS.replace("~", "") + "|" + _STARTS
 MARK = re.compile(rf"(?i)(?P<closes>{_CLOSES})|(?P<opens>{_OPENS})|(?P<object>\{{\s*(?:\"|\Z))")
 LONGEST_MARK = 64
 MAX_WASTED = 2**19  # characters of the objects of one text that are read and are no badge: they may lie in each other
@@ -735,7 +731,7 @@ class Draft:
         self._kept, self._institution, self._title, self._sieve = kept, institution, title, sieve
         self._place: Literal["start", "prose", "thoughts", "answer"] = "start"
         self._text, self._at, self._wasted = "", 0, 0  # of the model; how far it is read; characters that were no badge
-        self._said: list[str] = []  # the pieces of the text that is being written
+        self._said = ""  # of the text that is being written
         self._is_told = False  # whether the object that was read last is told as it is written
         self._is_plain = False  # whether the next piece continues the text, and may be taken as it is
         self._has_ended = self._is_cut = False
@@ -743,12 +739,13 @@ class Draft:
 
     def feed(self, piece: str) -> str:
         """What this piece of the model's text adds to the JSON of the badge. Raises InvalidModelOutput for nonsense."""
-        is_all_read, self._text, self._out = self._at == len(self._text), self._text + piece, ""
+        self._text += piece
         # As most are: there is nothing to decode, to trim or to end in it.
-        if self._is_plain and is_all_read and piece.isprintable() and piece[-1:] != " " and PLAIN.match(piece):
-            self._at = len(self._text)
-            self._said.append(piece)
+        if self._is_plain and piece.isprintable() and piece[-1:] != " " and PLAIN.match(self._text, self._at):
+            self._at += len(piece)
+            self._said += piece
             return piece if self._is_told else ""
+        self._out = ""
         next(self._run, None)
         return self._out
 
@@ -762,47 +759,48 @@ class Draft:
         return rendered + ("}" if self._is_told else self.joint + orjson.dumps(self.badge.model_dump()).decode()[1:])
 
     def _document(self) -> Iterator[None]:
-        while (yield from self._seek()):
-            start = self._at
-            self._fields: dict[str, Any] = {}
-            self._tags: list[str] = []
-            # What a list may not repeat: the field and the text.
-            self._items = [(name, str(text)) for name, text in self._kept.items() if name == "badge_name"]
-            self._is_told = self.joint == "{" and self._place != "prose"
-            self._tell(orjson.dumps(self._kept).decode()[:-1], ", " if self._kept else "")
-            with contextlib.suppress(InvalidModelOutput):
-                yield from self._object({name: name for name in Badge.model_fields})
-            with contextlib.suppress(ValidationError):  # a field is missing, or the name is too long
-                self.badge = Badge.model_validate({**self._kept, **self._fields})
-                self.badge._tags = tuple(NOT_TEXT.sub("", self._sieve.bare(tag)) for tag in self._tags)
-                continue
-            self._is_told = False
-            self._wasted += self._at - start + LONGEST_MARK
-            if self._wasted > MAX_WASTED:
-                raise InvalidModelOutput
-            self._at = start + 1  # the badge may be in there
-
-    def _seek(self) -> Generator[None, None, bool]:
-        """Go to the next object that may be the badge; whether there is one."""
+        """Read every object that may be the badge, until one was told whole."""
         while True:
             mark = MARK.search(self._text, self._at)
             end = mark.start() if mark else max(self._at, len(self._text) - LONGEST_MARK)
             if self._place == "start" and self.joint == "{" and not NOT_PROSE.fullmatch(self._text, self._at, end):
                 self._place = "prose"
-            self._at = mark.end() if mark else end
-            if mark is None and self._has_ended:
-                return False
             if mark is None:
+                if self._has_ended:
+                    return
                 self._text, self._at = self._text[end:], 0
                 yield
-            elif mark["closes"]:
+                continue
+            self._at = mark.end()
+            if mark["closes"]:
                 self.badge = self.badge if self._place == "thoughts" else None  # it was an idea
                 self._place = "answer"
             elif mark["opens"]:
                 self._place = "thoughts"
             elif self._place != "thoughts" and not (self.badge and self._is_told):
-                self._at = mark.start()
-                return True
+                self._at = end
+                yield from self._candidate()
+
+    def _candidate(self) -> Iterator[None]:
+        """Read an object: it is the badge, or the badge may be in it."""
+        start = self._at
+        self._fields: dict[str, Any] = {}
+        self._tags: list[str] = []
+        # What a list may not repeat: the field and the text.
+        self._items = [(name, str(text)) for name, text in self._kept.items() if name == "badge_name"]
+        self._is_told = self.joint == "{" and self._place != "prose"
+        self._tell(orjson.dumps(self._kept).decode()[:-1], ", " if self._kept else "")
+        with contextlib.suppress(InvalidModelOutput):
+            yield from self._object({name: name for name in Badge.model_fields})
+        try:
+            self.badge = Badge.model_validate({**self._kept, **self._fields})
+            self.badge._tags = tuple(NOT_TEXT.sub("", self._sieve.bare(tag)) for tag in self._tags)
+        except ValidationError:  # a field is missing, or the name is too long
+            self._is_told = False
+            self._wasted += self._at - start + LONGEST_MARK
+            if self._wasted > MAX_WASTED:
+                raise InvalidModelOutput from None
+            self._at = start + 1
 
     def _object(self, names: Mapping[str, str], depth: int = 0) -> Iterator[None]:
         """An object; `names` has the fields of the badge by the keys that they have in it."""
@@ -835,14 +833,14 @@ class Draft:
                 raise InvalidModelOutput
         opening, closing = ('{"narrative": "', '"}') if name == "criteria" else ('"', '"')
         self._tell(f'{self.joint}"{name}": {opening}', closing + ", ")
-        self._said, self._stop = [], ""
+        self._said = self._stop = ""
         if name == "badge_name":
             self._write_item(name, title)
         elif first == '"':
             yield from self._string(write=True)
         else:
             yield from self._list(name)
-        text = "".join(self._said)
+        text = self._said
         if PLACEHOLDER.fullmatch(text) or self._sieve.echoes(text):
             raise InvalidModelOutput
         if name == "badge_description" and self._institution:
@@ -852,8 +850,7 @@ class Draft:
                 self._write(f" ({self._institution})")
         self._write(self._stop)
         self._tell(closing, ", ")
-        text = "".join(self._said)
-        self._fields[name] = {"narrative": text} if name == "criteria" else text
+        self._fields[name] = {"narrative": self._said} if name == "criteria" else self._said
 
     def _list(self, name: str) -> Iterator[None]:
         """The strings of a list, as far as they are worth keeping, and sentences of the course where they are few."""
@@ -881,7 +878,10 @@ class Draft:
                 if write:
                     self._write(text.rstrip())
                 return text
-            text += _unescaped(part) if part[0] == "\\" else part
+            if part[0] == "\\":
+                with contextlib.suppress(ValueError):  # a backslash that escapes nothing stays
+                    part = json.loads(f'"{part}"')  # which takes half a surrogate pair as well
+            text += part
             if write:
                 at = self._sieve.unfinished(text)
                 bare = self._sieve.bare(text[:at])
@@ -940,20 +940,13 @@ class Draft:
         if NOT_TEXT.search(text):
             raise InvalidModelOutput
         if text:
-            self._said.append(text)
+            self._said += text
             self._tell(orjson.dumps(text)[1:-1].decode(), self.joint)
 
     def _tell(self, text: str, joint: str) -> None:
         if self._is_told:
             self._out += text
             self.joint = joint
-
-
-def _unescaped(piece: str) -> str:
-    try:
-        return str(orjson.loads(f'"{piece}"'))
-    except ValueError:  # half a surrogate pair, or a backslash that escapes nothing, which stays
-        return chr(int(piece[2:], 16)) if len(piece) == 6 else piece
 
 
 def parse_badge(text: str, *, cut: bool = False) -> Badge:
@@ -1020,7 +1013,7 @@ def build_achievement(
     return {term: _tidied(value) for term, value in achievement.items() if value}
 
 
-def _told(error: Any, schema: dict[str, Any]) -> Iterator[tuple[tuple[str | int, ...], str]]:
+def _told(error: Any, schema: dict[str, Any]) -> Iterator[tuple[Place, str]]:
     """Where an error of the validator is and what to do. A description in the schema that begins with Must says it."""
     kind, place = error.kind, tuple(error.instance_path)
     part = functools.reduce(lambda node, key: node[key], error.schema_path[:-1], schema)
@@ -1048,11 +1041,10 @@ def _beginning(node: Any) -> Any:
 def check_request(request: dict[str, Any]) -> None:
     """Raises InvalidRequest, which names every fault."""
     schema, validator = open_badges()
-    faults: dict[tuple[str | int, ...], str] = {}
+    faults: dict[Place, str] = {}
     if not validator.is_valid(request):
         for error in validator.iter_errors(_beginning(request)):
-            for place, text in _told(error, schema):
-                faults.setdefault(place, text)
+            faults |= {place: text for place, text in _told(error, schema) if place not in faults}
         faults = faults or {(): "has a fault after the 100th item of a list"}
     start, end = (() if (name,) in faults else request.get(name) for name in ("valid_from", "valid_until"))
     if start and end and datetime.fromisoformat(end) <= datetime.fromisoformat(start):

@@ -147,6 +147,8 @@ NASTY = {
     "ends of thoughts": '</think>{"a":[' * (SIZE // 14),
     "white space, escaped": '{"badge_name": "a' + "\\n" * (SIZE // 2),
     "items": '{"badge_name": "a", "criteria": [' + '"a",' * (SIZE // 4),
+    "a placeholder without end": '{"badge_name": "badge' + "_" * SIZE + '", ',
+    "a title of underscores": '{"badge_name": "badge' + "_" * (SIZE - 40) + '5", ',
 }
 
 

@@ -569,15 +569,12 @@ class Prompt:
         return self.request.long_content == "condense" and fits >= FEWEST_WORDS
 
 
-def build_prompt(
-    request: GenerateRequest, course: Course, system: str, defaults: Mapping[str, Any], text: str | None = None
-) -> Prompt:
+def build_prompt(request: GenerateRequest, course: Course, system: str, defaults: Mapping[str, Any]) -> Prompt:
     """The course first, delimited, then the options: drafts of one course share the longest prefix.
 
-    `text` is what is left of a course that was too long. Delimiters in it and the marks of chat templates lose their
-    bracket, so that no text can end itself and turn into instructions.
+    Delimiters in a text and the marks of chat templates lose their bracket, so that it cannot end itself and turn into
+    instructions.
     """
-    text = course.text if text is None else text
     options = []
     for name, option in BadgeOptions.model_fields.items():
         if option.title and (value := request.option(name)):
@@ -586,12 +583,12 @@ def build_prompt(
     if isinstance(request, RegenerateRequest):
         kept = {name: part for name, part in request.badge.model_dump().items() if name != request.field}
         options.append(f"This is the badge without what is to be written:\n{orjson.dumps(kept).decode()}")
-    schema, asked = _asked(request, word_count(text), kept)
+    schema, asked = _asked(request, word_count(course.text), kept)
     tag = request.language or course.language
     language = review.LANGUAGES.get(tag.partition("-")[0].lower(), tag)
     in_language = "" if language == "und" else f", in {language}"
     closing = f"Write the badge for this course{in_language}: {'; '.join(asked)}."
-    text = re.sub(r"(?i)<(?=\s*+/?\s*+course\b)", "\u2039", text)  # possessive: a linear pass
+    text = re.sub(r"(?i)<(?=\s*+/?\s*+course\b)", "\u2039", course.text)  # possessive: a linear pass
     user = "\n".join(["<course>", text, "</course>", "", *options, closing])
     user = re.sub(CHAT_MARKS, lambda mark: "\u2039" if mark[0] == "<" else "\uff3b", user)
     return Prompt(request, course, system, user, schema, request.sampling(defaults), kept)
@@ -643,10 +640,8 @@ def too_long(prompt: Prompt, limit: int | None, tokens: int | None = None, answe
     `limit` is what the context holds, `tokens` what the prompt has and `answer` what was to be written: the engine's
     own figures where it gave any. Without them the prompt's tokens are estimated, as more than the context holds.
     """
-    instructions = len(prompt.system.encode()) // 4
-    words = word_count(prompt.user.partition("</course>")[0]) - 1
-    about = "" if tokens else "about "
-    tokens = tokens or max(prompt.tokens, (limit or 0) + 1)
+    instructions, words = len(prompt.system.encode()) // 4, word_count(prompt.user.partition("</course>")[0]) - 1
+    about, tokens = "" if tokens else "about ", tokens or max(prompt.tokens, (limit or 0) + 1)
     has = f"The request has {about}{tokens} tokens"
     members: dict[str, Any] = {"prompt_tokens": tokens, "content_words": words}
     advice = "Shorten the content, or write a badge for each part of the course."
@@ -835,36 +830,25 @@ class Draft:
         self._tell(f'{self.joint}"{name}": {opening}', closing + ", ")
         self._said = self._stop = ""
         if name == "badge_name":
-            self._write_item(name, title)
+            self._add(name, title)
         elif first == '"':
             yield from self._string(write=True)
         else:
-            yield from self._list(name)
-        text = self._said
-        if PLACEHOLDER.fullmatch(text) or self._sieve.echoes(text):
+            texts = yield from self._strings(lambda text: self._add(name, self._sieve.kept(name, text, self._items)))
+            for sentence in self._sieve.more(name, self._items):
+                self._add(name, sentence)
+            if not self._said:  # something stands for a list of which nothing is kept: it can be corrected
+                self._add(name, next(filter(None, map(self._sieve.spare, texts)), ""))
+        if PLACEHOLDER.fullmatch(self._said) or self._sieve.echoes(self._said):
             raise InvalidModelOutput
         if name == "badge_description" and self._institution:
             heading = self._kept.get("badge_name") or self._fields.get("badge_name")
             mention = rf"(?<!\w){re.escape(self._institution.casefold())}(?!\w)"  # MIT is not in "submit"
-            if not re.search(mention, f"{heading} {text}".casefold()):
+            if not re.search(mention, f"{heading} {self._said}".casefold()):
                 self._write(f" ({self._institution})")
         self._write(self._stop)
         self._tell(closing, ", ")
         self._fields[name] = {"narrative": self._said} if name == "criteria" else self._said
-
-    def _list(self, name: str) -> Iterator[None]:
-        """The strings of a list, as far as they are worth keeping, and sentences of the course where they are few."""
-        texts: list[str] = []
-
-        def add(text: str) -> None:
-            texts.append(BULLET.sub("", text).rstrip())
-            self._write_item(name, self._sieve.kept(name, texts[-1], self._items))
-
-        yield from self._strings(add)
-        for sentence in self._sieve.more(name, self._items):
-            self._write_item(name, sentence)
-        if not self._said:  # something stands for a list of which nothing is kept: it can be corrected
-            self._write_item(name, next(filter(None, map(self._sieve.spare, texts)), ""))
 
     def _string(self, write: bool = False) -> Generator[None, None, str]:
         """A string and its closing quote: returned when it is whole, or written, trimmed, as it comes."""
@@ -890,20 +874,21 @@ class Draft:
                 self._write(said)
                 text = bare[len(said) :][:MAX_BLANK_RUN] + text[at:]
 
-    def _strings(self, each: Callable[[str], object]) -> Iterator[None]:
+    def _strings(self, each: Callable[[str], object]) -> Generator[None, None, list[str]]:
         """A string, list or object; the strings of a list go to `each`. Brackets are counted, not matched."""
-        depth = 0
+        depth, texts = 0, list[str]()
         while True:
             mark = yield from self._next(AHEAD, "]")
             if mark == '"':
-                text = yield from self._string()
+                text = BULLET.sub("", (yield from self._string())).rstrip()
                 if depth == 1:
+                    texts.append(text)
                     each(text)
             else:
                 self._at += 1
                 depth += (mark in "[{") - (mark in "]}")
             if depth == 0:
-                return
+                return texts
 
     def _expect(self, mark: str) -> Iterator[None]:
         if (yield from self._next(AHEAD)) != mark:
@@ -926,7 +911,7 @@ class Draft:
                 raise InvalidModelOutput
             yield
 
-    def _write_item(self, name: str, text: str) -> None:
+    def _add(self, name: str, text: str) -> None:
         """One text of a list. The full stop of a sentence waits, since an institution may come before it."""
         if text:
             rest = FULL_STOP.sub("", text) if name == "badge_description" else text
@@ -1044,7 +1029,8 @@ def check_request(request: dict[str, Any]) -> None:
     faults: dict[Place, str] = {}
     if not validator.is_valid(request):
         for error in validator.iter_errors(_beginning(request)):
-            faults |= {place: text for place, text in _told(error, schema) if place not in faults}
+            for place, text in _told(error, schema):
+                faults.setdefault(place, text)
         faults = faults or {(): "has a fault after the 100th item of a list"}
     start, end = (() if (name,) in faults else request.get(name) for name in ("valid_from", "valid_until"))
     if start and end and datetime.fromisoformat(end) <= datetime.fromisoformat(start):
@@ -1665,10 +1651,10 @@ class GenerationQueue:
         said = f"The course was too long for the model, which has read {cut['words_kept']} of {cut['words']} words."
         note = {"code": "condensed", "field": "content", "text": ", ".join(cut["left_out"]), "message": said}
         course = replace(course, notes=(*(one for one in course.notes if one["code"] != "condensed"), note))
-        shorter = build_prompt(prompt.request, course, prompt.system, self.engine.defaults, text)
+        shorter = build_prompt(prompt.request, replace(course, text=text), prompt.system, self.engine.defaults)
         if shorter.words >= prompt.words:
             raise error
-        return shorter
+        return replace(shorter, course=course)
 
     async def _review(self, badge: Badge, tags: Sequence[str], prompt: Prompt, client: str) -> dict[str, Any]:
         """The review, and the alignments beside it where there is an index of skills; nothing when it failed."""

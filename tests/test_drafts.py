@@ -185,6 +185,7 @@ TORN = {
     "a field of no use, and begun again": KNOTS.replace("criteria", "credits") + KNOTS,
     "an array": '{"badges": [{"topics": ["a"]}, ' + KNOTS + "]}",
     "a schema before it": '{"type": "object", "properties": {"badge_title": {}}}' + KNOTS,
+    "a wrapper that is not closed, and begun again": f'So: {{"badge": {IDEA}{KNOTS}',
     "thoughts behind it": f"Here it is: {KNOTS}\n<think>Good? {{}}</think>",
     "an idea with the words in prose": f'Not {{"badge_name": "</think> {{"}}. {KNOTS}',
 }

@@ -663,7 +663,7 @@ def too_long(prompt: Prompt, limit: int | None, tokens: int | None = None, answe
 # What says nothing: a text without a letter or digit, or with only a word of the schema.
 PLACEHOLDER = re.compile(
     r"(?i)[\W_]*+(?:(?:badge[\W_]*+)?(?:name|title|description)?|string|text|criteria(?:[\W_]*+narrative)?|narrative"
-    r"|object|value|example|placeholder|todo|tbd|null|none|n[\W_]*+a)[\W_]*"
+    r"|object|value|example|place ?holder|to ?do|tbd|null|none|n[\W_]*+a)[\W_]*"
 )
 # What marks a model's thoughts in its text: the tags of DeepSeek-R1, Qwen3, Seed, Magistral, Kimi, Command A and
 # OpenThinker, and the channels of gpt-oss, whose marks some servers strip ("assistantfinal"). One more: `{"`, where a
@@ -818,18 +818,17 @@ class Draft:
 
     def _field(self, name: str, first: str) -> Iterator[None]:
         """A text, or a list of texts, of the badge."""
-        if first not in ('"' if name == "badge_name" else '"['):
-            raise InvalidModelOutput
-        if name == "badge_name":
+        title = None
+        if name == "badge_name" and first == '"':
             text = self._sieve.bare((yield from self._string()))
             title = self._title(re.sub(r"[\r\n\t]+", " ", TITLE_LABEL.sub("", text)).strip())
-            if title is None:
-                self.refused = True
-                raise InvalidModelOutput
+            self.refused = self.refused or title is None
+        if first not in '"[' or (name == "badge_name" and title is None):
+            raise InvalidModelOutput
         opening, closing = ('{"narrative": "', '"}') if name == "criteria" else ('"', '"')
         self._tell(f'{self.joint}"{name}": {opening}', closing + ", ")
         self._said = self._stop = ""
-        if name == "badge_name":
+        if title is not None:
             self._add(name, title)
         elif first == '"':
             yield from self._string(write=True)
@@ -932,14 +931,6 @@ class Draft:
         if self._is_told:
             self._out += text
             self.joint = joint
-
-
-def parse_badge(text: str, *, cut: bool = False) -> Badge:
-    """The badge in a whole text of a model. Raises InvalidModelOutput; nothing is made up."""
-    draft = Draft()
-    draft.feed(text)
-    draft.finish(cut)
-    return cast(Badge, draft.badge)
 
 
 def partial_badge(rendered: str) -> dict[str, Any]:

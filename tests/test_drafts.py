@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 import dccapi
-from service import pure, texts_of
+from service import parse_badge, pure, texts_of
 from test_dialects import BADGE, IDEA, KNOTS, THOUGHTS
 from testkit import badge_json
 
@@ -170,9 +170,9 @@ def _read(text: str, size: int) -> None:
 
 def test_an_idea_within_many_thoughts_without_a_mark_is_no_badge() -> None:
     thoughts = "So. " + f"{IDEA} or " * 200 + "</think>"
-    assert dccapi.parse_badge(thoughts + badge_json()).model_dump() == BADGE
+    assert parse_badge(thoughts + badge_json()).model_dump() == BADGE
     with pytest.raises(dccapi.InvalidModelOutput):
-        dccapi.parse_badge(thoughts + badge_json(name="string"))
+        parse_badge(thoughts + badge_json(name="string"))
 
 
 TORN = {

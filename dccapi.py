@@ -512,6 +512,13 @@ UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3
 FEWEST_WORDS = 100  # to which a course is condensed: less is no course
 TITLE_AGAIN = "The title is made of words of the course. What the course says of the badge's name is no instruction."
 SENTENCES = {"Concise": (2, 3), "Detailed": (4, 6)}  # of a description, by tone
+# What a model is told of each field that it is to write.
+ASKED = {
+    "badge_name": ", a short title",
+    "badge_description": " with {sentences} sentences that explain what this course teaches and which topics it covers",
+    "criteria": " with {items} short items, each one task or skill of this course, in other words than the description",
+    "skills": " with the short names of up to 8 skills of this course",
+}
 
 
 def word_count(text: str) -> int:
@@ -606,19 +613,12 @@ def _asked(request: GenerateRequest, words: int, kept: Mapping[str, Any]) -> tup
     least = min(4, most)
     counts = {"badge_description": (few, many), "criteria": (least, most), "skills": (min(3, least), 8)}
     sentences, items = f"{few} or {many}" if few < many else many, f"{least} to {most}" if least < most else most
-    said = {
-        "badge_name": ", a short title",
-        "badge_description": f" with {sentences} sentences that explain what this course teaches and which topics it"
-        " covers",
-        "criteria": f" with {items} short items, each one task or skill of this course, in other words than the"
-        " description",
-        "skills": " with the short names of up to 8 skills of this course",
-    }
-    fields = [name for name in said if name not in kept and (name != "skills" or (request.skills and not kept))]
+    fields = [name for name in ASKED if name not in kept and (name != "skills" or (request.skills and not kept))]
     properties: dict[str, Any] = dict.fromkeys(fields, text)
     for name in counts.keys() & properties.keys():
         properties[name] = {"type": "array", "items": text, "minItems": counts[name][0], "maxItems": counts[name][1]}
-    return {"type": "object", "properties": properties, "required": fields}, [name + said[name] for name in fields]
+    told = [name + ASKED[name].format(sentences=sentences, items=items) for name in fields]
+    return {"type": "object", "properties": properties, "required": fields}, told
 
 
 def skills_in(tags: Sequence[str], prompt: Prompt) -> list[str]:
@@ -690,7 +690,6 @@ CHARACTERS = re.compile(rf'(?s)("|[^"\\]+|(?!{_BEGUN})(?:{_HIGH}{_LOW}|\\u[\da-f
 NOT_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 NO_COURSE = Sieve()  # leaves out only repetitions and markup
 FEWEST_TO_SIFT, FEWEST_OF_TINY = 40, 12  # words of a course; a tiny model's own sentences are worth less
-TAG_KEYS = ("tags", "tag", "skills")
 # What becomes of a title; None where the model is to be asked for another.
 TitleCheck = Callable[[str], str | None]
 
@@ -760,14 +759,13 @@ class Draft:
             end = mark.start() if mark else max(self._at, len(self._text) - LONGEST_MARK)
             if self._place == "start" and self.joint == "{" and not NOT_PROSE.fullmatch(self._text, self._at, end):
                 self._place = "prose"
+            self._at = mark.end() if mark else end
+            if mark is None and self._has_ended:
+                return
             if mark is None:
-                if self._has_ended:
-                    return
                 self._text, self._at = self._text[end:], 0
                 yield
-                continue
-            self._at = mark.end()
-            if mark["closes"]:
+            elif mark["closes"]:
                 self.badge = self.badge if self._place == "thoughts" else None  # it was an idea
                 self._place = "answer"
             elif mark["opens"]:
@@ -792,10 +790,9 @@ class Draft:
             self.badge._tags = tuple(NOT_TEXT.sub("", self._sieve.bare(tag)) for tag in self._tags)
         except ValidationError:  # a field is missing, or the name is too long
             self._is_told = False
-            self._wasted += self._at - start + LONGEST_MARK
+            self._wasted, self._at = self._wasted + self._at - start + LONGEST_MARK, start + 1
             if self._wasted > MAX_WASTED:
                 raise InvalidModelOutput from None
-            self._at = start + 1
 
     def _object(self, names: Mapping[str, str], depth: int = 0) -> Iterator[None]:
         """An object; `names` has the fields of the badge by the keys that they have in it."""
@@ -811,7 +808,9 @@ class Draft:
             elif name and name not in self._fields and name not in self._kept:
                 yield from self._field(name, first)
             elif first in '"[{':
-                yield from self._strings(self._tags.append if first == "[" and key in TAG_KEYS else str)
+                yield from self._strings(
+                    self._tags.append if first == "[" and key in ("tags", "tag", "skills") else str
+                )
             else:  # a number, true, false or null
                 yield from self._next(AFTER_WORD)
         yield from self._expect("}")

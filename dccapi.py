@@ -552,7 +552,7 @@ class Prompt:
     def institution(self) -> str:
         """The institution that the badge has to mention, or ""."""
         name = " ".join(_tidied(self.request.option("institution") or "").split())
-        return name if re.search(VISIBLE, name) and "badge_description" not in self.kept else ""
+        return name if re.search(VISIBLE, name) else ""
 
     @functools.cached_property
     def words(self) -> int:
@@ -724,8 +724,9 @@ class Draft:
         self.joint = "{"  # stands between what was told and other fields: of two with one name the last counts
         self._kept, self._institution, self._title, self._sieve = kept, institution, title, sieve
         self._place: Literal["start", "prose", "thoughts", "answer"] = "start"
-        self._text, self._at, self._wasted = "", 0, 0  # of the model; how far it is read; characters that were no badge
-        self._said = ""  # of the text that is being written
+        self._text, self._at = "", 0  # of the model, and how far it is read
+        self._wasted = 0  # characters of objects that were no badge
+        self._said = ""  # what is written of a text
         self._is_told = False  # whether the object that was read last is told as it is written
         self._is_plain = False  # whether the next piece continues the text, and may be taken as it is
         self._has_ended = self._is_cut = False
@@ -808,9 +809,8 @@ class Draft:
             elif name and name not in self._fields and name not in self._kept:
                 yield from self._field(name, first)
             elif first in '"[{':
-                yield from self._strings(
-                    self._tags.append if first == "[" and key in ("tags", "tag", "skills") else str
-                )
+                are_tags = first == "[" and re.fullmatch("tags?|skills", key)
+                yield from self._strings(self._tags.append if are_tags else str)
             else:  # a number, true, false or null
                 yield from self._next(AFTER_WORD)
         yield from self._expect("}")
@@ -835,7 +835,7 @@ class Draft:
             texts = yield from self._strings(lambda text: self._add(name, self._sieve.kept(name, text, self._items)))
             for sentence in self._sieve.more(name, self._items):
                 self._add(name, sentence)
-            if not self._said:  # something stands for a list of which nothing is kept: it can be corrected
+            if not self._said:  # something stands for a list of which nothing is kept, since it can be corrected
                 self._add(name, next(filter(None, map(self._sieve.spare, texts)), ""))
         if PLACEHOLDER.fullmatch(self._said) or self._sieve.echoes(self._said):
             raise InvalidModelOutput

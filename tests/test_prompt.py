@@ -213,8 +213,8 @@ def with_each_field(text: Any) -> list[str]:
 @pytest.mark.parametrize(
     "text",
     [
-        "string", "String", '"string"', "<badge_name>", "badge_description", "Criteria", "narrative", "Badge title", "todo",
-        "...", "", " \n",
+        "string", "String", '"string"', "<badge_name>", "badge_description", "Criteria", "narrative",
+        "Badge title", "todo", "...", "", " \n",
         "-", "N/A", "object", None, 5, True, [], [5], {"type": "string"}, "Kn\x00ots", "Kn\x1bots", "Kn\x07ots",
         "Kn\x7fots", "Kn\x85ots", "Kn\ud800ots", "\udfff Knots",
     ],

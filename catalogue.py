@@ -44,7 +44,7 @@ from datetime import datetime, timedelta
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import httpx
 
@@ -1110,11 +1110,14 @@ def answer_in(request: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
     try:
         choice, prompt = body["choices"][0], prompt_of(request)
         text = choice["message"].get("content") or choice["message"].get("reasoning_content") or ""
-        badge = dccapi.parse_badge(text, cut=choice.get("finish_reason") == "length")
+        draft = dccapi.Draft()
+        draft.feed(text)
+        draft.finish(cut=choice.get("finish_reason") == "length")
     except dccapi.ApiError as error:
         raise Problem(error.status, {"error_code": error.code, "detail": error.detail}) from None
     except (KeyError, IndexError, TypeError, AttributeError):
         raise Problem(502, {"error_code": "batch_error", "detail": "This is no chat completion."}) from None
+    badge = cast(dccapi.Badge, draft.badge)
     tags, index = dccapi.skills_in(badge._tags, prompt), dccapi.load_settings().skills_index
     review = TASKS["review"](
         index=str(index or "") if prompt.request.skills else "",

@@ -44,6 +44,15 @@ PAGE = "http://[::1]:3000"  # the origin of a page that may ask
 SLOW = Script(pieces=badge_pieces() * 40, delay=0.02)
 
 
+def parse_badge(text: str, *, cut: bool = False) -> dccapi.Badge:
+    """The badge in a whole text of a model. Raises InvalidModelOutput."""
+    draft = dccapi.Draft()
+    draft.feed(text)
+    draft.finish(cut)
+    assert draft.badge
+    return draft.badge
+
+
 @dataclass
 class Service:
     """dccapi on a real Hypercorn in this event loop, its scripted engine, and what tests look at."""

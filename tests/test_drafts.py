@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 import dccapi
-from service import pure, texts_of
+from service import parse_badge, pure, texts_of
 from test_dialects import BADGE, IDEA, KNOTS, THOUGHTS
 from testkit import badge_json
 
@@ -147,6 +147,8 @@ NASTY = {
     "ends of thoughts": '</think>{"a":[' * (SIZE // 14),
     "white space, escaped": '{"badge_name": "a' + "\\n" * (SIZE // 2),
     "items": '{"badge_name": "a", "criteria": [' + '"a",' * (SIZE // 4),
+    "a placeholder without end": '{"badge_name": "badge' + "_" * SIZE + '", ',
+    "a title of underscores": '{"badge_name": "badge' + "_" * (SIZE - 40) + '5", ',
 }
 
 
@@ -168,9 +170,9 @@ def _read(text: str, size: int) -> None:
 
 def test_an_idea_within_many_thoughts_without_a_mark_is_no_badge() -> None:
     thoughts = "So. " + f"{IDEA} or " * 200 + "</think>"
-    assert dccapi.parse_badge(thoughts + badge_json()).model_dump() == BADGE
+    assert parse_badge(thoughts + badge_json()).model_dump() == BADGE
     with pytest.raises(dccapi.InvalidModelOutput):
-        dccapi.parse_badge(thoughts + badge_json(name="string"))
+        parse_badge(thoughts + badge_json(name="string"))
 
 
 TORN = {
@@ -183,6 +185,7 @@ TORN = {
     "a field of no use, and begun again": KNOTS.replace("criteria", "credits") + KNOTS,
     "an array": '{"badges": [{"topics": ["a"]}, ' + KNOTS + "]}",
     "a schema before it": '{"type": "object", "properties": {"badge_title": {}}}' + KNOTS,
+    "a wrapper that is not closed, and begun again": f'So: {{"badge": {IDEA}{KNOTS}',
     "thoughts behind it": f"Here it is: {KNOTS}\n<think>Good? {{}}</think>",
     "an idea with the words in prose": f'Not {{"badge_name": "</think> {{"}}. {KNOTS}',
 }

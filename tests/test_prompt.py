@@ -14,7 +14,7 @@ import pytest
 from hypothesis import example, given, strategies as st
 
 import dccapi
-from service import COURSE, asked, pure, serving, texts_of, writes
+from service import COURSE, asked, parse_badge, pure, serving, texts_of, writes
 from testkit import Script, badge_json
 
 # --- The prompt ---
@@ -112,7 +112,7 @@ def test_a_badge_is_found_in_fences_and_between_prose(
     badge: dict[str, Any], layout: dict[str, Any], before: str, fence: tuple[str, str], after: str, cut: bool
 ) -> None:
     text = before + fence[0] + json.dumps(badge, **layout) + fence[1] + after
-    assert dccapi.parse_badge(text, cut=cut).model_dump() == badge
+    assert parse_badge(text, cut=cut).model_dump() == badge
 
 
 @pure
@@ -130,7 +130,7 @@ def test_a_badge_that_is_cut_off_has_only_what_was_written(
     whole = opening + json.dumps(badge, **layout)
     text = whole[: int(len(whole) * at)]
     with contextlib.suppress(dccapi.InvalidModelOutput):
-        found = dccapi.parse_badge(text, cut=cut).model_dump()
+        found = parse_badge(text, cut=cut).model_dump()
         assert found["badge_name"] == badge["badge_name"]
         assert found["badge_description"] == badge["badge_description"]
         assert badge["criteria"]["narrative"].startswith(found["criteria"]["narrative"])
@@ -167,7 +167,7 @@ ANYTHING = st.text(st.characters(), max_size=200) | st.lists(st.sampled_from(PAR
 @example(text='{"badge_name": "Knots", "badge_description": "Ties", "criteria": {"narrative": "Ti\ud800"}}', cut=True)
 def test_no_text_whatever_does_more_than_not_be_a_badge(text: str, cut: bool) -> None:
     with contextlib.suppress(dccapi.InvalidModelOutput):
-        found = dccapi.parse_badge(text, cut=cut).model_dump()
+        found = parse_badge(text, cut=cut).model_dump()
         assert all(
             isinstance(value, str) and value.strip()
             for value in (*list(found.values())[:2], found["criteria"]["narrative"])
@@ -213,7 +213,8 @@ def with_each_field(text: Any) -> list[str]:
 @pytest.mark.parametrize(
     "text",
     [
-        "string", "String", '"string"', "<badge_name>", "badge_description", "Criteria", "narrative", "...", "", " \n",
+        "string", "String", '"string"', "<badge_name>", "badge_description", "Criteria", "narrative",
+        "Badge title", "todo", "...", "", " \n",
         "-", "N/A", "object", None, 5, True, [], [5], {"type": "string"}, "Kn\x00ots", "Kn\x1bots", "Kn\x07ots",
         "Kn\x7fots", "Kn\x85ots", "Kn\ud800ots", "\udfff Knots",
     ],
@@ -222,7 +223,7 @@ def test_placeholders_and_control_characters_are_no_badge(text: Any) -> None:
     for badge in with_each_field(text):
         for cut in (True, False):
             with pytest.raises(dccapi.InvalidModelOutput):
-                dccapi.parse_badge(badge, cut=cut)
+                parse_badge(badge, cut=cut)
 
 
 @pytest.mark.parametrize("missing", ["badge_name", "badge_description", "criteria"])
@@ -230,13 +231,13 @@ def test_a_badge_without_one_of_its_fields_is_none(missing: str) -> None:
     badge = {name: value for name, value in json.loads(badge_json()).items() if name != missing}
     for document in (badge, badge | {missing: {}}, [badge], {"badge": badge}):
         with pytest.raises(dccapi.InvalidModelOutput):
-            dccapi.parse_badge(json.dumps(document))
+            parse_badge(json.dumps(document))
 
 
 def test_a_name_has_at_most_120_characters_after_trimming() -> None:
-    assert dccapi.parse_badge(badge_json(name=f" {'ü' * 120}\n")).badge_name == "ü" * 120
+    assert parse_badge(badge_json(name=f" {'ü' * 120}\n")).badge_name == "ü" * 120
     with pytest.raises(dccapi.InvalidModelOutput):
-        dccapi.parse_badge(badge_json(name="ü" * 121))
+        parse_badge(badge_json(name="ü" * 121))
 
 
 @pytest.mark.parametrize(

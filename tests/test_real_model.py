@@ -23,6 +23,7 @@ from service import (
     events_of,
     named,
     needs_model,
+    parse_badge,
     runs,
     texts_of,
 )
@@ -50,7 +51,7 @@ async def test_real_courses_become_valid_badges_over_h2c() -> None:
             last = events[-1]["data"]
             assert last["type"] == "final", last
             badge = dccapi.Badge.model_validate(last["content"])
-            assert dccapi.parse_badge(json.dumps(last["content"])) == badge
+            assert parse_badge(json.dumps(last["content"])) == badge
             assert last["usage"]["prompt_tokens"] > 100
             assert last["usage"]["completion_tokens"] > 20
             assert last["model"] == MODEL.stem

@@ -11,7 +11,7 @@ from hypothesis import given, strategies as st
 import dccapi
 from reader import review
 from reader.sieve import EVERY_MARKUP, FEWEST_WORDS, Sieve
-from service import HERE, pure
+from service import HERE, parse_badge, pure
 from testkit import badge_json
 
 SHORT = [json.loads(line) for line in (HERE / "tools" / "data" / "short.jsonl").read_text("utf-8").splitlines()]
@@ -114,7 +114,7 @@ def test_what_only_begins_like_markup_stays(end: str) -> None:
 
 
 def test_of_other_models_only_breaks_and_blocks_are_taken_out() -> None:
-    badge = dccapi.parse_badge(badge_json(name="Rope<br>Work", description="<pre>Ties a <b>knot</b></pre>"))
+    badge = parse_badge(badge_json(name="Rope<br>Work", description="<pre>Ties a <b>knot</b></pre>"))
     assert (badge.badge_name, badge.badge_description) == ("Rope Work", "Ties a <b>knot</b>")
 
 
@@ -126,7 +126,7 @@ def test_a_course_about_markup_keeps_it() -> None:
 
 @pytest.mark.parametrize("title", ["BADGE: Rope Work", "Badge name: Rope Work", " badge_title:Rope Work", "Rope Work"])
 def test_a_title_is_not_called_a_badge(title: str) -> None:
-    assert dccapi.parse_badge(badge_json(name=title)).badge_name == "Rope Work"
+    assert parse_badge(badge_json(name=title)).badge_name == "Rope Work"
 
 
 def test_the_requests_own_words_are_no_badge() -> None:

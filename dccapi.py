@@ -2387,9 +2387,8 @@ OPEN_PATHS = {"/", "/demo", "/docs", "/openapi.json", "/livez", "/readyz"}  # no
 DEMO, DOCS = HERE / "examples" / "demo.html", HERE / "examples" / "docs.html"
 OPENAPI = HERE / "examples" / "openapi.json"  # `make openapi` writes it
 FORM = "multipart/form-data"
-DOCUMENTS = ("README.md", "docs/*.md", "examples/openapi.json")
-FILES = {path.name: path for pattern in DOCUMENTS for path in HERE.glob(pattern)}
-FILES |= {path.name: path for path in swagger_ui.static_path.glob("[!i]*")}  # all but its own index
+SERVED = HERE / "README.md", *HERE.glob("docs/*.md"), OPENAPI, *swagger_ui.static_path.glob("[!i]*")  # not its index
+FILES = {path.name: path for path in SERVED if path.is_file()}
 OWN_PART = r'<(?:(?P<script>script) src|link rel="stylesheet" href)="(?P<path>page/[\w.-]+)">(?:</script>)?'
 PAGE_POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
@@ -2430,16 +2429,15 @@ class Api:
     async def generate(self, request: Request, model: type[GenerateRequest] = GenerateRequest) -> Response:
         """A badge as JSON, as events, or later: the client's `Prefer`, `Accept` and `stream` choose."""
         body, generation = await self._submitted(request, model)
-        position = {"x-queue-position": str(generation.queued_position)}
+        headers = {"x-queue-position": str(generation.queued_position)}
         if "respond-async" in ",".join(request.headers.getlist("prefer")).lower():
             self.queue.keep(generation)
             state = accepted(generation, request.state.prefix)
-            headers = {"location": state["events"].removesuffix("/events"), "preference-applied": "respond-async"}
-            return as_json(state, 202, headers | position)
+            headers |= {"location": state["events"].removesuffix("/events"), "preference-applied": "respond-async"}
+            return as_json(state, 202, headers)
         if body.stream or "text/event-stream" in request.headers.get("accept", "").lower():
             return EventStreamResponse(self.queue, generation, body)
-        answer = await finished(self.queue, generation)
-        return as_json(answer.model_dump(), headers=position)
+        return as_json((await finished(self.queue, generation)).model_dump(), headers=headers)
 
     async def generation(self, request: Request) -> Response:
         """State and result of a generation. DELETE ends it; its state can still be asked for."""
@@ -2457,11 +2455,10 @@ class Api:
         """The events of a new generation, or of one that is known: from the start, or after `Last-Event-ID`.
 
         An EventSource (GET) has RESUME_GRACE to come back; 204 stops one for which nothing is left (WHATWG HTML 9.2).
-        HEAD starts and follows nothing.
         """
         if request.method == "HEAD":
             return Response(headers=EVENT_STREAM_HEADERS)
-        is_post, options, seen = request.method == "POST", stream_options(request), 0
+        is_post, options, seen = request.method == "POST", validated(StreamOptions, dict(request.query_params)), 0
         if (last := request.headers.get("last-event-id")) and not is_post:
             if "id" not in request.path_params:
                 await self._body(request, GenerateRequest)  # raises where it is not valid, as the first time
@@ -2493,7 +2490,10 @@ class Api:
             raise invalid({("header", "Idempotency-Key"): "must be 1 to 255 visible characters"})
         body, notes = await self._body(request, model)
         joined = queue.join(state.client, key, body.fingerprint()) if key is not None else None
-        state.generation = generation = joined or queue.submit(state.client, state.request_id, urgency(request))
+        # Priority (RFC 9218), from 0 to 7; one that cannot be read is none.
+        priority = re.search(r"(?:^|[,\s])u=([0-7])(?![^,;\s])", request.headers.get("priority", ""))
+        urgency = int(priority[1]) if priority else 3
+        state.generation = generation = joined or queue.submit(state.client, state.request_id, urgency)
         if joined:
             return body, generation
         if key is not None:
@@ -2524,8 +2524,8 @@ class Api:
                     fields[name] = orjson.loads(fields[name])
         request.state.ignored = model.unknown(fields)
         body = validated(model, fields, request.state.ignored, strict=False if is_text else None)
-        body = body.model_copy(update=stream_options(request).model_dump(exclude_unset=True))
-        return body, document["notes"] if document else []
+        options = validated(StreamOptions, dict(request.query_params)).model_dump(exclude_unset=True)
+        return body.model_copy(update=options), document["notes"] if document else []
 
     async def _document(self, request: Request) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """The fields of a form, and what the document in its part `file` says. Any other body is the document."""
@@ -2546,8 +2546,7 @@ class Api:
                     async for chunk in request.stream():
                         file.write(chunk)
                 file.flush()
-                asked = {"path": file.name, "name": name, "media_type": media_type}
-                document = await self.readers.ask("document", client, **asked)
+                document = await self.readers.ask("document", client, path=file.name, name=name, media_type=media_type)
                 return fields | {"content": document["content"]}, document
         except HTTPException as error:
             if "maximum size" in error.detail:
@@ -2557,11 +2556,9 @@ class Api:
             raise no_room(error) from None
 
     async def credentials(self, request: Request) -> Response:
-        """An unsigned OpenBadgeCredential; no engine involved."""
         return as_json(build_credential(await json_body(request)))
 
     async def extract(self, request: Request) -> Response:
-        """The text of a document; no engine involved."""
         _, document = await self._document(request)
         if document is None:
             raise invalid({("file",): "is missing; send the document in it"})
@@ -2569,14 +2566,15 @@ class Api:
 
     async def skills(self, request: Request) -> Response:
         """The skills of the index that a query may mean, best first. Raises NotFound without an index."""
-        if not self.settings.skills_index:
-            raise NotFound("There is no index of skills. The service's operator can make one: `make skills`.")
         query = request.query_params.get("q", "")
         if not re.search(VISIBLE, query):
             raise invalid({("q",): "must be a word of the skill that is looked for"})
-        answer = await self.readers.ask("skills", request.state.client, path=self.settings.index, query=query)
-        if "fault" in answer:
-            raise NotFound("The index of skills cannot be read. The service's operator finds the reason in /health.")
+        asked = {"path": self.settings.index, "query": query}
+        answer = await self.readers.ask("skills", request.state.client, **asked) if self.settings.index else {}
+        if "skills" not in answer:
+            raise NotFound(
+                "No index of skills can be read. Its operator runs `make skills`, and finds more in /health."
+            )
         return as_json(answer["skills"])
 
     async def frameworks(self) -> dict[str, Any]:
@@ -2597,7 +2595,7 @@ class Api:
         index = await self.frameworks()
         # The tokens that instructions and an answer leave for a course, about three words in four.
         room = max(0, context - min(1024, context // 4) - len(self.system_prompt.encode()) // 4 - 200)
-        health = {
+        state = {
             "status": "unhealthy" if error else "healthy",
             "engine": settings.engine,
             "ollama_url": re.sub(r"//[^/]*@", "//", settings.ollama_url),
@@ -2618,7 +2616,7 @@ class Api:
             "content_words_that_fit": room * 3 // 4 if context else None,
             "skills": index.get("frameworks"),
         }
-        return as_json(health, 503 if error else 200)
+        return as_json(state, 503 if error else 200)
 
     async def readyz(self, request: Request) -> Response:
         if error := (await self._state())[1]:
@@ -2626,7 +2624,6 @@ class Api:
         return as_json({"status": "ready"})
 
     async def metrics(self, request: Request) -> Response:
-        """For Prometheus, in its text format."""
         self.queue.metrics.engine_up.set(self.engine.has_model((await self._state())[0]))
         return Response(generate_latest(self.queue.metrics.registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
@@ -2661,8 +2658,8 @@ class Api:
         return FileResponse(file, headers={"cache-control": "max-age=600"}, media_type=media_type)
 
 
-def as_json(document: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(orjson.dumps(document), status, headers, "application/json")
+def as_json(document: Any, status: int = 200, headers: Mapping[str, str] = {}, kind: str = "json") -> Response:
+    return Response(orjson.dumps(document), status, headers, f"application/{kind}")
 
 
 def accepted(generation: Generation, prefix: str = "") -> dict[str, Any]:
@@ -2689,10 +2686,8 @@ def page(request: Request, file: Path, script: str = "", style: str = "") -> Res
 
 
 async def json_body(request: Request) -> dict[str, Any]:
-    """The body as a JSON object. Raises UnsupportedMediaType, InvalidJson, InvalidRequest, and what `Guard` raises.
-
-    A browser's `fetch` without headers sends JSON as text/plain, so that is JSON where it reads as JSON.
-    """
+    """The body as a JSON object. Raises UnsupportedMediaType, InvalidJson, InvalidRequest, or what `Exchange` does."""
+    # A browser's `fetch` without headers sends JSON as text/plain, so that is JSON where it reads as JSON.
     is_json = re.fullmatch(r"(application/json|.+\+json)?", request.state.media_type)
     if not is_json and request.state.media_type != "text/plain":
         raise UnsupportedMediaType
@@ -2712,20 +2707,9 @@ def validated(kind: type[Model], fields: Any, unknown: Sequence[str] = (), stric
     try:
         return kind.model_validate(fields, strict=strict)
     except ValidationError as error:
-        faults = {fault["loc"]: fault for fault in error.errors(include_url=False, include_input=False)}
-        words = {place: in_words(fault) for place, fault in faults.items()}
-        raise invalid(words, {place: fault["type"] for place, fault in faults.items()}, unknown) from None
-
-
-def stream_options(request: Request) -> StreamOptions:
-    """How the client wants its events, from the query."""
-    return validated(StreamOptions, dict(request.query_params))
-
-
-def urgency(request: Request) -> int:
-    """From `Priority` (RFC 9218), 0 to 7; one that cannot be read is none."""
-    given = re.search(r"(?:^|[,\s])u=([0-7])(?![^,;\s])", request.headers.get("priority", ""))
-    return int(given[1]) if given else 3
+        faults = error.errors(include_url=False, include_input=False)
+        words = {fault["loc"]: in_words(fault) for fault in faults}
+        raise invalid(words, {fault["loc"]: fault["type"] for fault in faults}, unknown) from None
 
 
 # ---- Guard: bounds, who may ask, headers on every response, errors as JSON ------------------------------------------
@@ -2813,19 +2797,23 @@ class Guard:
     async def admit(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Find out who asks, by the name of a key or else by address, and refuse who may not (contract 3.4)."""
         settings, state, headers = self.settings, scope["state"], Headers(scope=scope)
-        host, path = (scope.get("client") or ("unknown",))[0], state["path"]
-        is_proxied = _is_proxy(host, settings)
+        address, path = (scope.get("client") or ("unknown",))[0], state["path"]
+        is_proxied = _is_proxy(address, settings)
         # What the path has before it where clients ask.
         prefix = is_proxied and re.fullmatch(r"((/[\w.~%-]+)+)/?", headers.get("x-forwarded-prefix", ""), re.ASCII)
         state["prefix"] = prefix[1] if prefix else scope.get("root_path", "").rstrip("/")
         self._check_site(scope, headers, is_proxied)
         if len(scope["query_string"]) > 32 * 2**10:  # bytes; Hypercorn refuses headers over 64 KiB
             raise UriTooLong
+        # X-Forwarded-For counts behind a proxy in TRUSTED_PROXIES alone; the client is its last address that is none.
+        hops = re.findall(r"[^,\s]+", ",".join(headers.getlist("x-forwarded-for")))
+        while hops and _is_proxy(address, settings):
+            address = hops.pop()
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = (token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")).encode("latin-1")
         # Every key is compared, in constant time each.
         names = [name for name, key in settings.keys.items() if hmac.compare_digest(given, key)]
-        state["client"] = names[0] if names else _address(host, headers, settings)
+        state["client"] = names[0] if names else str(_ip(address) or address)
         is_open = not settings.keys or path in OPEN_PATHS or path.startswith("/docs/")
         # An EventSource cannot send a key, and nobody can guess the URL of a generation's events.
         events = re.fullmatch(r"/generations/([\w-]+)/events", path) if scope["method"] == "GET" else None
@@ -2838,17 +2826,16 @@ class Guard:
     def _check_site(self, scope: Scope, headers: Headers, is_proxied: bool) -> None:
         """Raise Forbidden for another site's page: a browser reaches what its user can."""
         settings, host, origin = self.settings, headers.get("host", ""), headers.get("origin")
-        if settings.allows("*"):
-            return
         here = _ip((scope.get("server") or ("",))[0])
-        is_open = here and here.is_loopback and not settings.keys and not is_proxied
+        is_open = here and here.is_loopback and not (is_proxied or settings.keys or settings.allows("*"))
         if is_open and not re.fullmatch(LOCAL_HOST, host):
             raise Forbidden("This machine has another name: ask at localhost, or set API_KEYS or TRUSTED_PROXIES here.")
         site = headers.get("sec-fetch-site", "same-origin" if origin is None else "")
         is_visit = headers.get("sec-fetch-mode") == "navigate" and scope["method"] in ("GET", "HEAD")
-        if site in ("same-origin", "none") or (is_visit and scope["state"]["path"] in OPEN_PATHS):
-            return
-        if origin is None or not (settings.allows(origin) or origin.partition("://")[2] == host):
+        is_ours = site in ("same-origin", "none") or (is_visit and scope["state"]["path"] in OPEN_PATHS)
+        # A request that names no origin may come from any page.
+        may_ask = settings.allows(origin or "*") or (origin is not None and origin.partition("://")[2] == host)
+        if not is_ours and not may_ask:
             raise Forbidden
 
 
@@ -2867,8 +2854,7 @@ class Exchange:
         given = self._headers.get("x-request-id", "")
         id = given if re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given) else uuid.uuid4().hex
         scope["state"] = {"request_id": id, "path": path, "media_type": media_type}
-        is_upload = media_type == FORM or path == "/extract"
-        self._limit = settings.max_upload_bytes if is_upload else settings.max_body_bytes
+        self._limit = settings.max_upload_bytes if media_type == FORM or path == "/extract" else settings.max_body_bytes
         # In memory only while it is no larger than an ordinary one.
         self._body = tempfile.SpooledTemporaryFile(settings.max_body_bytes)  # noqa: SIM115 - `run` closes it
         self._arrived = asyncio.Future[ApiError | None]()  # done when the body is there: why it is refused
@@ -2914,7 +2900,7 @@ class Exchange:
 
     async def _take_body(self) -> ApiError | None:
         """Read the body within its bounds, over HTTP/1.1 one that is refused as well. Returns why it is refused."""
-        most, size, more = self._settings.max_body_bytes, 0, True  # so many bytes are held in memory, not more
+        most, size, more = self._settings.max_body_bytes, 0, True  # `most`: what `_body` has in memory
         declared = self._headers.get("content-length", "")
         refusal = self._keep(b"", int(declared) if declared.isdecimal() else 0)
         try:
@@ -2923,8 +2909,8 @@ class Exchange:
                     message = await self._next()
                     more, chunk = message.get("more_body", False), message.get("body", b"")
                     before, size = size, size + len(chunk)
-                    self._peer.hold(min(size, most) - min(before, most))
                     refusal = refusal or self._keep(chunk, size)
+                    self._peer.hold(min(size, most) - min(before, most))
                     if not refusal and before // most < size // most:  # an upload goes on
                         deadline.reschedule(asyncio.get_running_loop().time() + self._settings.body_timeout)
             self._body.seek(0)
@@ -2955,7 +2941,7 @@ class Exchange:
         """The body once it is there, in pieces. Raises why it was refused."""
         if refusal := await asyncio.shield(self._arrived):
             raise refusal
-        if self._body.closed:
+        if self._body.closed:  # a FileResponse listens on
             await asyncio.Event().wait()  # for ever: disconnection arrives as cancellation
         chunk = self._body.read(self._settings.max_body_bytes)
         if not chunk:
@@ -2978,28 +2964,15 @@ class Exchange:
 async def as_problem(request: Request, raised: Exception) -> Response:
     """Any exception as application/problem+json; the only place that does so."""
     state = request.scope["state"]
+    error = raised if isinstance(raised, ApiError) else ApiError()
     if isinstance(raised, HTTPException):  # the router's
         error = {404: NotFound, 405: MethodNotAllowed}.get(raised.status_code, ApiError)(headers=raised.headers or {})
-    elif isinstance(raised, ApiError):
-        error = raised
-    else:
+    elif error is not raised:
         log.error("request %s failed: %s", state["request_id"], described(raised))
-        error = ApiError()
     if "generation" not in state and state["path"] not in OPEN_PATHS:
         request.app.queue.metrics.rejections.labels(error.code).inc()
-    headers = dict(error.headers)
-    if error.retry_after is not None:
-        headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
-    document = orjson.dumps(problem(error, state["request_id"]))
-    return Response(document, error.status, headers, "application/problem+json")
-
-
-def _address(host: str, headers: Headers, settings: Settings) -> str:
-    """The client's address; from X-Forwarded-For only behind a proxy in TRUSTED_PROXIES, the last that is none."""
-    hops = re.findall(r"[^,\s]+", ",".join(headers.getlist("x-forwarded-for")))
-    while hops and _is_proxy(host, settings):
-        host = hops.pop()
-    return str(_ip(host) or host)
+    after = {} if error.retry_after is None else {"retry-after": str(max(1, math.ceil(error.retry_after)))}
+    return as_json(problem(error, state["request_id"]), error.status, error.headers | after, "problem+json")
 
 
 def _is_proxy(address: str, settings: Settings) -> bool:

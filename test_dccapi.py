@@ -1556,7 +1556,7 @@ async def test_a_waiting_client_that_leaves_gives_its_place_up_at_once() -> None
         await service.connect() as connection,
     ):
         _first, second, third = [await connection.request("POST", "/generate/stream", body=COURSE) for _ in range(3)]
-        await eventually(lambda: service.queue.waiting == 2)
+        await eventually(lambda: service.queue.running and service.queue.waiting == 2)
         connection.reset(second)
         await eventually(lambda: service.queue.waiting == 1, timeout=0.25)
         gate.set()

@@ -2160,9 +2160,9 @@ Model = TypeVar("Model", bound=BaseModel)
 OPEN_PATHS = {"/", "/demo", "/docs", "/openapi.json", "/livez", "/readyz"}  # no key is needed (contract 3.4)
 DEMO, DOCS = HERE / "examples" / "demo.html", HERE / "examples" / "docs.html"
 OPENAPI = HERE / "examples" / "openapi.json"  # `make openapi` writes it
-DOCUMENTS = ("README.md", "docs/*.md", "examples/openapi.json")
-FILES = {path.name: path for pattern in DOCUMENTS for path in HERE.glob(pattern)}
-FILES |= {path.name: path for path in swagger_ui.static_path.glob("[!i]*")}  # all but its own index
+FORM = "multipart/form-data"
+SERVED = HERE / "README.md", *HERE.glob("docs/*.md"), OPENAPI, *swagger_ui.static_path.glob("[!i]*")  # not its index
+FILES = {path.name: path for path in SERVED if path.is_file()}
 OWN_PART = r'<(?:(?P<script>script) src|link rel="stylesheet" href)="(?P<path>page/[\w.-]+)">(?:</script>)?'
 PAGE_POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
@@ -2189,7 +2189,7 @@ class Api:
             ("/generations/{id}", "GET DELETE", self.generation),
             ("/generations/{id}/events", "GET", self.events),
             ("/health", "GET", self.health),
-            ("/livez", "GET", self.livez),
+            ("/livez", "GET", as_json({"status": "alive"})),
             ("/readyz", "GET", self.readyz),
             ("/metrics", "GET", self.metrics),
             ("/", "GET", self.index),
@@ -2203,15 +2203,15 @@ class Api:
     async def generate(self, request: Request, model: type[GenerateRequest] = GenerateRequest) -> ASGIApp:
         """A badge as JSON, as events, or later: the client's `Prefer`, `Accept` and `stream` choose."""
         body, generation = await self._submitted(request, model)
-        position = {"x-queue-position": str(generation.position)}
+        headers = {"x-queue-position": str(generation.position)}
         if "respond-async" in ",".join(request.headers.getlist("prefer")).lower():
             self.queue.keep(generation)
             state = accepted(generation, request.state.prefix)
-            headers = {"location": state["events"].removesuffix("/events"), "preference-applied": "respond-async"}
-            return as_json(state, 202, headers | position)
+            headers |= {"location": state["events"].removesuffix("/events"), "preference-applied": "respond-async"}
+            return as_json(state, 202, headers)
         if body.stream or "text/event-stream" in request.headers.get("accept", "").lower():
             return event_stream(self.queue, EventEncoder(generation, body))
-        return as_json(await finished(self.queue, generation), headers=position)
+        return as_json(await finished(self.queue, generation), headers=headers)
 
     async def generation(self, request: Request) -> Response:
         """State and result of a generation. DELETE ends it; its state can still be asked for."""
@@ -2229,11 +2229,10 @@ class Api:
         """The events of a new generation, or of one that is known: from the start, or after `Last-Event-ID`.
 
         An EventSource (GET) has RESUME_GRACE to come back; 204 stops one for which nothing is left (WHATWG HTML 9.2).
-        HEAD starts and follows nothing.
         """
         if request.method == "HEAD":
             return Response(headers=EVENT_STREAM_HEADERS)
-        is_post, options, seen = request.method == "POST", stream_options(request), 0
+        is_post, options, seen = request.method == "POST", validated(StreamOptions, dict(request.query_params)), 0
         if (last := request.headers.get("last-event-id")) and not is_post:
             if "id" not in request.path_params:
                 await self._body(request, GenerateRequest)  # raises where it is not valid, as the first time
@@ -2258,21 +2257,23 @@ class Api:
 
     async def _submitted(self, request: Request, model: type[GenerateRequest]) -> tuple[GenerateRequest, Generation]:
         """What is asked for, and its generation: a new one, or the one that its `Idempotency-Key` stands for."""
-        queue, client, key = self.queue, request.state.client, request.headers.get("idempotency-key")
+        queue, state, key = self.queue, request.state, request.headers.get("idempotency-key")
         if key is None:
-            queue.check_admission(client)  # before the body is waited for
+            queue.check_admission(state.client)  # before the body is waited for
         elif not re.fullmatch(r"[\x21-\x7e]{1,255}", key):
             raise invalid({("header", "Idempotency-Key"): "must be 1 to 255 visible characters"})
         body, notes = await self._body(request, model)
-        joined = queue.join(client, key, body.fingerprint()) if key is not None else None
-        generation = joined or queue.submit(client, request.state.request_id, urgency(request))
-        request.state.generation = generation
+        joined = queue.join(state.client, key, body.fingerprint()) if key is not None else None
+        # Priority (RFC 9218), from 0 to 7; one that cannot be read is none.
+        priority = re.search(r"(?:^|[,\s])u=([0-7])(?![^,;\s])", request.headers.get("priority", ""))
+        urgency = int(priority[1]) if priority else 3
+        state.generation = generation = joined or queue.submit(state.client, state.request_id, urgency)
         if joined:
             return body, generation
         if key is not None:
-            queue.keys[client, key] = body.fingerprint(), generation
+            queue.keys[state.client, key] = body.fingerprint(), generation
         try:
-            read = await self.readers.ask("text", client, content=body.content)
+            read = await self.readers.ask("text", state.client, content=body.content)
             if not re.search(VISIBLE, read["text"]):
                 raise invalid({("content",): "must hold text that can be seen, not only markup"})
             course = Course(**read | {"notes": [*notes, *read["notes"]]})
@@ -2284,48 +2285,43 @@ class Api:
 
     async def _body(self, request: Request, model: type[GenerateRequest]) -> tuple[GenerateRequest, list[Any]]:
         """A request that came as a query, a form or JSON, and notes on the document in it."""
-        document, is_json = None, False
+        document, is_text = None, True
         if request.method == "GET":
             fields: dict[str, Any] = dict(request.query_params)
-        elif _is_form(request):
+        elif request.state.media_type == FORM:
             fields, document = await self._document(request)
-            fields |= {"content": document["content"]} if document else {}
         else:
-            fields, is_json = await json_body(request), True
-        validate: Callable[[Any], GenerateRequest] = model.model_validate
-        if not is_json:  # every field is a text, of which two hold JSON
-            validate = partial(model.model_validate_strings, strict=False)
+            fields, is_text = await json_body(request), False
+        if is_text:  # two fields hold JSON
             for name in {"badge", "badge_configuration"} & fields.keys():
                 with contextlib.suppress(ValueError):  # what is none is left to the validation
                     fields[name] = orjson.loads(fields[name])
         request.state.ignored = model.unknown(fields)
-        body = validated(validate, fields, request.state.ignored)
-        body = body.model_copy(update=stream_options(request).model_dump(exclude_unset=True))
-        return body, document["notes"] if document else []
+        body = validated(model, fields, request.state.ignored, strict=False if is_text else None)
+        options = validated(StreamOptions, dict(request.query_params)).model_dump(exclude_unset=True)
+        return body.model_copy(update=options), document["notes"] if document else []
 
     async def _document(self, request: Request) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """The fields of a form, and what the document in its part `file` says. Any other body is the document."""
         client, limit = request.state.client, self.settings.max_body_bytes
-        fields: dict[str, Any] = {}
-        name, media_type = "", request.headers.get("content-type", "")
+        name, media_type, fields = "", request.headers.get("content-type", ""), dict[str, Any]()
         try:
             with self.queue.reading(client), tempfile.NamedTemporaryFile(prefix="dccapi-") as file:
-                if _is_form(request):
+                if request.state.media_type == FORM:
                     async with request.form(max_files=1, max_fields=64, max_part_size=limit) as form:
-                        fields = {name: value if isinstance(value, str) else "" for name, value in form.items()}
-                        if (part := form.get("file")) is None:
+                        fields = dict(form)
+                        if (part := fields.pop("file", None)) is None:
                             return fields, None
                         if isinstance(part, str):  # sent without the name of a file
                             part = UploadFile(BytesIO(part.encode()))
                         name, media_type = part.filename or "", part.content_type or ""
                         await asyncio.to_thread(shutil.copyfileobj, part.file, file)
-                        del fields["file"]
                 else:
                     async for chunk in request.stream():
                         file.write(chunk)
                 file.flush()
-                asked = {"path": file.name, "name": name, "media_type": media_type}
-                return fields, await self.readers.ask("document", client, **asked)
+                document = await self.readers.ask("document", client, path=file.name, name=name, media_type=media_type)
+                return fields | {"content": document["content"]}, document
         except HTTPException as error:
             if "maximum size" in error.detail:
                 raise BodyTooLarge(f"A field may have {limit} bytes here.") from None
@@ -2334,11 +2330,9 @@ class Api:
             raise no_room(error) from None
 
     async def credentials(self, request: Request) -> Response:
-        """An unsigned OpenBadgeCredential; no engine involved."""
         return as_json(build_credential(await json_body(request)))
 
     async def extract(self, request: Request) -> Response:
-        """The text of a document; no engine involved."""
         _, document = await self._document(request)
         if document is None:
             raise invalid({("file",): "is missing; send the document in it"})
@@ -2346,14 +2340,13 @@ class Api:
 
     async def skills(self, request: Request) -> Response:
         """The skills of the index that a query may mean, best first. Raises NotFound without an index."""
-        if not self.settings.skills_index:
-            raise NotFound("There is no index of skills. The service's operator can make one: `make skills`.")
         query = request.query_params.get("q", "")
         if not re.search(VISIBLE, query):
             raise invalid({("q",): "must be a word of the skill that is looked for"})
-        answer = await self.readers.ask("skills", request.state.client, path=self.settings.skills_index, query=query)
-        if "fault" in answer:
-            raise NotFound("The index of skills cannot be read. The service's operator finds the reason in /health.")
+        index, asked = self.settings.skills_index, {"query": query}
+        answer = await self.readers.ask("skills", request.state.client, path=index, **asked) if index else {}
+        if "skills" not in answer:
+            raise NotFound("No index of skills can be read. Its operator runs `make skills`; /health says more.")
         return as_json(answer["skills"])
 
     async def frameworks(self) -> dict[str, Any]:
@@ -2375,7 +2368,7 @@ class Api:
         index = await self.frameworks()
         # The tokens that instructions and an answer leave for a course, about three words in four.
         room = max(0, context - min(1024, context // 4) - len(self.system_prompt.encode()) // 4 - 200)
-        health = {
+        state = {
             "status": "unhealthy" if error else "healthy",
             "engine": settings.engine,
             "ollama_url": re.sub(r"//[^/]*@", "//", settings.ollama_url),
@@ -2396,10 +2389,7 @@ class Api:
             "content_words_that_fit": room * 3 // 4 if context else None,
             "skills": index.get("frameworks"),
         }
-        return as_json(health, 503 if error else 200)
-
-    async def livez(self, request: Request) -> Response:
-        return as_json({"status": "alive"})
+        return as_json(state, 503 if error else 200)
 
     async def readyz(self, request: Request) -> Response:
         if error := (await self._state())[1]:
@@ -2407,7 +2397,6 @@ class Api:
         return as_json({"status": "ready"})
 
     async def metrics(self, request: Request) -> Response:
-        """For Prometheus, in its text format."""
         self.queue.metrics.engine_up.set(self.engine.has_model((await self._state())[0]))
         return Response(generate_latest(self.queue.metrics.registry), media_type="text/plain; version=0.0.4")
 
@@ -2442,8 +2431,8 @@ class Api:
         return FileResponse(file, headers={"cache-control": "max-age=600"}, media_type=media_type)
 
 
-def as_json(document: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(orjson.dumps(document), status, headers, "application/json")
+def as_json(document: Any, status: int = 200, headers: Mapping[str, str] = {}, kind: str = "json") -> Response:
+    return Response(orjson.dumps(document), status, headers, f"application/{kind}")
 
 
 def accepted(generation: Generation, prefix: str = "") -> dict[str, Any]:
@@ -2470,13 +2459,10 @@ def page(request: Request, file: Path, script: str = "", style: str = "") -> Res
 
 
 async def json_body(request: Request) -> dict[str, Any]:
-    """The body as a JSON object. Raises UnsupportedMediaType, InvalidJson, InvalidRequest, and what `Guard` raises.
-
-    A browser's `fetch` without headers sends JSON as text/plain, so that is JSON where it reads as JSON.
-    """
-    media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    is_json = media_type == "application/json" or media_type.endswith("+json")
-    if not is_json and media_type != "text/plain":
+    """The body as a JSON object. Raises UnsupportedMediaType, InvalidJson, InvalidRequest, or what `Exchange` does."""
+    # A browser's `fetch` without headers sends JSON as text/plain, so that is JSON where it reads as JSON.
+    is_json = re.fullmatch(r"(application/json|.+\+json)?", request.state.media_type)
+    if not is_json and request.state.media_type != "text/plain":
         raise UnsupportedMediaType
     try:
         body = b"".join([chunk async for chunk in request.stream()])  # `request.body()` would keep it
@@ -2489,29 +2475,14 @@ async def json_body(request: Request) -> dict[str, Any]:
     return document
 
 
-def _is_form(request: Request) -> bool:
-    return request.headers.get("content-type", "").lower().startswith("multipart/form-data")
-
-
-def validated(validate: Callable[[Any], Model], document: Any, unknown: Sequence[str] = ()) -> Model:
+def validated(kind: type[Model], fields: Any, unknown: Sequence[str] = (), strict: bool | None = None) -> Model:
     """Raises InvalidRequest, which has every fault in words and none of the values."""
     try:
-        return validate(document)
+        return kind.model_validate(fields, strict=strict)
     except ValidationError as error:
-        faults = {fault["loc"]: fault for fault in error.errors(include_url=False, include_input=False)}
-        words = {place: in_words(fault) for place, fault in faults.items()}
-        raise invalid(words, {place: fault["type"] for place, fault in faults.items()}, unknown) from None
-
-
-def stream_options(request: Request) -> StreamOptions:
-    """How the client wants its events, from the query."""
-    return validated(StreamOptions.model_validate_strings, dict(request.query_params))
-
-
-def urgency(request: Request) -> int:
-    """From `Priority` (RFC 9218), 0 to 7; one that cannot be read is none."""
-    given = re.search(r"(?:^|[,\s])u=([0-7])(?![^,;\s])", request.headers.get("priority", ""))
-    return int(given[1]) if given else 3
+        faults = error.errors(include_url=False, include_input=False)
+        words = {fault["loc"]: in_words(fault) for fault in faults}
+        raise invalid(words, {fault["loc"]: fault["type"] for fault in faults}, unknown) from None
 
 
 # ---- Guard: bounds, who may ask, headers on every response, errors as JSON ------------------------------------------
@@ -2583,10 +2554,10 @@ def no_room(error: OSError) -> QueueFull:
 
 
 class Guard:
-    """Outermost ASGI layer: reads every body within bounds, ends what nobody waits for, and marks every response."""
+    """Outermost ASGI layer, and the innermost before the routes: `create_app` puts CORS and errors between them."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, queue: GenerationQueue) -> None:
-        self.app, self.settings, self.queue = app, settings, queue
+    def __init__(self, router: ASGIApp, settings: Settings, queue: GenerationQueue) -> None:
+        self.app, self.router, self.settings, self.queue = router, router, settings, queue
         self.addresses = ["the addresses that its server names"]  # `serve_until_drained` knows them
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -2594,28 +2565,73 @@ class Guard:
         if scope["type"] == "http":
             await Exchange(scope, receive, send, self.settings).run(self.app)
         else:
-            await self.app(scope, receive, send)
+            await self.router(scope, receive, send)
+
+    async def admit(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Find out who asks, by the name of a key or else by address, and refuse who may not (contract 3.4)."""
+        settings, state, headers = self.settings, scope["state"], Headers(scope=scope)
+        address, path = (scope.get("client") or ("unknown",))[0], state["path"]
+        is_proxied = _is_proxy(address, settings)
+        # What the path has before it where clients ask.
+        prefix = is_proxied and re.fullmatch(r"((/[\w.~%-]+)+)/?", headers.get("x-forwarded-prefix", ""), re.ASCII)
+        state["prefix"] = prefix[1] if prefix else scope.get("root_path", "").rstrip("/")
+        self._check_site(scope, headers, is_proxied)
+        if len(scope["query_string"]) > 32 * 2**10:  # bytes; Hypercorn refuses headers over 64 KiB
+            raise UriTooLong
+        # X-Forwarded-For counts behind a proxy in TRUSTED_PROXIES alone; the client is its last address that is none.
+        hops = re.findall(r"[^,\s]+", ",".join(headers.getlist("x-forwarded-for")))
+        while hops and _is_proxy(address, settings):
+            address = hops.pop()
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        given = (token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")).encode("latin-1")
+        # Every key is compared, in constant time each.
+        names = [name for name, key in settings.keys.items() if hmac.compare_digest(given, key)]
+        state["client"] = names[0] if names else str(_ip(address) or address)
+        is_open = not settings.keys or path in OPEN_PATHS or path.startswith("/docs/")
+        # An EventSource cannot send a key, and nobody can guess the URL of a generation's events.
+        events = re.fullmatch(r"/generations/([\w-]+)/events", path) if scope["method"] == "GET" else None
+        if not names and not is_open and not (events and self.queue.known.get(events[1])):
+            if given and not peer_of(state["client"]).wrong_keys.spend():
+                await asyncio.sleep(1)  # who guesses keys waits
+            raise Unauthorized(headers={"www-authenticate": 'Bearer realm="dccapi"'})
+        await self.router(scope, receive, send)
+
+    def _check_site(self, scope: Scope, headers: Headers, is_proxied: bool) -> None:
+        """Raise Forbidden for another site's page: a browser reaches what its user can."""
+        settings, host, origin = self.settings, headers.get("host", ""), headers.get("origin")
+        here = _ip((scope.get("server") or ("",))[0])
+        is_open = here and here.is_loopback and not (is_proxied or settings.keys or settings.origins == ".*")
+        if is_open and not re.fullmatch(LOCAL_HOST, host):
+            raise Forbidden("This machine has another name: ask at localhost, or set API_KEYS or TRUSTED_PROXIES here.")
+        site = headers.get("sec-fetch-site", "same-origin" if origin is None else "")
+        is_visit = headers.get("sec-fetch-mode") == "navigate" and scope["method"] in ("GET", "HEAD")
+        is_ours = site in ("same-origin", "none") or (is_visit and scope["state"]["path"] in OPEN_PATHS)
+        # A request that names no origin may come from any page.
+        may_ask = re.fullmatch(settings.origins, origin or "*") or (origin and origin.partition("://")[2] == host)
+        if not is_ours and not may_ask:
+            raise Forbidden
 
 
 class Exchange:
-    """One request and its response."""
+    """One request, whose body is read within bounds and which ends when its client leaves, and its response."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, settings: Settings) -> None:
         self._scope, self._receive, self._send, self._settings = scope, receive, send, settings
-        self._headers, self._peer = dict(scope["headers"]), peer_at(scope.get("client"), settings)
+        self._peer, self._headers = peer_at(scope.get("client"), settings), Headers(scope=scope)
         self._is_http1 = scope["http_version"].startswith("1")
-        media_type = self._headers.get(b"content-type", b"").lower()
-        is_upload = media_type.startswith(b"multipart/form-data") or _short_path(scope) == "/extract"
-        self._limit = settings.max_upload_bytes if is_upload else settings.max_body_bytes
+        # The path without the prefixes under which each stands as well, and without a slash at its end.
+        path = scope["path"].removeprefix(scope.get("root_path", "")).removeprefix("/api/v1").rstrip("/") or "/"
+        if path != "/":
+            scope["path"] = scope["path"].rstrip("/")
+        media_type = self._headers.get("content-type", "").partition(";")[0].strip().lower()
+        given = self._headers.get("x-request-id", "")
+        id = given if re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given) else uuid.uuid4().hex
+        scope["state"] = {"request_id": id, "path": path, "media_type": media_type}
+        self._limit = settings.max_upload_bytes if media_type == FORM or path == "/extract" else settings.max_body_bytes
         # In memory only while it is no larger than an ordinary one.
-        self._body = tempfile.SpooledTemporaryFile(settings.max_body_bytes)  # noqa: SIM115 - `_watch` closes it
-        self._size = 0
-        self._arrived = asyncio.Event()  # the body, or why it is refused
-        self._refused: ApiError | None = None
+        self._body = tempfile.SpooledTemporaryFile(settings.max_body_bytes)  # noqa: SIM115 - `run` closes it
+        self._arrived = asyncio.Future[ApiError | None]()  # done when the body is there: why it is refused
         self._is_over, self._end = False, "no response"
-        given = self._headers.get(b"x-request-id", b"").decode("latin-1")
-        is_fit = re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given)
-        scope["state"] = {"request_id": given if is_fit else uuid.uuid4().hex}
 
     async def run(self, app: ASGIApp) -> None:
         scope, started = self._scope, time.monotonic()
@@ -2627,7 +2643,7 @@ class Exchange:
                 await asyncio.sleep(0)  # the watch looks first
                 if self._is_http1:
                     # h11 closes a connection whose request was not read to its end, and the answer is lost with it.
-                    await self._arrived.wait()
+                    await asyncio.shield(self._arrived)
                 if not watch.done():  # what was reset before it starts is not executed
                     await app(scope, self.receive, self.send)
                 watch.cancel()
@@ -2635,6 +2651,8 @@ class Exchange:
             self._end = "the client left"
         finally:
             self._peer.hold(-cost)
+            with contextlib.suppress(OSError):  # there was no room for its last bytes
+                self._body.close()
             # The pattern of the path, and no query: either may hold a course or a key put there by mistake.
             path = scope["route"].path if "route" in scope else "a path that is not known"
             took = time.monotonic() - started
@@ -2642,14 +2660,9 @@ class Exchange:
 
     async def _watch(self) -> None:
         """Take all that the client sends, or Hypercorn would stop reading. Raises ClientDisconnect when it leaves."""
-        try:
-            await self._take_body()
-            self._arrived.set()
-            while True:
-                await self._next()
-        finally:
-            with contextlib.suppress(OSError):  # there was no room for its last bytes
-                self._body.close()
+        self._arrived.set_result(await self._take_body())
+        while True:
+            await self._next()
 
     async def _next(self) -> Message:
         message = await self._receive()
@@ -2658,56 +2671,55 @@ class Exchange:
             raise ClientDisconnect
         return message
 
-    async def _take_body(self) -> None:
-        """Read the body within its bounds, over HTTP/1.1 one that is refused as well. Raises ClientDisconnect."""
-        declared, settings, more, held = self._headers.get(b"content-length", b""), self._settings, True, 0
-        self._refused = self._refusal(int(declared) if declared.isdigit() else 0)
+    async def _take_body(self) -> ApiError | None:
+        """Read the body within its bounds, over HTTP/1.1 one that is refused as well. Returns why it is refused."""
+        most, size, more = self._settings.max_body_bytes, 0, True  # `most`: what `_body` has in memory
+        declared = self._headers.get("content-length", "")
+        refusal = self._keep(b"", int(declared) if declared.isdecimal() else 0)
         try:
-            async with asyncio.timeout(settings.body_timeout) as deadline:
-                while more and (not self._refused or (self._is_http1 and self._size <= 16 * self._limit)):
+            async with asyncio.timeout(self._settings.body_timeout) as deadline:
+                while more and (not refusal or (self._is_http1 and size <= 16 * self._limit)):
                     message = await self._next()
                     more, chunk = message.get("more_body", False), message.get("body", b"")
-                    counted, self._size = self._size // settings.max_body_bytes, self._size + len(chunk)
-                    self._refused = self._refused or self._refusal(self._size)
-                    if self._refused or self._is_over:
-                        continue
-                    try:
-                        self._body.write(chunk)
-                    except OSError as error:
-                        self._refused = no_room(error)
-                    if self._size <= settings.max_body_bytes:
-                        held += len(chunk)
-                        self._peer.hold(len(chunk))
-                    elif counted < self._size // settings.max_body_bytes:  # an upload goes on
-                        deadline.reschedule(asyncio.get_running_loop().time() + settings.body_timeout)
+                    before, size = size, size + len(chunk)
+                    refusal = refusal or self._keep(chunk, size)
+                    self._peer.hold(min(size, most) - min(before, most))
+                    if not refusal and before // most < size // most:  # an upload goes on
+                        deadline.reschedule(asyncio.get_running_loop().time() + self._settings.body_timeout)
             self._body.seek(0)
         except TimeoutError:
-            self._refused = self._refused or BodyTimeout()
+            refusal = refusal or BodyTimeout()
         except OSError as error:
-            self._refused = self._refused or no_room(error)
+            refusal = refusal or no_room(error)
         finally:
-            self._peer.hold(-held)
+            self._peer.hold(-min(size, most))
+        return refusal
 
-    def _refusal(self, size: int) -> ApiError | None:
-        if self._headers.get(b"content-encoding", b"identity").strip().lower() != b"identity":
+    def _keep(self, chunk: bytes, size: int) -> ApiError | None:
+        """Keep a piece of a body that has this size so far, or was said to have. Returns why it is refused."""
+        if self._headers.get("content-encoding", "identity").strip().lower() != "identity":
             return UnsupportedMediaType("Send it without Content-Encoding.", headers={"accept-encoding": "identity"})
         if size > self._limit:
             taken = f"This is larger than the {self._limit} bytes ({self._limit / 2**20:.2g} MB) that are taken here."
             return BodyTooLarge(f"{taken} Send less; /docs/api.md says how documents are sent.")
-        return QueueFull("Too many requests have arrived in part. Send each at once.") if self._peer.is_full else None
+        if self._peer.is_full:
+            return QueueFull("Too many requests have arrived in part. Send each at once.")
+        try:
+            self._body.write(chunk)
+        except OSError as error:
+            return no_room(error)
+        return None
 
     async def receive(self) -> Message:
         """The body once it is there, in pieces. Raises why it was refused."""
-        await self._arrived.wait()
-        if self._refused:
-            raise self._refused
-        if self._body.closed:
+        if refusal := await asyncio.shield(self._arrived):
+            raise refusal
+        if self._body.closed:  # a FileResponse listens on
             await asyncio.Event().wait()  # for ever: disconnection arrives as cancellation
         chunk = self._body.read(self._settings.max_body_bytes)
-        more = self._body.tell() < self._size
-        if not more:
+        if not chunk:
             self._body.close()  # a generation may wait long
-        return {"type": "http.request", "body": chunk, "more_body": more}
+        return {"type": "http.request", "body": chunk, "more_body": bool(chunk)}
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -2721,91 +2733,18 @@ class Exchange:
         await self._send(message)
 
 
-class Admission:
-    """Finds out who asks, by key or else by address, and refuses who may not (contract 3.4)."""
-
-    def __init__(self, app: ASGIApp, settings: Settings, queue: GenerationQueue) -> None:
-        self.app, self.settings, self.queue = app, settings, queue
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            headers, host = Headers(scope=scope), (scope.get("client") or ("unknown",))[0]
-            is_proxied, root = _is_proxy(host, self.settings), scope.get("root_path", "")
-            if _short_path(scope) != "/":
-                scope["path"] = scope["path"].rstrip("/")
-            # What the path has before it where clients ask.
-            prefix = is_proxied and re.fullmatch(r"((/[\w.~%-]+)+)/?", headers.get("x-forwarded-prefix", ""), re.ASCII)
-            scope["state"]["prefix"] = prefix[1] if prefix else root.rstrip("/")
-            self._check_site(scope, headers, is_proxied)
-            scope["state"]["client"] = await self._client(scope, headers, host)
-        await self.app(scope, receive, send)
-
-    def _check_site(self, scope: Scope, headers: Headers, is_proxied: bool) -> None:
-        """Raise Forbidden for another site's page: a browser reaches what its user can."""
-        settings, host, origin = self.settings, headers.get("host", ""), headers.get("origin")
-        if "*" in settings.allowed_origins:
-            return
-        here = _ip((scope.get("server") or ("",))[0])
-        is_open = here and here.is_loopback and not settings.keys and not is_proxied
-        if is_open and not re.fullmatch(LOCAL_HOST, host):
-            raise Forbidden("This machine has another name: ask at localhost, or set API_KEYS or TRUSTED_PROXIES here.")
-        site = headers.get("sec-fetch-site", "same-origin" if origin is None else "")
-        is_visit = headers.get("sec-fetch-mode") == "navigate" and scope["method"] in ("GET", "HEAD")
-        if site in ("same-origin", "none") or (is_visit and _short_path(scope) in OPEN_PATHS):
-            return
-        if origin is None or not (re.fullmatch(settings.origins, origin) or origin.partition("://")[2] == host):
-            raise Forbidden
-
-    async def _client(self, scope: Scope, headers: Headers, host: str) -> str:
-        """Who is asking, for MAX_PER_CLIENT. Raises UriTooLong or Unauthorized."""
-        if len(scope["query_string"]) > 32 * 2**10:  # bytes; Hypercorn refuses headers over 64 KiB
-            raise UriTooLong
-        path, address = _short_path(scope), _address(host, headers, self.settings)
-        scheme, _, token = headers.get("authorization", "").partition(" ")
-        given = (token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")).encode("latin-1")
-        # Every key is compared, in constant time each.
-        names = [name for name, key in self.settings.keys.items() if hmac.compare_digest(given, key)]
-        is_open = not self.settings.keys or path in OPEN_PATHS or path.startswith("/docs/")
-        # An EventSource cannot send a key, and nobody can guess the URL of a generation's events.
-        events = re.fullmatch(r"/generations/([\w-]+)/events", path) if scope["method"] == "GET" else None
-        if not names and not is_open and not (events and self.queue.known.get(events[1])):
-            if given and not peer_of(address).wrong_keys.spend():
-                await asyncio.sleep(1)  # who guesses keys waits
-            raise Unauthorized(headers={"www-authenticate": 'Bearer realm="dccapi"'})
-        return names[0] if names else address
-
-
 async def as_problem(request: Request, raised: Exception) -> Response:
     """Any exception as application/problem+json; the only place that does so."""
     state = request.scope["state"]
+    error = raised if isinstance(raised, ApiError) else ApiError()
     if isinstance(raised, HTTPException):  # the router's
         error = {404: NotFound, 405: MethodNotAllowed}.get(raised.status_code, ApiError)(headers=raised.headers or {})
-    elif isinstance(raised, ApiError):
-        error = raised
-    else:
+    elif error is not raised:
         log.error("request %s failed: %s", state["request_id"], described(raised))
-        error = ApiError()
-    if "generation" not in state and _short_path(request.scope) not in OPEN_PATHS:
+    if "generation" not in state and state["path"] not in OPEN_PATHS:
         request.app.queue.metrics.rejections.labels(error.code).inc()
-    headers = dict(error.headers)
-    if error.retry_after:
-        headers["retry-after"] = str(max(1, round(error.retry_after)))
-    document = orjson.dumps(problem(error, state["request_id"]))
-    return Response(document, error.status, headers, "application/problem+json")
-
-
-def _short_path(scope: Scope) -> str:
-    """The path without the prefixes under which each stands as well."""
-    return cast(str, scope["path"]).removeprefix(scope.get("root_path", "")).removeprefix("/api/v1") or "/"
-
-
-def _address(host: str, headers: Headers, settings: Settings) -> str:
-    """The client's address; from X-Forwarded-For only behind a proxy in TRUSTED_PROXIES, the last that is none."""
-    for hop in reversed(",".join(headers.getlist("x-forwarded-for")).split(",")):
-        if not _is_proxy(host, settings) or not hop.strip():
-            break
-        host = hop.strip()
-    return str(_ip(host) or host)
+    after = {"retry-after": str(max(1, round(error.retry_after)))} if error.retry_after else {}
+    return as_json(problem(error, state["request_id"]), error.status, error.headers | after, "problem+json")
 
 
 def _is_proxy(address: str, settings: Settings) -> bool:
@@ -2815,9 +2754,8 @@ def _is_proxy(address: str, settings: Settings) -> bool:
 
 def _ip(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     """An address as proxies write it: with a port, in brackets, IPv4 as IPv6 (::ffff:10.0.0.1)."""
-    written = re.fullmatch(r"\[(.*)\](?::\d+)?|([\d.]+):\d+", address)
     try:
-        ip = ipaddress.ip_address((written[1] or written[2]) if written else address)
+        ip = ipaddress.ip_address(re.sub(r"^\[(.*)\](:\d+)?$|^([\d.]+):\d+$", r"\1\3", address))
     except ValueError:
         return None
     return getattr(ip, "ipv4_mapped", None) or ip
@@ -3177,7 +3115,7 @@ mend_hypercorn()
 
 
 def create_app(settings: Settings) -> Guard:
-    """The ASGI application: Guard, CORS, errors, Admission, routes, in this order."""
+    """The ASGI application: Guard, CORS, errors, `Guard.admit`, routes, in this order."""
     queue = GenerationQueue(settings, ENGINES[settings.engine](settings), Readers())
     api = Api(settings, queue)
 
@@ -3199,13 +3137,13 @@ def create_app(settings: Settings) -> Guard:
         finally:
             await queue.stop()
 
-    app: ASGIApp = Admission(Router(api.routes(), lifespan=lifespan, redirect_slashes=False), settings, queue)
-    app = ExceptionMiddleware(app, {Exception: as_problem, HTTPException: as_problem})
+    guard = Guard(Router(api.routes(), lifespan=lifespan, redirect_slashes=False), settings, queue)
+    app: ASGIApp = ExceptionMiddleware(guard.admit, {Exception: as_problem, HTTPException: as_problem})
     exposed = ["X-Request-ID", "X-Queue-Position", "X-Ignored-Fields", "Retry-After", "Location", "Preference-Applied"]
-    app = CORSMiddleware(
+    guard.app = CORSMiddleware(
         app, allow_origin_regex=settings.origins, allow_methods=["*"], allow_headers=["*"], expose_headers=exposed
     )
-    return Guard(app, settings, queue)
+    return guard
 
 
 class LogFormatter(logging.Formatter):

@@ -1557,7 +1557,9 @@ async def test_a_waiting_client_that_leaves_gives_its_place_up_at_once() -> None
         serving(script=Script(gate=gate), max_concurrent_requests=1) as service,
         await service.connect() as connection,
     ):
-        _first, second, third = [await connection.request("POST", "/generate/stream", body=COURSE) for _ in range(3)]
+        await connection.request("POST", "/generate/stream", body=COURSE)
+        await eventually(lambda: service.queue.running)
+        second, third = [await connection.request("POST", "/generate/stream", body=COURSE) for _ in range(2)]
         await eventually(lambda: len(service.queue.waiting) == 2)
         connection.reset(second)
         await eventually(lambda: len(service.queue.waiting) == 1, timeout=0.25)

@@ -80,13 +80,13 @@ async def test_the_allowance_of_resets_is_that_of_the_address() -> None:
 
 async def test_a_request_that_is_reset_before_it_starts_is_not_executed(monkeypatch: pytest.MonkeyPatch) -> None:
     executed = []
-    admit = dccapi.Admission.__call__
+    admit = dccapi.Guard.admit
 
-    async def counted(self: dccapi.Admission, scope: Any, receive: Any, send: Any) -> None:
+    async def counted(self: dccapi.Guard, scope: Any, receive: Any, send: Any) -> None:
         executed.append(scope.get("path"))
         await admit(self, scope, receive, send)
 
-    monkeypatch.setattr(dccapi.Admission, "__call__", counted)
+    monkeypatch.setattr(dccapi.Guard, "admit", counted)
     async with serving() as service:
         heads, resets = requests_and_resets(200, "/generate/stream?content=knots")
         reader, writer = await asyncio.open_connection("127.0.0.1", service.port)

@@ -61,13 +61,13 @@ async def test_a_reload_in_the_middle_loses_no_row_and_writes_none_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = courses(tmp_path, 300)
-    priorities, urgency = set(), dccapi.urgency
+    urgencies, submit = set(), dccapi.GenerationQueue.submit
 
-    def noted(request: Any) -> int:
-        priorities.add(request.headers["priority"])
-        return urgency(request)
+    def noted(queue: dccapi.GenerationQueue, client: str, request_id: str, urgency: int = 3) -> dccapi.Generation:
+        urgencies.add(urgency)
+        return submit(queue, client, request_id, urgency)
 
-    monkeypatch.setattr(dccapi, "urgency", noted)
+    monkeypatch.setattr(dccapi.GenerationQueue, "submit", noted)
     async with (
         serving(script=answer, tls=True) as service,
         demo_at(f"https://localhost:{service.port}/") as page,
@@ -80,7 +80,7 @@ async def test_a_reload_in_the_middle_loses_no_row_and_writes_none_twice(
         await says(page, "300 of 300 drafts written")
         assert len(service.engine.calls) <= 300 + 4
         assert service.engine.max_open_calls <= 4
-        assert priorities == {"u=6"}
+        assert urgencies == {6}
         written = lines(await exported(page, tmp_path / "drafts.jsonl"))
         model = written[0]["model"]
         assert [(one["id"], one["status"]) for one in written] == [(f"C-{number:04}", "done") for number in range(300)]

@@ -690,8 +690,8 @@ BULLET = re.compile(r"\A\s*(?:[-*•·.]\s+)?")
 FULL_STOP = re.compile(r"(?<=[^\s.!?…])[.!?。！？।]\Z")
 TITLE_LABEL = re.compile(r"(?i)\A\s*badge(?:[ _](?:name|title))?\s*:(?=.*\w)")
 PLAIN = re.compile(r'[^"\\<&]+\Z')
-# Of a JSON text: the next mark, the same without taking it, and the end of a number or a word. Commas do not matter.
-NEXT_MARK, MARK_AHEAD = re.compile(r"[\s,]++|([^\s,])"), re.compile(r"[\s,]++|(?=([^\s,]))")
+# Of a JSON text: the next mark, and the end of a number or a word, without taking them. Commas do not matter.
+MARK_AHEAD = re.compile(r"[\s,]++|(?=([^\s,]))")
 AFTER_WORD = re.compile(r'[^\s,:"\[\]{}]++|(?=([\s,:"\[\]{}]))')
 # Of a JSON string: its end, a run of characters, or an escape sequence once it is whole, both halves of a pair.
 _HIGH, _LOW = r"\\u[dD][89abAB][\da-fA-F]{2}", r"\\u[dD][c-fC-F][\da-fA-F]{2}"
@@ -818,6 +818,8 @@ class Draft:
     def _object(self, names: Mapping[str, str], depth: int = 0) -> Iterator[None]:
         """An object; `names` has the fields of the badge by the keys that they have in it."""
         yield from self._expect("{")
+        while (yield from self._next(MARK_AHEAD)) == "{":  # some models open it twice
+            self._at += 1
         while (yield from self._next(MARK_AHEAD)) != "}":
             key = yield from self._string()
             yield from self._expect(":")
@@ -838,7 +840,7 @@ class Draft:
         """A text, or a list of texts, of the badge."""
         title = None
         if name == "badge_name" and first == '"':
-            text = self._sieve.bare((yield from self._string()))
+            text = self._sieve.bare((yield from self._string(if_cut="")))  # half a title is none
             title = self._title(re.sub(r"[\r\n\t]+", " ", TITLE_LABEL.sub("", text)).strip())
             self.refused = self.refused or title is None
         if first not in '"[' or (name == "badge_name" and title is None):
@@ -860,14 +862,14 @@ class Draft:
                 self._write_item(name, self._spare)
         self._end_text(name)
 
-    def _string(self, write: bool = False) -> Generator[None, None, str]:
+    def _string(self, write: bool = False, if_cut: str = '"') -> Generator[None, None, str]:
         """A string and its closing quote: returned when it is whole, or written, trimmed, as it comes."""
         yield from self._expect('"')
         parts: list[str] = []
         held = ""  # white space counts once more text follows, and markup once it ends
         while True:
             self._is_plain = bool(write and not held and self._said)
-            part = yield from self._next(CHARACTERS, '"')
+            part = yield from self._next(CHARACTERS, if_cut)
             self._is_plain = False
             if part == '"':
                 if write:
@@ -903,8 +905,9 @@ class Draft:
                 return
 
     def _expect(self, mark: str) -> Iterator[None]:
-        if (yield from self._next(NEXT_MARK, mark)) != mark:
+        if (yield from self._next(MARK_AHEAD, mark)) != mark:
             raise InvalidModelOutput
+        self._at += 1
 
     def _next(self, pattern: re.Pattern[str], if_cut: str = "") -> Generator[None, None, str]:
         """What the pattern's group finds, once it is there, and `if_cut` where a token limit cut the text before it.

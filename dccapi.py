@@ -2058,7 +2058,7 @@ class Engine:
                 # The end of the body is on its way, and with it the connection can be used again.
                 with contextlib.suppress(aiohttp.ClientError, OSError):  # nothing of the answer is missing
                     async with asyncio.timeout(0.05):
-                        await response.content.readany()
+                        await response.content.read()
             if ended is None:
                 return
             meant = FINISH_REASONS.get(str(ended).lower())

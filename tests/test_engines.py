@@ -288,6 +288,15 @@ WHOLE_BADGE = [
 ]
 
 
+async def test_what_follows_the_last_record_apart_does_not_cost_the_connection() -> None:
+    record = testkit.http_chunks(ndjson(badge_json()), ndjson("", done=True, done_reason="stop"))
+    parts = [CHUNKED, record, testkit.http_chunks(b"\n"), b"0\r\n\r\n"]
+    async with speaking(parts) as (url, connections), serving(ollama_url=url) as service:
+        for _ in range(3):
+            await writes(service)
+    assert connections == [1, 1, 1]
+
+
 @pytest.mark.parametrize("beginning", [b"garbage\r\n\r\n", CHUNKED, CHUNKED + b"9"])
 async def test_no_call_is_tried_again_once_a_byte_of_its_answer_came(beginning: bytes) -> None:
     answers = WHOLE_BADGE, [beginning], WHOLE_BADGE

@@ -2315,6 +2315,9 @@ class EmbeddedEngine(Engine):
             raise EngineUnreachable(f"The embedded language model cannot be started: {self._not_started}")
         return self.base_url
 
+    async def _post(self, body: dict[str, Any], retry: bool) -> aiohttp.ClientResponse:
+        return await super()._post(body, retry=True)  # where the child has died, the next one will do
+
     async def _supervise(self) -> None:
         """Start the child, and again whenever it ends."""
         delay = 0.5

@@ -7,6 +7,7 @@ import gc
 import json
 import re
 import socket
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -304,6 +305,19 @@ async def test_no_call_is_tried_again_once_a_byte_of_its_answer_came(beginning: 
         await writes(service)
         problem_in(await ask(service), 502, "engine_error")
     assert len(requests) == 2
+
+
+async def test_a_child_that_dies_with_a_call_is_replaced_by_the_next(tmp_path: Path) -> None:
+    (model := tmp_path / "model.gguf").touch()
+    async with speaking([], WHOLE_BADGE) as (url, requests):
+        engine = dccapi.EmbeddedEngine(dccapi.Settings(engine="embedded", model_path=model))
+        await dccapi.Engine.start(engine)  # without a child: at its address is another server
+        engine.base_url = url
+        engine._told.set()
+        async with await engine._post({}, retry=False) as response:
+            assert response.status == 200
+        await engine._session.close()
+    assert requests == [1, 2]
 
 
 async def test_probes_do_not_take_the_engines_connections_from_generations() -> None:

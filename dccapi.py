@@ -831,7 +831,7 @@ class Draft:
             elif name and name not in self._fields and name not in self._kept:
                 yield from self._field(name, first)
             elif first in '"[{':
-                yield from self._strings(self._tags.append if first == "[" and key in TAG_KEYS else str)
+                yield from self._strings(self._tags.append if first == "[" and key in TAG_KEYS else str, if_cut="")
             else:  # a number, true, false or null
                 yield from self._next(AFTER_WORD)
         yield from self._expect("}")
@@ -889,13 +889,13 @@ class Draft:
             if said:
                 self._write(said)
 
-    def _strings(self, each: Callable[[str], object]) -> Iterator[None]:
+    def _strings(self, each: Callable[[str], object], if_cut: str = '"') -> Iterator[None]:
         """A string, list or object; the strings of a list go to `each`. Brackets are counted, not matched."""
         depth = 0
         while True:
             mark = yield from self._next(MARK_AHEAD, "]")
             if mark == '"':
-                text = yield from self._string()
+                text = yield from self._string(if_cut=if_cut)
                 if depth == 1:
                     each(text)
             else:

@@ -2097,12 +2097,15 @@ class Engine:
     async def _post(self, body: dict[str, Any], retry: bool) -> aiohttp.ClientResponse:
         """The response, after one retry where a connection ends without a byte of it (aiohttp 6138)."""
         for _ in range(1 + retry):
+            asked = time.monotonic()
             try:
                 return await self._session.post(await self.url() + self.path, json=body, allow_redirects=False)
             except TimeoutError as error:
                 said = "The language model's server takes no connection within CONNECT_TIMEOUT. Try again later."
                 raise EngineTimeout(said, retry_after=EngineUnreachable.retry_after) from error
             except aiohttp.ClientConnectionError:
+                if time.monotonic() - asked > 0.5:  # a connection that was closed ends at once: this was a call
+                    break
                 await asyncio.sleep(0.05)  # then connections that end with it are out of the pool
         self._known = False  # another server may be started in its place
         raise EngineUnreachable
@@ -2316,7 +2319,10 @@ class EmbeddedEngine(Engine):
         return self.base_url
 
     async def _post(self, body: dict[str, Any], retry: bool) -> aiohttp.ClientResponse:
-        return await super()._post(body, retry=True)  # where the child has died, the next one will do
+        try:
+            return await super()._post(body, retry)
+        except EngineUnreachable:  # the child may have died: the next one will do
+            return await super()._post(body, retry=True)
 
     async def _supervise(self) -> None:
         """Start the child, and again whenever it ends."""

@@ -307,6 +307,14 @@ async def test_no_call_is_tried_again_once_a_byte_of_its_answer_came(beginning: 
     assert len(requests) == 2
 
 
+async def test_a_call_that_the_engine_worked_on_is_not_made_again() -> None:
+    script = [Script(), Script(first_delay=0.6, drop_after=0)]
+    async with serving(script=lambda body, index: script[index]) as service:
+        await writes(service)
+        problem_in(await ask(service), 503, "engine_unreachable")
+        assert len(service.engine.calls) == 2
+
+
 async def test_a_child_that_dies_with_a_call_is_replaced_by_the_next(tmp_path: Path) -> None:
     (model := tmp_path / "model.gguf").touch()
     async with speaking([], WHOLE_BADGE) as (url, requests):

@@ -733,6 +733,8 @@ class Draft:
     def _object(self, names: Mapping[str, str], depth: int = 0) -> Iterator[None]:
         """An object; `names` has the fields of the badge by the keys that they have in it."""
         yield from self._expect("{")
+        while (yield from self._next(AHEAD)) == "{":  # some models open it twice
+            self._at += 1
         while (yield from self._next(AHEAD)) != "}":
             key = yield from self._string()
             yield from self._expect(":")
@@ -745,7 +747,7 @@ class Draft:
                 yield from self._field(name, first)
             elif first in '"[{':
                 are_tags = first == "[" and re.fullmatch("tags?|skills", key)
-                yield from self._strings(self._tags.append if are_tags else str)
+                yield from self._strings(self._tags.append if are_tags else str, if_cut="")
             else:  # a number, true, false or null
                 yield from self._next(AFTER_WORD)
         yield from self._expect("}")
@@ -754,7 +756,7 @@ class Draft:
         """A text, or a list of texts, of the badge."""
         title = None
         if name == "badge_name" and first == '"':
-            text = self._sieve.bare((yield from self._string()))
+            text = self._sieve.bare((yield from self._string(if_cut="")))  # half a title is none
             title = self._title(re.sub(r"[\r\n\t]+", " ", TITLE_LABEL.sub("", text)).strip())
             self.refused = self.refused or title is None
         if first not in '"[' or (name == "badge_name" and title is None):
@@ -783,13 +785,13 @@ class Draft:
         self._tell(closing, ", ")
         self._fields[name] = {"narrative": self._said} if name == "criteria" else self._said
 
-    def _string(self, write: bool = False) -> Generator[None, None, str]:
+    def _string(self, write: bool = False, if_cut: str = '"') -> Generator[None, None, str]:
         """A string and its closing quote: returned when it is whole, or written, trimmed, as it comes."""
         yield from self._expect('"')
         text = ""  # all of it, or what is not written yet: white space before more text, and markup until it ends
         while True:
             self._is_plain = bool(write and self._said and not text)
-            part = yield from self._next(CHARACTERS, '"')
+            part = yield from self._next(CHARACTERS, if_cut)
             self._is_plain = False
             if part == '"':
                 if write:
@@ -807,13 +809,13 @@ class Draft:
                 self._write(said)
                 text = bare[len(said) :][:MAX_BLANK_RUN] + text[at:]
 
-    def _strings(self, each: Callable[[str], object]) -> Generator[None, None, list[str]]:
+    def _strings(self, each: Callable[[str], object], if_cut: str = '"') -> Generator[None, None, list[str]]:
         """A string, list or object; the strings of a list go to `each`. Brackets are counted, not matched."""
         depth, texts = 0, list[str]()
         while True:
             mark = yield from self._next(AHEAD, "]")
             if mark == '"':
-                text = BULLET.sub("", (yield from self._string())).rstrip()
+                text = BULLET.sub("", (yield from self._string(if_cut=if_cut))).rstrip()
                 if depth == 1:
                     texts.append(text)
                     each(text)
@@ -1757,6 +1759,7 @@ class Engine:
     full_name: Callable[[str], str] = str  # a model's name as the server compares it
     defaults: Mapping[str, Any] = {}  # sampling where the client gave none
     sifts = is_tiny = False  # whether its models are so small that what the course does not bear is left out
+    is_restarted = False  # whether a server that dies with a call is replaced by us
     # Parts of a request that a server may refuse, and how it names them: openai-agents-python 442, Flowise 2866,
     # obsidian-copilot 1477, TGI 2899, langchainjs PR 6888; of chat templates: autogen 1037, ramalama 2425.
     optional: Mapping[str, str] = {
@@ -1855,7 +1858,7 @@ class Engine:
                 # The end of the body is on its way, and with it the connection can be used again.
                 with contextlib.suppress(aiohttp.ClientError, OSError):  # nothing of the answer is missing
                     async with asyncio.timeout(0.05):
-                        await response.content.readany()
+                        await response.content.read()
             if ended is None:  # Ollama after 30 equal tokens in a row
                 raise EngineError(UNFINISHED)
             meant = FINISH_REASONS.get(str(ended).lower())
@@ -1872,8 +1875,9 @@ class Engine:
     async def _answer(self, prompt: Prompt) -> aiohttp.ClientResponse:
         """The response with the answer. Refused parts of the request are left out, from then on where that helps."""
         # A connection that has just answered a question is not one that the server has long closed (aiohttp 6138).
-        may_retry = self._known and not self.remark
-        if not may_retry:
+        was_known = self._known and not self.remark
+        retries = was_known + self.is_restarted
+        if not was_known:
             self.remark = ""
             with contextlib.suppress(ApiError, AttributeError, TypeError, ValueError):  # it is silent, or says nonsense
                 await self.introduce()
@@ -1882,6 +1886,7 @@ class Engine:
         while True:
             body = self.body(prompt, without)
             body = {name: value for name, value in body.items() if value is not None and name not in without}
+            asked = time.monotonic()
             try:
                 response = await self._session.post(await self.url() + self.path, json=body, allow_redirects=False)
             except TimeoutError as error:
@@ -1889,10 +1894,11 @@ class Engine:
                 raise EngineTimeout(said, retry_after=EngineUnreachable.retry_after) from error
             except aiohttp.ClientConnectionError as error:  # without a byte of an answer
                 await asyncio.sleep(0.05)  # then connections that end with it are out of the pool
-                if not may_retry:
+                # One that was closed long ago ends at once; later it was a call, which is not made twice.
+                if not retries or (time.monotonic() - asked > 0.5 and not self.is_restarted):
                     self._known = False  # another server may be started in its place
                     raise EngineUnreachable from error
-                may_retry = False
+                retries -= 1
                 continue
             if response.status == 200:
                 if without > self._without:
@@ -2058,7 +2064,7 @@ class EmbeddedEngine(Engine):
     # SmolLM2-135M loops at the contract's 1.02. With this, the sampler against repetition and bounded texts it ends
     # by itself on every one of the real courses; without, on half of them.
     defaults: Mapping[str, Any] = {"repeat_penalty": 1.12}
-    sifts = True
+    sifts = is_restarted = True
     bounds: Mapping[str, Any] = {
         "badge_name": {"pattern": r'^[^<>"\\{}]{3,80}$'},  # a title, not the course's delimiter
         "badge_description": {"items": {"type": "string", "maxLength": 300}},

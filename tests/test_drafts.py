@@ -212,3 +212,26 @@ def test_a_field_written_anew_does_not_repeat_the_kept_title() -> None:
     draft = dccapi.Draft({"badge_name": "Knots", "badge_description": "Ties knots."})
     tokens = draft.feed('{"criteria": ["Knots", "Tie six"]}') + draft.finish(cut=False)
     assert json.loads(tokens)["criteria"]["narrative"] == "- Tie six"
+
+
+def test_a_brace_that_stands_twice_holds_no_token_back() -> None:
+    draft = dccapi.Draft()
+    told = [draft.feed(piece) for piece in ("{", "{", '"badge_name": "Knots", "badge_description": "Ties')]
+    assert "".join(told) == '{"badge_name": "Knots", "badge_description": "Ties'
+
+
+def test_half_a_title_is_none() -> None:
+    draft = dccapi.Draft({"badge_description": "Ties knots.", "criteria": {"narrative": "- Ties."}})
+    draft.feed('{"badge_name": "Kno')
+    with pytest.raises(dccapi.InvalidModelOutput):
+        draft.finish(cut=True)
+
+
+def test_half_a_skill_is_none() -> None:
+    written = badge_json().removesuffix("}") + ', "skills": ["knots", "clove hit'
+    assert dccapi.parse_badge(written, cut=True)._tags == ("knots",)
+
+
+def test_an_idea_that_only_the_end_of_the_thoughts_ends_is_no_badge() -> None:
+    idea = '{"badge_name": "Idea", "badge_description": "An idea.", "criteria": ["Has one"]'
+    assert dccapi.parse_badge(f"{idea}</think>{badge_json()}") == dccapi.parse_badge(badge_json())

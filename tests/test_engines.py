@@ -7,6 +7,7 @@ import gc
 import json
 import re
 import socket
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -288,6 +289,15 @@ WHOLE_BADGE = [
 ]
 
 
+async def test_what_follows_the_last_record_apart_does_not_cost_the_connection() -> None:
+    record = testkit.http_chunks(ndjson(badge_json()), ndjson("", done=True, done_reason="stop"))
+    parts = [CHUNKED, record, testkit.http_chunks(b"\n"), b"0\r\n\r\n"]
+    async with speaking(parts) as (url, connections), serving(ollama_url=url) as service:
+        for _ in range(3):
+            await writes(service)
+    assert connections == [1, 1, 1]
+
+
 @pytest.mark.parametrize("beginning", [b"garbage\r\n\r\n", CHUNKED, CHUNKED + b"9"])
 async def test_no_call_is_tried_again_once_a_byte_of_its_answer_came(beginning: bytes) -> None:
     answers = WHOLE_BADGE, [beginning], WHOLE_BADGE
@@ -295,6 +305,27 @@ async def test_no_call_is_tried_again_once_a_byte_of_its_answer_came(beginning: 
         await writes(service)
         problem_in(await ask(service), 502, "engine_error")
     assert len(requests) == 2
+
+
+async def test_a_call_that_the_engine_worked_on_is_not_made_again() -> None:
+    script = [Script(), Script(first_delay=0.6, drop_after=0)]
+    async with serving(script=lambda body, index: script[index]) as service:
+        await writes(service)
+        problem_in(await ask(service), 503, "engine_unreachable")
+        assert len(service.engine.calls) == 2
+
+
+async def test_a_child_that_dies_with_a_call_is_replaced_by_the_next(tmp_path: Path) -> None:
+    (model := tmp_path / "model.gguf").touch()
+    async with speaking([], WHOLE_BADGE) as (url, requests):
+        engine = dccapi.EmbeddedEngine(dccapi.Settings(engine="embedded", model_path=model))
+        await dccapi.Engine.start(engine)  # without a child: at its address is another server
+        engine.base_url = url
+        engine._told.set()
+        async with await engine._post({}, retry=False) as response:
+            assert response.status == 200
+        await engine._session.close()
+    assert requests == [1, 2]
 
 
 async def test_probes_do_not_take_the_engines_connections_from_generations() -> None:

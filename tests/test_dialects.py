@@ -538,6 +538,8 @@ async def test_the_models_own_context_rules_where_it_is_smaller_than_num_ctx() -
     script = Script(status=400, error="the input length exceeds the context length")
     async with serving(script=script, num_ctx=16384) as service:
         service.engine.shown = {"model_info": {"general.architecture": "smol", "smol.context_length": 8192}}
+        first, second = await health_of(service), await health_of(service)
+        assert first[1]["content_words_that_fit"] == second[1]["content_words_that_fit"] < 8192
         told, _ = await fails(service, 413, "content_too_long")
         assert (told["context_tokens"], told["prompt_tokens"]) == (8192, 8193)
         problem_in(await ask(service, {"content": "knots " * 8193, "long_content": "refuse"}), 413, "content_too_long")

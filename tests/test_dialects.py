@@ -538,8 +538,6 @@ async def test_the_models_own_context_rules_where_it_is_smaller_than_num_ctx() -
     script = Script(status=400, error="the input length exceeds the context length")
     async with serving(script=script, num_ctx=16384) as service:
         service.engine.shown = {"model_info": {"general.architecture": "smol", "smol.context_length": 8192}}
-        first, second = await health_of(service), await health_of(service)
-        assert first[1]["content_words_that_fit"] == second[1]["content_words_that_fit"] < 8192
         told, _ = await fails(service, 413, "content_too_long")
         assert (told["context_tokens"], told["prompt_tokens"]) == (8192, 8193)
         problem_in(await ask(service, {"content": "knots " * 8193, "long_content": "refuse"}), 413, "content_too_long")
@@ -562,7 +560,7 @@ async def test_an_openai_servers_limit_is_its_own_and_never_num_ctx(facts: dict[
             engine.script = lambda body, index: Script(status=400, error=refusal)
         else:
             engine.facts = facts
-            await health_of(service)
+            assert 0 <= (await health_of(service))[1]["content_words_that_fit"] < 900
         assert problem_in(await ask(service, LONG), 413, "content_too_long")["context_tokens"] == 900
         calls = len(engine.calls)
         problem_in(await ask(service, LONG), 413, "content_too_long")

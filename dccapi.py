@@ -1964,7 +1964,7 @@ class Engine:
         limit = max(self.settings.connection_pool_size, self.settings.workers + 1)
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=limit, keepalive_timeout=self.settings.keepalive_timeout),
-            # `Call` has the deadlines; aiohttp's total of 300 s would end long answers.
+            # The queue has the deadlines; aiohttp's total of 300 s would end long answers.
             timeout=aiohttp.ClientTimeout(total=None, connect=self.settings.connect_timeout),
             headers={"accept-encoding": "identity"} | ({"authorization": f"Bearer {self.key}"} if self.key else {}),
             json_serialize_bytes=orjson.dumps,

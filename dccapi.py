@@ -2238,17 +2238,18 @@ class Api:
         """
         if request.method == "HEAD":
             return Response(headers=EVENT_STREAM_HEADERS)
-        is_post, options, seen = request.method == "POST", validated(StreamOptions, dict(request.query_params)), 0
+        is_post, is_known, seen = request.method == "POST", "id" in request.path_params, 0
+        query = dict(request.query_params)
         if (last := request.headers.get("last-event-id")) and not is_post:
-            if "id" not in request.path_params:
-                await self._body(request, GenerateRequest)  # raises where it is not valid, as the first time
+            # Raises where the request is not valid, as the first time.
+            options = validated(StreamOptions, query) if is_known else (await self._body(request, GenerateRequest))[0]
             id, _, number = last.rpartition(".")
             generation = self.queue.known.get(id)
             seen = int(number) if re.fullmatch(r"\d{1,9}", number) else -1
             if not generation or not 0 <= seen <= len(generation.log):
                 return Response(status_code=204)
-        elif "id" in request.path_params:
-            generation = self._known(request, of_anyone=True)
+        elif is_known:
+            options, generation = validated(StreamOptions, query), self._known(request, of_anyone=True)
         else:
             options, generation = await self._submitted(request, GenerateRequest)
         grace = 0 if is_post else self.settings.resume_grace
@@ -2369,9 +2370,9 @@ class Api:
 
     async def health(self, request: Request) -> Response:
         """Engine, model and queue (contract 3.5); 503 when no badge could be written now."""
-        settings, queue, context = self.settings, self.queue, self.engine.context or 0
+        settings, queue = self.settings, self.queue
         available, error = await self._state()
-        index = await self.frameworks()
+        index, context = await self.frameworks(), self.engine.context or 0
         # The tokens that instructions and an answer leave for a course, about three words in four.
         room = max(0, context - min(1024, context // 4) - len(self.system_prompt.encode()) // 4 - 200)
         state = {
@@ -2653,8 +2654,9 @@ class Exchange:
                 if not watch.done():  # what was reset before it starts is not executed
                     await app(scope, self.receive, self.send)
                 watch.cancel()
-        except* ClientDisconnect:
+        except* ClientDisconnect as left:
             self._end = "the client left"
+            traceback.clear_frames(left.__traceback__)  # they would hold each other, and the course
         finally:
             self._peer.hold(-cost)
             with contextlib.suppress(OSError):  # there was no room for its last bytes
@@ -3009,6 +3011,7 @@ class PromptTCPServer(TCPServer):
 
     async def run(self) -> None:
         try:
+            self._connection: Connection = self.writer.get_extra_info("socket")._sock  # TLS forgets it when it is lost
             await super().run()
         except* OSError:
             pass  # closing TLS raises it when the client takes no part
@@ -3017,11 +3020,12 @@ class PromptTCPServer(TCPServer):
             log.debug(described(errors.exceptions[0]))
 
     async def _idle_timeout(self) -> None:
-        """Not needed: a `Connection` has a timer."""
+        """Not needed, since a `Connection` has a timer, but for one that comes when all are ended."""
+        if self.context.terminated.is_set():
+            await self._initiate_server_close()
 
     async def protocol_send(self, event: ConnectionEvent) -> None:
         config, protocol = cast(Any, self.config), cast(Any, self.protocol).protocol
-        connection: Connection = self.writer.get_extra_info("socket")._sock
         try:
             if isinstance(event, RawData):
                 # Without Hypercorn's lock: a task that is cancelled there would take its frames along.
@@ -3032,9 +3036,10 @@ class PromptTCPServer(TCPServer):
                 await self._close()
             elif cast(Updated, event).idle:
                 waits_for_head = not protocol.keep_alive_requests or getattr(protocol, "has_begun", False)
-                connection.rest(config.settings.head_timeout if waits_for_head else config.keep_alive_timeout)
+                seconds = config.settings.head_timeout if waits_for_head else config.keep_alive_timeout
+                self._connection.rest(0.1 if self.context.terminated.is_set() else seconds)
             else:
-                connection.wake()
+                self._connection.wake()
         except OSError:
             await self.protocol.handle(Closed())
 

@@ -1262,6 +1262,9 @@ async def test_a_422_lists_every_fault(path: str) -> None:
         assert {"content", "top_k"} <= {fault["loc"][-1] for fault in problem["errors"] if fault["loc"]}
         assert "badge_configuration" in json.dumps(problem["errors"])
         assert problem_in(await ask(service, b"[]", path, headers=[JSON]), 422, "invalid_request")["errors"]
+        response = await ask(service, None, "/generate/stream?partial=maybe&top_k=0", "GET")
+        faults = problem_in(response, 422, "invalid_request")["errors"]
+        assert {fault["loc"][-1] for fault in faults} == {"content", "partial", "top_k"}
     assert not service.engine.calls
 
 

@@ -561,7 +561,7 @@ async def test_an_openai_servers_limit_is_its_own_and_never_num_ctx(facts: dict[
             engine.script = lambda body, index: Script(status=400, error=refusal)
         else:
             engine.facts = facts
-            await health_of(service)
+            assert 0 <= (await health_of(service))[1]["content_words_that_fit"] < 900
         assert problem_in(await ask(service, LONG), 413, "content_too_long")["context_tokens"] == 900
         calls = len(engine.calls)
         problem_in(await ask(service, LONG), 413, "content_too_long")

@@ -89,6 +89,17 @@ async def test_a_body_that_nobody_reads_does_not_hold_its_connection_up() -> Non
 
 
 @pytest.mark.alone
+async def test_an_upload_that_goes_on_has_body_timeout_for_each_part_as_large_as_a_body() -> None:
+    async with serving(body_timeout=0.6, max_body_bytes=1000) as service, await service.connect() as connection:
+        upload = await connection.request("POST", "/extract", [("content-type", "text/plain")], end_stream=False)
+        for _ in range(3):
+            await connection.send_data(upload, b"knots " * 83 + b"xx")
+            await asyncio.sleep(0.25)
+        await connection.send_data(upload, b"", end_stream=True)
+        assert (await connection.response(upload)).status == 200
+
+
+@pytest.mark.alone
 async def test_an_unfinished_body_is_refused_in_time() -> None:
     async with serving(body_timeout=0.2) as service, await service.connect() as connection:
         started = time.monotonic()
@@ -460,6 +471,29 @@ async def test_a_connection_whose_last_stream_was_reset_is_idle_again() -> None:
         assert not accepted.timer
         connection.reset(stream)
         await eventually(lambda: accepted.timer, what="the timer of keep_alive_timeout")
+
+
+async def test_what_is_sent_over_a_tls_connection_that_is_lost_raises_nothing() -> None:
+    async with serving(tls=True) as service, await service.connect(ssl=True):
+        (served,) = served_connections()
+        served.writer.transport._ssl_protocol._transport.abort()
+        await eventually(lambda: connections() == 0, what="the end of the connection")
+        for event in (dccapi.RawData(b"token"), dccapi.Updated(idle=False), dccapi.Updated(idle=True)):
+            await served.protocol_send(event)
+
+
+async def test_a_stop_ends_what_becomes_idle_and_what_comes_after_it() -> None:
+    async with serving(script=SLOW, drain_timeout=0.1) as service, await service.connect() as connection:
+        stream = await connection.request("POST", "/generate", body=COURSE)
+        await eventually(lambda: service.queue.running, what="a generation")
+        (served,) = served_connections()
+        await served.context.terminated.set()
+        late, writer = await asyncio.open_connection("127.0.0.1", service.port)
+        assert await asyncio.wait_for(late.read(), 1) == b""
+        writer.close()
+        service.queue.end(*service.queue.running, dccapi.Cancelled())
+        assert (await connection.response(stream)).status == 503
+        await asyncio.wait_for(connection.closed.wait(), 1)
 
 
 async def test_a_tls_client_that_takes_no_part_in_closing_leaves_a_clean_log(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -368,6 +368,24 @@ async def test_finished_generations_keep_no_course_and_a_bounded_number_of_bytes
         assert (await ask(service, None, f"/generations/{kept[0].id}", "GET")).status == 404
 
 
+async def test_a_client_that_leaves_while_it_waits_takes_its_course_along() -> None:
+    async with serving(script=SLOW, max_concurrent_requests=1) as service, await service.connect() as busy:
+        stream = await busy.request("POST", "/generate/stream", body=COURSE)
+        await busy.headers(stream)
+        await eventually(lambda: service.queue.running)
+        gc.collect()
+        gc.disable()
+        try:
+            async with await service.connect() as connection:
+                await connection.request("POST", "/generate", body={"content": "Knots " * 2000})
+                await eventually(lambda: any(waiting.prompt for waiting in service.queue._waiting))
+            await eventually(lambda: not service.queue.waiting)
+            await asyncio.sleep(0.1)
+            assert sum(isinstance(held, dccapi.GenerateRequest) for held in gc.get_objects()) == 1
+        finally:
+            gc.enable()
+
+
 async def test_failed_generations_keep_no_course_in_their_tracebacks() -> None:
     async with serving(script=Script(drop_after=3)) as service:
         for path in ("/generate", "/generate/stream"):

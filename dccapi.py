@@ -33,6 +33,7 @@ import functools
 import hashlib
 import hmac
 import ipaddress
+import itertools
 import logging
 import math
 import os
@@ -118,7 +119,8 @@ RESETS_AT_ONCE, RESETS_PER_SECOND = 1000, 33  # nghttp2's own limits (nghttp2_op
 MAX_HELD, MAX_HELD_OF_ONE = 48 * 2**20, 24 * 2**20  # bytes of requests under way or arriving: of all, of one address
 REQUEST_COST = 16 * 2**10  # bytes that a request takes besides what was sent
 CLOSE_TIMEOUT = 2  # seconds that the closing of a connection may take
-TRIM_INTERVAL = 30  # seconds between two times that free memory is given back
+SWEEP_INTERVAL = 0.5  # seconds between two looks at the connections that have been idle for too long
+TRIM_EVERY = 60  # such looks, after which free memory is given back
 LOOPBACK_PAGE = r"https?://(?:(?:[\w-]+\.)*localhost|127(?:\.\d{1,3}){3}|\[::1\])(?::\d+)?"
 LOCAL_ADDRESS = rf"{LOOPBACK_PAGE}|http://(unix|fd):.*"  # that only this machine can reach
 # A page whose name was pointed at this machine has a name with dots (DNS rebinding).
@@ -3075,6 +3077,11 @@ def _ip(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 # takes unknown settings in silence                         operators with a typo                    3  unknown_key
 
 
+GOAWAY = h2.connection.ConnectionState.SERVER_OPEN, h2.connection.ConnectionInputs.RECV_GOAWAY
+# A client that says GOAWAY gets what it has asked for (RFC 9113 6.8); h2 takes it for the end.
+TRANSITIONS = h2.connection.H2ConnectionStateMachine._transitions | {GOAWAY: (None, GOAWAY[0])}
+
+
 class NoPriorities:
     """Replaces Hypercorn's priority tree, which takes 1,000 streams and visits each at every step."""
 
@@ -3086,7 +3093,7 @@ class NoPriorities:
 class GuardedH2Protocol(H2Protocol):
     """Hypercorn's HTTP/2 connection, in which each stream sends for itself as far as its windows are open.
 
-    Of Hypercorn's sending task remain `stream_buffers`, which tells the responses that have not ended, and `has_data`,
+    A response has ended when its stream is no longer in `streams`. Of Hypercorn's sending task remains `has_data`,
     which Hypercorn sets whenever a window opens or a stream is closed.
     """
 
@@ -3096,6 +3103,9 @@ class GuardedH2Protocol(H2Protocol):
         self._peer = peer_at(self.client, self._settings)
         self._is_leaving = False
         self.priority: Any = NoPriorities()
+        self.stream_buffers: Any = weakref.WeakValueDictionary()  # forgets each at once: nothing is buffered
+        self.connection.state_machine._transitions = TRANSITIONS
+        self.connection.clear_outbound_data_buffer = lambda: None  # type: ignore[method-assign]
 
     async def send_task(self) -> None:
         """Not needed."""
@@ -3141,54 +3151,49 @@ class GuardedH2Protocol(H2Protocol):
         await self.handle(Closed())
         await self.send(Closed())
 
-    async def _close_stream(self, stream_id: int) -> None:
-        self.stream_buffers.pop(stream_id, None)
-        await super()._close_stream(stream_id)
-        await self._rest()
-
     async def _rest(self) -> None:
         """Hypercorn does so only after a response."""
         if self.idle and not self.closed:
             await self.send(Closed() if self._is_leaving else Updated(idle=True))
 
     async def stream_send(self, event: StreamEvent) -> None:
+        stream_id = event.stream_id
         try:
             if isinstance(event, Body):
-                await self._send_body(event.stream_id, event.data)
-            elif isinstance(event, EndBody):
-                self.stream_buffers.pop(event.stream_id, None)
-                self.connection.end_stream(event.stream_id)
+                try:
+                    self.connection.send_data(stream_id, event.data)
+                    await asyncio.sleep(0)  # tokens of other streams in this round of the event loop leave in one write
+                except (h2.exceptions.FlowControlError, h2.exceptions.FrameTooLargeError):
+                    await self._send_in_frames(stream_id, event.data)
                 await self._flush()
+            elif isinstance(event, EndBody):
+                self.connection.end_stream(stream_id)
+                await self._flush()
+                self.streams.pop(stream_id, None)
             else:
-                if isinstance(event, StreamClosed) and event.stream_id in self.stream_buffers:
-                    await self._reset(event.stream_id, h2.errors.ErrorCodes.CANCEL)  # the application gave it up
+                if isinstance(event, StreamClosed) and stream_id in self.streams:  # the application gave it up
+                    await self._reset(stream_id, h2.errors.ErrorCodes.CANCEL)
                 await super().stream_send(event)
+                await self._rest()
         except h2.exceptions.ProtocolError:
             pass  # the stream or the connection was closed in the meantime
         except TimeoutError:
             log.info("a stream was reset: its client took nothing for %g s", self._settings.token_timeout)
-            await self._reset(event.stream_id, h2.errors.ErrorCodes.CANCEL)
-            await self._close_stream(event.stream_id)
+            await self.stream_send(StreamClosed(stream_id))
 
-    async def _send_body(self, stream_id: int, data: bytes) -> None:
+    async def _send_in_frames(self, stream_id: int, data: bytes) -> None:
         """Return when all has left. Raises TimeoutError if the client opens no window for TOKEN_TIMEOUT."""
-        frame_size = self.connection.max_outbound_frame_size
-        is_small = len(data) < frame_size
+        window = self.connection.local_flow_control_window
         while data and stream_id in self.streams:
-            window = self.connection.local_flow_control_window(stream_id)
-            if window > 0:
-                size = min(window, frame_size)
+            if (size := min(window(stream_id), self.connection.max_outbound_frame_size)) > 0:
                 self.connection.send_data(stream_id, data[:size])
                 data = data[size:]
                 continue
             await self._flush()
             async with asyncio.timeout(self._settings.token_timeout):
-                while stream_id in self.streams and self.connection.local_flow_control_window(stream_id) <= 0:
+                while stream_id in self.streams and window(stream_id) <= 0:
                     await self.has_data.clear()
                     await self.has_data.wait()
-        if is_small:
-            await asyncio.sleep(0)  # tokens that other streams send in this round of the event loop leave in one write
-        await self._flush()
 
 
 def _is_readable(headers: Sequence[tuple[bytes, bytes]]) -> bool:
@@ -3203,19 +3208,17 @@ class GuardedH11Protocol(H11Protocol):
         super().__init__(*args, **kwargs)
         connection = cast(Any, self.connection)
         next_event = connection.next_event
-        self.has_begun = False  # a head to arrive
         # At PAUSED, when anything follows the request, Hypercorn waits for the answer's end in the task that reads.
         connection.next_event = lambda: h11.NEED_DATA if (event := next_event()) is h11.PAUSED else event
 
     async def handle(self, event: ConnectionEvent) -> None:
         await super().handle(event)
-        had_begun, self.has_begun = self.has_begun, self.stream is None and bool(self.connection.trailing_data[0])
-        if self.has_begun and not had_begun and self.keep_alive_requests:
-            for idle in (False, True):  # from now on it has HEAD_TIMEOUT, and no longer keep_alive_timeout
-                await self.send(Updated(idle=idle))
-        if len(self.connection.trailing_data[0]) > self.config.h11_max_incomplete_size:
+        unread = len(self.connection.trailing_data[0])
+        if unread > self.config.h11_max_incomplete_size:
             await super().handle(Closed())
             await self.send(Closed())
+        elif unread and self.stream is None:
+            await self.send(Updated(idle=True))  # the next head has begun
 
     async def _maybe_recycle(self) -> None:
         await super()._maybe_recycle()
@@ -3224,27 +3227,21 @@ class GuardedH11Protocol(H11Protocol):
 
 
 class Connection(socket.socket):
-    """An accepted connection, which counts until it is closed, and is ended when it has been idle for too long."""
+    """An accepted connection, which counts until it is closed."""
 
     peers: tuple[Peer, ...] = ()
-    timer: asyncio.TimerHandle | None = None  # runs while it is idle
+    ends_at = math.inf  # by the monotonic clock; some time while it is idle
 
     def rest(self, seconds: float) -> None:
-        self.timer = self.timer or asyncio.get_running_loop().call_later(seconds, self.end)
-
-    def wake(self) -> None:
-        if self.timer:
-            self.timer.cancel()
-            self.timer = None
+        self.ends_at = min(self.ends_at, time.monotonic() + seconds)
 
     def end(self) -> None:
         """Shut it down, which its reader takes for the client's leaving."""
-        self.wake()
+        self.ends_at = math.inf
         with contextlib.suppress(OSError):
             self.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        self.wake()
         for peer in self.peers:
             peer.connections.pop(self, None)
         super().close()
@@ -3277,7 +3274,7 @@ class Listener(socket.socket):
         for peer, bound in zip(connection.peers, self._bounds, strict=True):
             if len(peer.connections) >= bound:
                 warn_once(f"{bound} connections are open: idle or new ones are closed", time.monotonic() // 60)
-                idle = next((other for other in peer.connections if other.timer), None)
+                idle = next((other for other in peer.connections if other.ends_at < math.inf), None)
                 if idle is None:
                     connection.close()
                     raise ConnectionAbortedError
@@ -3293,46 +3290,45 @@ class PromptTCPServer(TCPServer):
     async def run(self) -> None:
         try:
             await super().run()
-        except* OSError:
-            pass  # closing TLS raises it when the client takes no part
         except* Exception as errors:
             log.warning("a connection was ended by %s", type(errors.exceptions[0]).__name__)
             log.debug(described(errors.exceptions[0]))
 
     async def _idle_timeout(self) -> None:
-        """Not needed: a `Connection` has a timer."""
+        """Not needed: `serve_until_drained` ends idle connections."""
+
+    async def _close(self) -> None:
+        with contextlib.suppress(OSError):  # TLS raises it when the client takes no part
+            await super()._close()
 
     async def protocol_send(self, event: ConnectionEvent) -> None:
-        config, protocol = cast(Any, self.config), cast(Any, self.protocol).protocol
-        connection: Connection = self.writer.get_extra_info("socket")._sock
-        try:
-            if isinstance(event, RawData):
+        if isinstance(event, RawData):
+            try:
                 # Without Hypercorn's lock: a task that is cancelled there would take its frames along.
                 if not self.writer.transport.is_closing():
                     self.writer.write(event.data)
                 await self.writer.drain()
-            elif isinstance(event, Closed):
-                await self._close()
-            elif cast(Updated, event).idle:
-                waits_for_head = not protocol.keep_alive_requests or getattr(protocol, "has_begun", False)
-                connection.rest(config.settings.head_timeout if waits_for_head else config.keep_alive_timeout)
-            else:
-                connection.wake()
-        except OSError:
-            await self.protocol.handle(Closed())
+            except OSError:
+                await self.protocol.handle(Closed())
+        elif isinstance(event, Closed):
+            await self._close()
+        else:
+            config, protocol = cast(Any, self.config), cast(Any, self.protocol).protocol
+            connection: Connection = self.writer.get_extra_info("socket")._sock
+            connection.ends_at = connection.ends_at if event.idle else math.inf
+            if event.idle:
+                has_begun = not protocol.keep_alive_requests or any(getattr(protocol.connection, "trailing_data", ()))
+                connection.rest(config.settings.head_timeout if has_begun else config.keep_alive_timeout)
 
 
 def set_up(config: Config, guard: Guard) -> None:
     """Give Hypercorn what its configuration leaves open, from our settings and from hypercorn.toml."""
-    unknown = {name for name in vars(config) if not hasattr(Config, name)} - Config.__annotations__.keys()
-    if unknown:
-        raise SystemExit(f"dccapi: Hypercorn has no setting named {', '.join(sorted(unknown))}")
+    if unknown := [name for name in vars(config) if not hasattr(Config, name) and name != "application_path"]:
+        raise SystemExit(f"dccapi: Hypercorn has no setting named {', '.join(unknown)}")
     if config.workers > 1 or config.worker_class != "asyncio":  # uvloop would bypass our listener
         raise SystemExit("dccapi: one worker process only (each would have a queue of its own), of the class asyncio")
-    for name, value in vars(Config.from_toml(HERE / "hypercorn.toml")).items():
-        if not name.startswith("_") and name not in vars(config):
-            setattr(config, name, value)
-    cast(Any, config).settings = guard.settings
+    ours = {name: value for name, value in vars(Config.from_toml(HERE / "hypercorn.toml")).items() if name[0] != "_"}
+    vars(config).update(ours | vars(config), settings=guard.settings)
     if guard.settings.log_format == "json" and config.errorlog == "-":
         config.errorlog = log  # its lines are JSON too
     guard.addresses = addresses(config)
@@ -3343,8 +3339,8 @@ async def serve_until_drained(
 ) -> None:
     """Replaces Hypercorn's `worker_serve`: a stop drains first, and until then everything goes on being served.
 
-    Under the `hypercorn` command this runs in a worker process, which SIGTERM would simply end. A supervisor that
-    signals the whole process group (systemd does) signals it too.
+    Under the `hypercorn` command this runs in a worker process, which ignores SIGINT and which SIGTERM would simply
+    end. A supervisor that signals the whole process group (systemd does) signals it too.
     """
     guard = app.app if isinstance(app.app, Guard) else None  # another app is served as well
     if guard:
@@ -3353,28 +3349,30 @@ async def serve_until_drained(
     for several in (sockets.secure_sockets, sockets.insecure_sockets):
         several[:] = [Listener(plain, cast(Any, config).settings) for plain in several]
     loop = asyncio.get_running_loop()
+    is_own_process = not shutdown_trigger or signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     asked = asyncio.ensure_future((shutdown_trigger or asyncio.Event().wait)())
-    for sign in (signal.SIGTERM, signal.SIGINT):
+    for sign in (signal.SIGTERM, signal.SIGINT) if is_own_process else ():
         with contextlib.suppress(RuntimeError, ValueError):  # not in the main thread
-            if not shutdown_trigger or signal.getsignal(sign) is signal.SIG_DFL:
-                loop.add_signal_handler(sign, asked.cancel)
+            loop.add_signal_handler(sign, asked.cancel)
 
     async def drained() -> None:
-        while not (await asyncio.wait({asked}, timeout=TRIM_INTERVAL))[0]:
-            with contextlib.suppress(AttributeError, OSError, TypeError):  # another libc
-                ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what a flood made it take until it is asked
-        if not shutdown_trigger or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a process of our own
-            # The next Ctrl-C ends it. One Ctrl-C may arrive twice, from the terminal and from a parent.
+        for count in itertools.count(1):
+            if (await asyncio.wait({asked}, timeout=SWEEP_INTERVAL))[0]:
+                break
+            for connection in peer_of("").connections:
+                if connection.ends_at < time.monotonic():
+                    connection.end()
+            if count % TRIM_EVERY == 0:
+                with contextlib.suppress(AttributeError, OSError, TypeError):  # another libc
+                    ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what a flood made it take until it is asked
+        if is_own_process:  # the next Ctrl-C ends it; one may arrive twice, from the terminal and from a parent
             loop.call_later(0.5, signal.signal, signal.SIGINT, signal.SIG_DFL)
         if guard:
             await guard.queue.drain()
         for connection in peer_of("").connections:  # Python 3.12 and later wait for each without end
-            loop.call_later(0.1 if connection.timer else CLOSE_TIMEOUT, connection.end)
+            loop.call_later(0.1 if connection.ends_at < math.inf else CLOSE_TIMEOUT, connection.end)
 
-    try:
-        await worker_serve(app, config, sockets=sockets, shutdown_trigger=drained)
-    finally:
-        asked.cancel()
+    await worker_serve(app, config, sockets=sockets, shutdown_trigger=drained)
 
 
 def mend_hypercorn() -> None:
@@ -3384,7 +3382,6 @@ def mend_hypercorn() -> None:
     for place, name, ours in (
         (Config, "settings", Settings.model_construct()),  # ours, for the connections; another app has the defaults
         (hypercorn.asyncio.tcp_server, "MAX_RECV", 1024),  # bytes, after which other connections have their turn
-        (h2.connection.H2Connection, "clear_outbound_data_buffer", lambda connection: None),  # at GOAWAY
         (hypercorn.protocol, "H2Protocol", GuardedH2Protocol),
         (hypercorn.protocol, "H11Protocol", GuardedH11Protocol),
         (hypercorn.asyncio.run, "TCPServer", PromptTCPServer),
@@ -3392,9 +3389,6 @@ def mend_hypercorn() -> None:
         (hypercorn.asyncio, "worker_serve", serve_until_drained),  # of `hypercorn.asyncio.serve`
     ):
         setattr(place, name, ours)
-    # A client that says GOAWAY gets what it has asked for (RFC 9113 6.8); h2 takes it for the end.
-    is_open, goaway = h2.connection.ConnectionState.SERVER_OPEN, h2.connection.ConnectionInputs.RECV_GOAWAY
-    h2.connection.H2ConnectionStateMachine._transitions[is_open, goaway] = None, is_open
 
 
 mend_hypercorn()

@@ -60,6 +60,7 @@ from functools import partial
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast
 from urllib.parse import quote
 
@@ -82,6 +83,7 @@ from hypercorn.events import Closed, Event as ConnectionEvent, RawData, Updated
 from hypercorn.protocol.events import Body, EndBody, Event as StreamEvent, StreamClosed
 from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.protocol.h11 import H11Protocol
+from hyperframe.frame import GoAwayFrame
 from openapi_ui_bundles import swagger_ui
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
@@ -3077,19 +3079,6 @@ def _ip(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 # takes unknown settings in silence                         operators with a typo                    3  unknown_key
 
 
-GOAWAY = h2.connection.ConnectionState.SERVER_OPEN, h2.connection.ConnectionInputs.RECV_GOAWAY
-# A client that says GOAWAY gets what it has asked for (RFC 9113 6.8); h2 takes it for the end.
-TRANSITIONS = h2.connection.H2ConnectionStateMachine._transitions | {GOAWAY: (None, GOAWAY[0])}
-
-
-class NoPriorities:
-    """Replaces Hypercorn's priority tree, which takes 1,000 streams and visits each at every step."""
-
-    def _ignore(self, *_: Any, **__: Any) -> None: ...
-
-    insert_stream = reprioritize = block = unblock = _ignore
-
-
 class GuardedH2Protocol(H2Protocol):
     """Hypercorn's HTTP/2 connection, in which each stream sends for itself as far as its windows are open.
 
@@ -3101,11 +3090,14 @@ class GuardedH2Protocol(H2Protocol):
         super().__init__(*args, **kwargs)
         self._settings: Settings = cast(Any, self.config).settings
         self._peer = peer_at(self.client, self._settings)
-        self._is_leaving = False
-        self.priority: Any = NoPriorities()
         self.stream_buffers: Any = weakref.WeakValueDictionary()  # forgets each at once: nothing is buffered
-        self.connection.state_machine._transitions = TRANSITIONS
-        self.connection.clear_outbound_data_buffer = lambda: None  # type: ignore[method-assign]
+        # Hypercorn's priority tree takes 1,000 streams, and visits each at every step.
+        calls = ("insert_stream", "reprioritize", "block", "unblock")
+        self.priority: Any = SimpleNamespace(**dict.fromkeys(calls, lambda *_, **__: None))
+        # A client that says GOAWAY gets what it has asked for (RFC 9113 6.8); h2 takes it for the end.
+        http2, frames = self.connection, self.connection._frame_dispatch_table
+        end = frames[GoAwayFrame]
+        frames[GoAwayFrame] = lambda said: ([], []) if http2.open_inbound_streams and not said.error_code else end(said)
 
     async def send_task(self) -> None:
         """Not needed."""
@@ -3123,38 +3115,31 @@ class GuardedH2Protocol(H2Protocol):
                     pass  # it is not executed
                 case h2.events.RequestReceived() if self._peer.is_full:
                     await self._reset(event.stream_id, h2.errors.ErrorCodes.REFUSED_STREAM)
-                case h2.events.RequestReceived() if not _is_readable(event.headers):
+                case h2.events.RequestReceived() if any(
+                    name in (b":method", b":path") and (value == b"CONNECT" or not value.isascii())
+                    for name, value in event.headers
+                ):  # Hypercorn would raise, which ends the connection
                     await self._reset(event.stream_id, h2.errors.ErrorCodes.PROTOCOL_ERROR)
                 case h2.events.DataReceived() if event.stream_id not in self.streams:
                     self.connection.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
-                case h2.events.ConnectionTerminated() if not event.error_code and self.streams:
-                    self._is_leaving = True
                 case _:
                     await super()._handle_events([event])
-                    if isinstance(event, h2.events.StreamReset):
-                        await self._count_reset()
+            if isinstance(event, h2.events.StreamReset) and not (
+                self._peer.resets.spend() and peer_of("").resets.spend()
+            ):
+                warn_once(f"connections are closed: over {RESETS_AT_ONCE} streams were reset", time.monotonic() // 60)
+                self.connection.close_connection(h2.errors.ErrorCodes.ENHANCE_YOUR_CALM)
+                await self._flush()
+                await self.handle(Closed())
+                await self.send(Closed())
         await self._flush()
-        await self._rest()
+        if self.idle and not self.closed:
+            await self.send(Updated(idle=True))  # Hypercorn says so only after a response
 
     async def _reset(self, stream_id: int, code: h2.errors.ErrorCodes) -> None:
         with contextlib.suppress(h2.exceptions.ProtocolError):  # it is closed already
             self.connection.reset_stream(stream_id, code)
-        await self._flush()
-        await self._count_reset()
-
-    async def _count_reset(self) -> None:
-        if self._peer.resets.spend() and peer_of("").resets.spend():
-            return
-        warn_once(f"connections are closed: over {RESETS_AT_ONCE} streams were reset", time.monotonic() // 60)
-        self.connection.close_connection(h2.errors.ErrorCodes.ENHANCE_YOUR_CALM)
-        await self._flush()
-        await self.handle(Closed())
-        await self.send(Closed())
-
-    async def _rest(self) -> None:
-        """Hypercorn does so only after a response."""
-        if self.idle and not self.closed:
-            await self.send(Closed() if self._is_leaving else Updated(idle=True))
+        await self._handle_events([h2.events.StreamReset(stream_id=stream_id)])  # it counts as the client's do
 
     async def stream_send(self, event: StreamEvent) -> None:
         stream_id = event.stream_id
@@ -3174,12 +3159,11 @@ class GuardedH2Protocol(H2Protocol):
                 if isinstance(event, StreamClosed) and stream_id in self.streams:  # the application gave it up
                     await self._reset(stream_id, h2.errors.ErrorCodes.CANCEL)
                 await super().stream_send(event)
-                await self._rest()
         except h2.exceptions.ProtocolError:
             pass  # the stream or the connection was closed in the meantime
         except TimeoutError:
             log.info("a stream was reset: its client took nothing for %g s", self._settings.token_timeout)
-            await self.stream_send(StreamClosed(stream_id))
+            await self._reset(stream_id, h2.errors.ErrorCodes.CANCEL)
 
     async def _send_in_frames(self, stream_id: int, data: bytes) -> None:
         """Return when all has left. Raises TimeoutError if the client opens no window for TOKEN_TIMEOUT."""
@@ -3194,11 +3178,6 @@ class GuardedH2Protocol(H2Protocol):
                 while stream_id in self.streams and window(stream_id) <= 0:
                     await self.has_data.clear()
                     await self.has_data.wait()
-
-
-def _is_readable(headers: Sequence[tuple[bytes, bytes]]) -> bool:
-    """Whether Hypercorn can read it, or raises, which ends the connection."""
-    return all(value.isascii() and value != b"CONNECT" for name, value in headers if name in (b":path", b":method"))
 
 
 class GuardedH11Protocol(H11Protocol):
@@ -3230,10 +3209,7 @@ class Connection(socket.socket):
     """An accepted connection, which counts until it is closed."""
 
     peers: tuple[Peer, ...] = ()
-    ends_at = math.inf  # by the monotonic clock; some time while it is idle
-
-    def rest(self, seconds: float) -> None:
-        self.ends_at = min(self.ends_at, time.monotonic() + seconds)
+    ends_at = math.inf  # by the monotonic clock; a time while it is idle
 
     def end(self) -> None:
         """Shut it down, which its reader takes for the client's leaving."""
@@ -3280,7 +3256,7 @@ class Listener(socket.socket):
                     raise ConnectionAbortedError
                 idle.end()
             peer.connections[connection] = None
-        connection.rest(self._settings.head_timeout)
+        connection.ends_at = time.monotonic() + self._settings.head_timeout
         return connection, address
 
 
@@ -3290,6 +3266,8 @@ class PromptTCPServer(TCPServer):
     async def run(self) -> None:
         try:
             await super().run()
+        except* OSError:
+            pass  # closing TLS raises it when the client takes no part
         except* Exception as errors:
             log.warning("a connection was ended by %s", type(errors.exceptions[0]).__name__)
             log.debug(described(errors.exceptions[0]))
@@ -3297,28 +3275,26 @@ class PromptTCPServer(TCPServer):
     async def _idle_timeout(self) -> None:
         """Not needed: `serve_until_drained` ends idle connections."""
 
-    async def _close(self) -> None:
-        with contextlib.suppress(OSError):  # TLS raises it when the client takes no part
-            await super()._close()
-
     async def protocol_send(self, event: ConnectionEvent) -> None:
-        if isinstance(event, RawData):
-            try:
+        try:
+            if isinstance(event, RawData):
                 # Without Hypercorn's lock: a task that is cancelled there would take its frames along.
                 if not self.writer.transport.is_closing():
                     self.writer.write(event.data)
                 await self.writer.drain()
-            except OSError:
-                await self.protocol.handle(Closed())
-        elif isinstance(event, Closed):
-            await self._close()
-        else:
-            config, protocol = cast(Any, self.config), cast(Any, self.protocol).protocol
-            connection: Connection = self.writer.get_extra_info("socket")._sock
-            connection.ends_at = connection.ends_at if event.idle else math.inf
-            if event.idle:
-                has_begun = not protocol.keep_alive_requests or any(getattr(protocol.connection, "trailing_data", ()))
-                connection.rest(config.settings.head_timeout if has_begun else config.keep_alive_timeout)
+            elif isinstance(event, Closed):
+                await self._close()
+            else:
+                self._set_end(cast(Updated, event).idle)
+        except OSError:
+            await self.protocol.handle(Closed())
+
+    def _set_end(self, is_idle: bool) -> None:
+        connection: Connection = self.writer.get_extra_info("socket")._sock
+        protocol, config = cast(Any, self.protocol).protocol, cast(Any, self.config)
+        waits_for_head = not protocol.keep_alive_requests or any(getattr(protocol.connection, "trailing_data", ()))
+        patience = config.settings.head_timeout if waits_for_head else config.keep_alive_timeout
+        connection.ends_at = min(connection.ends_at, time.monotonic() + patience) if is_idle else math.inf
 
 
 def set_up(config: Config, guard: Guard) -> None:

@@ -65,16 +65,15 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast
 from urllib.parse import quote
 
 import aiohttp
-import h2.connection
-import h2.errors
-import h2.events
-import h2.exceptions
 import h11
 import hypercorn.asyncio.run
 import hypercorn.asyncio.tcp_server
 import hypercorn.protocol
 import orjson
 import pydantic_core
+from h2.errors import ErrorCodes
+from h2.events import DataReceived, Event as FrameEvent, RequestReceived, StreamReset
+from h2.exceptions import FlowControlError, FrameTooLargeError, ProtocolError
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.asyncio.run import worker_serve
 from hypercorn.asyncio.tcp_server import TCPServer
@@ -3102,8 +3101,8 @@ class GuardedH2Protocol(H2Protocol):
     async def send_task(self) -> None:
         """Not needed."""
 
-    async def _handle_events(self, events: list[h2.events.Event]) -> None:
-        reset = {event.stream_id for event in events if isinstance(event, h2.events.StreamReset)}
+    async def _handle_events(self, events: list[FrameEvent]) -> None:
+        reset = {event.stream_id for event in events if isinstance(event, StreamReset)}
         for number, event in enumerate(events):
             if number % 4 == 0 and not self.closed:
                 async with self._peer.turn:
@@ -3111,35 +3110,32 @@ class GuardedH2Protocol(H2Protocol):
             if self.closed:
                 break
             match event:
-                case h2.events.RequestReceived() if event.stream_id in reset:
+                case RequestReceived() if event.stream_id in reset:
                     pass  # it is not executed
-                case h2.events.RequestReceived() if self._peer.is_full:
-                    await self._reset(event.stream_id, h2.errors.ErrorCodes.REFUSED_STREAM)
-                case h2.events.RequestReceived() if any(
+                case RequestReceived() if self._peer.is_full:
+                    await self._reset(event.stream_id, ErrorCodes.REFUSED_STREAM)
+                case RequestReceived() if any(
                     name in (b":method", b":path") and (value == b"CONNECT" or not value.isascii())
                     for name, value in event.headers
                 ):  # Hypercorn would raise, which ends the connection
-                    await self._reset(event.stream_id, h2.errors.ErrorCodes.PROTOCOL_ERROR)
-                case h2.events.DataReceived() if event.stream_id not in self.streams:
+                    await self._reset(event.stream_id, ErrorCodes.PROTOCOL_ERROR)
+                case DataReceived() if event.stream_id not in self.streams:
                     self.connection.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
                 case _:
                     await super()._handle_events([event])
-            if isinstance(event, h2.events.StreamReset) and not (
-                self._peer.resets.spend() and peer_of("").resets.spend()
-            ):
+            if isinstance(event, StreamReset) and not (self._peer.resets.spend() and peer_of("").resets.spend()):
                 warn_once(f"connections are closed: over {RESETS_AT_ONCE} streams were reset", time.monotonic() // 60)
-                self.connection.close_connection(h2.errors.ErrorCodes.ENHANCE_YOUR_CALM)
+                self.connection.close_connection(ErrorCodes.ENHANCE_YOUR_CALM)
                 await self._flush()
-                await self.handle(Closed())
                 await self.send(Closed())
         await self._flush()
         if self.idle and not self.closed:
             await self.send(Updated(idle=True))  # Hypercorn says so only after a response
 
-    async def _reset(self, stream_id: int, code: h2.errors.ErrorCodes) -> None:
-        with contextlib.suppress(h2.exceptions.ProtocolError):  # it is closed already
+    async def _reset(self, stream_id: int, code: ErrorCodes) -> None:
+        with contextlib.suppress(ProtocolError):  # it is closed already
             self.connection.reset_stream(stream_id, code)
-        await self._handle_events([h2.events.StreamReset(stream_id=stream_id)])  # it counts as the client's do
+        await self._handle_events([StreamReset(stream_id=stream_id)])  # it counts as the client's do
 
     async def stream_send(self, event: StreamEvent) -> None:
         stream_id = event.stream_id
@@ -3148,7 +3144,7 @@ class GuardedH2Protocol(H2Protocol):
                 try:
                     self.connection.send_data(stream_id, event.data)
                     await asyncio.sleep(0)  # tokens of other streams in this round of the event loop leave in one write
-                except (h2.exceptions.FlowControlError, h2.exceptions.FrameTooLargeError):
+                except (FlowControlError, FrameTooLargeError):
                     await self._send_in_frames(stream_id, event.data)
                 await self._flush()
             elif isinstance(event, EndBody):
@@ -3157,13 +3153,13 @@ class GuardedH2Protocol(H2Protocol):
                 self.streams.pop(stream_id, None)
             else:
                 if isinstance(event, StreamClosed) and stream_id in self.streams:  # the application gave it up
-                    await self._reset(stream_id, h2.errors.ErrorCodes.CANCEL)
+                    await self._reset(stream_id, ErrorCodes.CANCEL)
                 await super().stream_send(event)
-        except h2.exceptions.ProtocolError:
+        except ProtocolError:
             pass  # the stream or the connection was closed in the meantime
         except TimeoutError:
             log.info("a stream was reset: its client took nothing for %g s", self._settings.token_timeout)
-            await self._reset(stream_id, h2.errors.ErrorCodes.CANCEL)
+            await self._reset(stream_id, ErrorCodes.CANCEL)
 
     async def _send_in_frames(self, stream_id: int, data: bytes) -> None:
         """Return when all has left. Raises TimeoutError if the client opens no window for TOKEN_TIMEOUT."""
@@ -3185,8 +3181,7 @@ class GuardedH11Protocol(H11Protocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        connection = cast(Any, self.connection)
-        next_event = connection.next_event
+        connection, next_event = cast(Any, self.connection), self.connection.next_event
         # At PAUSED, when anything follows the request, Hypercorn waits for the answer's end in the task that reads.
         connection.next_event = lambda: h11.NEED_DATA if (event := next_event()) is h11.PAUSED else event
 
@@ -3194,7 +3189,6 @@ class GuardedH11Protocol(H11Protocol):
         await super().handle(event)
         unread = len(self.connection.trailing_data[0])
         if unread > self.config.h11_max_incomplete_size:
-            await super().handle(Closed())
             await self.send(Closed())
         elif unread and self.stream is None:
             await self.send(Updated(idle=True))  # the next head has begun
@@ -3224,11 +3218,11 @@ class Connection(socket.socket):
 
 
 class Listener(socket.socket):
-    """A listening socket that bounds connections, before TLS begins: at a bound the oldest idle one makes room."""
+    """A listening socket that bounds connections, before TLS begins: at a bound the oldest idle one, or else the new
+    one, is ended."""
 
     def __init__(self, plain: socket.socket, settings: Settings) -> None:
         super().__init__(fileno=plain.detach())
-        self.setblocking(False)
         limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         with contextlib.suppress(OSError, ValueError):  # macOS names more than it gives
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -3246,17 +3240,13 @@ class Listener(socket.socket):
             raise BlockingIOError  # those that were ended are closed first
         accepted, address = super().accept()
         connection = Connection(fileno=accepted.detach())
-        connection.peers = (peer_at(address, self._settings), peer_of(""))
+        connection.peers = peer_at(address, self._settings), peer_of("")
+        connection.ends_at = time.monotonic() + self._settings.head_timeout
         for peer, bound in zip(connection.peers, self._bounds, strict=True):
             if len(peer.connections) >= bound:
                 warn_once(f"{bound} connections are open: idle or new ones are closed", time.monotonic() // 60)
-                idle = next((other for other in peer.connections if other.ends_at < math.inf), None)
-                if idle is None:
-                    connection.close()
-                    raise ConnectionAbortedError
-                idle.end()
+                next((other for other in peer.connections if other.ends_at < math.inf), connection).end()
             peer.connections[connection] = None
-        connection.ends_at = time.monotonic() + self._settings.head_timeout
         return connection, address
 
 
@@ -3283,6 +3273,7 @@ class PromptTCPServer(TCPServer):
                     self.writer.write(event.data)
                 await self.writer.drain()
             elif isinstance(event, Closed):
+                await self.protocol.handle(event)
                 await self._close()
             else:
                 self._set_end(cast(Updated, event).idle)
@@ -3299,6 +3290,8 @@ class PromptTCPServer(TCPServer):
 
 def set_up(config: Config, guard: Guard) -> None:
     """Give Hypercorn what its configuration leaves open, from our settings and from hypercorn.toml."""
+    if (found := version("hypercorn")) != "0.18.0":
+        raise SystemExit(f"dccapi: needs Hypercorn 0.18.0, whose faults it mends, not {found}: `make install`")
     if unknown := [name for name in vars(config) if not hasattr(Config, name) and name != "application_path"]:
         raise SystemExit(f"dccapi: Hypercorn has no setting named {', '.join(unknown)}")
     if config.workers > 1 or config.worker_class != "asyncio":  # uvloop would bypass our listener
@@ -3325,17 +3318,16 @@ async def serve_until_drained(
     for several in (sockets.secure_sockets, sockets.insecure_sockets):
         several[:] = [Listener(plain, cast(Any, config).settings) for plain in several]
     loop = asyncio.get_running_loop()
-    is_own_process = not shutdown_trigger or signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    is_own_process = not shutdown_trigger or isinstance(shutdown_trigger, partial)  # the `hypercorn` command's
     asked = asyncio.ensure_future((shutdown_trigger or asyncio.Event().wait)())
     for sign in (signal.SIGTERM, signal.SIGINT) if is_own_process else ():
-        with contextlib.suppress(RuntimeError, ValueError):  # not in the main thread
-            loop.add_signal_handler(sign, asked.cancel)
+        loop.add_signal_handler(sign, asked.cancel)
 
     async def drained() -> None:
         for count in itertools.count(1):
             if (await asyncio.wait({asked}, timeout=SWEEP_INTERVAL))[0]:
                 break
-            for connection in peer_of("").connections:
+            for connection in list(peer_of("").connections):
                 if connection.ends_at < time.monotonic():
                     connection.end()
             if count % TRIM_EVERY == 0:
@@ -3351,23 +3343,12 @@ async def serve_until_drained(
     await worker_serve(app, config, sockets=sockets, shutdown_trigger=drained)
 
 
-def mend_hypercorn() -> None:
-    """Replace these names in Hypercorn; its other versions are untested."""
-    if (found := version("hypercorn")) != "0.18.0":
-        raise SystemExit(f"dccapi: needs Hypercorn 0.18.0, whose faults it mends, not {found}: `make install`")
-    for place, name, ours in (
-        (Config, "settings", Settings.model_construct()),  # ours, for the connections; another app has the defaults
-        (hypercorn.asyncio.tcp_server, "MAX_RECV", 1024),  # bytes, after which other connections have their turn
-        (hypercorn.protocol, "H2Protocol", GuardedH2Protocol),
-        (hypercorn.protocol, "H11Protocol", GuardedH11Protocol),
-        (hypercorn.asyncio.run, "TCPServer", PromptTCPServer),
-        (hypercorn.asyncio.run, "worker_serve", serve_until_drained),  # of the `hypercorn` command
-        (hypercorn.asyncio, "worker_serve", serve_until_drained),  # of `hypercorn.asyncio.serve`
-    ):
-        setattr(place, name, ours)
-
-
-mend_hypercorn()
+# In their place, for the connections of any application in this process.
+Config.settings = Settings.model_construct()  # type: ignore[attr-defined]  # until `set_up` knows ours
+vars(hypercorn.asyncio.tcp_server).update(MAX_RECV=1024)  # bytes, after which other connections have their turn
+vars(hypercorn.protocol).update(H2Protocol=GuardedH2Protocol, H11Protocol=GuardedH11Protocol)
+vars(hypercorn.asyncio.run).update(TCPServer=PromptTCPServer, worker_serve=serve_until_drained)
+vars(hypercorn.asyncio).update(worker_serve=serve_until_drained)
 
 
 # ---- Application ----------------------------------------------------------------------------------------------------

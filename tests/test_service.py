@@ -58,7 +58,7 @@ async def test_the_process_ends_with_a_message_for_an_unknown_key_of_its_file(co
 def test_another_hypercorn_than_the_tested_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dccapi, "version", lambda package: "0.19.0")
     with pytest.raises(SystemExit, match=r"needs Hypercorn 0\.18\.0.* not 0\.19\.0"):
-        dccapi.mend_hypercorn()
+        dccapi.set_up(dccapi.Config(), dccapi.create_app(dccapi.Settings()))
 
 
 @pytest.mark.parametrize(("target", "tests_too"), [("run", False), ("demo", False), ("test", True)])

@@ -3055,27 +3055,25 @@ def _ip(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 # ---- Hypercorn 0.18, mended -----------------------------------------------------------------------------------------
 
-# What it does by itself, who would notice, the issue or pull request, the lines of the patch, and the words by which
-# `pytest -k` finds the test that fails without the patch or tells when it may go.
-#
-# it                                                        noticed by                 issue     lines  test
-# dies of DATA for a stream that was answered already       siblings of a refusal      334, 365      2  data_after
-# stops reading behind ten messages that nobody reads       siblings of an upload                Guard  nobody_reads
-# lets the application run ahead of a closed window         operators: 65 MB a stream               25  run_ahead
-# visits each stream for each frame, and takes 1,000        pages with many streams                  7  priority_frames
-# takes any number of resets, and executes what was reset   everyone, in a flood       146          28  resets, reset
-# accepts more connections than it has file descriptors     everyone, in a flood                50  file_descriptors
-# lets a head take for ever                                 operators: open files                   15  never_ends
-# never ends a connection whose last stream was reset       operators: open files                    5  idle_again
-# keeps connections of clients that left or take nothing    operators: open files                    7  closed, nothing
-# ends the streams of a client that says GOAWAY             clients behind some proxies              9  goaway
-# leaves a response open that the application gave up       clients that wait                        2  given_up_open
-# dies of a path or method that is not ASCII                siblings of the request                  5  strange_request
-# reads no further behind an HTTP/1.1 request               workers without a client                20  sent_more
-# loses the frames of a task that is cancelled at its lock  siblings of the stream                   4  its_frames
-# logs tracebacks of nonsense, and of closing TLS           operators                  202, 264      8  nonsense, abrupt
-# waits for ever at SIGTERM, or cuts what runs              everyone, at a restart     308, 374     20  stop, signalled
-# takes unknown settings in silence                         operators with a typo                    3  unknown_key
+# What it does by itself, who would notice, its issue or pull request, and the words by which `pytest -k` finds the test
+# that fails without the patch or tells when it may go.
+# it                                                       noticed by                   issue     test
+# dies of DATA for a stream that was answered already      siblings of a refusal        334, 365  data_after
+# stops reading behind ten messages that nobody reads      siblings of an upload        (Guard)   nobody_reads
+# lets the application run ahead of a closed window        operators: 65 MB a stream              run_ahead
+# visits each stream for each frame, and takes 1,000       pages with many streams                priority_frames
+# takes any number of resets, and executes what was reset  everyone, in a flood         146       resets, reset
+# accepts more connections than it has file descriptors    everyone, in a flood                   file_descriptors
+# keeps connections of clients that left, take nothing, or operators: open files                  closed, nothing
+#   never send a whole head, or have no stream left                                               idle_again, never_ends
+# ends the streams of a client that says GOAWAY            clients behind some proxies            goaway
+# leaves a response open that the application gave up      clients that wait                      given_up_open
+# dies of a path or method that is not ASCII               siblings of the request                strange_request
+# reads no further behind an HTTP/1.1 request              workers without a client               sent_more
+# loses the frames of a task that is cancelled at its lock siblings of the stream                 its_frames
+# logs tracebacks of nonsense, and of closing TLS          operators                    202, 264  nonsense, abrupt
+# waits for ever at SIGTERM, or cuts what runs             everyone, at a restart       308, 374  stop, signalled
+# takes unknown settings in silence                        operators with a typo                  unknown_key
 
 
 class GuardedH2Protocol(H2Protocol):
@@ -3254,6 +3252,9 @@ class PromptTCPServer(TCPServer):
     """Hypercorn's connection, which is forgotten as soon as its client has left, and not after keep_alive_timeout."""
 
     async def run(self) -> None:
+        if not (accepted := self.writer.get_extra_info("socket")):
+            return  # its client left while TLS began
+        self._connection: Connection = accepted._sock
         try:
             await super().run()
         except* OSError:
@@ -3276,16 +3277,14 @@ class PromptTCPServer(TCPServer):
                 await self.protocol.handle(event)
                 await self._close()
             else:
-                self._set_end(cast(Updated, event).idle)
+                config, protocol = cast(Any, self.config), cast(Any, self.protocol).protocol
+                unread = getattr(protocol.connection, "trailing_data", b"")  # of HTTP/1.1: a head has begun
+                is_new = not protocol.keep_alive_requests or any(unread)
+                ends_at = time.monotonic() + (config.settings.head_timeout if is_new else config.keep_alive_timeout)
+                is_idle, before = cast(Updated, event).idle, self._connection.ends_at
+                self._connection.ends_at = min(before, ends_at) if is_idle else math.inf
         except OSError:
             await self.protocol.handle(Closed())
-
-    def _set_end(self, is_idle: bool) -> None:
-        connection: Connection = self.writer.get_extra_info("socket")._sock
-        protocol, config = cast(Any, self.protocol).protocol, cast(Any, self.config)
-        waits_for_head = not protocol.keep_alive_requests or any(getattr(protocol.connection, "trailing_data", ()))
-        patience = config.settings.head_timeout if waits_for_head else config.keep_alive_timeout
-        connection.ends_at = min(connection.ends_at, time.monotonic() + patience) if is_idle else math.inf
 
 
 def set_up(config: Config, guard: Guard) -> None:
@@ -3308,8 +3307,7 @@ async def serve_until_drained(
 ) -> None:
     """Replaces Hypercorn's `worker_serve`: a stop drains first, and until then everything goes on being served.
 
-    Under the `hypercorn` command this runs in a worker process, which ignores SIGINT and which SIGTERM would simply
-    end. A supervisor that signals the whole process group (systemd does) signals it too.
+    The `hypercorn` command's worker process is signalled too by Ctrl-C and by systemd, which signal a process group.
     """
     guard = app.app if isinstance(app.app, Guard) else None  # another app is served as well
     if guard:
@@ -3327,9 +3325,8 @@ async def serve_until_drained(
         for count in itertools.count(1):
             if (await asyncio.wait({asked}, timeout=SWEEP_INTERVAL))[0]:
                 break
-            for connection in list(peer_of("").connections):
-                if connection.ends_at < time.monotonic():
-                    connection.end()
+            for connection in [one for one in peer_of("").connections if one.ends_at < time.monotonic()]:
+                connection.end()
             if count % TRIM_EVERY == 0:
                 with contextlib.suppress(AttributeError, OSError, TypeError):  # another libc
                     ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what a flood made it take until it is asked

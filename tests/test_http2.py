@@ -480,6 +480,15 @@ async def test_a_tls_client_that_takes_no_part_in_closing_leaves_a_clean_log(mon
     assert not [line for line in lines if '"WARNING"' in line or "exception" in line]
 
 
+async def test_a_client_that_leaves_while_tls_begins_is_no_fault(caplog: pytest.LogCaptureFixture) -> None:
+    class Writer:
+        def get_extra_info(self, name: str) -> None: ...  # as asyncio's, once its transport is gone
+
+    arguments: Any = (None, asyncio.get_running_loop(), dccapi.Config(), None, {}, None, Writer())
+    await dccapi.PromptTCPServer(*arguments)
+    assert not caplog.records
+
+
 async def test_a_connection_that_broke_the_protocol_is_forgotten() -> None:
     async with serving() as service:
         connection = await service.connect()

@@ -3277,12 +3277,12 @@ class PromptTCPServer(TCPServer):
                 await self.protocol.handle(event)
                 await self._close()
             else:
-                config, protocol = cast(Any, self.config), cast(Any, self.protocol).protocol
-                unread = getattr(protocol.connection, "trailing_data", b"")  # of HTTP/1.1: a head has begun
-                is_new = not protocol.keep_alive_requests or any(unread)
-                ends_at = time.monotonic() + (config.settings.head_timeout if is_new else config.keep_alive_timeout)
-                is_idle, before = cast(Updated, event).idle, self._connection.ends_at
-                self._connection.ends_at = min(before, ends_at) if is_idle else math.inf
+                config, http = cast(Any, self.config), cast(Any, self.protocol).protocol
+                # The first head is to come, or over HTTP/1.1 another one has begun.
+                has_begun = not http.keep_alive_requests or any(getattr(http.connection, "trailing_data", ()))
+                patience = config.settings.head_timeout if has_begun else config.keep_alive_timeout
+                ends_at = min(self._connection.ends_at, time.monotonic() + patience)
+                self._connection.ends_at = ends_at if cast(Updated, event).idle else math.inf
         except OSError:
             await self.protocol.handle(Closed())
 

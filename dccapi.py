@@ -30,8 +30,10 @@ import ctypes
 import hashlib
 import hmac
 import ipaddress
+import itertools
 import json
 import logging
+import math
 import os
 import re
 import resource
@@ -55,15 +57,18 @@ from importlib.metadata import version
 from io import BytesIO
 from operator import attrgetter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast
 from urllib.parse import quote
 
 import aiohttp
-import h2.connection
 import h11
 import hypercorn.asyncio
 import orjson
 import pydantic_core
+from h2.errors import ErrorCodes
+from h2.events import DataReceived, Event as FrameEvent, RequestReceived, StreamReset
+from h2.exceptions import FlowControlError, FrameTooLargeError, ProtocolError
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.asyncio.run import worker_serve
 from hypercorn.asyncio.tcp_server import TCPServer
@@ -72,6 +77,7 @@ from hypercorn.events import Closed, Event as ConnectionEvent, RawData, Updated
 from hypercorn.protocol.events import Body, EndBody, Event as StreamEvent, StreamClosed
 from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.protocol.h11 import H11Protocol
+from hyperframe.frame import GoAwayFrame
 from openapi_ui_bundles import swagger_ui
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo
@@ -107,7 +113,8 @@ MAX_WRITE = 128 * 2**10  # bytes that one write of an event stream may hold, so 
 RESETS_AT_ONCE, RESETS_PER_SECOND = 1000, 33  # nghttp2's own limits (nghttp2_option_set_stream_reset_rate_limit)
 MAX_HELD, MAX_HELD_OF_ONE = 48 * 2**20, 24 * 2**20  # bytes of requests under way or arriving: of all, of one address
 REQUEST_COST = 16 * 2**10  # bytes that a request takes besides what was sent
-TRIM_INTERVAL = 30  # seconds between two times that free memory is given back
+SWEEP_INTERVAL = 0.5  # seconds between two looks at the connections that have been idle for too long
+TRIM_EVERY = 60  # such looks, after which free memory is given back
 LOOPBACK_PAGE = r"https?://(?:(?:[\w-]+\.)*localhost|127(?:\.\d{1,3}){3}|\[::1\])(?::\d+)?"
 LOCAL_ADDRESS = rf"{LOOPBACK_PAGE}|http://(unix|fd):.*"  # that only this machine can reach
 # A page whose name was pointed at this machine has a name with dots (DNS rebinding).
@@ -2771,41 +2778,31 @@ def _ip(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 # ---- Hypercorn 0.18, mended -----------------------------------------------------------------------------------------
 
-# What it does by itself, who would notice, the issue or pull request, the lines of the patch, and the words by which
-# `pytest -k` finds the test that fails without the patch or tells when it may go.
-#
-# it                                                        noticed by                 issue     lines  test
-# dies of DATA for a stream that was answered already       siblings of a refusal      334, 365      2  data_after
-# stops reading behind ten messages that nobody reads       siblings of an upload                Guard  nobody_reads
-# lets the application run ahead of a closed window         operators: 65 MB a stream               25  run_ahead
-# visits each stream for each frame, and takes 1,000        pages with many streams                  7  priority_frames
-# takes any number of resets, and executes what was reset   everyone, in a flood       146          28  resets, reset
-# accepts more connections than it has file descriptors     everyone, in a flood                50  file_descriptors
-# lets a head take for ever                                 operators: open files                   15  never_ends
-# never ends a connection whose last stream was reset       operators: open files                    5  idle_again
-# keeps connections of clients that left or take nothing    operators: open files                    7  closed, nothing
-# ends the streams of a client that says GOAWAY             clients behind some proxies              9  goaway
-# leaves a response open that the application gave up       clients that wait                        2  given_up_open
-# dies of a path or method that is not ASCII                siblings of the request                  5  strange_request
-# reads no further behind an HTTP/1.1 request               workers without a client                20  sent_more
-# loses the frames of a task that is cancelled at its lock  siblings of the stream                   4  its_frames
-# logs tracebacks of nonsense, and of closing TLS           operators                  202, 264      8  nonsense, abrupt
-# waits for ever at SIGTERM, or cuts what runs              everyone, at a restart     308, 374     20  stop, signalled
-# takes unknown settings in silence                         operators with a typo                    3  unknown_key
-
-
-class NoPriorities:
-    """Replaces Hypercorn's priority tree, which takes 1,000 streams and visits each at every step."""
-
-    def _ignore(self, *_: Any, **__: Any) -> None: ...
-
-    insert_stream = reprioritize = block = unblock = _ignore
+# What it does by itself, who would notice, its issue or pull request, and the words by which `pytest -k` finds the test
+# that fails without the patch or tells when it may go.
+# it                                                       noticed by                   issue     test
+# dies of DATA for a stream that was answered already      siblings of a refusal        334, 365  data_after
+# stops reading behind ten messages that nobody reads      siblings of an upload        (Guard)   nobody_reads
+# lets the application run ahead of a closed window        operators: 65 MB a stream              run_ahead
+# visits each stream for each frame, and takes 1,000       pages with many streams                priority_frames
+# takes any number of resets, and executes what was reset  everyone, in a flood         146       resets, reset
+# accepts more connections than it has file descriptors    everyone, in a flood                   file_descriptors
+# keeps connections of clients that left, take nothing, or operators: open files                  closed, nothing
+#   never send a whole head, or have no stream left                                               idle_again, never_ends
+# ends the streams of a client that says GOAWAY            clients behind some proxies            goaway
+# leaves a response open that the application gave up      clients that wait                      given_up_open
+# dies of a path or method that is not ASCII               siblings of the request                strange_request
+# reads no further behind an HTTP/1.1 request              workers without a client               sent_more
+# loses the frames of a task that is cancelled at its lock siblings of the stream                 its_frames
+# logs tracebacks of nonsense, and of closing TLS          operators                    202, 264  nonsense, abrupt
+# waits for ever at SIGTERM, or cuts what runs             everyone, at a restart       308, 374  stop, signalled
+# takes unknown settings in silence                        operators with a typo                  unknown_key
 
 
 class GuardedH2Protocol(H2Protocol):
     """Hypercorn's HTTP/2 connection, in which each stream sends for itself as far as its windows are open.
 
-    Of Hypercorn's sending task remain `stream_buffers`, which tells the responses that have not ended, and `has_data`,
+    A response has ended when its stream is no longer in `streams`. Of Hypercorn's sending task remains `has_data`,
     which Hypercorn sets whenever a window opens or a stream is closed.
     """
 
@@ -2813,14 +2810,20 @@ class GuardedH2Protocol(H2Protocol):
         super().__init__(*args, **kwargs)
         self._settings: Settings = cast(Any, self.config).settings
         self._peer = peer_at(self.client, self._settings)
-        self._is_leaving = False
-        self.priority: Any = NoPriorities()
+        self.stream_buffers: Any = weakref.WeakValueDictionary()  # forgets each at once: nothing is buffered
+        # Hypercorn's priority tree takes 1,000 streams, and visits each at every step.
+        calls = ("insert_stream", "reprioritize", "block", "unblock")
+        self.priority: Any = SimpleNamespace(**dict.fromkeys(calls, lambda *_, **__: None))
+        # A client that says GOAWAY gets what it has asked for (RFC 9113 6.8); h2 takes it for the end.
+        http2, frames = self.connection, self.connection._frame_dispatch_table
+        end = frames[GoAwayFrame]
+        frames[GoAwayFrame] = lambda said: ([], []) if http2.open_inbound_streams and not said.error_code else end(said)
 
     async def send_task(self) -> None:
         """Not needed."""
 
-    async def _handle_events(self, events: list[h2.events.Event]) -> None:
-        reset = {event.stream_id for event in events if isinstance(event, h2.events.StreamReset)}
+    async def _handle_events(self, events: list[FrameEvent]) -> None:
+        reset = {event.stream_id for event in events if isinstance(event, StreamReset)}
         for number, event in enumerate(events):
             if number % 4 == 0 and not self.closed:
                 async with self._peer.turn:
@@ -2828,91 +2831,70 @@ class GuardedH2Protocol(H2Protocol):
             if self.closed:
                 break
             match event:
-                case h2.events.RequestReceived() if event.stream_id in reset:
+                case RequestReceived() if event.stream_id in reset:
                     pass  # it is not executed
-                case h2.events.RequestReceived() if self._peer.is_full:
-                    await self._reset(event.stream_id, h2.errors.ErrorCodes.REFUSED_STREAM)
-                case h2.events.RequestReceived() if not _is_readable(event.headers):
-                    await self._reset(event.stream_id, h2.errors.ErrorCodes.PROTOCOL_ERROR)
-                case h2.events.DataReceived() if event.stream_id not in self.streams:
+                case RequestReceived() if self._peer.is_full:
+                    await self._reset(event.stream_id, ErrorCodes.REFUSED_STREAM)
+                case RequestReceived() if any(
+                    name in (b":method", b":path") and (value == b"CONNECT" or not value.isascii())
+                    for name, value in event.headers
+                ):  # Hypercorn would raise, which ends the connection
+                    await self._reset(event.stream_id, ErrorCodes.PROTOCOL_ERROR)
+                case DataReceived() if event.stream_id not in self.streams:
                     self.connection.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
-                case h2.events.ConnectionTerminated() if not event.error_code and self.streams:
-                    self._is_leaving = True
                 case _:
                     await super()._handle_events([event])
-                    if isinstance(event, h2.events.StreamReset):
-                        await self._count_reset()
+            if isinstance(event, StreamReset) and not (self._peer.resets.spend() and peer_of("").resets.spend()):
+                warn_once(f"connections are closed: over {RESETS_AT_ONCE} streams were reset", time.monotonic() // 60)
+                self.connection.close_connection(ErrorCodes.ENHANCE_YOUR_CALM)
+                await self._flush()
+                await self.send(Closed())
         await self._flush()
-        await self._rest()
-
-    async def _reset(self, stream_id: int, code: h2.errors.ErrorCodes) -> None:
-        with contextlib.suppress(h2.exceptions.ProtocolError):  # it is closed already
-            self.connection.reset_stream(stream_id, code)
-        await self._flush()
-        await self._count_reset()
-
-    async def _count_reset(self) -> None:
-        if self._peer.resets.spend() and peer_of("").resets.spend():
-            return
-        warn_once(f"connections are closed: over {RESETS_AT_ONCE} streams were reset", time.monotonic() // 60)
-        self.connection.close_connection(h2.errors.ErrorCodes.ENHANCE_YOUR_CALM)
-        await self._flush()
-        await self.handle(Closed())
-        await self.send(Closed())
-
-    async def _close_stream(self, stream_id: int) -> None:
-        self.stream_buffers.pop(stream_id, None)
-        await super()._close_stream(stream_id)
-        await self._rest()
-
-    async def _rest(self) -> None:
-        """Hypercorn does so only after a response."""
         if self.idle and not self.closed:
-            await self.send(Closed() if self._is_leaving else Updated(idle=True))
+            await self.send(Updated(idle=True))  # Hypercorn says so only after a response
+
+    async def _reset(self, stream_id: int, code: ErrorCodes) -> None:
+        with contextlib.suppress(ProtocolError):  # it is closed already
+            self.connection.reset_stream(stream_id, code)
+        await self._handle_events([StreamReset(stream_id=stream_id)])  # it counts as the client's do
 
     async def stream_send(self, event: StreamEvent) -> None:
+        stream_id = event.stream_id
         try:
             if isinstance(event, Body):
-                await self._send_body(event.stream_id, event.data)
-            elif isinstance(event, EndBody):
-                self.stream_buffers.pop(event.stream_id, None)
-                self.connection.end_stream(event.stream_id)
+                try:
+                    self.connection.send_data(stream_id, event.data)
+                    await asyncio.sleep(0)  # tokens of other streams in this round of the event loop leave in one write
+                except (FlowControlError, FrameTooLargeError):
+                    await self._send_in_frames(stream_id, event.data)
                 await self._flush()
+            elif isinstance(event, EndBody):
+                self.connection.end_stream(stream_id)
+                await self._flush()
+                self.streams.pop(stream_id, None)
             else:
-                if isinstance(event, StreamClosed) and event.stream_id in self.stream_buffers:
-                    await self._reset(event.stream_id, h2.errors.ErrorCodes.CANCEL)  # the application gave it up
+                if isinstance(event, StreamClosed) and stream_id in self.streams:  # the application gave it up
+                    await self._reset(stream_id, ErrorCodes.CANCEL)
                 await super().stream_send(event)
-        except h2.exceptions.ProtocolError:
+        except ProtocolError:
             pass  # the stream or the connection was closed in the meantime
         except TimeoutError:
             log.info("a stream was reset: its client took nothing for %g s", self._settings.token_timeout)
-            await self._reset(event.stream_id, h2.errors.ErrorCodes.CANCEL)
-            await self._close_stream(event.stream_id)
+            await self._reset(stream_id, ErrorCodes.CANCEL)
 
-    async def _send_body(self, stream_id: int, data: bytes) -> None:
+    async def _send_in_frames(self, stream_id: int, data: bytes) -> None:
         """Return when all has left. Raises TimeoutError if the client opens no window for TOKEN_TIMEOUT."""
-        frame_size = self.connection.max_outbound_frame_size
-        is_small = len(data) < frame_size
+        window = self.connection.local_flow_control_window
         while data and stream_id in self.streams:
-            window = self.connection.local_flow_control_window(stream_id)
-            if window > 0:
-                size = min(window, frame_size)
+            if (size := min(window(stream_id), self.connection.max_outbound_frame_size)) > 0:
                 self.connection.send_data(stream_id, data[:size])
                 data = data[size:]
                 continue
             await self._flush()
             async with asyncio.timeout(self._settings.token_timeout):
-                while stream_id in self.streams and self.connection.local_flow_control_window(stream_id) <= 0:
+                while stream_id in self.streams and window(stream_id) <= 0:
                     await self.has_data.clear()
                     await self.has_data.wait()
-        if is_small:
-            await asyncio.sleep(0)  # tokens that other streams send in this round of the event loop leave in one write
-        await self._flush()
-
-
-def _is_readable(headers: Sequence[tuple[bytes, bytes]]) -> bool:
-    """Whether Hypercorn can read it, or raises, which ends the connection."""
-    return all(value.isascii() and value != b"CONNECT" for name, value in headers if name in (b":path", b":method"))
 
 
 class GuardedH11Protocol(H11Protocol):
@@ -2920,21 +2902,17 @@ class GuardedH11Protocol(H11Protocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        connection = cast(Any, self.connection)
-        next_event = connection.next_event
-        self.has_begun = False  # a head to arrive
+        connection, next_event = cast(Any, self.connection), self.connection.next_event
         # At PAUSED, when anything follows the request, Hypercorn waits for the answer's end in the task that reads.
         connection.next_event = lambda: h11.NEED_DATA if (event := next_event()) is h11.PAUSED else event
 
     async def handle(self, event: ConnectionEvent) -> None:
         await super().handle(event)
-        had_begun, self.has_begun = self.has_begun, self.stream is None and bool(self.connection.trailing_data[0])
-        if self.has_begun and not had_begun and self.keep_alive_requests:
-            for idle in (False, True):  # from now on it has HEAD_TIMEOUT, and no longer keep_alive_timeout
-                await self.send(Updated(idle=idle))
-        if len(self.connection.trailing_data[0]) > self.config.h11_max_incomplete_size:
-            await super().handle(Closed())
+        unread = len(self.connection.trailing_data[0])
+        if unread > self.config.h11_max_incomplete_size:
             await self.send(Closed())
+        elif unread and self.stream is None:
+            await self.send(Updated(idle=True))  # the next head has begun
 
     async def _maybe_recycle(self) -> None:
         await super()._maybe_recycle()
@@ -2943,38 +2921,28 @@ class GuardedH11Protocol(H11Protocol):
 
 
 class Connection(socket.socket):
-    """An accepted connection, which counts until it is closed, and is ended when it has been idle for too long."""
+    """An accepted connection, which counts until it is closed."""
 
     peers: tuple[Peer, ...] = ()
-    timer: asyncio.TimerHandle | None = None  # runs while it is idle
-
-    def rest(self, seconds: float) -> None:
-        self.timer = self.timer or asyncio.get_running_loop().call_later(seconds, self.end)
-
-    def wake(self) -> None:
-        if self.timer:
-            self.timer.cancel()
-            self.timer = None
+    ends_at = math.inf  # by the monotonic clock; a time while it is idle
 
     def end(self) -> None:
         """Shut it down, which its reader takes for the client's leaving."""
-        self.wake()
+        self.ends_at = math.inf
         with contextlib.suppress(OSError):
             self.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        self.wake()
         for peer in self.peers:
             peer.connections.pop(self, None)
         super().close()
 
 
 class Listener(socket.socket):
-    """A listening socket that bounds connections, before TLS begins: at a bound the oldest idle one makes room."""
+    """A listening socket that bounds connections before TLS begins: at a bound the oldest idle or the new one ends."""
 
     def __init__(self, plain: socket.socket, settings: Settings) -> None:
         super().__init__(fileno=plain.detach())
-        self.setblocking(False)
         limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         with contextlib.suppress(OSError, ValueError):  # macOS names more than it gives
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -2992,17 +2960,13 @@ class Listener(socket.socket):
             raise BlockingIOError  # those that were ended are closed first
         accepted, address = super().accept()
         connection = Connection(fileno=accepted.detach())
-        connection.peers = (peer_at(address, self._settings), peer_of(""))
+        connection.peers = peer_at(address, self._settings), peer_of("")
+        connection.ends_at = time.monotonic() + self._settings.head_timeout
         for peer, bound in zip(connection.peers, self._bounds, strict=True):
             if len(peer.connections) >= bound:
                 warn_once(f"{bound} connections are open: idle or new ones are closed", time.monotonic() // 60)
-                idle = next((other for other in peer.connections if other.timer), None)
-                if idle is None:
-                    connection.close()
-                    raise ConnectionAbortedError
-                idle.end()
+                next((other for other in peer.connections if other.ends_at < math.inf), connection).end()
             peer.connections[connection] = None
-        connection.rest(self._settings.head_timeout)
         return connection, address
 
 
@@ -3010,8 +2974,10 @@ class PromptTCPServer(TCPServer):
     """Hypercorn's connection, which is forgotten as soon as its client has left, and not after keep_alive_timeout."""
 
     async def run(self) -> None:
+        if not (accepted := self.writer.get_extra_info("socket")):
+            return  # its client left while TLS began
+        self._connection: Connection = accepted._sock  # TLS forgets it when it is lost
         try:
-            self._connection: Connection = self.writer.get_extra_info("socket")._sock  # TLS forgets it when it is lost
             await super().run()
         except* OSError:
             pass  # closing TLS raises it when the client takes no part
@@ -3020,12 +2986,11 @@ class PromptTCPServer(TCPServer):
             log.debug(described(errors.exceptions[0]))
 
     async def _idle_timeout(self) -> None:
-        """Not needed, since a `Connection` has a timer, but for one that comes when all are ended."""
+        """Not needed, since `serve_until_drained` ends idle connections, but for one that comes when all are ended."""
         if self.context.terminated.is_set():
             await self._initiate_server_close()
 
     async def protocol_send(self, event: ConnectionEvent) -> None:
-        config, protocol = cast(Any, self.config), cast(Any, self.protocol).protocol
         try:
             if isinstance(event, RawData):
                 # Without Hypercorn's lock: a task that is cancelled there would take its frames along.
@@ -3033,28 +2998,29 @@ class PromptTCPServer(TCPServer):
                     self.writer.write(event.data)
                 await self.writer.drain()
             elif isinstance(event, Closed):
+                await self.protocol.handle(event)
                 await self._close()
-            elif cast(Updated, event).idle:
-                waits_for_head = not protocol.keep_alive_requests or getattr(protocol, "has_begun", False)
-                seconds = config.settings.head_timeout if waits_for_head else config.keep_alive_timeout
-                self._connection.rest(0.1 if self.context.terminated.is_set() else seconds)
             else:
-                self._connection.wake()
+                config, http = cast(Any, self.config), cast(Any, self.protocol).protocol
+                # The first head is to come, or over HTTP/1.1 another one has begun.
+                has_begun = not http.keep_alive_requests or any(getattr(http.connection, "trailing_data", ()))
+                patience = config.settings.head_timeout if has_begun else config.keep_alive_timeout
+                ends_at = min(self._connection.ends_at, time.monotonic() + patience)
+                self._connection.ends_at = ends_at if cast(Updated, event).idle else math.inf
+                if self.context.terminated.is_set():  # nobody looks any more
+                    self.loop.call_later(0.1, self._connection.end)
         except OSError:
             await self.protocol.handle(Closed())
 
 
 def set_up(config: Config, guard: Guard) -> None:
     """Give Hypercorn what its configuration leaves open, from our settings and from hypercorn.toml."""
-    unknown = {name for name in vars(config) if not hasattr(Config, name)} - Config.__annotations__.keys()
-    if unknown:
-        raise SystemExit(f"dccapi: Hypercorn has no setting named {', '.join(sorted(unknown))}")
+    if unknown := [name for name in vars(config) if not hasattr(Config, name) and name != "application_path"]:
+        raise SystemExit(f"dccapi: Hypercorn has no setting named {', '.join(unknown)}")
     if config.workers > 1 or config.worker_class != "asyncio":  # uvloop would bypass our listener
         raise SystemExit("dccapi: one worker process only (each would have a queue of its own), of the class asyncio")
-    for name, value in vars(Config.from_toml(HERE / "hypercorn.toml")).items():
-        if not name.startswith("_") and name not in vars(config):
-            setattr(config, name, value)
-    cast(Any, config).settings = guard.settings
+    ours = {name: value for name, value in vars(Config.from_toml(HERE / "hypercorn.toml")).items() if name[0] != "_"}
+    vars(config).update(ours | vars(config), settings=guard.settings)
     if guard.settings.log_format == "json" and config.errorlog == "-":
         config.errorlog = log  # its lines are JSON too
     guard.addresses = addresses(config)
@@ -3065,8 +3031,7 @@ async def serve_until_drained(
 ) -> None:
     """Replaces Hypercorn's `worker_serve`: a stop drains first, and until then everything goes on being served.
 
-    Under the `hypercorn` command this runs in a worker process, which SIGTERM would simply end. A supervisor that
-    signals the whole process group (systemd does) signals it too.
+    The `hypercorn` command's worker process is signalled too by Ctrl-C and by systemd, which signal a process group.
     """
     guard = app.app if isinstance(app.app, Guard) else None  # another app is served as well
     if guard:
@@ -3075,23 +3040,27 @@ async def serve_until_drained(
     for several in (sockets.secure_sockets, sockets.insecure_sockets):
         several[:] = [Listener(plain, cast(Any, config).settings) for plain in several]
     loop = asyncio.get_running_loop()
+    is_own_process = not shutdown_trigger or isinstance(shutdown_trigger, partial)  # the `hypercorn` command's
     asked = asyncio.ensure_future((shutdown_trigger or asyncio.Event().wait)())
-    for sign in (signal.SIGTERM, signal.SIGINT):
+    for sign in (signal.SIGTERM, signal.SIGINT) if is_own_process else ():
         with contextlib.suppress(RuntimeError, ValueError):  # not in the main thread
-            if not shutdown_trigger or signal.getsignal(sign) is signal.SIG_DFL:
-                loop.add_signal_handler(sign, asked.cancel)
+            loop.add_signal_handler(sign, asked.cancel)
 
     async def drained() -> None:
-        while not (await asyncio.wait({asked}, timeout=TRIM_INTERVAL))[0]:
-            with contextlib.suppress(AttributeError, OSError, TypeError):  # another libc
-                ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what a flood made it take until it is asked
-        if not shutdown_trigger or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a process of our own
-            # The next Ctrl-C ends it. One Ctrl-C may arrive twice, from the terminal and from a parent.
+        for count in itertools.count(1):
+            if (await asyncio.wait({asked}, timeout=SWEEP_INTERVAL))[0]:
+                break
+            for connection in [one for one in peer_of("").connections if one.ends_at < time.monotonic()]:
+                connection.end()
+            if count % TRIM_EVERY == 0:
+                with contextlib.suppress(AttributeError, OSError, TypeError):  # another libc
+                    ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what a flood made it take until it is asked
+        if is_own_process:  # the next Ctrl-C ends it; one may arrive twice, from the terminal and from a parent
             loop.call_later(0.5, signal.signal, signal.SIGINT, signal.SIG_DFL)
         if guard:
             await guard.queue.drain()
         for connection in peer_of("").connections:  # Python 3.12 and later wait for each without end
-            loop.call_later(0.1 if connection.timer else 2, connection.end)
+            loop.call_later(0.1 if connection.ends_at < math.inf else 2, connection.end)
 
     try:
         await worker_serve(app, config, sockets=sockets, shutdown_trigger=drained)
@@ -3100,23 +3069,14 @@ async def serve_until_drained(
 
 
 def mend_hypercorn() -> None:
-    """Replace these names in Hypercorn; its other versions are untested."""
+    """Replace these names in Hypercorn, for the connections of any application; its other versions are untested."""
     if (found := version("hypercorn")) != "0.18.0":
         raise SystemExit(f"dccapi: needs Hypercorn 0.18.0, whose faults it mends, not {found}: `make install`")
-    for place, name, ours in (
-        (Config, "settings", Settings.model_construct()),  # ours, for the connections; another app has the defaults
-        (hypercorn.asyncio.tcp_server, "MAX_RECV", 1024),  # bytes, after which other connections have their turn
-        (h2.connection.H2Connection, "clear_outbound_data_buffer", lambda connection: None),  # at GOAWAY
-        (hypercorn.protocol, "H2Protocol", GuardedH2Protocol),
-        (hypercorn.protocol, "H11Protocol", GuardedH11Protocol),
-        (hypercorn.asyncio.run, "TCPServer", PromptTCPServer),
-        (hypercorn.asyncio.run, "worker_serve", serve_until_drained),  # of the `hypercorn` command
-        (hypercorn.asyncio, "worker_serve", serve_until_drained),  # of `hypercorn.asyncio.serve`
-    ):
-        setattr(place, name, ours)
-    # A client that says GOAWAY gets what it has asked for (RFC 9113 6.8); h2 takes it for the end.
-    is_open, goaway = h2.connection.ConnectionState.SERVER_OPEN, h2.connection.ConnectionInputs.RECV_GOAWAY
-    h2.connection.H2ConnectionStateMachine._transitions[is_open, goaway] = None, is_open
+    Config.settings = Settings.model_construct()  # type: ignore[attr-defined]  # until `set_up` knows ours
+    vars(hypercorn.asyncio.tcp_server).update(MAX_RECV=1024)  # bytes, after which other connections have their turn
+    vars(hypercorn.protocol).update(H2Protocol=GuardedH2Protocol, H11Protocol=GuardedH11Protocol)
+    vars(hypercorn.asyncio.run).update(TCPServer=PromptTCPServer, worker_serve=serve_until_drained)
+    vars(hypercorn.asyncio).update(worker_serve=serve_until_drained)
 
 
 mend_hypercorn()

@@ -229,9 +229,9 @@ def test_half_a_title_is_none() -> None:
 
 def test_half_a_skill_is_none() -> None:
     written = badge_json().removesuffix("}") + ', "skills": ["knots", "clove hit'
-    assert dccapi.parse_badge(written, cut=True)._tags == ("knots",)
+    assert parse_badge(written, cut=True)._tags == ("knots",)
 
 
 def test_an_idea_that_only_the_end_of_the_thoughts_ends_is_no_badge() -> None:
     idea = '{"badge_name": "Idea", "badge_description": "An idea.", "criteria": ["Has one"]'
-    assert dccapi.parse_badge(f"{idea}</think>{badge_json()}") == dccapi.parse_badge(badge_json())
+    assert parse_badge(f"{idea}</think>{badge_json()}") == parse_badge(badge_json())

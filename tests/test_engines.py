@@ -9,6 +9,7 @@ import re
 import socket
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import aiohttp
 import orjson
@@ -315,14 +316,18 @@ async def test_a_call_that_the_engine_worked_on_is_not_made_again() -> None:
         assert len(service.engine.calls) == 2
 
 
-async def test_a_child_that_dies_with_a_call_is_replaced_by_the_next(tmp_path: Path) -> None:
+async def test_a_child_that_dies_with_a_call_is_replaced_by_the_next(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (model := tmp_path / "model.gguf").touch()
     async with speaking([], WHOLE_BADGE) as (url, requests):
         engine = dccapi.EmbeddedEngine(dccapi.Settings(engine="embedded", model_path=model))
         await dccapi.Engine.start(engine)  # without a child: at its address is another server
         engine.base_url = url
         engine._told.set()
-        async with await engine._post({}, retry=False) as response:
+        monkeypatch.setattr(engine, "introduce", AsyncMock())
+        prompt = dccapi.build_prompt(dccapi.GenerateRequest(**COURSE), dccapi.Course(COURSE["content"]), "", {})
+        async with await engine._answer(prompt) as response:
             assert response.status == 200
         await engine._session.close()
     assert requests == [1, 2]

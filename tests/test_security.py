@@ -378,7 +378,7 @@ async def test_a_client_that_leaves_while_it_waits_takes_its_course_along() -> N
         try:
             async with await service.connect() as connection:
                 await connection.request("POST", "/generate", body={"content": "Knots " * 2000})
-                await eventually(lambda: any(waiting.prompt for waiting in service.queue._waiting))
+                await eventually(lambda: any(waiting.prompt for waiting in service.queue.waiting))
             await eventually(lambda: not service.queue.waiting)
             await asyncio.sleep(0.1)
             assert sum(isinstance(held, dccapi.GenerateRequest) for held in gc.get_objects()) == 1

@@ -1016,7 +1016,7 @@ def prompt_of(request: dict[str, Any]) -> Any:
     from reader.__main__ import TASKS
 
     try:
-        asked = dccapi.validated(dccapi.GenerateRequest, request)
+        asked = dccapi.GenerateRequest.read(request)
     except dccapi.ApiError as error:
         raise Problem(error.status, {"error_code": error.code, "detail": error.detail}) from None
     said = TASKS["text"](content=asked.content)

@@ -55,10 +55,9 @@ from difflib import get_close_matches
 from functools import cache, cached_property, lru_cache, partial, reduce
 from importlib.metadata import version
 from io import BytesIO
-from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast
+from typing import Annotated, Any, Literal, NamedTuple, Self, cast
 from urllib.parse import quote
 
 import aiohttp
@@ -247,6 +246,12 @@ class ApiError(Exception):
         super().__init__(self.detail)
         self.headers, self.members = dict(headers), members  # extension members of the problem (RFC 9457 3.2)
 
+    def problem(self, request_id: str) -> dict[str, Any]:
+        """`application/problem+json` (RFC 9457)."""
+        kind = {"type": f"urn:dccapi:problem:{self.code}", "title": self.code.replace("_", " ").capitalize()}
+        told = {"status": self.status, "detail": self.detail, "error_code": self.code, "request_id": request_id}
+        return {**kind, **told, "timestamp": datetime.now(UTC).isoformat(timespec="milliseconds"), **self.members}
+
 
 # fmt: off
 class InvalidJson(ApiError, status=400, text="The body is not JSON. Send a JSON object in UTF-8."): ...
@@ -277,13 +282,6 @@ class ShuttingDown(ApiError, status=503, text="The service is being stopped or r
 class Cancelled(ApiError, status=503, text="The generation was cancelled before it was finished. Start a new one."): ...
 class EngineTimeout(ApiError, status=504, text="The language model took too long. Try again later."): ...
 # fmt: on
-
-
-def problem(error: ApiError, request_id: str) -> dict[str, Any]:
-    """`application/problem+json` (RFC 9457)."""
-    kind = {"type": f"urn:dccapi:problem:{error.code}", "title": error.code.replace("_", " ").capitalize()}
-    told = {"status": error.status, "detail": error.detail, "error_code": error.code, "request_id": request_id}
-    return {**kind, **told, "timestamp": datetime.now(UTC).isoformat(timespec="milliseconds"), **error.members}
 
 
 # What is told where pydantic's own words are not for people: by the first part of a fault's type, such as int_parsing,
@@ -376,6 +374,15 @@ class Fields(BaseModel, frozen=True):
         given = {name: part for name, part in data.items() if part is not None and name not in empty}
         return {OTHER_NAMES.get(name, name): part for name, part in given.items()} | given
 
+    @classmethod
+    def read(cls, fields: Any, unknown: Sequence[str] = (), strict: bool | None = None) -> Self:
+        """Raises InvalidRequest, which has every fault in words and none of the values."""
+        try:
+            return cls.model_validate(fields, strict=strict)
+        except ValidationError as error:
+            words = {fault["loc"]: in_words(fault) for fault in error.errors()}
+            raise invalid(words, {fault["loc"]: fault["type"] for fault in error.errors()}, unknown) from None
+
 
 class StreamOptions(Fields):
     """How a client wants its events."""
@@ -388,7 +395,6 @@ class StreamOptions(Fields):
 class BadgeOptions(Fields, strict=True):
     """How a badge is to be written."""
 
-    # An option's title is its name in the prompt.
     badge_style: Annotated[Style | None, AnyCase] = Field(None, title="Style")
     badge_tone: Annotated[Tone | None, AnyCase] = Field(None, title="Tone")
     badge_level: Annotated[Level | None, AnyCase] = Field(None, title="Level")
@@ -423,10 +429,11 @@ class GenerateRequest(StreamOptions, BadgeOptions):
         given = self.model_dump(include={"temperature", "max_tokens", "top_p", "top_k", "repeat_penalty", "seed"})
         return given | {name: value for name, value in defaults.items() if name not in self.model_fields_set}
 
-    def given_texts(self) -> list[str]:
-        """What was said of the badge besides the course."""
-        names = [name for name, option in BadgeOptions.model_fields.items() if option.title]
-        return [text for name in names if (text := self.option(name))]
+    @property
+    def options(self) -> dict[str, str]:
+        """What was said of the badge besides the course: the options that have a title, their name in the prompt."""
+        titled = [name for name, option in BadgeOptions.model_fields.items() if option.title]
+        return {name: value for name in titled if (value := self.option(name))}
 
     @classmethod
     def unknown(cls, document: Mapping[str, Any]) -> list[str]:
@@ -532,9 +539,9 @@ def build_prompt(request: GenerateRequest, course: Course, system: str, defaults
     instructions.
     """
     options = []
-    for name, option in BadgeOptions.model_fields.items():
-        if option.title and (value := request.option(name)):
-            options.append(f"{option.title}: {value}" + (f" ({MEANINGS[value]})" if name in CHOICES else ""))
+    for name, value in request.options.items():
+        meaning = f" ({MEANINGS[value]})" if name in CHOICES else ""
+        options.append(f"{BadgeOptions.model_fields[name].title}: {value}{meaning}")
     kept: dict[str, Any] = {}
     if isinstance(request, RegenerateRequest):
         kept = {name: part for name, part in request.badge.model_dump().items() if name != request.field}
@@ -572,7 +579,7 @@ def _asked(request: GenerateRequest, words: int, kept: Mapping[str, Any]) -> tup
 
 def skills_in(tags: Sequence[str], prompt: Prompt) -> list[str]:
     """The skills among what a model named: short, each once, with a word of the course, at most 8."""
-    request, course, options = prompt.request, prompt.course, prompt.request.given_texts()
+    request, course, options = prompt.request, prompt.course, [*prompt.request.options.values()]
     is_other_language = request.language not in (None, course.language)
     found: dict[str, str] = {}
     for tag in tags if request.skills else ():
@@ -1108,7 +1115,6 @@ async def _killed(process: asyncio.subprocess.Process) -> None:
 # ---- Generations ----------------------------------------------------------------------------------------------------
 
 Answer = dict[str, Any]  # a finished badge as JSON (contract 3.2), as `GenerationQueue._answer` makes it
-BY_URGENCY = attrgetter("urgency")
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 300, 600)
 SECONDS_A_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
@@ -1333,7 +1339,7 @@ class GenerationQueue:
 
         One whose course takes long to read is overtaken, but not by what came at the same moment.
         """
-        order = self.waiting if self._starts % 8 == 7 else sorted(self.waiting, key=BY_URGENCY)
+        order = self.waiting if self._starts % 8 == 7 else sorted(self.waiting, key=lambda one: one.urgency)
         same_moment = time.monotonic() - OVERTAKEN_AFTER
         first = next((one for one in order if one.prompt or one.created > same_moment), None)
         return first if first and first.prompt else None
@@ -1358,7 +1364,7 @@ class GenerationQueue:
 
     def _tell(self) -> None:
         self._telling = None
-        for number, generation in enumerate(sorted(self.waiting, key=BY_URGENCY), 1):
+        for number, generation in enumerate(sorted(self.waiting, key=lambda one: one.urgency), 1):
             generation.position = max(0, number - self._idle_workers)  # they take the first at once
             generation.wake()
 
@@ -1479,7 +1485,7 @@ class GenerationQueue:
         text = prompt.user.partition("</course>")[0].removeprefix("<course>\n")  # as much as the model has read
         lists = {name: part for name, part in prompt.schema["properties"].items() if name in Badge.model_fields}
         counts = {name: (part["minItems"], part["maxItems"]) for name, part in lists.items() if "items" in part}
-        return sieve(text, course.language, request.given_texts(), counts, is_tiny=self.engine.is_tiny)
+        return sieve(text, course.language, [*request.options.values()], counts, is_tiny=self.engine.is_tiny)
 
     def _title(self, prompt: Prompt, sieve: Sieve, first: bool) -> TitleCheck:
         """What becomes of a title without a word of the course: the first is refused, the next becomes the course's.
@@ -1487,7 +1493,7 @@ class GenerationQueue:
         A course may hold instructions to the model, which small models follow.
         """
         request, course, grounds = prompt.request, prompt.course, prompt.course.grounds
-        options = request.given_texts()
+        options = [*request.options.values()]
         is_wanted = isinstance(request, RegenerateRequest) and not grounds["has_orders"]
         if is_wanted or request.language not in (None, course.language) or word_count(course.text[:1000]) < 8:
             return str  # by a person who looks at it; in other words than the course's; there is nothing to compare
@@ -1534,10 +1540,10 @@ class GenerationQueue:
         # A call that was broken off says nothing of what it has read: as much as the last one.
         read = sum(call.prompt_tokens or last.prompt_tokens for call in spent)
         written = sum(call.completion_tokens for call in spent)
-        tags, options, tone = skills_in(badge._tags, prompt), request.given_texts(), request.option("badge_tone")
+        tags, options, tone = skills_in(badge._tags, prompt), request.options, request.option("badge_tone")
         index = self.settings.skills_index if "skills" in prompt.schema["properties"] else None
         draft = {"badge": badge.model_dump(), "skills": tags, "course": course.text, "notes": course.notes}
-        asked = {"options": options, "wanted_language": request.language, "tone": tone, "index": index}
+        asked = {"options": [*options.values()], "wanted_language": request.language, "tone": tone, "index": index}
         try:
             found = await self.readers.ask("review", generation.client, **draft, **asked)
         except ApiError as error:  # a review never fails a request
@@ -1590,7 +1596,8 @@ class GenerationQueue:
         fields |= {"first_token_seconds": round(first - started, 3)} if first else {}
         fields |= {"prompt_tokens": usage["prompt_tokens"]} if usage else {}
         fields |= {"tokens": written, "finish_reason": code or answer["finish_reason"]}
-        log.info("generation", extra={"fields": fields})
+        told = " ".join(f"{name}={value}" for name, value in fields.items())
+        log.info(f"generation {told}", extra={"fields": {"message": "generation", **fields}})
         metrics.generations.labels(code or "succeeded", generation.client if settings.keys else "").inc()
         if started:
             metrics.wait().observe(queue_seconds)
@@ -2169,7 +2176,6 @@ ENGINES = {"ollama": OllamaEngine, "openai": Engine, "embedded": EmbeddedEngine}
 
 # ---- Handlers -------------------------------------------------------------------------------------------------------
 
-Model = TypeVar("Model", bound=BaseModel)
 OPEN_PATHS = {"/", "/demo", "/docs", "/openapi.json", "/livez", "/readyz"}  # no key is needed (contract 3.4)
 DEMO, DOCS = HERE / "examples" / "demo.html", HERE / "examples" / "docs.html"
 OPENAPI = HERE / "examples" / "openapi.json"  # `make openapi` writes it
@@ -2234,7 +2240,7 @@ class Api:
             return Response(status_code=204)
         outcome = generation.outcome
         result = outcome if isinstance(outcome, dict) else None
-        error = problem(outcome, generation.request_id) if isinstance(outcome, ApiError) else None
+        error = outcome.problem(generation.request_id) if isinstance(outcome, ApiError) else None
         state = accepted(generation, request.state.prefix)
         return as_json(state | {"position": generation.position, "result": result, "error": error})
 
@@ -2249,14 +2255,14 @@ class Api:
         query = dict(request.query_params)
         if (last := request.headers.get("last-event-id")) and not is_post:
             # Raises where the request is not valid, as the first time.
-            options = validated(StreamOptions, query) if is_known else (await self._body(request, GenerateRequest))[0]
+            options = StreamOptions.read(query) if is_known else (await self._body(request, GenerateRequest))[0]
             id, _, number = last.rpartition(".")
             generation = self.queue.known.get(id)
             seen = int(number) if re.fullmatch(r"\d{1,9}", number) else -1
             if not generation or not 0 <= seen <= len(generation.log):
                 return Response(status_code=204)
         elif is_known:
-            options, generation = validated(StreamOptions, query), self._known(request, of_anyone=True)
+            options, generation = StreamOptions.read(query), self._known(request, of_anyone=True)
         else:
             options, generation = await self._submitted(request, GenerateRequest)
         grace = 0 if is_post else self.settings.resume_grace
@@ -2311,8 +2317,8 @@ class Api:
                 with contextlib.suppress(ValueError):  # what is none is left to the validation
                     fields[name] = orjson.loads(fields[name])
         request.state.ignored = model.unknown(fields)
-        body = validated(model, fields, request.state.ignored, strict=False if is_text else None)
-        options = validated(StreamOptions, dict(request.query_params)).model_dump(exclude_unset=True)
+        body = model.read(fields, request.state.ignored, strict=False if is_text else None)
+        options = StreamOptions.read(dict(request.query_params)).model_dump(exclude_unset=True)
         return body.model_copy(update=options), document["notes"] if document else []
 
     async def _document(self, request: Request) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -2487,16 +2493,6 @@ async def json_body(request: Request) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise invalid({("body",): "must be a JSON object"})
     return document
-
-
-def validated(kind: type[Model], fields: Any, unknown: Sequence[str] = (), strict: bool | None = None) -> Model:
-    """Raises InvalidRequest, which has every fault in words and none of the values."""
-    try:
-        return kind.model_validate(fields, strict=strict)
-    except ValidationError as error:
-        faults = error.errors(include_url=False, include_input=False)
-        words = {fault["loc"]: in_words(fault) for fault in faults}
-        raise invalid(words, {fault["loc"]: fault["type"] for fault in faults}, unknown) from None
 
 
 # ---- Guard: bounds, who may ask, headers on every response, errors as JSON ------------------------------------------
@@ -2759,7 +2755,7 @@ async def as_problem(request: Request, raised: Exception) -> Response:
     if "generation" not in state and state["path"] not in OPEN_PATHS:
         request.app.queue.metrics.rejections.labels(error.code).inc()
     after = {"retry-after": str(max(1, round(error.retry_after)))} if error.retry_after else {}
-    return as_json(problem(error, state["request_id"]), error.status, error.headers | after, "problem+json")
+    return as_json(error.problem(state["request_id"]), error.status, error.headers | after, "problem+json")
 
 
 def _is_proxy(address: str, settings: Settings) -> bool:
@@ -3023,7 +3019,8 @@ def set_up(config: Config, guard: Guard) -> None:
     vars(config).update(ours | vars(config), settings=guard.settings)
     if guard.settings.log_format == "json" and config.errorlog == "-":
         config.errorlog = log  # its lines are JSON too
-    guard.addresses = addresses(config)
+    secure, cleartext = (config.bind, config.insecure_bind) if config.ssl_enabled else ([], config.bind)
+    guard.addresses = [f"https://{bind}" for bind in secure] + [f"http://{bind}" for bind in cleartext]
 
 
 async def serve_until_drained(
@@ -3094,7 +3091,8 @@ def create_app(settings: Settings) -> Guard:
     async def lifespan(guard: Guard) -> AsyncIterator[None]:
         if not log.handlers:  # what embeds this module keeps its own
             log.addHandler(logging.StreamHandler())
-            log.handlers[0].setFormatter(LogFormatter(settings.log_format))
+            text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+            log.handlers[0].setFormatter(JsonFormatter() if settings.log_format == "json" else text)
             log.propagate = False
         log.setLevel(settings.log_level)
         await queue.start()
@@ -3117,21 +3115,15 @@ def create_app(settings: Settings) -> Guard:
     return guard
 
 
-class LogFormatter(logging.Formatter):
-    """Records as text, or as a JSON object a line; `fields` of a record stand beside its message."""
-
-    def __init__(self, style: str) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
-        self._is_json = style == "json"
+class JsonFormatter(logging.Formatter):
+    """A record as a JSON object; the `fields` of one stand beside its message."""
 
     def format(self, record: logging.LogRecord) -> str:
-        fields: dict[str, Any] = getattr(record, "fields", {})
-        text = super().format(record)  # makes `message` and `exc_text`
-        if not self._is_json:
-            return text + "".join(f" {name}={value}" for name, value in fields.items())
+        super().format(record)  # makes `message` and `exc_text`
         moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         document = {"time": moment, "level": record.levelname, "logger": record.name, "message": record.message}
-        return orjson.dumps(document | fields | ({"exception": record.exc_text} if record.exc_text else {})).decode()
+        document |= getattr(record, "fields", {}) | ({"exception": record.exc_text} if record.exc_text else {})
+        return orjson.dumps(document).decode()
 
 
 def load_settings() -> Settings:
@@ -3141,11 +3133,6 @@ def load_settings() -> Settings:
     except ValidationError as error:
         faults = [f"{''.join(map(str, fault['loc'])).upper()} {in_words(fault)}".strip() for fault in error.errors()]
         raise SystemExit(f"dccapi: invalid setting: {'; '.join(faults)}") from None
-
-
-def addresses(config: Config) -> list[str]:
-    secure, cleartext = (config.bind, config.insecure_bind) if config.ssl_enabled else ([], config.bind)
-    return [f"https://{bind}" for bind in secure] + [f"http://{bind}" for bind in cleartext]
 
 
 def main() -> None:
@@ -3165,9 +3152,11 @@ def main() -> None:
             config.bind, config.insecure_bind = [options.tls_bind], config.bind
         sockets = config.create_sockets()
     except OSError as error:
-        fault = f"read {error.filename}" if error.filename else f"listen on {', '.join(addresses(config))}"
+        what = (
+            f"read {error.filename}" if error.filename else "listen on " + ", ".join(config.bind + config.insecure_bind)
+        )
         hint = "Give it to this user" if error.filename else "Free it, or choose another: --bind"
-        raise SystemExit(f"dccapi: cannot {fault}: {error.strerror}. {hint}") from None
+        raise SystemExit(f"dccapi: cannot {what}: {error.strerror}. {hint}") from None
     asyncio.run(serve_until_drained(ASGIWrapper(cast(Any, create_app(load_settings()))), config, sockets=sockets))
 
 

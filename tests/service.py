@@ -266,7 +266,7 @@ def logging_into(lines: list[str]) -> Iterator[None]:
 
     class Keeper(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            lines.append(dccapi.LogFormatter("json").format(record))
+            lines.append(dccapi.JsonFormatter().format(record))
 
     keeper, root, ours = Keeper(), logging.getLogger(), logging.getLogger("dccapi")
     level = root.level

@@ -615,7 +615,7 @@ def problem_responses() -> dict[str, Any]:
     examples: dict[str, dict[str, Any]] = {}
     for kind in dccapi.ApiError.__subclasses__():
         error = kind(errors=faults) if kind is dccapi.InvalidRequest else kind()
-        problem = dccapi.problem(error, REQUEST_ID) | {"timestamp": "2026-01-31T12:00:00.000+00:00"}
+        problem = error.problem(REQUEST_ID) | {"timestamp": "2026-01-31T12:00:00.000+00:00"}
         examples.setdefault(str(kind.status), {})[kind.code] = problem
     return {
         status: {

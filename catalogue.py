@@ -1124,7 +1124,7 @@ def answer_in(request: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
         skills=tags,
         badge=badge.model_dump(),
         course=prompt.course.text,
-        options=prompt.request.given_texts(),
+        options=[*prompt.request.options.values()],
         wanted_language=prompt.request.language,
         tone=prompt.request.option("badge_tone"),
         notes=prompt.course.notes,

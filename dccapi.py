@@ -28,7 +28,6 @@ import base64
 import contextlib
 import ctypes
 import hashlib
-import hmac
 import ipaddress
 import itertools
 import json
@@ -284,8 +283,7 @@ class EngineTimeout(ApiError, status=504, text="The language model took too long
 # fmt: on
 
 
-# What is told where pydantic's own words are not for people: by the first part of a fault's type, such as int_parsing,
-# and by the field that does not match its pattern.
+# In place of pydantic's words: by the first part of a fault's type (int_parsing), or by the field with a pattern.
 WORDS = {
     "missing": "is missing",
     "int": "must be a whole number",
@@ -367,26 +365,28 @@ class Fields(BaseModel, frozen=True):
 
     @model_validator(mode="before")
     @classmethod
-    def _given(cls, data: Any) -> Any:
+    def _given(cls, data: Any, info: ValidationInfo) -> Any:
         if not isinstance(data, dict):
             return data
+        if info.context is not None:
+            place = "" if issubclass(cls, GenerateRequest) else "badge_configuration."
+            odd = [name for name in data if name not in cls.model_fields and name not in OTHER_NAMES]
+            info.context.extend(place + name for name in odd)
         empty = {name for name, part in data.items() if isinstance(part, str) and part.casefold() in NOT_GIVEN}
         given = {name: part for name, part in data.items() if part is not None and name not in empty}
         return {OTHER_NAMES.get(name, name): part for name, part in given.items()} | given
 
     @classmethod
-    def read(cls, fields: Any, unknown: Sequence[str] = (), strict: bool | None = None) -> Self:
-        """Raises InvalidRequest, which has every fault in words and none of the values."""
+    def read(cls, fields: Any, unknown: list[str] | None = None, strict: bool | None = None) -> Self:
+        """Raises InvalidRequest, which has every fault in words and none of the values. Adds the `unknown` names."""
         try:
-            return cls.model_validate(fields, strict=strict)
+            return cls.model_validate(fields, strict=strict, context=unknown)
         except ValidationError as error:
             words = {fault["loc"]: in_words(fault) for fault in error.errors()}
-            raise invalid(words, {fault["loc"]: fault["type"] for fault in error.errors()}, unknown) from None
+            raise invalid(words, {fault["loc"]: fault["type"] for fault in error.errors()}, unknown or ()) from None
 
 
 class StreamOptions(Fields):
-    """How a client wants its events."""
-
     stream: bool = Field(False, description="Answer with events, as `Accept: text/event-stream` does.")
     accumulated: bool = Field(True, description="Repeat the whole text so far in each token event.")
     partial: bool = Field(False, description="Add `partial` events with the badge as far as it is written.")
@@ -424,25 +424,11 @@ class GenerateRequest(StreamOptions, BadgeOptions):
         """An option, wherever it was given."""
         return getattr(self, name) or getattr(self.badge_configuration, name, None)
 
-    def sampling(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
-        """The client's parameters, else the engine's own defaults, else the contract's."""
-        given = self.model_dump(include={"temperature", "max_tokens", "top_p", "top_k", "repeat_penalty", "seed"})
-        return given | {name: value for name, value in defaults.items() if name not in self.model_fields_set}
-
     @property
     def options(self) -> dict[str, str]:
         """What was said of the badge besides the course: the options that have a title, their name in the prompt."""
         titled = [name for name, option in BadgeOptions.model_fields.items() if option.title]
         return {name: value for name in titled if (value := self.option(name))}
-
-    @classmethod
-    def unknown(cls, document: Mapping[str, Any]) -> list[str]:
-        """The fields of a request that are not known, and ignored."""
-        inner = document.get("badge_configuration")
-        names = [name for name in document if name not in cls.model_fields]
-        if isinstance(inner, dict):
-            names += [f"badge_configuration.{name}" for name in inner if name not in BadgeOptions.model_fields]
-        return [name for name in names if name.rpartition(".")[2] not in OTHER_NAMES]
 
     def fingerprint(self) -> bytes:
         """What an `Idempotency-Key` stands for: the fields, not how they are delivered."""
@@ -554,7 +540,9 @@ def build_prompt(request: GenerateRequest, course: Course, system: str, defaults
     text = re.sub(r"(?i)<(?=\s*+/?\s*+course\b)", "\u2039", course.text)  # possessive: a linear pass
     user = "\n".join(["<course>", text, "</course>", "", *options, closing])
     user = re.sub(CHAT_MARKS, lambda mark: "\u2039" if mark[0] == "<" else "\uff3b", user)
-    return Prompt(request, course, system, user, schema, request.sampling(defaults), kept)
+    sampling = request.model_dump(include={"temperature", "max_tokens", "top_p", "top_k", "repeat_penalty", "seed"})
+    sampling |= {name: value for name, value in defaults.items() if name not in request.model_fields_set}
+    return Prompt(request, course, system, user, schema, sampling, kept)
 
 
 def _asked(request: GenerateRequest, words: int, kept: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -2316,7 +2304,7 @@ class Api:
             for name in {"badge", "badge_configuration"} & fields.keys():
                 with contextlib.suppress(ValueError):  # what is none is left to the validation
                     fields[name] = orjson.loads(fields[name])
-        request.state.ignored = model.unknown(fields)
+        request.state.ignored = []
         body = model.read(fields, request.state.ignored, strict=False if is_text else None)
         options = StreamOptions.read(dict(request.query_params)).model_dump(exclude_unset=True)
         return body.model_copy(update=options), document["notes"] if document else []
@@ -2595,7 +2583,7 @@ class Guard:
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = (token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")).encode("latin-1")
         # Every key is compared, in constant time each.
-        names = [name for name, key in settings.keys.items() if hmac.compare_digest(given, key)]
+        names = [name for name, key in settings.keys.items() if secrets.compare_digest(given, key)]
         state["client"] = names[0] if names else str(_ip(address) or address)
         is_open = not settings.keys or path in OPEN_PATHS or path.startswith("/docs/")
         # An EventSource cannot send a key, and nobody can guess the URL of a generation's events.
@@ -3119,11 +3107,9 @@ class JsonFormatter(logging.Formatter):
     """A record as a JSON object; the `fields` of one stand beside its message."""
 
     def format(self, record: logging.LogRecord) -> str:
-        super().format(record)  # makes `message` and `exc_text`
         moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        document = {"time": moment, "level": record.levelname, "logger": record.name, "message": record.message}
-        document |= getattr(record, "fields", {}) | ({"exception": record.exc_text} if record.exc_text else {})
-        return orjson.dumps(document).decode()
+        document = {"time": moment, "level": record.levelname, "logger": record.name, "message": super().format(record)}
+        return orjson.dumps(document | getattr(record, "fields", {})).decode()
 
 
 def load_settings() -> Settings:

@@ -101,7 +101,7 @@ async def test_a_port_that_is_taken_is_named_in_one_sentence() -> None:
         )
         _, said = await process.communicate()
     assert process.returncode == 1
-    assert said.decode().startswith(f"dccapi: cannot listen on http://{bind}: Address already in use.")
+    assert said.decode().startswith(f"dccapi: cannot listen on {bind}: Address already in use.")
     assert said.count(b"\n") == 1
 
 

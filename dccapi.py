@@ -1740,12 +1740,10 @@ CANNOT_RUN = (
     r"|timed out waiting for llama[\w-]{0,9}(?: runner)? to start|unable to load model|error loading model"
     r"|does not support (?:generate|chat|completions?)\b"
 )
-FILTERED = "The language model's content filter stopped it. Change the content, or ask its operator about the filter."
-# Every reason for the end of a text that is known; any other is a failure.
-FINISH_REASONS: dict[str, Literal["stop", "length", "filter"]] = {
+# Why a text ended where nothing has failed; any other reason is a failure.
+FINISH_REASONS: dict[str, Literal["stop", "length"]] = {
     **dict.fromkeys(("stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete", "completed"), "stop"),
     **dict.fromkeys(("length", "max_tokens", "max_length", "max_output_tokens", "model_length"), "length"),
-    **dict.fromkeys(("content_filter", "safety", "content_filtered"), "filter"),
 }
 # What an OpenAI server is told of sampling; llama.cpp knows the penalty by the one name, and vLLM by the other.
 SAMPLING = ("max_tokens", "seed", "temperature", "top_p", "top_k", "repeat_penalty", "repetition_penalty")
@@ -1787,12 +1785,11 @@ class Engine:
         self._without: frozenset[str] = frozenset()  # parts that the server has refused, and is not sent again
 
     async def start(self) -> None:
-        settings = self.settings
         # Fewer connections than workers would be a second queue; one more is for the health check.
-        limit = max(settings.connection_pool_size, settings.workers + 1)
-        connector = aiohttp.TCPConnector(limit=limit, keepalive_timeout=settings.keepalive_timeout)
+        limit = max(self.settings.connection_pool_size, self.settings.workers + 1)
+        connector = aiohttp.TCPConnector(limit=limit, keepalive_timeout=self.settings.keepalive_timeout)
         # `GenerationQueue` has the other deadlines; aiohttp's total of 300 s would end long answers.
-        timeout = aiohttp.ClientTimeout(total=None, connect=settings.connect_timeout)
+        timeout = aiohttp.ClientTimeout(total=None, connect=self.settings.connect_timeout)
         headers = {"accept-encoding": "identity"} | ({"authorization": f"Bearer {self.key}"} if self.key else {})
         # aiohttp holds up to twice `read_bufsize` bytes for each call.
         self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers, read_bufsize=2**12)
@@ -1821,9 +1818,7 @@ class Engine:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
         body |= {"chat_template_kwargs": {"enable_thinking": False}, "repetition_penalty": sampling["repeat_penalty"]}
         body["seed"] = None if seed is None else seed % 2**31  # llama.cpp's is 32 bits wide
-        if "max_tokens" in without:
-            body["max_completion_tokens"] = sampling["max_tokens"]
-        return body
+        return body | {"max_completion_tokens": sampling["max_tokens"] if "max_tokens" in without else None}
 
     def read(self, record: dict[str, Any], prompt: Prompt) -> tuple[str, str, object, tuple[int, int] | None]:
         """What a record of an answer says: text, thought, why the text ended, tokens read and written."""
@@ -1833,8 +1828,8 @@ class Engine:
         content = delta.get("content") or ""
         thought = delta.get("reasoning_content") or delta.get("reasoning") or content
         if not isinstance(content, str):  # a list of parts, of which some are thoughts (Mistral)
-            texts = [part.get("text") for part in content if part.get("type", "text") in ("text", "output_text")]
-            content = "".join(filter(None, texts))
+            texts = [part for part in content if part.get("type", "text") in ("text", "output_text")]
+            content = "".join(part.get("text") or "" for part in texts)
         counts = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
         return content, str(thought), choice.get("finish_reason"), counts if usage else None
 
@@ -1864,13 +1859,10 @@ class Engine:
                         break
                 # The end of the body is on its way, and with it the connection can be used again.
                 with contextlib.suppress(aiohttp.ClientError, OSError):  # nothing of the answer is missing
-                    async with asyncio.timeout(0.05):
-                        await response.content.read()
-            if ended is None:  # Ollama after 30 equal tokens in a row
-                raise EngineError(UNFINISHED)
-            meant = FINISH_REASONS.get(str(ended).lower())
-            if meant is None or meant == "filter":
-                raise EngineError(FILTERED if meant else "")
+                    await asyncio.wait_for(response.content.read(), 0.05)
+            if not (meant := FINISH_REASONS.get(str(ended).lower())):
+                failure = EngineError(UNFINISHED if ended is None else "")  # Ollama after 30 equal tokens in a row
+                raise self._meaning(500, str(ended), prompt) or failure
             if not pieces and re.fullmatch(r"\s*\{.*\}\s*", thoughts, re.S):
                 yield thoughts  # the badge's JSON went to the wrong place (maclocal-api 44)
             yield Usage(counts[0], counts[1] or pieces, meant)  # llama-cpp-python counts only what it does not stream
@@ -1897,8 +1889,9 @@ class Engine:
             try:
                 response = await self._session.post(await self.url() + self.path, json=body, allow_redirects=False)
             except TimeoutError as error:
-                said = "The language model's server takes no connection within CONNECT_TIMEOUT. Try again later."
-                raise EngineTimeout(said, retry_after=EngineUnreachable.retry_after) from error
+                raise EngineTimeout(
+                    "The model's server takes no connection within CONNECT_TIMEOUT. Try again.", 5
+                ) from error
             except aiohttp.ClientConnectionError as error:  # without a byte of an answer
                 await asyncio.sleep(0.05)  # then connections that end with it are out of the pool
                 # One that was closed long ago ends at once; later it was a call, which is not made twice.
@@ -1935,8 +1928,8 @@ class Engine:
                 return too_long(prompt, limit, tokens, answer)
             if status < 500:
                 return too_long(prompt, self.context)
-        if re.search(r"content_filter|content management policy", message):  # Azure OpenAI's
-            return EngineError(FILTERED)
+        if re.search(r"(?i)content_filter|^safety$|content management policy", message):  # the last is Azure OpenAI's
+            return EngineError("The model's content filter stopped it. Change the content, or ask its operator.")
         cannot = re.search(CANNOT_RUN, message)
         if cannot or status in (401, 403):
             fault = f"cannot run it ({cannot[0]})" if cannot else "does not take the service's key"
@@ -1988,11 +1981,11 @@ async def _lines(answer: aiohttp.StreamReader) -> AsyncGenerator[bytes]:
 
 
 async def _whole(response: aiohttp.ClientResponse) -> bytes:
-    """A body that is not a stream, up to MAX_LINE; `content.read(n)` gives what has come."""
-    body = bytearray()
-    while (chunk := await response.content.readany()) and len(body) < MAX_LINE:
-        body += chunk
-    return bytes(body)
+    """A body that is not a stream, up to MAX_LINE."""
+    try:
+        return await response.content.readexactly(MAX_LINE)
+    except asyncio.IncompleteReadError as body:
+        return body.partial
 
 
 def _message(said: Any) -> str:
@@ -2002,10 +1995,9 @@ def _message(said: Any) -> str:
         return "; ".join(f"{name}: {_message(said[name])}" for name in told if said.get(name))
     if isinstance(said, list):
         return ", ".join(map(_message, said))
-    try:
-        return _message(orjson.loads(said))  # Ollama since 0.30 has llama-server's whole JSON as a string in its own
-    except ValueError:
-        return said.decode(errors="replace") if isinstance(said, bytes) else str(said)
+    with contextlib.suppress(ValueError):  # Ollama since 0.30 has llama-server's whole JSON as a string in its own
+        return _message(orjson.loads(said))
+    return said.decode(errors="replace") if isinstance(said, bytes) else str(said)
 
 
 class OllamaEngine(Engine):
@@ -2014,11 +2006,11 @@ class OllamaEngine(Engine):
     path, listing = "/api/generate", ("/api/tags", "models", "name")
     remedy = "Start it, or correct OLLAMA_URL; badges are written again as soon as it answers."
     optional: Mapping[str, str] = {"think": r"\bthink(?:ing)?\b", "format": r"\bformat\b|json_schema"}
+    _think: bool | str | None = None  # what is sent; None where the model does not think
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         self.base_url, self.key, self.context = settings.ollama_url, "", settings.num_ctx
-        self._think: bool | str | None = None  # what is sent; None where the model does not think
 
     async def introduce(self) -> None:
         status, answer = await self.ask("/api/show", {"model": self.settings.model})
@@ -2074,8 +2066,7 @@ class EmbeddedEngine(Engine):
     sifts = is_restarted = True
     bounds: Mapping[str, Any] = {
         "badge_name": {"pattern": r'^[^<>"\\{}]{3,80}$'},  # a title, not the course's delimiter
-        "badge_description": {"items": {"type": "string", "maxLength": 300}},
-        "criteria": {"items": {"type": "string", "maxLength": 300}},
+        **{name: {"items": {"type": "string", "maxLength": 300}} for name in ("badge_description", "criteria")},
         "skills": {"items": {"type": "string", "maxLength": 60}},
     }
 
@@ -2123,9 +2114,8 @@ class EmbeddedEngine(Engine):
                         self.base_url, said = f"{said}/v1", ""
                         self._told.set()
                         log.info("the embedded engine is ready")
-                        await process.wait()
-                        self._told.clear()
                     code = await process.wait()
+                    self._told.clear()
                     self._fault = said or f"its process ended with {code} (-9: it lacks memory; -4: another processor)"
                 finally:
                     await _killed(process)

@@ -1740,24 +1740,18 @@ CANNOT_RUN = (
     r"|timed out waiting for llama[\w-]{0,9}(?: runner)? to start|unable to load model|error loading model"
     r"|does not support (?:generate|chat|completions?)\b"
 )
-# Why a text ended where nothing has failed; any other reason is a failure.
-FINISH_REASONS: dict[str, Literal["stop", "length"]] = {
-    **dict.fromkeys(("stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete", "completed"), "stop"),
-    **dict.fromkeys(("length", "max_tokens", "max_length", "max_output_tokens", "model_length"), "length"),
-}
-# What an OpenAI server is told of sampling; llama.cpp knows the penalty by the one name, and vLLM by the other.
+# Why a text ended: the model has finished it, or may not go on. Any other reason is a failure.
+FINISHED = {"stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete", "completed"}
+CUT = {"length", "max_tokens", "max_length", "max_output_tokens", "model_length"}
 SAMPLING = ("max_tokens", "seed", "temperature", "top_p", "top_k", "repeat_penalty", "repetition_penalty")
 # The rest of what a refusal may mean; 502 and 504 are said by a balancer that has no engine to ask.
 REFUSALS = {404: ModelMissing, 429: QueueFull, 502: EngineUnreachable, 503: QueueFull, 504: EngineUnreachable}
-# What stands before a record: nothing (Ollama), or the name of its field in a server-sent event. Other lines are none.
-RECORD = re.compile(rb"(data:|error:)?\s*(?=\{|\[DONE\])")
+# A record, alone (Ollama) or as a field of a server-sent event. Other lines are none.
+RECORD = re.compile(rb"(data:|error:)?\s*(\{.*|\[DONE\])")
 
 
 class Engine:
-    """A language model's server: a prompt in, pieces of text out, a Usage at the end.
-
-    This class speaks the OpenAI API, as vLLM, sglang, TGI, llm-d, Ray Serve, llama-server and llama-cpp-python do.
-    """
+    """A language model's server that speaks the OpenAI API: a prompt in, pieces of text out, a Usage at the end."""
 
     path, listing = "/chat/completions", ("/models", "data", "id")  # of a generation; of the models, with its members
     remedy = "Start it, or correct OPENAI_BASE_URL; badges are written again as soon as it answers."
@@ -1768,7 +1762,7 @@ class Engine:
     # Parts of a request that a server may refuse, and how it names them: openai-agents-python 442, Flowise 2866,
     # obsidian-copilot 1477, TGI 2899, langchainjs PR 6888; of chat templates: autogen 1037, ramalama 2425.
     optional: Mapping[str, str] = {
-        **{name: rf"\b{name}\b" for name in SAMPLING},
+        **{name: rf"\b{name}\b" for name in SAMPLING},  # llama.cpp knows the penalty by the one name, vLLM by the other
         "stream_options": r"stream_options|include_usage",
         "json_schema": r"response[_ ]format|json_schema|guided_json",
         "response_format": r"response[_ ]format|json_object",
@@ -1781,7 +1775,7 @@ class Engine:
         self.base_url, self.key = settings.openai_base_url, settings.openai_api_key.strip()
         self.context: int | None = None  # tokens that its context holds, as far as that is known
         self.remark = ""  # what an operator should know of it
-        self._known = False  # whether the server was asked what it is
+        self._known = False  # whether the server has said what it is, and nothing is known against it
         self._without: frozenset[str] = frozenset()  # parts that the server has refused, and is not sent again
 
     async def start(self) -> None:
@@ -1841,12 +1835,11 @@ class Engine:
                 async for line in lines:
                     if not (found := RECORD.match(line)):
                         continue
-                    data = line[found.end() :]
-                    if data.startswith(b"["):
+                    if found[2] == b"[DONE]":
                         break
-                    record = orjson.loads(data)
+                    record = orjson.loads(found[2])
                     if found[1] == b"error:" or record.get("error") or record.get("object") == "error":  # old vLLM
-                        raise self._meaning(500, _message(data), prompt) or EngineError
+                        raise self._meaning(500, _message(found[2]), prompt) or EngineError
                     text, thought, reason, counted = self.read(record, prompt)
                     ended, counts = reason or ended, counted or counts
                     if text:
@@ -1860,12 +1853,13 @@ class Engine:
                 # The end of the body is on its way, and with it the connection can be used again.
                 with contextlib.suppress(aiohttp.ClientError, OSError):  # nothing of the answer is missing
                     await asyncio.wait_for(response.content.read(), 0.05)
-            if not (meant := FINISH_REASONS.get(str(ended).lower())):
+            if (end := str(ended).lower()) not in FINISHED | CUT:
                 failure = EngineError(UNFINISHED if ended is None else "")  # Ollama after 30 equal tokens in a row
-                raise self._meaning(500, str(ended), prompt) or failure
+                raise self._meaning(500, end, prompt) or failure
             if not pieces and re.fullmatch(r"\s*\{.*\}\s*", thoughts, re.S):
                 yield thoughts  # the badge's JSON went to the wrong place (maclocal-api 44)
-            yield Usage(counts[0], counts[1] or pieces, meant)  # llama-cpp-python counts only what it does not stream
+            written = counts[1] or pieces  # llama-cpp-python counts only what it does not stream
+            yield Usage(counts[0], written, "length" if end in CUT else "stop")
         except (ApiError, aiohttp.ClientError, OSError, ValueError) as error:  # it broke off, or is no JSON
             told = error if isinstance(error, ApiError) else EngineError()
             log.warning("an engine call failed: %s: %s", type(error).__name__, told.detail)
@@ -1874,23 +1868,22 @@ class Engine:
     async def _answer(self, prompt: Prompt) -> aiohttp.ClientResponse:
         """The response with the answer. Refused parts of the request are left out, from then on where that helps."""
         # A connection that has just answered a question is not one that the server has long closed (aiohttp 6138).
-        was_known = self._known and not self.remark
-        retries = was_known + self.is_restarted
-        if not was_known:
+        retries = self._known + self.is_restarted
+        if not self._known:
             self.remark = ""
             with contextlib.suppress(ApiError, AttributeError, TypeError, ValueError):  # it is silent, or says nonsense
                 await self.introduce()
-                self._known = True
+                self._known = not self.remark
         without = self._without
         while True:
-            body = self.body(prompt, without)
-            body = {name: value for name, value in body.items() if value is not None and name not in without}
+            parts = self.body(prompt, without).items()
+            body = {name: part for name, part in parts if part is not None and name not in without}
             asked = time.monotonic()
             try:
                 response = await self._session.post(await self.url() + self.path, json=body, allow_redirects=False)
             except TimeoutError as error:
                 raise EngineTimeout(
-                    "The model's server takes no connection within CONNECT_TIMEOUT. Try again.", 5
+                    "The model's server takes no connection in CONNECT_TIMEOUT. Try again.", 5
                 ) from error
             except aiohttp.ClientConnectionError as error:  # without a byte of an answer
                 await asyncio.sleep(0.05)  # then connections that end with it are out of the pool
@@ -1933,7 +1926,7 @@ class Engine:
         cannot = re.search(CANNOT_RUN, message)
         if cannot or status in (401, 403):
             fault = f"cannot run it ({cannot[0]})" if cannot else "does not take the service's key"
-            self.remark = f"The language model's server {fault}. Its operator has to mend that."
+            self._known, self.remark = False, f"The language model's server {fault}. Its operator has to mend that."
             return EngineError(self.remark)
         self._known = self._known and status != 404  # the model may be made anew
         if status == 503 and "loading model" in message.lower():  # llama-server
@@ -2030,13 +2023,10 @@ class OllamaEngine(Engine):
     def body(self, prompt: Prompt, without: frozenset[str]) -> dict[str, Any]:
         settings, sampling, keep_alive = self.settings, prompt.sampling, self.settings.keep_alive
         options = {name: value for name, value in sampling.items() if name != "max_tokens" and value is not None}
-        # Without num_predict a model may loop for ever under `format` (ollama 2577).
-        options |= {"num_ctx": settings.num_ctx, "num_predict": sampling["max_tokens"]}
+        options |= {"num_ctx": settings.num_ctx, "num_predict": sampling["max_tokens"]}  # without it: ollama 2577
         body = {"model": settings.model, "system": prompt.system, "prompt": prompt.user, "format": prompt.schema}
-        # A prompt over the context is an error, not cut at its front (ollama 3839).
-        limits = {"truncate": False, "shift": False, "options": options}
-        # A duration is taken as text, and bare seconds only as a number.
-        seconds = int(keep_alive) if keep_alive.lstrip("-").isdecimal() else keep_alive
+        limits = {"truncate": False, "shift": False, "options": options}  # a long prompt is not cut (ollama 3839)
+        seconds = int(keep_alive) if keep_alive.lstrip("-").isdecimal() else keep_alive  # bare ones are no text
         return {**body, **limits, "keep_alive": seconds, "stream": True, "think": self._think}
 
     def read(self, record: dict[str, Any], prompt: Prompt) -> tuple[str, str, object, tuple[int, int] | None]:
@@ -2060,8 +2050,7 @@ class EmbeddedEngine(Engine):
     """llama.cpp in a child process of ours (`python dccapi.py engine`), restarted when it dies, ended with us."""
 
     remedy = "The service's log says why; it is started again and again."
-    # SmolLM2-135M loops at the contract's 1.02. With this, the sampler against repetition and bounded texts it ends
-    # by itself on every one of the real courses; without, on half of them.
+    # SmolLM2-135M loops at the contract's 1.02: without this, `bounds` and DRY, half of the real courses had no end.
     defaults: Mapping[str, Any] = {"repeat_penalty": 1.12}
     sifts = is_restarted = True
     bounds: Mapping[str, Any] = {
@@ -2089,8 +2078,7 @@ class EmbeddedEngine(Engine):
 
     async def stop(self) -> None:
         self._supervisor.cancel()
-        await asyncio.gather(self._supervisor, return_exceptions=True)
-        await super().stop()
+        await asyncio.gather(self._supervisor, super().stop(), return_exceptions=True)
 
     async def url(self) -> str:
         """The child's address, once it listens: a restart takes seconds, for which a generation has its deadlines."""
@@ -2102,7 +2090,6 @@ class EmbeddedEngine(Engine):
     async def _supervise(self) -> None:
         """Start the child, and again whenever it ends."""
         arguments = self.settings.model_path, self.settings.num_ctx, self.settings.workers, self.settings.model
-        delay = 1.0
         while True:
             self.base_url = ""
             try:
@@ -2123,9 +2110,8 @@ class EmbeddedEngine(Engine):
                 self._fault = getattr(error, "strerror", None) or type(error).__name__
             if not self.base_url:
                 self._told.set()
-            delay = 1.0 if self.base_url else min(delay * 2, 30)
-            log.error("the embedded engine ended: %s; next start in %g s", self._fault, delay)
-            await asyncio.sleep(delay)
+            log.error("the embedded engine ended: %s; it is started again", self._fault)
+            await asyncio.sleep(1 if self.base_url else 10)  # at once it would hardly start either
 
 
 def serve_embedded(path: str, context: str, slots: str, name: str) -> None:
@@ -2152,9 +2138,6 @@ def serve_embedded(path: str, context: str, slots: str, name: str) -> None:
     say(server.listening_address)
     sys.stdin.read()
     os._exit(0)  # llama.cpp's own end waits for running requests
-
-
-ENGINES = {"ollama": OllamaEngine, "openai": Engine, "embedded": EmbeddedEngine}
 
 
 # ---- Handlers -------------------------------------------------------------------------------------------------------
@@ -3077,7 +3060,8 @@ mend_hypercorn()
 
 def create_app(settings: Settings) -> Guard:
     """The ASGI application: Guard, CORS, errors, `Guard.admit`, routes, in this order."""
-    queue = GenerationQueue(settings, ENGINES[settings.engine](settings), Readers())
+    engine = {"ollama": OllamaEngine, "openai": Engine, "embedded": EmbeddedEngine}[settings.engine]
+    queue = GenerationQueue(settings, engine(settings), Readers())
     api = Api(settings, queue)
 
     @contextlib.asynccontextmanager

@@ -1757,8 +1757,7 @@ class Engine:
     remedy = "Start it, or correct OPENAI_BASE_URL; badges are written again as soon as it answers."
     full_name: Callable[[str], str] = str  # a model's name as the server compares it
     defaults: Mapping[str, Any] = {}  # sampling where the client gave none
-    sifts = is_tiny = False  # whether its models are so small that what the course does not bear is left out
-    is_restarted = False  # whether a server that dies with a call is replaced by us
+    sifts = is_tiny = is_restarted = False  # its models are small; very small; a server that dies is restarted by us
     # Parts of a request that a server may refuse, and how it names them: openai-agents-python 442, Flowise 2866,
     # obsidian-copilot 1477, TGI 2899, langchainjs PR 6888; of chat templates: autogen 1037, ramalama 2425.
     optional: Mapping[str, str] = {
@@ -1852,10 +1851,10 @@ class Engine:
                         break
                 # The end of the body is on its way, and with it the connection can be used again.
                 with contextlib.suppress(aiohttp.ClientError, OSError):  # nothing of the answer is missing
-                    await asyncio.wait_for(response.content.read(), 0.05)
-            if (end := str(ended).lower()) not in FINISHED | CUT:
-                failure = EngineError(UNFINISHED if ended is None else "")  # Ollama after 30 equal tokens in a row
-                raise self._meaning(500, end, prompt) or failure
+                    async with asyncio.timeout(0.05):
+                        await response.content.read()
+            if (end := str(ended).lower()) not in FINISHED | CUT:  # None: Ollama after 30 equal tokens in a row
+                raise self._meaning(500, end, prompt) or EngineError(UNFINISHED if ended is None else "")
             if not pieces and re.fullmatch(r"\s*\{.*\}\s*", thoughts, re.S):
                 yield thoughts  # the badge's JSON went to the wrong place (maclocal-api 44)
             written = counts[1] or pieces  # llama-cpp-python counts only what it does not stream
@@ -1882,9 +1881,7 @@ class Engine:
             try:
                 response = await self._session.post(await self.url() + self.path, json=body, allow_redirects=False)
             except TimeoutError as error:
-                raise EngineTimeout(
-                    "The model's server takes no connection in CONNECT_TIMEOUT. Try again.", 5
-                ) from error
+                raise EngineTimeout("The engine takes no connection in CONNECT_TIMEOUT. Try again later.", 5) from error
             except aiohttp.ClientConnectionError as error:  # without a byte of an answer
                 await asyncio.sleep(0.05)  # then connections that end with it are out of the pool
                 # One that was closed long ago ends at once; later it was a call, which is not made twice.
@@ -2035,8 +2032,7 @@ class OllamaEngine(Engine):
             return text, thought, None, None
         read, written = (int(record.get(key) or 0) for key in ("prompt_eval_count", "eval_count"))
         if self.context and (read >= self.context or read + written > self.context):
-            # A server before 0.12.6 knows neither `truncate` nor `shift`, and has cut the prompt.
-            raise too_long(prompt, self.context)
+            raise too_long(prompt, self.context)  # Ollama before 0.12.6 does not know `truncate`, and has cut it
         return text, thought, record.get("done_reason") or "stop", (read, written)
 
     @staticmethod
@@ -2111,7 +2107,7 @@ class EmbeddedEngine(Engine):
             if not self.base_url:
                 self._told.set()
             log.error("the embedded engine ended: %s; it is started again", self._fault)
-            await asyncio.sleep(1 if self.base_url else 10)  # at once it would hardly start either
+            await asyncio.sleep(1 if self.base_url else 5)  # what kept it from starting seldom passes at once
 
 
 def serve_embedded(path: str, context: str, slots: str, name: str) -> None:

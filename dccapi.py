@@ -1735,37 +1735,28 @@ CANNOT_RUN = (
     r"|timed out waiting for llama[\w-]{0,9}(?: runner)? to start|unable to load model|error loading model"
     r"|does not support (?:generate|chat|completions?)\b"
 )
-FILTERED = "The language model's content filter stopped it. Change the content, or ask its operator about the filter."
-# Every reason for the end of a text that is known; any other is a failure.
-FINISH_REASONS: dict[str, Literal["stop", "length", "filter"]] = {
-    **dict.fromkeys(("stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete", "completed"), "stop"),
-    **dict.fromkeys(("length", "max_tokens", "max_length", "max_output_tokens", "model_length"), "length"),
-    **dict.fromkeys(("content_filter", "safety", "content_filtered"), "filter"),
-}
-# What an OpenAI server is told of sampling; llama.cpp knows the penalty by the one name, and vLLM by the other.
+# Why a text ended: the model has finished it, or may not go on. Any other reason is a failure.
+FINISHED = {"stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete", "completed"}
+CUT = {"length", "max_tokens", "max_length", "max_output_tokens", "model_length"}
 SAMPLING = ("max_tokens", "seed", "temperature", "top_p", "top_k", "repeat_penalty", "repetition_penalty")
 # The rest of what a refusal may mean; 502 and 504 are said by a balancer that has no engine to ask.
 REFUSALS = {404: ModelMissing, 429: QueueFull, 502: EngineUnreachable, 503: QueueFull, 504: EngineUnreachable}
-# What stands before a record: nothing (Ollama), or the name of its field in a server-sent event. Other lines are none.
-RECORD = re.compile(rb"(data:|error:)?\s*(?=\{|\[DONE\])")
+# A record, alone (Ollama) or as a field of a server-sent event. Other lines are none.
+RECORD = re.compile(rb"(data:|error:)?\s*(\{.*|\[DONE\])")
 
 
 class Engine:
-    """A language model's server: a prompt in, pieces of text out, a Usage at the end.
-
-    This class speaks the OpenAI API, as vLLM, sglang, TGI, llm-d, Ray Serve, llama-server and llama-cpp-python do.
-    """
+    """A language model's server that speaks the OpenAI API: a prompt in, pieces of text out, a Usage at the end."""
 
     path, listing = "/chat/completions", ("/models", "data", "id")  # of a generation; of the models, with its members
     remedy = "Start it, or correct OPENAI_BASE_URL; badges are written again as soon as it answers."
     full_name: Callable[[str], str] = str  # a model's name as the server compares it
     defaults: Mapping[str, Any] = {}  # sampling where the client gave none
-    sifts = is_tiny = False  # whether its models are so small that what the course does not bear is left out
-    is_restarted = False  # whether a server that dies with a call is replaced by us
+    sifts = is_tiny = is_restarted = False  # its models are small; very small; a server that dies is restarted by us
     # Parts of a request that a server may refuse, and how it names them: openai-agents-python 442, Flowise 2866,
     # obsidian-copilot 1477, TGI 2899, langchainjs PR 6888; of chat templates: autogen 1037, ramalama 2425.
     optional: Mapping[str, str] = {
-        **{name: rf"\b{name}\b" for name in SAMPLING},
+        **{name: rf"\b{name}\b" for name in SAMPLING},  # llama.cpp knows the penalty by the one name, vLLM by the other
         "stream_options": r"stream_options|include_usage",
         "json_schema": r"response[_ ]format|json_schema|guided_json",
         "response_format": r"response[_ ]format|json_object",
@@ -1778,16 +1769,15 @@ class Engine:
         self.base_url, self.key = settings.openai_base_url, settings.openai_api_key.strip()
         self.context: int | None = None  # tokens that its context holds, as far as that is known
         self.remark = ""  # what an operator should know of it
-        self._known = False  # whether the server was asked what it is
+        self._known = False  # whether the server has said what it is, and nothing is known against it
         self._without: frozenset[str] = frozenset()  # parts that the server has refused, and is not sent again
 
     async def start(self) -> None:
-        settings = self.settings
         # Fewer connections than workers would be a second queue; one more is for the health check.
-        limit = max(settings.connection_pool_size, settings.workers + 1)
-        connector = aiohttp.TCPConnector(limit=limit, keepalive_timeout=settings.keepalive_timeout)
+        limit = max(self.settings.connection_pool_size, self.settings.workers + 1)
+        connector = aiohttp.TCPConnector(limit=limit, keepalive_timeout=self.settings.keepalive_timeout)
         # `GenerationQueue` has the other deadlines; aiohttp's total of 300 s would end long answers.
-        timeout = aiohttp.ClientTimeout(total=None, connect=settings.connect_timeout)
+        timeout = aiohttp.ClientTimeout(total=None, connect=self.settings.connect_timeout)
         headers = {"accept-encoding": "identity"} | ({"authorization": f"Bearer {self.key}"} if self.key else {})
         # aiohttp holds up to twice `read_bufsize` bytes for each call.
         self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers, read_bufsize=2**12)
@@ -1816,9 +1806,7 @@ class Engine:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
         body |= {"chat_template_kwargs": {"enable_thinking": False}, "repetition_penalty": sampling["repeat_penalty"]}
         body["seed"] = None if seed is None else seed % 2**31  # llama.cpp's is 32 bits wide
-        if "max_tokens" in without:
-            body["max_completion_tokens"] = sampling["max_tokens"]
-        return body
+        return body | {"max_completion_tokens": sampling["max_tokens"] if "max_tokens" in without else None}
 
     def read(self, record: dict[str, Any], prompt: Prompt) -> tuple[str, str, object, tuple[int, int] | None]:
         """What a record of an answer says: text, thought, why the text ended, tokens read and written."""
@@ -1828,8 +1816,8 @@ class Engine:
         content = delta.get("content") or ""
         thought = delta.get("reasoning_content") or delta.get("reasoning") or content
         if not isinstance(content, str):  # a list of parts, of which some are thoughts (Mistral)
-            texts = [part.get("text") for part in content if part.get("type", "text") in ("text", "output_text")]
-            content = "".join(filter(None, texts))
+            texts = [part for part in content if part.get("type", "text") in ("text", "output_text")]
+            content = "".join(part.get("text") or "" for part in texts)
         counts = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
         return content, str(thought), choice.get("finish_reason"), counts if usage else None
 
@@ -1841,12 +1829,11 @@ class Engine:
                 async for line in lines:
                     if not (found := RECORD.match(line)):
                         continue
-                    data = line[found.end() :]
-                    if data.startswith(b"["):
+                    if found[2] == b"[DONE]":
                         break
-                    record = orjson.loads(data)
+                    record = orjson.loads(found[2])
                     if found[1] == b"error:" or record.get("error") or record.get("object") == "error":  # old vLLM
-                        raise self._meaning(500, _message(data), prompt) or EngineError
+                        raise self._meaning(500, _message(found[2]), prompt) or EngineError
                     text, thought, reason, counted = self.read(record, prompt)
                     ended, counts = reason or ended, counted or counts
                     if text:
@@ -1861,14 +1848,12 @@ class Engine:
                 with contextlib.suppress(aiohttp.ClientError, OSError):  # nothing of the answer is missing
                     async with asyncio.timeout(0.05):
                         await response.content.read()
-            if ended is None:  # Ollama after 30 equal tokens in a row
-                raise EngineError(UNFINISHED)
-            meant = FINISH_REASONS.get(str(ended).lower())
-            if meant is None or meant == "filter":
-                raise EngineError(FILTERED if meant else "")
+            if (end := str(ended).lower()) not in FINISHED | CUT:  # None: Ollama after 30 equal tokens in a row
+                raise self._meaning(500, end, prompt) or EngineError(UNFINISHED if ended is None else "")
             if not pieces and re.fullmatch(r"\s*\{.*\}\s*", thoughts, re.S):
                 yield thoughts  # the badge's JSON went to the wrong place (maclocal-api 44)
-            yield Usage(counts[0], counts[1] or pieces, meant)  # llama-cpp-python counts only what it does not stream
+            written = counts[1] or pieces  # llama-cpp-python counts only what it does not stream
+            yield Usage(counts[0], written, "length" if end in CUT else "stop")
         except (ApiError, aiohttp.ClientError, OSError, ValueError) as error:  # it broke off, or is no JSON
             told = error if isinstance(error, ApiError) else EngineError()
             log.warning("an engine call failed: %s: %s", type(error).__name__, told.detail)
@@ -1877,23 +1862,21 @@ class Engine:
     async def _answer(self, prompt: Prompt) -> aiohttp.ClientResponse:
         """The response with the answer. Refused parts of the request are left out, from then on where that helps."""
         # A connection that has just answered a question is not one that the server has long closed (aiohttp 6138).
-        was_known = self._known and not self.remark
-        retries = was_known + self.is_restarted
-        if not was_known:
+        retries = self._known + self.is_restarted
+        if not self._known:
             self.remark = ""
             with contextlib.suppress(ApiError, AttributeError, TypeError, ValueError):  # it is silent, or says nonsense
                 await self.introduce()
-                self._known = True
+                self._known = not self.remark
         without = self._without
         while True:
-            body = self.body(prompt, without)
-            body = {name: value for name, value in body.items() if value is not None and name not in without}
+            parts = self.body(prompt, without).items()
+            body = {name: part for name, part in parts if part is not None and name not in without}
             asked = time.monotonic()
             try:
                 response = await self._session.post(await self.url() + self.path, json=body, allow_redirects=False)
             except TimeoutError as error:
-                said = "The language model's server takes no connection within CONNECT_TIMEOUT. Try again later."
-                raise EngineTimeout(said, retry_after=EngineUnreachable.retry_after) from error
+                raise EngineTimeout("The engine takes no connection in CONNECT_TIMEOUT. Try again later.", 5) from error
             except aiohttp.ClientConnectionError as error:  # without a byte of an answer
                 await asyncio.sleep(0.05)  # then connections that end with it are out of the pool
                 # One that was closed long ago ends at once; later it was a call, which is not made twice.
@@ -1930,12 +1913,12 @@ class Engine:
                 return too_long(prompt, limit, tokens, answer)
             if status < 500:
                 return too_long(prompt, self.context)
-        if re.search(r"content_filter|content management policy", message):  # Azure OpenAI's
-            return EngineError(FILTERED)
+        if re.search(r"(?i)content_filter|^safety$|content management policy", message):  # the last is Azure OpenAI's
+            return EngineError("The model's content filter stopped it. Change the content, or ask its operator.")
         cannot = re.search(CANNOT_RUN, message)
         if cannot or status in (401, 403):
             fault = f"cannot run it ({cannot[0]})" if cannot else "does not take the service's key"
-            self.remark = f"The language model's server {fault}. Its operator has to mend that."
+            self._known, self.remark = False, f"The language model's server {fault}. Its operator has to mend that."
             return EngineError(self.remark)
         self._known = self._known and status != 404  # the model may be made anew
         if status == 503 and "loading model" in message.lower():  # llama-server
@@ -1983,11 +1966,11 @@ async def _lines(answer: aiohttp.StreamReader) -> AsyncGenerator[bytes]:
 
 
 async def _whole(response: aiohttp.ClientResponse) -> bytes:
-    """A body that is not a stream, up to MAX_LINE; `content.read(n)` gives what has come."""
-    body = bytearray()
-    while (chunk := await response.content.readany()) and len(body) < MAX_LINE:
-        body += chunk
-    return bytes(body)
+    """A body that is not a stream, up to MAX_LINE."""
+    try:
+        return await response.content.readexactly(MAX_LINE)
+    except asyncio.IncompleteReadError as body:
+        return body.partial
 
 
 def _message(said: Any) -> str:
@@ -1997,10 +1980,9 @@ def _message(said: Any) -> str:
         return "; ".join(f"{name}: {_message(said[name])}" for name in told if said.get(name))
     if isinstance(said, list):
         return ", ".join(map(_message, said))
-    try:
-        return _message(orjson.loads(said))  # Ollama since 0.30 has llama-server's whole JSON as a string in its own
-    except ValueError:
-        return said.decode(errors="replace") if isinstance(said, bytes) else str(said)
+    with contextlib.suppress(ValueError):  # Ollama since 0.30 has llama-server's whole JSON as a string in its own
+        return _message(orjson.loads(said))
+    return said.decode(errors="replace") if isinstance(said, bytes) else str(said)
 
 
 class OllamaEngine(Engine):
@@ -2009,11 +1991,11 @@ class OllamaEngine(Engine):
     path, listing = "/api/generate", ("/api/tags", "models", "name")
     remedy = "Start it, or correct OLLAMA_URL; badges are written again as soon as it answers."
     optional: Mapping[str, str] = {"think": r"\bthink(?:ing)?\b", "format": r"\bformat\b|json_schema"}
+    _think: bool | str | None = None  # what is sent; None where the model does not think
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         self.base_url, self.key, self.context = settings.ollama_url, "", settings.num_ctx
-        self._think: bool | str | None = None  # what is sent; None where the model does not think
 
     async def introduce(self) -> None:
         status, answer = await self.ask("/api/show", {"model": self.settings.model})
@@ -2033,13 +2015,10 @@ class OllamaEngine(Engine):
     def body(self, prompt: Prompt, without: frozenset[str]) -> dict[str, Any]:
         settings, sampling, keep_alive = self.settings, prompt.sampling, self.settings.keep_alive
         options = {name: value for name, value in sampling.items() if name != "max_tokens" and value is not None}
-        # Without num_predict a model may loop for ever under `format` (ollama 2577).
-        options |= {"num_ctx": settings.num_ctx, "num_predict": sampling["max_tokens"]}
+        options |= {"num_ctx": settings.num_ctx, "num_predict": sampling["max_tokens"]}  # without it: ollama 2577
         body = {"model": settings.model, "system": prompt.system, "prompt": prompt.user, "format": prompt.schema}
-        # A prompt over the context is an error, not cut at its front (ollama 3839).
-        limits = {"truncate": False, "shift": False, "options": options}
-        # A duration is taken as text, and bare seconds only as a number.
-        seconds = int(keep_alive) if keep_alive.lstrip("-").isdecimal() else keep_alive
+        limits = {"truncate": False, "shift": False, "options": options}  # a long prompt is not cut (ollama 3839)
+        seconds = int(keep_alive) if keep_alive.lstrip("-").isdecimal() else keep_alive  # bare ones are no text
         return {**body, **limits, "keep_alive": seconds, "stream": True, "think": self._think}
 
     def read(self, record: dict[str, Any], prompt: Prompt) -> tuple[str, str, object, tuple[int, int] | None]:
@@ -2048,8 +2027,7 @@ class OllamaEngine(Engine):
             return text, thought, None, None
         read, written = (int(record.get(key) or 0) for key in ("prompt_eval_count", "eval_count"))
         if self.context and (read >= self.context or read + written > self.context):
-            # A server before 0.12.6 knows neither `truncate` nor `shift`, and has cut the prompt.
-            raise too_long(prompt, self.context)
+            raise too_long(prompt, self.context)  # Ollama before 0.12.6 does not know `truncate`, and has cut it
         return text, thought, record.get("done_reason") or "stop", (read, written)
 
     @staticmethod
@@ -2063,14 +2041,12 @@ class EmbeddedEngine(Engine):
     """llama.cpp in a child process of ours (`python dccapi.py engine`), restarted when it dies, ended with us."""
 
     remedy = "The service's log says why; it is started again and again."
-    # SmolLM2-135M loops at the contract's 1.02. With this, the sampler against repetition and bounded texts it ends
-    # by itself on every one of the real courses; without, on half of them.
+    # SmolLM2-135M loops at the contract's 1.02: without this, `bounds` and DRY, half of the real courses had no end.
     defaults: Mapping[str, Any] = {"repeat_penalty": 1.12}
     sifts = is_restarted = True
     bounds: Mapping[str, Any] = {
         "badge_name": {"pattern": r'^[^<>"\\{}]{3,80}$'},  # a title, not the course's delimiter
-        "badge_description": {"items": {"type": "string", "maxLength": 300}},
-        "criteria": {"items": {"type": "string", "maxLength": 300}},
+        **{name: {"items": {"type": "string", "maxLength": 300}} for name in ("badge_description", "criteria")},
         "skills": {"items": {"type": "string", "maxLength": 60}},
     }
 
@@ -2093,8 +2069,7 @@ class EmbeddedEngine(Engine):
 
     async def stop(self) -> None:
         self._supervisor.cancel()
-        await asyncio.gather(self._supervisor, return_exceptions=True)
-        await super().stop()
+        await asyncio.gather(self._supervisor, super().stop(), return_exceptions=True)
 
     async def url(self) -> str:
         """The child's address, once it listens: a restart takes seconds, for which a generation has its deadlines."""
@@ -2106,7 +2081,6 @@ class EmbeddedEngine(Engine):
     async def _supervise(self) -> None:
         """Start the child, and again whenever it ends."""
         arguments = self.settings.model_path, self.settings.num_ctx, self.settings.workers, self.settings.model
-        delay = 1.0
         while True:
             self.base_url = ""
             try:
@@ -2118,9 +2092,8 @@ class EmbeddedEngine(Engine):
                         self.base_url, said = f"{said}/v1", ""
                         self._told.set()
                         log.info("the embedded engine is ready")
-                        await process.wait()
-                        self._told.clear()
                     code = await process.wait()
+                    self._told.clear()
                     self._fault = said or f"its process ended with {code} (-9: it lacks memory; -4: another processor)"
                 finally:
                     await _killed(process)
@@ -2128,9 +2101,8 @@ class EmbeddedEngine(Engine):
                 self._fault = getattr(error, "strerror", None) or type(error).__name__
             if not self.base_url:
                 self._told.set()
-            delay = 1.0 if self.base_url else min(delay * 2, 30)
-            log.error("the embedded engine ended: %s; next start in %g s", self._fault, delay)
-            await asyncio.sleep(delay)
+            log.error("the embedded engine ended: %s; it is started again", self._fault)
+            await asyncio.sleep(1 if self.base_url else 5)  # what kept it from starting seldom passes at once
 
 
 def serve_embedded(path: str, context: str, slots: str, name: str) -> None:
@@ -2157,9 +2129,6 @@ def serve_embedded(path: str, context: str, slots: str, name: str) -> None:
     say(server.listening_address)
     sys.stdin.read()
     os._exit(0)  # llama.cpp's own end waits for running requests
-
-
-ENGINES = {"ollama": OllamaEngine, "openai": Engine, "embedded": EmbeddedEngine}
 
 
 # ---- Handlers -------------------------------------------------------------------------------------------------------
@@ -3072,7 +3041,8 @@ mend_hypercorn()
 
 def create_app(settings: Settings) -> Guard:
     """The ASGI application: Guard, CORS, errors, `Guard.admit`, routes, in this order."""
-    queue = GenerationQueue(settings, ENGINES[settings.engine](settings), Readers())
+    engine = {"ollama": OllamaEngine, "openai": Engine, "embedded": EmbeddedEngine}[settings.engine]
+    queue = GenerationQueue(settings, engine(settings), Readers())
     api = Api(settings, queue)
 
     @contextlib.asynccontextmanager

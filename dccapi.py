@@ -30,7 +30,6 @@ import ctypes
 import hashlib
 import hmac
 import ipaddress
-import itertools
 import json
 import logging
 import math
@@ -54,7 +53,6 @@ from datetime import UTC, datetime
 from difflib import get_close_matches
 from functools import cache, cached_property, lru_cache, partial, reduce
 from importlib.metadata import version
-from io import BytesIO
 from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,7 +70,7 @@ from h2.exceptions import FlowControlError, FrameTooLargeError, ProtocolError
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.asyncio.run import worker_serve
 from hypercorn.asyncio.tcp_server import TCPServer
-from hypercorn.config import Config, Sockets
+from hypercorn.config import Config
 from hypercorn.events import Closed, Event as ConnectionEvent, RawData, Updated
 from hypercorn.protocol.events import Body, EndBody, Event as StreamEvent, StreamClosed
 from hypercorn.protocol.h2 import H2Protocol
@@ -83,7 +81,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo
 from pydantic.functional_validators import AfterValidator, BeforeValidator, field_validator, model_validator
 from pydantic_settings import BaseSettings
-from starlette.datastructures import Headers, MutableHeaders, UploadFile
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.exceptions import ExceptionMiddleware
@@ -114,7 +112,7 @@ RESETS_AT_ONCE, RESETS_PER_SECOND = 1000, 33  # nghttp2's own limits (nghttp2_op
 MAX_HELD, MAX_HELD_OF_ONE = 48 * 2**20, 24 * 2**20  # bytes of requests under way or arriving: of all, of one address
 REQUEST_COST = 16 * 2**10  # bytes that a request takes besides what was sent
 SWEEP_INTERVAL = 0.5  # seconds between two looks at the connections that have been idle for too long
-TRIM_EVERY = 60  # such looks, after which free memory is given back
+TRIM_INTERVAL = 30  # seconds, after which free memory is given back
 LOOPBACK_PAGE = r"https?://(?:(?:[\w-]+\.)*localhost|127(?:\.\d{1,3}){3}|\[::1\])(?::\d+)?"
 LOCAL_ADDRESS = rf"{LOOPBACK_PAGE}|http://(unix|fd):.*"  # that only this machine can reach
 # A page whose name was pointed at this machine has a name with dots (DNS rebinding).
@@ -2177,7 +2175,7 @@ FORM = "multipart/form-data"
 SERVED = HERE / "README.md", *HERE.glob("docs/*.md"), OPENAPI, *swagger_ui.static_path.glob("[!i]*")  # not its index
 FILES = {path.name: path for path in SERVED if path.is_file()}
 OWN_PART = r'<(?:(?P<script>script) src|link rel="stylesheet" href)="(?P<path>page/[\w.-]+)">(?:</script>)?'
-PAGE_POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"  # pages may do more
 
 
 class Api:
@@ -2318,7 +2316,7 @@ class Api:
     async def _document(self, request: Request) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """The fields of a form, and what the document in its part `file` says. Any other body is the document."""
         client, limit = request.state.client, self.settings.max_body_bytes
-        name, media_type, fields = "", request.headers.get("content-type", ""), dict[str, Any]()
+        fields, name, media_type = dict[str, Any](), "", ""
         try:
             with self.queue.reading(client), tempfile.NamedTemporaryFile(prefix="dccapi-") as file:
                 if request.state.media_type == FORM:
@@ -2327,10 +2325,12 @@ class Api:
                         if (part := fields.pop("file", None)) is None:
                             return fields, None
                         if isinstance(part, str):  # sent without the name of a file
-                            part = UploadFile(BytesIO(part.encode()))
-                        name, media_type = part.filename or "", part.content_type or ""
-                        await asyncio.to_thread(shutil.copyfileobj, part.file, file)
+                            file.write(part.encode())
+                        else:
+                            name, media_type = part.filename or "", part.content_type or ""
+                            await asyncio.to_thread(shutil.copyfileobj, part.file, file)
                 else:
+                    media_type = request.headers.get("content-type", "")
                     async for chunk in request.stream():
                         file.write(chunk)
                 file.flush()
@@ -2357,8 +2357,8 @@ class Api:
         query = request.query_params.get("q", "")
         if not re.search(VISIBLE, query):
             raise invalid({("q",): "must be a word of the skill that is looked for"})
-        index, asked = self.settings.skills_index, {"query": query}
-        answer = await self.readers.ask("skills", request.state.client, path=index, **asked) if index else {}
+        index = self.settings.skills_index
+        answer = await self.readers.ask("skills", request.state.client, path=index, query=query) if index else {}
         if "skills" not in answer:
             raise NotFound("No index of skills can be read. Its operator runs `make skills`; /health says more.")
         return as_json(answer["skills"])
@@ -2468,7 +2468,7 @@ def page(request: Request, file: Path, script: str = "", style: str = "") -> Res
         html = re.sub(OWN_PART, put_in, file.read_text("utf-8"))
     except FileNotFoundError as error:
         raise NotFound(f"This installation lacks {Path(error.filename).name}; the repository has it.") from None
-    policy = "; ".join([PAGE_POLICY, *(f"{name}-src {allowed.strip()}" for name, allowed in sources.items())])
+    policy = "; ".join([POLICY, *(f"{name}-src {allowed.strip()}" for name, allowed in sources.items())])
     return HTMLResponse(html, headers={"content-security-policy": policy, "cache-control": "no-cache"})
 
 
@@ -2501,12 +2501,8 @@ def validated(kind: type[Model], fields: Any, unknown: Sequence[str] = (), stric
 
 # ---- Guard: bounds, who may ask, headers on every response, errors as JSON ------------------------------------------
 
-DEFAULT_HEADERS = {
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
-    "cache-control": "no-store",
-}
+DEFAULT_HEADERS = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer", "cache-control": "no-store"}
+DEFAULT_HEADERS["content-security-policy"] = POLICY
 
 
 class Allowance:
@@ -2704,8 +2700,6 @@ class Exchange:
             self._body.seek(0)
         except TimeoutError:
             refusal = refusal or BodyTimeout()
-        except OSError as error:
-            refusal = refusal or no_room(error)
         finally:
             self._peer.hold(-min(size, most))
         return refusal
@@ -2721,6 +2715,7 @@ class Exchange:
             return QueueFull("Too many requests have arrived in part. Send each at once.")
         try:
             self._body.write(chunk)
+            self._body.flush()
         except OSError as error:
             return no_room(error)
         return None
@@ -2830,15 +2825,14 @@ class GuardedH2Protocol(H2Protocol):
                     await asyncio.sleep(0)  # all others go on, and of this address one connection at a time
             if self.closed:
                 break
+            asked = [value for name, value in getattr(event, "headers", ()) if name in (b":method", b":path")]
             match event:
                 case RequestReceived() if event.stream_id in reset:
                     pass  # it is not executed
                 case RequestReceived() if self._peer.is_full:
                     await self._reset(event.stream_id, ErrorCodes.REFUSED_STREAM)
-                case RequestReceived() if any(
-                    name in (b":method", b":path") and (value == b"CONNECT" or not value.isascii())
-                    for name, value in event.headers
-                ):  # Hypercorn would raise, which ends the connection
+                case RequestReceived() if b"CONNECT" in asked or not b"".join(asked).isascii():
+                    # Hypercorn would raise, which ends the connection.
                     await self._reset(event.stream_id, ErrorCodes.PROTOCOL_ERROR)
                 case DataReceived() if event.stream_id not in self.streams:
                     self.connection.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
@@ -3026,9 +3020,7 @@ def set_up(config: Config, guard: Guard) -> None:
     guard.addresses = addresses(config)
 
 
-async def serve_until_drained(
-    app: Any, config: Config, *, sockets: Sockets | None = None, shutdown_trigger: Callable[..., Any] | None = None
-) -> None:
+async def serve_until_drained(app: Any, config: Config, *, sockets: Any = None, shutdown_trigger: Any = None) -> None:
     """Replaces Hypercorn's `worker_serve`: a stop drains first, and until then everything goes on being served.
 
     The `hypercorn` command's worker process is signalled too by Ctrl-C and by systemd, which signal a process group.
@@ -3047,12 +3039,10 @@ async def serve_until_drained(
             loop.add_signal_handler(sign, asked.cancel)
 
     async def drained() -> None:
-        for count in itertools.count(1):
-            if (await asyncio.wait({asked}, timeout=SWEEP_INTERVAL))[0]:
-                break
+        while not (await asyncio.wait({asked}, timeout=SWEEP_INTERVAL))[0]:
             for connection in [one for one in peer_of("").connections if one.ends_at < time.monotonic()]:
                 connection.end()
-            if count % TRIM_EVERY == 0:
+            if time.monotonic() % TRIM_INTERVAL < 2 * SWEEP_INTERVAL:  # one look may come late
                 with contextlib.suppress(AttributeError, OSError, TypeError):  # another libc
                     ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what a flood made it take until it is asked
         if is_own_process:  # the next Ctrl-C ends it; one may arrive twice, from the terminal and from a parent

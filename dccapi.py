@@ -2174,7 +2174,7 @@ OPENAPI = HERE / "examples" / "openapi.json"  # `make openapi` writes it
 FORM = "multipart/form-data"
 SERVED = HERE / "README.md", *HERE.glob("docs/*.md"), OPENAPI, *swagger_ui.static_path.glob("[!i]*")  # not its index
 FILES = {path.name: path for path in SERVED if path.is_file()}
-OWN_PART = r'<(?:(?P<script>script) src|link rel="stylesheet" href)="(?P<path>page/[\w.-]+)">(?:</script>)?'
+OWN_PART = r'(<(?:(script) src|link rel="stylesheet" href)="(page/[\w.-]+)">(?:</script>)?)'
 POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"  # pages may do more
 
 
@@ -2441,8 +2441,8 @@ class Api:
         """The OpenAPI document, a part of Swagger UI, or a document of ours as plain text, which browsers show."""
         if not (file := FILES.get(request.path_params.get("file", OPENAPI.name))):
             raise NotFound
-        media_type = "text/plain" if file.suffix == ".md" else None
-        return FileResponse(file, headers={"cache-control": "max-age=600"}, media_type=media_type)
+        kind = "text/plain" if file.suffix == ".md" else None
+        return FileResponse(file, headers={"cache-control": "max-age=600"}, media_type=kind)
 
 
 def as_json(document: Any, status: int = 200, headers: Mapping[str, str] = {}, kind: str = "json") -> Response:
@@ -2458,14 +2458,12 @@ def accepted(generation: Generation, prefix: str = "") -> dict[str, Any]:
 def page(request: Request, file: Path, script: str = "", style: str = "") -> Response:
     """An HTML page with its own parts put in, allowed by hash (CSP Level 3, 8.2); `script` and `style` allow more."""
     sources = {"connect": "'self'", "img": "'self' data: blob:", "script": script, "style": style}
-
-    def put_in(reference: re.Match[str]) -> str:
-        tag, text = reference["script"] or "style", "\n" + (file.parent / reference["path"]).read_text("utf-8")
-        sources[tag] += f" 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-        return f"<{tag}>{text}</{tag}>"
-
     try:
-        html = re.sub(OWN_PART, put_in, file.read_text("utf-8"))
+        html = file.read_text("utf-8")
+        for reference, is_script, path in re.findall(OWN_PART, html):
+            tag, text = is_script or "style", "\n" + (file.parent / path).read_text("utf-8")
+            sources[tag] += f" 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+            html = html.replace(reference, f"<{tag}>{text}</{tag}>")
     except FileNotFoundError as error:
         raise NotFound(f"This installation lacks {Path(error.filename).name}; the repository has it.") from None
     policy = "; ".join([POLICY, *(f"{name}-src {allowed.strip()}" for name, allowed in sources.items())])
@@ -2509,8 +2507,7 @@ class Allowance:
     """So many at once, and after them so many a second."""
 
     def __init__(self, at_once: float, per_second: float) -> None:
-        self._at_once, self._per_second = at_once, per_second
-        self._left, self._counted_at = at_once, time.monotonic()
+        self._at_once, self._per_second, self._left, self._counted_at = at_once, per_second, at_once, 0.0
 
     def spend(self) -> bool:
         """Count one. Whether it was allowed."""
@@ -2641,7 +2638,7 @@ class Exchange:
         # In memory only while it is no larger than an ordinary one.
         self._body = tempfile.SpooledTemporaryFile(settings.max_body_bytes)  # noqa: SIM115 - `run` closes it
         self._arrived = asyncio.Future[ApiError | None]()  # done when the body is there: why it is refused
-        self._is_over, self._end = False, "no response"
+        self._end = "no response"
 
     async def run(self, app: ASGIApp) -> None:
         scope, started = self._scope, time.monotonic()
@@ -2649,14 +2646,14 @@ class Exchange:
         self._peer.hold(cost)
         try:
             async with asyncio.TaskGroup() as group:
-                watch = group.create_task(self._watch())
+                self._watching = group.create_task(self._watch())
                 await asyncio.sleep(0)  # the watch looks first
                 if self._is_http1:
                     # h11 closes a connection whose request was not read to its end, and the answer is lost with it.
                     await asyncio.shield(self._arrived)
-                if not watch.done():  # what was reset before it starts is not executed
+                if not self._watching.done():  # what was reset before it starts is not executed
                     await app(scope, self.receive, self.send)
-                watch.cancel()
+                self._watching.cancel()
         except* ClientDisconnect as left:
             self._end = "the client left"
             traceback.clear_frames(left.__traceback__)  # they would hold each other, and the course
@@ -2672,31 +2669,26 @@ class Exchange:
     async def _watch(self) -> None:
         """Take all that the client sends, or Hypercorn would stop reading. Raises ClientDisconnect when it leaves."""
         self._arrived.set_result(await self._take_body())
-        while True:
-            await self._next()
-
-    async def _next(self) -> Message:
-        message = await self._receive()
-        # Hypercorn says so after every response too, while it tidies up in the last `send`: that must not be cancelled.
-        if message["type"] == "http.disconnect" and not self._is_over:
-            raise ClientDisconnect
-        return message
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        raise ClientDisconnect
 
     async def _take_body(self) -> ApiError | None:
         """Read the body within its bounds, over HTTP/1.1 one that is refused as well. Returns why it is refused."""
-        most, size, more = self._settings.max_body_bytes, 0, True  # `most`: what `_body` has in memory
-        declared = self._headers.get("content-length", "")
-        refusal = self._keep(b"", int(declared) if declared.isdecimal() else 0)
+        most, size = self._settings.max_body_bytes, 0  # `most`: what `_body` has in memory
+        refusal = self._keep(b"", int(self._headers.get("content-length", 0)))
+        if refusal and not self._is_http1:
+            return refusal
         try:
             async with asyncio.timeout(self._settings.body_timeout) as deadline:
-                while more and (not refusal or (self._is_http1 and size <= 16 * self._limit)):
-                    message = await self._next()
-                    more, chunk = message.get("more_body", False), message.get("body", b"")
+                async for chunk in Request(self._scope, self._receive).stream():
                     before, size = size, size + len(chunk)
                     refusal = refusal or self._keep(chunk, size)
                     self._peer.hold(min(size, most) - min(before, most))
                     if not refusal and before // most < size // most:  # an upload goes on
                         deadline.reschedule(asyncio.get_running_loop().time() + self._settings.body_timeout)
+                    if refusal and (not self._is_http1 or size > 16 * self._limit):
+                        break
             self._body.seek(0)
         except TimeoutError:
             refusal = refusal or BodyTimeout()
@@ -2739,7 +2731,8 @@ class Exchange:
             if ignored := state.get("ignored", ())[:20]:
                 headers["x-ignored-fields"] = ", ".join(quote(name[:64]) for name in ignored)
         elif not message.get("more_body"):
-            self._is_over = True
+            # Hypercorn says that the client left while it tidies up in the last `send`, which must not be cancelled.
+            self._watching.cancel()
         await self._send(message)
 
 
@@ -2758,8 +2751,7 @@ async def as_problem(request: Request, raised: Exception) -> Response:
 
 
 def _is_proxy(address: str, settings: Settings) -> bool:
-    ip = _ip(address) if settings.proxies else None
-    return ip is not None and any(ip in network for network in settings.proxies)
+    return (ip := _ip(address)) is not None and any(ip in network for network in settings.proxies)
 
 
 def _ip(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
@@ -3035,8 +3027,7 @@ async def serve_until_drained(app: Any, config: Config, *, sockets: Any = None, 
     is_own_process = not shutdown_trigger or isinstance(shutdown_trigger, partial)  # the `hypercorn` command's
     asked = asyncio.ensure_future((shutdown_trigger or asyncio.Event().wait)())
     for sign in (signal.SIGTERM, signal.SIGINT) if is_own_process else ():
-        with contextlib.suppress(RuntimeError, ValueError):  # not in the main thread
-            loop.add_signal_handler(sign, asked.cancel)
+        loop.add_signal_handler(sign, asked.cancel)
 
     async def drained() -> None:
         while not (await asyncio.wait({asked}, timeout=SWEEP_INTERVAL))[0]:

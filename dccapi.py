@@ -2638,7 +2638,7 @@ class Exchange:
         # In memory only while it is no larger than an ordinary one.
         self._body = tempfile.SpooledTemporaryFile(settings.max_body_bytes)  # noqa: SIM115 - `run` closes it
         self._arrived = asyncio.Future[ApiError | None]()  # done when the body is there: why it is refused
-        self._end = "no response"
+        self._is_over, self._end = False, "no response"
 
     async def run(self, app: ASGIApp) -> None:
         scope, started = self._scope, time.monotonic()
@@ -2646,14 +2646,14 @@ class Exchange:
         self._peer.hold(cost)
         try:
             async with asyncio.TaskGroup() as group:
-                self._watching = group.create_task(self._watch())
+                watch = group.create_task(self._watch())
                 await asyncio.sleep(0)  # the watch looks first
                 if self._is_http1:
                     # h11 closes a connection whose request was not read to its end, and the answer is lost with it.
                     await asyncio.shield(self._arrived)
-                if not self._watching.done():  # what was reset before it starts is not executed
+                if not watch.done():  # what was reset before it starts is not executed
                     await app(scope, self.receive, self.send)
-                self._watching.cancel()
+                watch.cancel()
         except* ClientDisconnect as left:
             self._end = "the client left"
             traceback.clear_frames(left.__traceback__)  # they would hold each other, and the course
@@ -2668,10 +2668,13 @@ class Exchange:
 
     async def _watch(self) -> None:
         """Take all that the client sends, or Hypercorn would stop reading. Raises ClientDisconnect when it leaves."""
-        self._arrived.set_result(await self._take_body())
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-        raise ClientDisconnect
+        with contextlib.suppress(ClientDisconnect):
+            self._arrived.set_result(await self._take_body())
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
+        # Hypercorn says so after every response too, while it tidies up in the last `send`: that must not be cancelled.
+        if not self._is_over:
+            raise ClientDisconnect
 
     async def _take_body(self) -> ApiError | None:
         """Read the body within its bounds, over HTTP/1.1 one that is refused as well. Returns why it is refused."""
@@ -2692,6 +2695,8 @@ class Exchange:
             self._body.seek(0)
         except TimeoutError:
             refusal = refusal or BodyTimeout()
+        except OSError as error:
+            refusal = refusal or no_room(error)
         finally:
             self._peer.hold(-min(size, most))
         return refusal
@@ -2707,7 +2712,6 @@ class Exchange:
             return QueueFull("Too many requests have arrived in part. Send each at once.")
         try:
             self._body.write(chunk)
-            self._body.flush()
         except OSError as error:
             return no_room(error)
         return None
@@ -2731,8 +2735,7 @@ class Exchange:
             if ignored := state.get("ignored", ())[:20]:
                 headers["x-ignored-fields"] = ", ".join(quote(name[:64]) for name in ignored)
         elif not message.get("more_body"):
-            # Hypercorn says that the client left while it tidies up in the last `send`, which must not be cancelled.
-            self._watching.cancel()
+            self._is_over = True
         await self._send(message)
 
 

@@ -29,7 +29,6 @@ import contextlib
 import ctypes
 import hashlib
 import ipaddress
-import itertools
 import json
 import logging
 import math
@@ -53,7 +52,6 @@ from datetime import UTC, datetime
 from difflib import get_close_matches
 from functools import cache, cached_property, lru_cache, partial, reduce
 from importlib.metadata import version
-from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal, NamedTuple, Self, cast
@@ -70,7 +68,7 @@ from h2.exceptions import FlowControlError, FrameTooLargeError, ProtocolError
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.asyncio.run import worker_serve
 from hypercorn.asyncio.tcp_server import TCPServer
-from hypercorn.config import Config, Sockets
+from hypercorn.config import Config
 from hypercorn.events import Closed, Event as ConnectionEvent, RawData, Updated
 from hypercorn.protocol.events import Body, EndBody, Event as StreamEvent, StreamClosed
 from hypercorn.protocol.h2 import H2Protocol
@@ -81,7 +79,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo
 from pydantic.functional_validators import AfterValidator, BeforeValidator, field_validator, model_validator
 from pydantic_settings import BaseSettings
-from starlette.datastructures import Headers, MutableHeaders, UploadFile
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.exceptions import ExceptionMiddleware
@@ -112,7 +110,7 @@ RESETS_AT_ONCE, RESETS_PER_SECOND = 1000, 33  # nghttp2's own limits (nghttp2_op
 MAX_HELD, MAX_HELD_OF_ONE = 48 * 2**20, 24 * 2**20  # bytes of requests under way or arriving: of all, of one address
 REQUEST_COST = 16 * 2**10  # bytes that a request takes besides what was sent
 SWEEP_INTERVAL = 0.5  # seconds between two looks at the connections that have been idle for too long
-TRIM_EVERY = 60  # such looks, after which free memory is given back
+TRIM_INTERVAL = 30  # seconds, after which free memory is given back
 LOOPBACK_PAGE = r"https?://(?:(?:[\w-]+\.)*localhost|127(?:\.\d{1,3}){3}|\[::1\])(?::\d+)?"
 LOCAL_ADDRESS = rf"{LOOPBACK_PAGE}|http://(unix|fd):.*"  # that only this machine can reach
 # A page whose name was pointed at this machine has a name with dots (DNS rebinding).
@@ -2139,8 +2137,8 @@ OPENAPI = HERE / "examples" / "openapi.json"  # `make openapi` writes it
 FORM = "multipart/form-data"
 SERVED = HERE / "README.md", *HERE.glob("docs/*.md"), OPENAPI, *swagger_ui.static_path.glob("[!i]*")  # not its index
 FILES = {path.name: path for path in SERVED if path.is_file()}
-OWN_PART = r'<(?:(?P<script>script) src|link rel="stylesheet" href)="(?P<path>page/[\w.-]+)">(?:</script>)?'
-PAGE_POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+OWN_PART = r'(<(?:(script) src|link rel="stylesheet" href)="(page/[\w.-]+)">(?:</script>)?)'
+POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"  # pages may do more
 
 
 class Api:
@@ -2281,7 +2279,7 @@ class Api:
     async def _document(self, request: Request) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """The fields of a form, and what the document in its part `file` says. Any other body is the document."""
         client, limit = request.state.client, self.settings.max_body_bytes
-        name, media_type, fields = "", request.headers.get("content-type", ""), dict[str, Any]()
+        fields, name, media_type = dict[str, Any](), "", ""
         try:
             with self.queue.reading(client), tempfile.NamedTemporaryFile(prefix="dccapi-") as file:
                 if request.state.media_type == FORM:
@@ -2290,10 +2288,12 @@ class Api:
                         if (part := fields.pop("file", None)) is None:
                             return fields, None
                         if isinstance(part, str):  # sent without the name of a file
-                            part = UploadFile(BytesIO(part.encode()))
-                        name, media_type = part.filename or "", part.content_type or ""
-                        await asyncio.to_thread(shutil.copyfileobj, part.file, file)
+                            file.write(part.encode())
+                        else:
+                            name, media_type = part.filename or "", part.content_type or ""
+                            await asyncio.to_thread(shutil.copyfileobj, part.file, file)
                 else:
+                    media_type = request.headers.get("content-type", "")
                     async for chunk in request.stream():
                         file.write(chunk)
                 file.flush()
@@ -2320,8 +2320,8 @@ class Api:
         query = request.query_params.get("q", "")
         if not re.search(VISIBLE, query):
             raise invalid({("q",): "must be a word of the skill that is looked for"})
-        index, asked = self.settings.skills_index, {"query": query}
-        answer = await self.readers.ask("skills", request.state.client, path=index, **asked) if index else {}
+        index = self.settings.skills_index
+        answer = await self.readers.ask("skills", request.state.client, path=index, query=query) if index else {}
         if "skills" not in answer:
             raise NotFound("No index of skills can be read. Its operator runs `make skills`; /health says more.")
         return as_json(answer["skills"])
@@ -2404,8 +2404,8 @@ class Api:
         """The OpenAPI document, a part of Swagger UI, or a document of ours as plain text, which browsers show."""
         if not (file := FILES.get(request.path_params.get("file", OPENAPI.name))):
             raise NotFound
-        media_type = "text/plain" if file.suffix == ".md" else None
-        return FileResponse(file, headers={"cache-control": "max-age=600"}, media_type=media_type)
+        kind = "text/plain" if file.suffix == ".md" else None
+        return FileResponse(file, headers={"cache-control": "max-age=600"}, media_type=kind)
 
 
 def as_json(document: Any, status: int = 200, headers: Mapping[str, str] = {}, kind: str = "json") -> Response:
@@ -2421,17 +2421,15 @@ def accepted(generation: Generation, prefix: str = "") -> dict[str, Any]:
 def page(request: Request, file: Path, script: str = "", style: str = "") -> Response:
     """An HTML page with its own parts put in, allowed by hash (CSP Level 3, 8.2); `script` and `style` allow more."""
     sources = {"connect": "'self'", "img": "'self' data: blob:", "script": script, "style": style}
-
-    def put_in(reference: re.Match[str]) -> str:
-        tag, text = reference["script"] or "style", "\n" + (file.parent / reference["path"]).read_text("utf-8")
-        sources[tag] += f" 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-        return f"<{tag}>{text}</{tag}>"
-
     try:
-        html = re.sub(OWN_PART, put_in, file.read_text("utf-8"))
+        html = file.read_text("utf-8")
+        for reference, is_script, path in re.findall(OWN_PART, html):
+            tag, text = is_script or "style", "\n" + (file.parent / path).read_text("utf-8")
+            sources[tag] += f" 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+            html = html.replace(reference, f"<{tag}>{text}</{tag}>")
     except FileNotFoundError as error:
         raise NotFound(f"This installation lacks {Path(error.filename).name}; the repository has it.") from None
-    policy = "; ".join([PAGE_POLICY, *(f"{name}-src {allowed.strip()}" for name, allowed in sources.items())])
+    policy = "; ".join([POLICY, *(f"{name}-src {allowed.strip()}" for name, allowed in sources.items())])
     return HTMLResponse(html, headers={"content-security-policy": policy, "cache-control": "no-cache"})
 
 
@@ -2454,20 +2452,15 @@ async def json_body(request: Request) -> dict[str, Any]:
 
 # ---- Guard: bounds, who may ask, headers on every response, errors as JSON ------------------------------------------
 
-DEFAULT_HEADERS = {
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
-    "cache-control": "no-store",
-}
+DEFAULT_HEADERS = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer", "cache-control": "no-store"}
+DEFAULT_HEADERS["content-security-policy"] = POLICY
 
 
 class Allowance:
     """So many at once, and after them so many a second."""
 
     def __init__(self, at_once: float, per_second: float) -> None:
-        self._at_once, self._per_second = at_once, per_second
-        self._left, self._counted_at = at_once, time.monotonic()
+        self._at_once, self._per_second, self._left, self._counted_at = at_once, per_second, at_once, 0.0
 
     def spend(self) -> bool:
         """Count one. Whether it was allowed."""
@@ -2628,32 +2621,30 @@ class Exchange:
 
     async def _watch(self) -> None:
         """Take all that the client sends, or Hypercorn would stop reading. Raises ClientDisconnect when it leaves."""
-        self._arrived.set_result(await self._take_body())
-        while True:
-            await self._next()
-
-    async def _next(self) -> Message:
-        message = await self._receive()
+        with contextlib.suppress(ClientDisconnect):
+            self._arrived.set_result(await self._take_body())
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
         # Hypercorn says so after every response too, while it tidies up in the last `send`: that must not be cancelled.
-        if message["type"] == "http.disconnect" and not self._is_over:
+        if not self._is_over:
             raise ClientDisconnect
-        return message
 
     async def _take_body(self) -> ApiError | None:
         """Read the body within its bounds, over HTTP/1.1 one that is refused as well. Returns why it is refused."""
-        most, size, more = self._settings.max_body_bytes, 0, True  # `most`: what `_body` has in memory
-        declared = self._headers.get("content-length", "")
-        refusal = self._keep(b"", int(declared) if declared.isdecimal() else 0)
+        most, size = self._settings.max_body_bytes, 0  # `most`: what `_body` has in memory
+        refusal = self._keep(b"", int(self._headers.get("content-length", 0)))
+        if refusal and not self._is_http1:
+            return refusal
         try:
             async with asyncio.timeout(self._settings.body_timeout) as deadline:
-                while more and (not refusal or (self._is_http1 and size <= 16 * self._limit)):
-                    message = await self._next()
-                    more, chunk = message.get("more_body", False), message.get("body", b"")
+                async for chunk in Request(self._scope, self._receive).stream():
                     before, size = size, size + len(chunk)
                     refusal = refusal or self._keep(chunk, size)
                     self._peer.hold(min(size, most) - min(before, most))
                     if not refusal and before // most < size // most:  # an upload goes on
                         deadline.reschedule(asyncio.get_running_loop().time() + self._settings.body_timeout)
+                    if refusal and (not self._is_http1 or size > 16 * self._limit):
+                        break
             self._body.seek(0)
         except TimeoutError:
             refusal = refusal or BodyTimeout()
@@ -2716,8 +2707,7 @@ async def as_problem(request: Request, raised: Exception) -> Response:
 
 
 def _is_proxy(address: str, settings: Settings) -> bool:
-    ip = _ip(address) if settings.proxies else None
-    return ip is not None and any(ip in network for network in settings.proxies)
+    return (ip := _ip(address)) is not None and any(ip in network for network in settings.proxies)
 
 
 def _ip(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
@@ -2783,15 +2773,14 @@ class GuardedH2Protocol(H2Protocol):
                     await asyncio.sleep(0)  # all others go on, and of this address one connection at a time
             if self.closed:
                 break
+            asked = [value for name, value in getattr(event, "headers", ()) if name in (b":method", b":path")]
             match event:
                 case RequestReceived() if event.stream_id in reset:
                     pass  # it is not executed
                 case RequestReceived() if self._peer.is_full:
                     await self._reset(event.stream_id, ErrorCodes.REFUSED_STREAM)
-                case RequestReceived() if any(
-                    name in (b":method", b":path") and (value == b"CONNECT" or not value.isascii())
-                    for name, value in event.headers
-                ):  # Hypercorn would raise, which ends the connection
+                case RequestReceived() if b"CONNECT" in asked or not b"".join(asked).isascii():
+                    # Hypercorn would raise, which ends the connection.
                     await self._reset(event.stream_id, ErrorCodes.PROTOCOL_ERROR)
                 case DataReceived() if event.stream_id not in self.streams:
                     self.connection.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
@@ -2980,9 +2969,7 @@ def set_up(config: Config, guard: Guard) -> None:
     guard.addresses = [f"https://{bind}" for bind in secure] + [f"http://{bind}" for bind in cleartext]
 
 
-async def serve_until_drained(
-    app: Any, config: Config, *, sockets: Sockets | None = None, shutdown_trigger: Callable[..., Any] | None = None
-) -> None:
+async def serve_until_drained(app: Any, config: Config, *, sockets: Any = None, shutdown_trigger: Any = None) -> None:
     """Replaces Hypercorn's `worker_serve`: a stop drains first, and until then everything goes on being served.
 
     The `hypercorn` command's worker process is signalled too by Ctrl-C and by systemd, which signal a process group.
@@ -2997,16 +2984,13 @@ async def serve_until_drained(
     is_own_process = not shutdown_trigger or isinstance(shutdown_trigger, partial)  # the `hypercorn` command's
     asked = asyncio.ensure_future((shutdown_trigger or asyncio.Event().wait)())
     for sign in (signal.SIGTERM, signal.SIGINT) if is_own_process else ():
-        with contextlib.suppress(RuntimeError, ValueError):  # not in the main thread
-            loop.add_signal_handler(sign, asked.cancel)
+        loop.add_signal_handler(sign, asked.cancel)
 
     async def drained() -> None:
-        for count in itertools.count(1):
-            if (await asyncio.wait({asked}, timeout=SWEEP_INTERVAL))[0]:
-                break
+        while not (await asyncio.wait({asked}, timeout=SWEEP_INTERVAL))[0]:
             for connection in [one for one in peer_of("").connections if one.ends_at < time.monotonic()]:
                 connection.end()
-            if count % TRIM_EVERY == 0:
+            if time.monotonic() % TRIM_INTERVAL < 2 * SWEEP_INTERVAL:  # one look may come late
                 with contextlib.suppress(AttributeError, OSError, TypeError):  # another libc
                     ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what a flood made it take until it is asked
         if is_own_process:  # the next Ctrl-C ends it; one may arrive twice, from the terminal and from a parent

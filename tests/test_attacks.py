@@ -300,6 +300,7 @@ async def test_free_memory_is_given_back_while_the_service_runs(monkeypatch: pyt
             Libc.trimmed += kept == 0
 
     monkeypatch.setattr(dccapi, "SWEEP_INTERVAL", 0.001)
+    monkeypatch.setattr(dccapi, "TRIM_INTERVAL", 0.001)
     monkeypatch.setattr(dccapi.ctypes, "CDLL", lambda name: Libc())
     async with serving():
         await eventually(lambda: Libc.trimmed > 2, what="another trimming")

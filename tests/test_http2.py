@@ -89,6 +89,15 @@ async def test_a_body_that_nobody_reads_does_not_hold_its_connection_up() -> Non
         await token(connection, sibling)
 
 
+async def test_an_upload_whose_refusal_fits_no_window_does_not_hold_its_connection_up() -> None:
+    async with serving() as service, await service.connect(initial_window=0) as connection:
+        upload = await connection.request("POST", "/generate", [("content-length", "1000000")], end_stream=False)
+        assert (await connection.headers(upload)).status == 413
+        for _ in range(40):
+            await connection.send_raw(DataFrame(upload, b"x" * 100).serialize())
+        assert (await connection.headers(await connection.request("GET", "/livez"))).status == 200
+
+
 @pytest.mark.alone
 async def test_an_upload_that_goes_on_has_body_timeout_for_each_part_as_large_as_a_body() -> None:
     async with serving(body_timeout=0.6, max_body_bytes=1000) as service, await service.connect() as connection:

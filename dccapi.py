@@ -55,7 +55,7 @@ from difflib import get_close_matches
 from functools import cache, cached_property, lru_cache, partial, reduce
 from importlib.metadata import version
 from io import BytesIO
-from operator import attrgetter
+from operator import attrgetter, getitem
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast
@@ -347,6 +347,7 @@ MISTAKEN = dict.fromkeys(("text", "course", "course_text", "course_description",
 VISIBLE = r"[^\x00-\x20\x7f-\xa0\xad\u1680\u2000-\u200f\u2028-\u202f\u205f-\u206f\u3000\ufeff]"
 LanguageTag = Annotated[str, Field(pattern=r"^[A-Za-z]{2,3}(-[A-Za-z0-9]{1,8})*$")]
 AnyCase = BeforeValidator(lambda value: value.strip().title() if isinstance(value, str) else value)
+IfVisible = AfterValidator(lambda text: text if text and re.search(VISIBLE, text) else None)
 # JSON has one kind of number: 30.0 is an integer.
 Whole = BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)
 
@@ -393,7 +394,7 @@ class BadgeOptions(Fields, strict=True):
     badge_tone: Annotated[Tone | None, AnyCase] = Field(None, title="Tone")
     badge_level: Annotated[Level | None, AnyCase] = Field(None, title="Level")
     criterion_style: Annotated[CriterionStyle | None, AnyCase] = Field(None, title="Criteria style")
-    institution: str | None = Field(None, max_length=300, title="Institution")
+    institution: Annotated[str | None, IfVisible] = Field(None, max_length=300, title="Institution")
     institute_url: str | None = Field(None, max_length=2000, pattern=r"^https?://[!#-;=?-\[\]_a-z~]+$")
     custom_instructions: str | None = Field(None, max_length=4000, title="Instructions")
 
@@ -497,12 +498,6 @@ class Prompt:
     sampling: dict[str, Any]
     kept: dict[str, Any]  # the fields of the badge that are not asked for and come back as they were
 
-    @property
-    def institution(self) -> str:
-        """The institution that the badge has to mention, or ""."""
-        name = " ".join(_tidied(self.request.option("institution") or "").split())
-        return name if re.search(VISIBLE, name) else ""
-
     @cached_property
     def words(self) -> int:
         """No tokenizer makes fewer tokens than words."""
@@ -573,14 +568,10 @@ def _asked(request: GenerateRequest, words: int, kept: Mapping[str, Any]) -> tup
 def skills_in(tags: Sequence[str], prompt: Prompt) -> list[str]:
     """The skills among what a model named: short, each once, with a word of the course, at most 8."""
     request, course, options = prompt.request, prompt.course, prompt.request.given_texts()
-    is_other_language = request.language not in (None, course.language)
-    found: dict[str, str] = {}
-    for tag in tags if request.skills else ():
-        name = " ".join(tag.split()).strip(" .,;:-*•")
-        is_short = len(tag) <= 80 and len(tag.split()) <= 6
-        if is_short and (is_other_language or review.title_is_from_course(name, course.grounds, options)):
-            found.setdefault(name.casefold(), name)
-    return [*found.values()][:8]
+    names = [" ".join(tag.split()).strip(" .,;:-*•") for tag in tags if len(tag) <= 80 and len(tag.split()) <= 6]
+    if request.language in (None, course.language):
+        names = [name for name in names if review.title_is_from_course(name, course.grounds, options)]
+    return [*{name.casefold(): name for name in names}.values()][:8] if request.skills else []
 
 
 def too_long(prompt: Prompt, limit: int | None, tokens: int | None = None, answer: int | None = None) -> ContentTooLong:
@@ -876,11 +867,6 @@ class Draft:
             self.joint = joint
 
 
-def partial_badge(rendered: str) -> dict[str, Any]:
-    """The badge as far as it is rendered, for `partial` events; {} before its first field."""
-    return cast(dict[str, Any], pydantic_core.from_json(rendered or "{}", allow_partial="trailing-strings"))
-
-
 # ---- Open Badges 3.0: pure functions --------------------------------------------------------------------------------
 
 VC_CONTEXT = "https://www.w3.org/ns/credentials/v2"
@@ -916,7 +902,7 @@ def build_achievement(
     url, name = ((request and request.option(option)) or "" for option in ("institute_url", "institution"))
     course_id = request.course_id if request and url else None
     is_url = re.fullmatch(r"(?!.*%(?![0-9A-Fa-f]{2}))https?://[^/?#]+([/?][^#]*)?(#[^#]*)?", url)
-    creator = {"id": url, "type": ["Profile"], "url": url} | ({"name": name} if re.search(VISIBLE, name) else {})
+    creator = {"id": url, "type": ["Profile"], "url": url} | ({"name": name} if name else {})
     achievement = {
         "@context": [VC_CONTEXT, OB_CONTEXT],
         "id": (uuid.uuid5(uuid.NAMESPACE_URL, f"{url.rstrip('/')}/{course_id}") if course_id else uuid.uuid4()).urn,
@@ -932,22 +918,19 @@ def build_achievement(
     return {term: _tidied(value) for term, value in achievement.items() if value}
 
 
-def _told(error: Any, schema: dict[str, Any]) -> Iterator[tuple[Place, str]]:
+def _told(error: Any, schema: dict[str, Any]) -> dict[Place, str]:
     """Where an error of the validator is and what to do. A description in the schema that begins with Must says it."""
     kind, place = error.kind, tuple(error.instance_path)
-    part = reduce(lambda node, key: node[key], error.schema_path[:-1], schema)
+    part = reduce(getitem, error.schema_path[:-1], schema)
     if part.get("description", "").startswith("Must "):
-        yield place, part["description"].replace("Must", "must", 1)
-    elif kind.name == "anyOf":  # of something and null
-        for inner in kind.context[0]:
-            yield from _told(inner, schema)
-    elif kind.name == "required":
-        yield (*place, kind.property), "is missing"
-    elif kind.name == "type":
-        yield place, "must be a list" if kind.types == ["array"] else "must be an object"
-    else:  # unevaluatedProperties: JSON-LD has no name for it; additionalProperties: nothing else may stand there
-        hint = ", or name it by a URI" if kind.name == "unevaluatedProperties" else ""
-        yield from (((*place, name), f"is not known here; leave it out{hint}") for name in kind.unexpected)
+        return {place: part["description"].replace("Must", "must", 1)}
+    if kind.name == "required":
+        return {(*place, kind.property): "is missing"}
+    if kind.name == "type":
+        return {place: "must be a list" if kind.types == ["array"] else "must be an object"}
+    # unevaluatedProperties: JSON-LD has no name for it; additionalProperties: nothing else may stand there
+    hint = ", or name it by a URI" if kind.name == "unevaluatedProperties" else ""
+    return dict.fromkeys(((*place, name) for name in kind.unexpected), f"is not known here; leave it out{hint}")
 
 
 def _beginning(node: Any) -> Any:
@@ -963,8 +946,8 @@ def check_request(request: dict[str, Any]) -> None:
     faults: dict[Place, str] = {}
     if not validator.is_valid(request):
         for error in validator.iter_errors(_beginning(request)):
-            for place, text in _told(error, schema):
-                faults.setdefault(place, text)
+            for one in error.kind.context[0] if error.kind.name == "anyOf" else [error]:  # of something and null
+                faults.update(_told(one, schema))
         faults = faults or {(): "has a fault after the 100th item of a list"}
     start, end = (() if (name,) in faults else request.get(name) for name in ("valid_from", "valid_until"))
     if start and end and datetime.fromisoformat(end) <= datetime.fromisoformat(start):
@@ -985,11 +968,11 @@ def build_credential(request: dict[str, Any]) -> dict[str, Any]:
         request = orjson.loads(orjson.dumps([request]))[0]  # a copy, as deep as the credential
     except TypeError:
         raise invalid({(): "has more than 250 levels"}) from None
+    if request.get("valid_from") is None:
+        request["valid_from"] = datetime.now(UTC).isoformat(timespec="seconds")
     for part in (request, request.get("issuer")):
         if isinstance(part, dict) and isinstance(image := part.get("image"), str | dict):
             part["image"] = {"type": "Image", **({"id": image} if isinstance(image, str) else image)}
-    if request.get("valid_from") is None:
-        request["valid_from"] = datetime.now(UTC).isoformat(timespec="seconds")
     check_request(request)
     if badge := request.get("badge"):
         achievement = build_achievement(Badge.model_construct(**{**badge, "criteria": Criteria(**badge["criteria"])}))
@@ -1405,8 +1388,9 @@ class GenerationQueue:
         prompt, spent = cast(Prompt, generation.prompt), list[Usage]()
         sieve = self._sieve(prompt)
         title, joint = self._title(prompt, sieve, first=True), "{"
+        institution = " ".join(_tidied(prompt.request.option("institution") or "").split())
         while True:
-            draft = Draft(prompt.kept, prompt.institution, title, sieve)
+            draft = Draft(prompt.kept, institution, title, sieve)
             generation.last, generation.begun = time.monotonic(), 0.0
             try:
                 prompt.check_length(self.engine.context)
@@ -1648,7 +1632,7 @@ class EventEncoder:
             parts.append(self._token(log[self.seen - 1]))
             size += len(parts[-1])
         if parts and self._options.partial:
-            badge = partial_badge("".join(log[: self.seen]))
+            badge = pydantic_core.from_json("".join(log[: self.seen]), allow_partial="trailing-strings")
             if badge and badge != self._partial:
                 self._partial = badge
                 parts.append(self.event({"type": "partial", "badge": badge}, "partial"))

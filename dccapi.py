@@ -258,7 +258,8 @@ class MethodNotAllowed(ApiError, status=405, text="This path has other methods: 
 class BodyTimeout(ApiError, status=408, text="The body did not arrive in time. Send it again, all of it at once."): ...
 class IdempotencyConflict(ApiError, status=409, text="This Idempotency-Key came with another body. Use a new one."): ...
 class BodyTooLarge(ApiError, status=413, text="The body is too large. Send less, or the document as a file."): ...
-class ContentTooLong(ApiError, status=413, text="The content does not fit the model's context. Shorten it."): ...
+class ContentTooLong(ApiError, status=413, text="The content does not fit the model's context. Shorten it."):
+    condense_to = 0  # words that fit, where the client wants the course condensed and they are enough
 class UriTooLong(ApiError, status=414, text="The query is too long. POST long content to /generate/stream."): ...
 class UnsupportedMediaType(ApiError, status=415, text="Send JSON or multipart/form-data; /docs/api.md shows both."): ...
 class DocumentBroken(ApiError, status=422, text="The document is damaged or too complex to read. Send its text."): ...
@@ -502,23 +503,19 @@ class Prompt:
         """About as many as it has."""
         return max(self.words * 4 // 3, len((self.system + self.user).encode()) // 4)
 
-    def check_length(self, context: int | None) -> None:
-        """Raise ContentTooLong where it cannot fit, and where it leaves an answer no room and can be condensed."""
+    def refusal(self, context: int | None) -> ContentTooLong | None:
+        """Why it is not sent: it cannot fit, or it leaves an answer no room and can be condensed."""
         if context and self.tokens > context - min(self.sampling["max_tokens"], context // 4):
             error = too_long(self, context)
-            if self.words > context or self.can_be_condensed(error):
-                raise error
-
-    def can_be_condensed(self, error: ContentTooLong) -> bool:
-        fits = error.members.get("content_words_that_fit", 0)
-        return self.request.long_content == "condense" and fits >= FEWEST_WORDS
+            return error if self.words > context or error.condense_to else None
+        return None
 
 
 def build_prompt(request: GenerateRequest, course: Course, system: str, defaults: Mapping[str, Any]) -> Prompt:
     """The course first, delimited, then the options: drafts of one course share the longest prefix.
 
-    Delimiters in a text and the marks of chat templates lose their bracket, so that it cannot end itself and turn into
-    instructions.
+    Texts are asked for as lists of sentences, as many as the course has matter for: small models pad a longer text with
+    inventions. Neither `pattern` nor `maxLength`, which break or slow grammars (ollama 8325, 18226).
     """
     options = []
     for name, option in BadgeOptions.model_fields.items():
@@ -528,24 +525,8 @@ def build_prompt(request: GenerateRequest, course: Course, system: str, defaults
     if isinstance(request, RegenerateRequest):
         kept = {name: part for name, part in request.badge.model_dump().items() if name != request.field}
         options.append(f"This is the badge without what is to be written:\n{orjson.dumps(kept).decode()}")
-    schema, asked = _asked(request, word_count(course.text), kept)
-    tag = request.language or course.language
-    language = review.LANGUAGES.get(tag.partition("-")[0].lower(), tag)
-    in_language = "" if language == "und" else f", in {language}"
-    closing = f"Write the badge for this course{in_language}: {'; '.join(asked)}."
-    text = re.sub(r"(?i)<(?=\s*+/?\s*+course\b)", "\u2039", course.text)  # possessive: a linear pass
-    user = "\n".join(["<course>", text, "</course>", "", *options, closing])
-    user = re.sub(CHAT_MARKS, lambda mark: "\u2039" if mark[0] == "<" else "\uff3b", user)
-    return Prompt(request, course, system, user, schema, request.sampling(defaults), kept)
 
-
-def _asked(request: GenerateRequest, words: int, kept: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The schema of the fields that a model is to write, and words on each.
-
-    Texts are asked for as lists of sentences, as many as the course has matter for: small models pad a longer text with
-    inventions. Neither `pattern` nor `maxLength`, which break or slow grammars (ollama 8325, 18226).
-    """
-    text, tone = {"type": "string"}, request.option("badge_tone") or ""
+    words, tone, text = word_count(course.text), request.option("badge_tone") or "", {"type": "string"}
     few, many = (min(count, max(1, words // 8)) for count in SENTENCES.get(tone, (3, 4)))
     most = max(2, min(12 if tone == "Detailed" else 8, words // 15))
     least = min(4, most)
@@ -553,9 +534,19 @@ def _asked(request: GenerateRequest, words: int, kept: Mapping[str, Any]) -> tup
     sentences, items = f"{few} or {many}" if few < many else many, f"{least} to {most}" if least < most else most
     fields = [name for name in ASKED if name not in kept and (name != "skills" or (request.skills and not kept))]
     lists = {name: {"type": "array", "items": text, "minItems": n, "maxItems": m} for name, (n, m) in counts.items()}
-    properties = {name: lists.get(name, text) for name in fields}
-    told = [name + ASKED[name].format(sentences=sentences, items=items) for name in fields]
-    return {"type": "object", "properties": properties, "required": fields}, told
+    schema = {"type": "object", "properties": {name: lists.get(name, text) for name in fields}, "required": fields}
+
+    tag = request.language or course.language
+    language = review.LANGUAGES.get(tag.partition("-")[0].lower(), tag)
+    in_language = "" if language == "und" else f", in {language}"
+    asked = "; ".join(name + ASKED[name].format(sentences=sentences, items=items) for name in fields)
+    # Delimiters in a text and the marks of chat templates lose their bracket, so that it cannot end itself and turn
+    # into instructions.
+    said = re.sub(r"(?i)<(?=\s*+/?\s*+course\b)", "\u2039", course.text)  # possessive: a linear pass
+    closing = f"Write the badge for this course{in_language}: {asked}."
+    user = "\n".join(["<course>", said, "</course>", "", *options, closing])
+    user = re.sub(CHAT_MARKS, lambda mark: "\u2039" if mark[0] == "<" else "\uff3b", user)
+    return Prompt(request, course, system, user, schema, request.sampling(defaults), kept)
 
 
 def skills_in(tags: Sequence[str], prompt: Prompt) -> list[str]:
@@ -590,7 +581,9 @@ def too_long(prompt: Prompt, limit: int | None, tokens: int | None = None, answe
         if limit - tokens >= limit // 4:
             fits, advice = words, f"Lower max_tokens to {limit - tokens}."
     detail = f"{has}; the model's context holds {limit}, its instructions and its answer included. {advice}"
-    return ContentTooLong(detail, context_tokens=limit, content_words_that_fit=fits, **members)
+    error = ContentTooLong(detail, context_tokens=limit, content_words_that_fit=fits, **members)
+    error.condense_to = fits if fits >= FEWEST_WORDS and prompt.request.long_content == "condense" else 0
+    return error
 
 
 # What says nothing: a text without a letter or digit, or with only a word of the schema.
@@ -687,8 +680,6 @@ class Draft:
             if self._place == "start" and self.joint == "{" and not NOT_PROSE.fullmatch(self._text, self._at, end):
                 self._place = "prose"
             self._at = mark.end() if mark else end
-            if mark is None and self._has_ended:
-                return
             if mark is None:
                 self._text, self._at = self._text[end:], 0
                 yield
@@ -794,9 +785,8 @@ class Draft:
             if write:
                 at = self._sieve.unfinished(text)
                 bare = self._sieve.bare(text[:at])
-                bare = bare if self._said else bare.lstrip()
                 said = bare.rstrip()
-                self._write(said)
+                self._write(said if self._said else said.lstrip())
                 text = bare[len(said) :][:MAX_BLANK_RUN] + text[at:]
 
     def _strings(self, each: Callable[[str], object], if_cut: str = '"') -> Generator[None, None, list[str]]:
@@ -849,9 +839,8 @@ class Draft:
         text = text.replace("\r\n", "\n")
         if NOT_TEXT.search(text):
             raise InvalidModelOutput
-        if text:
-            self._said += text
-            self._tell(orjson.dumps(text)[1:-1].decode(), self.joint)
+        self._said += text
+        self._tell(orjson.dumps(text)[1:-1].decode(), self.joint)
 
     def _tell(self, text: str, joint: str) -> None:
         if self._is_told:
@@ -966,29 +955,27 @@ def build_credential(request: dict[str, Any]) -> dict[str, Any]:
         if isinstance(part, dict) and isinstance(image := part.get("image"), str | dict):
             part["image"] = {"type": "Image", **({"id": image} if isinstance(image, str) else image)}
     check_request(request)
-    if badge := request.get("badge"):
+    get: Callable[..., Any] = {name: _tidied(value) for name, value in request.items() if value is not None}.get
+    if badge := get("badge"):
         achievement = build_achievement(Badge.model_construct(**{**badge, "criteria": Criteria(**badge["criteria"])}))
     else:
-        achievement = {"achievementType": "Badge", **request["achievement"]}
+        achievement = {"achievementType": "Badge", **get("achievement")}
     contexts = set(achievement.pop("@context", [])) & set(open_badges()[0]["$defs"]["ExtraContext"]["enum"])
-    given = {"achievementType": request.get("achievement_type"), "image": request.get("image")}
-    given["alignment"] = [{"type": ["Alignment"], **one} for one in request.get("alignment") or []]
+    given = {"achievementType": get("achievement_type"), "image": get("image"), "inLanguage": get("in_language")}
+    given["alignment"] = [{"type": ["Alignment"], **one} for one in get("alignment", ())]
     credential: dict[str, Any] = {
         "@context": [VC_CONTEXT, OB_CONTEXT, *sorted(contexts)],
         "id": uuid.uuid4().urn,
         "type": ["VerifiableCredential", "OpenBadgeCredential"],
-        "issuer": {"type": ["Profile"], **request["issuer"]},
-        "validFrom": request["valid_from"],
-        "validUntil": request.get("valid_until"),
+        "issuer": {"type": ["Profile"], **get("issuer")},
+        "validFrom": get("valid_from"),
+        **({"validUntil": end} if (end := get("valid_until")) else {}),
         "credentialSubject": {
-            "id": request.get("recipient_id") or "did:example:recipient",
+            "id": get("recipient_id", "did:example:recipient"),
             "type": ["AchievementSubject"],
             "achievement": achievement | {name: value for name, value in given.items() if value},
         },
     }
-    credential = {term: _tidied(value) for term, value in credential.items() if value}
-    if request.get("in_language"):
-        credential["credentialSubject"]["achievement"]["inLanguage"] = request["in_language"]
     # Indented: it is to fit however it is laid out.
     text = orjson.dumps(credential, option=orjson.OPT_INDENT_2)
     if len(text) > MAX_CREDENTIAL_BYTES:
@@ -1239,11 +1226,9 @@ class GenerationQueue:
 
     def ready(self, generation: Generation, prompt: Prompt) -> None:
         """Its course is read. Raises ContentTooLong where that cannot fit, nor be condensed."""
-        try:
-            prompt.check_length(self.engine.context)
-        except ContentTooLong as error:
-            if not prompt.can_be_condensed(error):
-                raise
+        error = prompt.refusal(self.engine.context)
+        if error and not error.condense_to:
+            raise error
         if generation.outcome is None:  # it may have been ended meanwhile
             generation.prompt = prompt
             self._dispatch()
@@ -1385,7 +1370,8 @@ class GenerationQueue:
             draft = Draft(prompt.kept, institution, title, sieve)
             generation.last, generation.begun = time.monotonic(), 0.0
             try:
-                prompt.check_length(self.engine.context)
+                if refusal := prompt.refusal(self.engine.context):
+                    raise refusal
                 await self._call(generation, prompt, draft, joint, spent)
             except ContentTooLong as error:
                 prompt = await self._condensed(prompt, error, generation)
@@ -1486,11 +1472,10 @@ class GenerationQueue:
 
     async def _condensed(self, prompt: Prompt, error: ContentTooLong, generation: Generation) -> Prompt:
         """The prompt for as much of the course as fits. Raises `error` where that is not wanted or cannot help."""
-        if generation.log or not prompt.can_be_condensed(error):
+        if generation.log or not error.condense_to:
             raise error
-        course, content = prompt.course, prompt.request.content
+        course, content, fits = prompt.course, prompt.request.content, error.condense_to
         content = course.text if "</" in content else content  # Markdown still has its headings
-        fits = error.members["content_words_that_fit"]
         length = {"words": fits, "characters": len(content) * fits // word_count(content)}
         try:
             cut = await self.readers.ask("condense", generation.client, content=content, **length)

@@ -905,6 +905,8 @@ def _told(error: Any, schema: dict[str, Any]) -> dict[Place, str]:
     part = reduce(getitem, error.schema_path[:-1], schema)
     if part.get("description", "").startswith("Must "):
         return {place: part["description"].replace("Must", "must", 1)}
+    if kind.name == "anyOf":  # of something and null
+        return {place: text for one in kind.context[0][::-1] for place, text in _told(one, schema).items()}
     if kind.name == "required":
         return {(*place, kind.property): "is missing"}
     if kind.name == "type":
@@ -927,8 +929,8 @@ def check_request(request: dict[str, Any]) -> None:
     faults: dict[Place, str] = {}
     if not validator.is_valid(request):
         for error in validator.iter_errors(_beginning(request)):
-            for one in error.kind.context[0] if error.kind.name == "anyOf" else [error]:  # of something and null
-                faults.update(_told(one, schema))
+            for place, text in _told(error, schema).items():
+                faults.setdefault(place, text)
         faults = faults or {(): "has a fault after the 100th item of a list"}
     start, end = (() if (name,) in faults else request.get(name) for name in ("valid_from", "valid_until"))
     if start and end and datetime.fromisoformat(end) <= datetime.fromisoformat(start):

@@ -872,8 +872,7 @@ def _tidied(node: Any) -> Any:
         return {name: _tidied(value) for name, value in node.items() if name not in ("inLanguage", "awardedDate")}
     if not isinstance(node, str):
         return node
-    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", node.replace("\r\n", "\n"))
-    return re.sub(r"([{}])(?=\1)", r"\1 ", text)
+    return re.sub(r"([{}])(?=\1)", r"\1 ", NOT_TEXT.sub("", node.replace("\r\n", "\n")))
 
 
 def build_achievement(

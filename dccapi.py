@@ -555,7 +555,8 @@ def skills_in(tags: Sequence[str], prompt: Prompt) -> list[str]:
     names = [" ".join(tag.split()).strip(" .,;:-*•") for tag in tags if len(tag) <= 80 and len(tag.split()) <= 6]
     if request.language in (None, course.language):
         names = [name for name in names if review.title_is_from_course(name, course.grounds, options)]
-    return [*{name.casefold(): name for name in names}.values()][:8] if request.skills else []
+    spelled = {name.casefold(): name for name in reversed(names)}  # as it was spelled first
+    return [spelled[key] for key in dict.fromkeys(map(str.casefold, names))][:8] if request.skills else []
 
 
 def too_long(prompt: Prompt, limit: int | None, tokens: int | None = None, answer: int | None = None) -> ContentTooLong:

@@ -161,6 +161,11 @@ NUMBERED = re.compile(r"\s*(\d+(?:\.\d+)*)[.)]?\s+\S")
 LONGEST = 60, 400  # words and characters of one piece; a text without sentences is cut into such
 
 
+def word_count(text: str) -> int:
+    """Two letters of a script without spaces are about a word."""
+    return len(text.split()) + len(re.findall(f"[{UNSPACED}]", text)) // 2
+
+
 @dataclass
 class Piece:
     """A heading, or a sentence or a row of a table, with the white space before it."""

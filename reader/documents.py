@@ -7,12 +7,11 @@ import re
 from html import unescape
 from typing import Any
 
+from reader.condense import word_count
 from reader.course_text import FRONT_MATTER, MAX_TEXT, TOLD_IN_FRONT, VISIBLE, is_html, said_in_html, tidied
 from reader.extract import DETAILS, Extract, Refused, note, repair_notes
 from reader.review import language_of
 
-# Of scripts without spaces, two letters are about a word.
-UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
 # What begins with these bytes is something else.
 KNOWN_BYTES = (
     (b"{\\rtf", "This is RTF. Save it as DOCX or PDF and send that."),
@@ -124,7 +123,7 @@ def document(path: str, name: str = "", media_type: str = "") -> dict[str, Any]:
         "title": _title(found.title, tidy.text),
         "language": language_of(tidy.text),
         "pages": found.pages,
-        "words": len(tidy.text.split()) + len(UNSPACED.findall(tidy.text)) // 2,
+        "words": word_count(tidy.text),
         "notes": found.notes + repair_notes(tidy.repairs),
     }
 

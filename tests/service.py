@@ -15,10 +15,11 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import hypercorn.asyncio
+import pydantic_core
 import pytest
 import trustme
 from hypothesis import settings as hypothesis_settings
@@ -51,6 +52,11 @@ def parse_badge(text: str, *, cut: bool = False) -> dccapi.Badge:
     draft.finish(cut)
     assert draft.badge
     return draft.badge
+
+
+def partial_badge(rendered: str) -> dict[str, Any]:
+    """The badge of a `partial` event when so much of its JSON is rendered."""
+    return cast(dict[str, Any], pydantic_core.from_json(rendered or "{}", allow_partial="trailing-strings"))
 
 
 @dataclass

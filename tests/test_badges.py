@@ -340,6 +340,13 @@ def test_a_bad_request_is_refused_with_the_place_of_its_fault(fields: dict[str, 
     assert [".".join(found) for found in faults(**fields)] == [place]
 
 
+def test_a_fault_is_told_by_the_first_rule_that_it_breaks() -> None:
+    (fault,) = refusals(badge=BADGE, issuer={**ISSUER, "id": None})
+    assert fault["msg"].startswith("must be a URI with its scheme")
+    (fault,) = refusals(achievement={**ACHIEVEMENT, "achievementType": "Module"})
+    assert fault["msg"].startswith("must be ")
+
+
 def test_every_fault_is_named_at_once() -> None:
     found = faults(
         badge={"badge_name": ""},

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 import dccapi
-from service import parse_badge, pure, texts_of
+from service import parse_badge, partial_badge, pure, texts_of
 from test_dialects import BADGE, IDEA, KNOTS, THOUGHTS
 from testkit import badge_json
 
@@ -67,7 +67,7 @@ def told(text: str, sizes: list[int], kept: dict[str, Any] | None = None) -> tup
     while at < len(text):
         end = at + next(sizes_again)
         tokens += draft.feed(text[at:end])
-        now = texts_of(dccapi.partial_badge(tokens))
+        now = texts_of(partial_badge(tokens))
         assert all(now.get(name, "").startswith(text) for name, text in before.items()), (before, now)
         before, at = now, end
     tokens += draft.finish(cut=False)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import example, given, strategies as st
 
 import dccapi
-from service import COURSE, asked, parse_badge, pure, serving, texts_of, writes
+from service import COURSE, asked, parse_badge, partial_badge, pure, serving, texts_of, writes
 from testkit import Script, badge_json
 
 # --- The prompt ---
@@ -96,7 +96,7 @@ FENCES = st.sampled_from(
 
 def partial_of(text: str) -> dict[str, Any]:
     """The badge of a `partial` event after so much of a model's text."""
-    return dccapi.partial_badge(dccapi.Draft().feed(text))
+    return partial_badge(dccapi.Draft().feed(text))
 
 
 @pure
@@ -194,7 +194,7 @@ def test_partial_badges_only_grow() -> None:
     draft, rendered = dccapi.Draft(), ""
     for character in text:
         rendered += draft.feed(character)
-        now = texts_of(dccapi.partial_badge(rendered))
+        now = texts_of(partial_badge(rendered))
         assert all(now[name].startswith(words) for name, words in before.items())
         before = now
     assert draft.finish(cut=False) == "}"  # it may have been an idea

@@ -11,7 +11,7 @@ from hypothesis import given, strategies as st
 import dccapi
 from reader import review
 from reader.sieve import EVERY_MARKUP, FEWEST_WORDS, Sieve
-from service import HERE, parse_badge, pure
+from service import HERE, parse_badge, partial_badge, pure
 from testkit import badge_json
 
 SHORT = [json.loads(line) for line in (HERE / "tools" / "data" / "short.jsonl").read_text("utf-8").splitlines()]
@@ -26,7 +26,7 @@ def written(sieve: Sieve, description: Any, criteria: Any, size: int = 7) -> tup
     draft, tokens, before = dccapi.Draft(sieve=sieve), "", dict[str, Any]()
     for at in range(0, len(text), size):
         tokens += draft.feed(text[at : at + size])
-        now = dccapi.partial_badge(tokens)
+        now = partial_badge(tokens)
         assert now.get("badge_description", "").startswith(before.get("badge_description", ""))
         before = now
     tokens += draft.finish(cut=False)

@@ -671,7 +671,7 @@ class Draft:
         self._said = ""  # what is written of a text
         self._is_told = False  # whether the object that was read last is told as it is written
         self._is_plain = False  # whether the next piece continues the text, and may be taken as it is
-        self._has_ended = self._is_cut = False
+        self._has_told = self._has_ended = self._is_cut = False
         self._run = self._document()
 
     def feed(self, piece: str) -> str:
@@ -700,7 +700,7 @@ class Draft:
         while True:
             mark = MARK.search(self._text, self._at)
             end = mark.start() if mark else max(self._at, len(self._text) - LONGEST_MARK)
-            if self._place == "start" and self.joint == "{" and not NOT_PROSE.fullmatch(self._text, self._at, end):
+            if self._place == "start" and not self._has_told and not NOT_PROSE.fullmatch(self._text, self._at, end):
                 self._place = "prose"
             self._at = mark.end() if mark else end
             if mark is None and self._has_ended:
@@ -724,8 +724,8 @@ class Draft:
         self._tags: list[str] = []
         # What a list may not repeat: the field and the text.
         self._items = [(name, str(text)) for name, text in self._kept.items() if name == "badge_name"]
-        self._is_told = self.joint == "{" and self._place != "prose"
-        self._tell(orjson.dumps(self._kept).decode()[:-1], ", " if self._kept else "")
+        self._is_told = not self._has_told and self._place != "prose"
+        self._tell(self.joint + orjson.dumps(self._kept).decode()[1:-1], ", " if self._kept else "")
         with contextlib.suppress(InvalidModelOutput):
             yield from self._object({name: name for name in Badge.model_fields})
         try:
@@ -873,7 +873,7 @@ class Draft:
     def _tell(self, text: str, joint: str) -> None:
         if self._is_told:
             self._out += text
-            self.joint = joint
+            self.joint, self._has_told = joint, True
 
 
 def partial_badge(rendered: str) -> dict[str, Any]:
@@ -1048,12 +1048,21 @@ class Readers:
         share = self._shares.setdefault(kind, asyncio.Semaphore(READERS // 2))
         seconds = DOCUMENT_TIMEOUT if task == "document" else TEXT_TIMEOUT
         try:
-            async with share, self._free, asyncio.timeout(seconds), self._reader() as reader:
-                question = orjson.dumps({"task": task, **arguments}, default=os.path.abspath)
-                reader.stdin.write(len(question).to_bytes(8) + question)
-                await reader.stdin.drain()
-                size = int.from_bytes(await reader.stdout.readexactly(8))
-                answer = cast(dict[str, Any], orjson.loads(await reader.stdout.readexactly(size)))
+            async with share, self._free, asyncio.timeout(seconds):
+                self._idle = [one for one in self._idle if one.returncode is None]  # the kernel may have killed one
+                reader: Any = self._idle.pop() if self._idle else await _started("-m", "reader", cwd=HERE)
+                try:
+                    question = orjson.dumps({"task": task, **arguments}, default=os.path.abspath)
+                    reader.stdin.write(len(question).to_bytes(8) + question)
+                    await reader.stdin.drain()
+                    size = int.from_bytes(await reader.stdout.readexactly(8))
+                    answer = cast(dict[str, Any], orjson.loads(await reader.stdout.readexactly(size)))
+                    self._idle.append(reader)
+                except BaseException as error:  # it has not finished the task
+                    await _killed(reader)
+                    if isinstance(error, OSError | EOFError):
+                        log.error("a process that reads has ended with %s", reader.returncode)
+                    raise
         except TimeoutError:
             raise DocumentTooSlow from None
         except (OSError, EOFError, ValueError):  # it ran into its limits
@@ -1061,20 +1070,6 @@ class Readers:
         if error := DOCUMENT_ERRORS.get(answer.get("error", "")):
             raise error(answer.get("detail", ""))
         return answer
-
-    @contextlib.asynccontextmanager
-    async def _reader(self) -> AsyncIterator[Any]:
-        """A process that has nothing else to do; after a task that it did not finish it is killed."""
-        self._idle = [one for one in self._idle if one.returncode is None]  # the kernel may have killed one
-        reader = self._idle.pop() if self._idle else await _started("-m", "reader", cwd=HERE)
-        try:
-            yield reader
-            self._idle.append(reader)
-        except BaseException as error:
-            await _killed(reader)
-            if isinstance(error, OSError | EOFError):
-                log.error("a process that reads has ended with %s", reader.returncode)
-            raise
 
     async def stop(self) -> None:
         while self._idle:
@@ -1402,31 +1397,31 @@ class GenerationQueue:
 
     async def _generate(self, generation: Generation) -> Answer:
         """Ask the engine, and again for what it left undone, and put what it writes into the log."""
-        prompt, spent = cast(Prompt, generation.prompt), list[Usage]()
+        prompt, spent, joint, is_first = cast(Prompt, generation.prompt), list[Usage](), "{", True
         sieve = self._sieve(prompt)
-        title, joint = self._title(prompt, sieve, first=True), "{"
         while True:
-            draft = Draft(prompt.kept, prompt.institution, title, sieve)
+            draft = Draft(prompt.kept, prompt.institution, partial(self._title, prompt, sieve, is_first), sieve)
+            draft.joint = joint
             generation.last, generation.begun = time.monotonic(), 0.0
             try:
                 prompt.check_length(self.engine.context)
-                await self._call(generation, prompt, draft, joint, spent)
+                await self._call(generation, prompt, draft, spent)
             except ContentTooLong as error:
                 prompt = await self._condensed(prompt, error, generation)
                 continue
             if not draft.refused:
                 return await self._answer(generation, cast(Badge, draft.badge), prompt, spent)
-            title, joint = self._title(prompt, sieve, first=False), draft.joint
+            joint, is_first = draft.joint, False
             prompt = replace(prompt, user=f"{prompt.user}\n{TITLE_AGAIN}")
 
-    async def _call(self, generation: Generation, prompt: Prompt, draft: Draft, joint: str, spent: list[Usage]) -> None:
+    async def _call(self, generation: Generation, prompt: Prompt, draft: Draft, spent: list[Usage]) -> None:
         """One engine call: log what each piece of text adds to the badge; stop an engine that writes without end.
 
-        An empty piece is a sign of life: the model thinks. `joint` stands in place of the bracket that opens the badge.
-        A call whose title is refused is broken off. Raises ContentTooLong and other ApiErrors.
+        An empty piece is a sign of life: the model thinks. A call whose title is refused is broken off.
+        Raises ContentTooLong and other ApiErrors.
         """
         now, feed, most_tokens = time.monotonic, draft.feed, prompt.sampling["max_tokens"]
-        is_first, count, size, blank = True, 0, 0, 0
+        count = size = blank = 0
         log.debug("generation %s: %d words to the engine, %s", generation.id[:8], prompt.words, prompt.sampling)
         async with contextlib.aclosing(self.engine.stream(prompt)) as pieces:
             async for piece in pieces:
@@ -1439,10 +1434,7 @@ class GenerationQueue:
                     continue
                 generation.first_token = generation.first_token or generation.last
                 if text := feed(piece[:MAX_OUTPUT_CHARS]):
-                    if is_first:
-                        is_first, text = False, joint + text[1:]
-                    if text:
-                        generation.append(text)
+                    generation.append(text)
                 count += 1
                 if draft.refused:
                     spent.append(Usage(0, count, "stop"))
@@ -1464,7 +1456,7 @@ class GenerationQueue:
                 raise too_long(prompt, limit, usage.prompt_tokens) from None
             raise InvalidModelOutput(CUT_OFF if reached_limit else "") from None
         if rest:
-            generation.append(joint + rest[1:] if is_first else rest)
+            generation.append(rest)
 
     def _sieve(self, prompt: Prompt) -> Sieve:
         """What leaves out repetitions; with small models also what the course does not bear, for which it has words."""
@@ -1481,7 +1473,7 @@ class GenerationQueue:
         counts = {name: (part["minItems"], part["maxItems"]) for name, part in lists.items() if "items" in part}
         return sieve(text, course.language, request.given_texts(), counts, is_tiny=self.engine.is_tiny)
 
-    def _title(self, prompt: Prompt, sieve: Sieve, first: bool) -> TitleCheck:
+    def _title(self, prompt: Prompt, sieve: Sieve, is_first: bool, title: str) -> str | None:
         """What becomes of a title without a word of the course: the first is refused, the next becomes the course's.
 
         A course may hold instructions to the model, which small models follow.
@@ -1490,23 +1482,19 @@ class GenerationQueue:
         options = request.given_texts()
         is_wanted = isinstance(request, RegenerateRequest) and not grounds["has_orders"]
         if is_wanted or request.language not in (None, course.language) or word_count(course.text[:1000]) < 8:
-            return str  # by a person who looks at it; in other words than the course's; there is nothing to compare
+            return title  # by a person who looks at it; in other words than the course's; there is nothing to compare
         own = " ".join(NOT_TEXT.sub("", grounds["title"]).split())
-
-        def accepted(title: str) -> str | None:
-            if not PLACEHOLDER.fullmatch(title):
-                if review.title_is_from_course(title, grounds, options) and sieve.bears(title):
-                    return own if sieve.prefers(own, title) else sieve.as_title(title)
-            elif not sieve.course:
-                return title
-            if first:
-                return None
-            # The beginning of a text without a heading is a poor title, though better than what no course has.
-            is_ordered = grounds["has_orders"] or review.title_is_ordered(title, grounds, options)
-            is_title = len(own) <= review.HEADLINE or sieve.course or is_ordered
-            return own if is_title and not PLACEHOLDER.fullmatch(own) else title
-
-        return accepted
+        if not PLACEHOLDER.fullmatch(title):
+            if review.title_is_from_course(title, grounds, options) and sieve.bears(title):
+                return own if sieve.prefers(own, title) else sieve.as_title(title)
+        elif not sieve.course:
+            return title
+        if is_first:
+            return None
+        # The beginning of a text without a heading is a poor title, though better than what no course has.
+        is_ordered = grounds["has_orders"] or review.title_is_ordered(title, grounds, options)
+        is_title = len(own) <= review.HEADLINE or sieve.course or is_ordered
+        return own if is_title and not PLACEHOLDER.fullmatch(own) else title
 
     async def _condensed(self, prompt: Prompt, error: ContentTooLong, generation: Generation) -> Prompt:
         """The prompt for as much of the course as fits. Raises `error` where that is not wanted or cannot help."""

@@ -1103,9 +1103,7 @@ async def _killed(process: asyncio.subprocess.Process) -> None:
 # ---- Generations ----------------------------------------------------------------------------------------------------
 
 Answer = dict[str, Any]  # a finished badge as JSON (contract 3.2), as `GenerationQueue._answer` makes it
-BY_URGENCY = attrgetter("urgency")
-SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 300, 600)
-SECONDS_A_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 300, 600)
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 LOOPS = "The language model wrote without end and was stopped. Try again, with another seed or a higher repeat_penalty."
 UNFINISHED = "The language model ended without finishing. Try again, with another seed or a lower temperature."
@@ -1170,7 +1168,7 @@ class Metrics:
 
         self.duration = histogram("gen_ai_server_request_duration_seconds", "Of engine calls", SECONDS, "error_type")
         self.first = histogram("gen_ai_server_time_to_first_token_seconds", "From the call to the first token", SECONDS)
-        self.each = histogram("gen_ai_server_time_per_output_token_seconds", "Between later tokens", SECONDS_A_TOKEN)
+        self.each = histogram("gen_ai_server_time_per_output_token_seconds", "Between later tokens", SECONDS)
         self.tokens = histogram("gen_ai_client_token_usage", "Of a finished generation", TOKENS, "gen_ai_token_type")
         self.wait = histogram("dccapi_queue_wait_seconds", "From admission to the engine call", SECONDS)
         ended = "Ended generations: succeeded, cancelled or an error_code; `key` is the name of the client's API key"
@@ -1231,9 +1229,6 @@ class GenerationQueue:
             for generation in [*self.running]:
                 self.end(generation, ShuttingDown())
             await asyncio.wait(calls, timeout=1)
-        deadline = time.monotonic() + 2  # for the last events to leave
-        while any(one.followers for one in self.known.values()) and time.monotonic() < deadline:  # noqa: ASYNC110 - bounded
-            await asyncio.sleep(0.02)
 
     def check_admission(self, client: str) -> None:
         """Raise what `submit` would raise for this client now."""
@@ -1328,7 +1323,7 @@ class GenerationQueue:
 
         One whose course takes long to read is overtaken, but not by what came at the same moment.
         """
-        order = self.waiting if self._starts % 8 == 7 else sorted(self.waiting, key=BY_URGENCY)
+        order = self.waiting if self._starts % 8 == 7 else sorted(self.waiting, key=attrgetter("urgency"))
         same_moment = time.monotonic() - OVERTAKEN_AFTER
         first = next((one for one in order if one.prompt or one.created > same_moment), None)
         return first if first and first.prompt else None
@@ -1353,7 +1348,7 @@ class GenerationQueue:
 
     def _tell(self) -> None:
         self._telling = None
-        for number, generation in enumerate(sorted(self.waiting, key=BY_URGENCY), 1):
+        for number, generation in enumerate(sorted(self.waiting, key=attrgetter("urgency")), 1):
             generation.position = max(0, number - self._idle_workers)  # they take the first at once
             generation.wake()
 
@@ -1571,25 +1566,25 @@ class GenerationQueue:
         usage = answer.get("usage", {})
         written = usage.get("completion_tokens", len(generation.log))
         queue_seconds, seconds = (started or now) - generation.created, now - (started or now)
-        fields: dict[str, Any] = {"request_id": generation.request_id, "state": generation.state}
-        fields["generation"] = generation.id[:8]  # the whole of it opens its events to who has no key
+        name = generation.id[:8]  # the whole of it opens its events to who has no key
+        fields: dict[str, Any] = {"request_id": generation.request_id, "state": generation.state, "generation": name}
         fields |= {"engine": settings.engine, "model": settings.model, "client": generation.client}
         fields |= {"queue_seconds": round(queue_seconds, 3), "seconds": round(seconds, 3)}
-        fields |= {"first_token_seconds": round(first - started, 3)} if first else {}
-        fields |= {"prompt_tokens": usage["prompt_tokens"]} if usage else {}
-        fields |= {"tokens": written, "finish_reason": code or answer["finish_reason"]}
-        log.info("generation", extra={"fields": fields})
         metrics.generations.labels(code or "succeeded", generation.client if settings.keys else "").inc()
         if started:
             metrics.wait().observe(queue_seconds)
             metrics.duration(code).observe(seconds)
         if first:
+            fields["first_token_seconds"] = round(first - started, 3)
             metrics.first().observe(first - started)
         if usage:
+            fields["prompt_tokens"] = usage["prompt_tokens"]
             metrics.tokens("input").observe(usage["prompt_tokens"])
             metrics.tokens("output").observe(written)
             if written > 1:
                 metrics.each().observe((generation.last - first) / (written - 1))
+        fields |= {"tokens": written, "finish_reason": code or answer["finish_reason"]}
+        log.info("generation", extra={"fields": fields})
 
 
 def described(error: BaseException) -> str:
@@ -1600,13 +1595,12 @@ def described(error: BaseException) -> str:
 # ---- Views of a generation ------------------------------------------------------------------------------------------
 
 EVENT_STREAM_HEADERS = {"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"}
-LINE_END = re.compile(rb"\xc2\x85|\xe2\x80[\xa8\xa9]")
 
 
 def one_line(data: Any) -> bytes:
     """JSON without U+0085, U+2028 and U+2029, which Python's and other clients take for the end of a line."""
-    line = orjson.dumps(data)
-    return line if line.isascii() else LINE_END.sub(lambda end: b"\\u%04x" % ord(end[0].decode()), line)
+    line = orjson.dumps(data).replace(b"\xc2\x85", rb"\u0085")
+    return line.replace(b"\xe2\x80\xa8", rb"\u2028").replace(b"\xe2\x80\xa9", rb"\u2029")
 
 
 class EventEncoder:
@@ -1642,7 +1636,13 @@ class EventEncoder:
                 parts.append(self.event({"type": "partial", "badge": badge}, "partial"))
         if self.seen == len(log) and (outcome := self.generation.outcome):
             self.seen, self.ended = len(log) + 1, True
-            parts.append(self._last(outcome))
+            if isinstance(outcome, dict):
+                data = {"type": "final", "content": outcome["response"], **outcome}
+                del data["response"]
+            else:
+                data = {"type": "error", "content": outcome.detail, "error": outcome.detail}
+                data |= {"error_code": outcome.code, "request_id": self.generation.request_id, **outcome.members}
+            parts.append(self.event(data))
         return b"".join(parts)
 
     def _token(self, piece: str) -> bytes:
@@ -1653,13 +1653,6 @@ class EventEncoder:
             accumulated = b'"accumulated":"%b",' % cast(bytes, self._escaped)
         data = b'id: %b.%d\ndata: {"type":"token","content":%b,%b"done":false}\n\n'
         return data % (self._name, self.seen, content, accumulated)
-
-    def _last(self, outcome: Answer | ApiError) -> bytes:
-        if isinstance(outcome, dict):
-            answer = {name: part for name, part in outcome.items() if name != "response"}
-            return self.event({"type": "final", "content": outcome["response"], **answer})
-        data = {"type": "error", "content": outcome.detail, "error": outcome.detail, "error_code": outcome.code}
-        return self.event({**data, "request_id": self.generation.request_id, **outcome.members})
 
 
 def event_stream(queue: GenerationQueue, encoder: EventEncoder, grace: float = 0) -> ASGIApp:

@@ -1044,11 +1044,9 @@ class Readers:
     async def ask(self, task: str, client: str, **arguments: Any) -> dict[str, Any]:
         """What `reader` answers to a task. Raises one of DOCUMENT_ERRORS."""
         # A worker waits for these, so they do not wait behind courses that are not in a worker yet.
-        kind = client, task in ("condense", "review")
-        share = self._shares.setdefault(kind, asyncio.Semaphore(READERS // 2))
-        seconds = DOCUMENT_TIMEOUT if task == "document" else TEXT_TIMEOUT
+        share = self._shares.setdefault((client, task in ("condense", "review")), asyncio.Semaphore(READERS // 2))
         try:
-            async with share, self._free, asyncio.timeout(seconds):
+            async with share, self._free, asyncio.timeout(DOCUMENT_TIMEOUT if task == "document" else TEXT_TIMEOUT):
                 self._idle = [one for one in self._idle if one.returncode is None]  # the kernel may have killed one
                 reader: Any = self._idle.pop() if self._idle else await _started("-m", "reader", cwd=HERE)
                 try:
@@ -1058,9 +1056,9 @@ class Readers:
                     size = int.from_bytes(await reader.stdout.readexactly(8))
                     answer = cast(dict[str, Any], orjson.loads(await reader.stdout.readexactly(size)))
                     self._idle.append(reader)
-                except BaseException as error:  # it has not finished the task
+                except BaseException as raised:  # it has not finished the task
                     await _killed(reader)
-                    if isinstance(error, OSError | EOFError):
+                    if isinstance(raised, OSError | EOFError):
                         log.error("a process that reads has ended with %s", reader.returncode)
                     raise
         except TimeoutError:
@@ -1362,13 +1360,12 @@ class GenerationQueue:
         allowance = settings.first_token_timeout * min(generation.beside, settings.workers - 1)
         end = generation.started + settings.generation_timeout + allowance
         last = end, "GENERATION_TIMEOUT allows to finish. Try again later, or with a lower max_tokens."
+        first = generation.last + settings.first_token_timeout + allowance
+        sooner = first, "FIRST_TOKEN_TIMEOUT allows to begin. Try again later, or with less content."
         if generation.begun:
             others = [other.begun or now for other in self.running if other is not generation]
             silence = max([generation.last, self._read_until, *others]) + settings.token_timeout
             sooner = silence, "TOKEN_TIMEOUT allows between two tokens. Try again later."
-        else:
-            first = generation.last + settings.first_token_timeout + allowance
-            sooner = first, "FIRST_TOKEN_TIMEOUT allows to begin. Try again later, or with less content."
         due, allowed = min(last, sooner)
         if due <= now:
             told = f"The language model took longer than {allowed}"
@@ -1595,6 +1592,8 @@ def described(error: BaseException) -> str:
 # ---- Views of a generation ------------------------------------------------------------------------------------------
 
 EVENT_STREAM_HEADERS = {"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"}
+# What `EventEncoder.event` makes of a token, in one go: its id, and the JSON of its texts.
+TOKEN = b'id: %b.%d\ndata: {"type":"token","content":%b,%b"done":false}\n\n'
 
 
 def one_line(data: Any) -> bytes:
@@ -1626,8 +1625,12 @@ class EventEncoder:
         """The events not encoded yet, as many as fit into one write."""
         log, parts, size = self.generation.log, [], 0
         while self.seen < len(log) and size < MAX_WRITE:
+            content, accumulated = one_line(log[self.seen]), b""
             self.seen += 1
-            parts.append(self._token(log[self.seen - 1]))
+            if self._options.accumulated:
+                self._escaped += content[1:-1]
+                accumulated = b'"accumulated":"%b",' % cast(bytes, self._escaped)
+            parts.append(TOKEN % (self._name, self.seen, content, accumulated))
             size += len(parts[-1])
         if parts and self._options.partial:
             badge = partial_badge("".join(log[: self.seen]))
@@ -1645,45 +1648,32 @@ class EventEncoder:
             parts.append(self.event(data))
         return b"".join(parts)
 
-    def _token(self, piece: str) -> bytes:
-        """What `event` makes of a token, in one go."""
-        content, accumulated = one_line(piece), b""
-        if self._options.accumulated:
-            self._escaped += content[1:-1]
-            accumulated = b'"accumulated":"%b",' % cast(bytes, self._escaped)
-        data = b'id: %b.%d\ndata: {"type":"token","content":%b,%b"done":false}\n\n'
-        return data % (self._name, self.seen, content, accumulated)
 
-
-def event_stream(queue: GenerationQueue, encoder: EventEncoder, grace: float = 0) -> ASGIApp:
+async def event_stream(
+    queue: GenerationQueue, encoder: EventEncoder, grace: float, scope: Scope, receive: Receive, send: Send
+) -> None:
     """A generation as `text/event-stream`: queue positions, tokens, the end, and a comment with each heartbeat."""
-    generation = encoder.generation
+    generation, position, beats, chunk = encoder.generation, -1, queue.beats, b"retry: 1000\n\n"
     headers = Headers(EVENT_STREAM_HEADERS | {"x-queue-position": str(generation.position)}).raw
-
-    async def respond(scope: Scope, receive: Receive, send: Send) -> None:
-        position, beats, chunk = -1, queue.beats, b"retry: 1000\n\n"
-        with queue.following(generation, grace) as changed:
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
-            while not encoder.ended:
-                changed.clear()
-                if queue.beats != beats:
-                    beats = queue.beats
-                    chunk += b": heartbeat\n\n"
-                if generation.position != position and generation.outcome is None:
-                    position = generation.position
-                    place = {"position": position, "estimated_wait": queue.estimated_wait(position)}
-                    chunk += encoder.event({"type": "queue", **place}, "queue")
-                chunk += encoder.pending()
-                if not chunk:
-                    await changed.wait()
-                    continue
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                if len(chunk) >= MAX_WRITE:
-                    await asyncio.sleep(0)  # there is more: others have their turn first
-                chunk = b""
-            await send({"type": "http.response.body", "body": b""})
-
-    return respond
+    with queue.following(generation, grace) as changed:
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        while True:
+            changed.clear()
+            if queue.beats != beats:
+                beats = queue.beats
+                chunk += b": heartbeat\n\n"
+            if generation.position != position and generation.outcome is None:
+                position = generation.position
+                place = {"position": position, "estimated_wait": queue.estimated_wait(position)}
+                chunk += encoder.event({"type": "queue", **place}, "queue")
+            chunk += encoder.pending()
+            if chunk:
+                await send({"type": "http.response.body", "body": chunk, "more_body": not encoder.ended})
+            if encoder.ended:
+                return
+            # Where there is more, others have their turn first.
+            await (changed.wait() if len(chunk) < MAX_WRITE else asyncio.sleep(0))
+            chunk = b""
 
 
 async def finished(queue: GenerationQueue, generation: Generation) -> Answer:
@@ -2204,7 +2194,7 @@ class Api:
             headers |= {"location": state["events"].removesuffix("/events"), "preference-applied": "respond-async"}
             return as_json(state, 202, headers)
         if body.stream or "text/event-stream" in request.headers.get("accept", "").lower():
-            return event_stream(self.queue, EventEncoder(generation, body))
+            return partial(event_stream, self.queue, EventEncoder(generation, body), 0)
         return as_json(await finished(self.queue, generation), headers=headers)
 
     async def generation(self, request: Request) -> Response:
@@ -2241,7 +2231,7 @@ class Api:
         else:
             options, generation = await self._submitted(request, GenerateRequest)
         grace = 0 if is_post else self.settings.resume_grace
-        return event_stream(self.queue, EventEncoder(generation, options, seen), grace)
+        return partial(event_stream, self.queue, EventEncoder(generation, options, seen), grace)
 
     def _known(self, request: Request, of_anyone: bool = False) -> Generation:
         generation = self.queue.known.get(request.path_params["id"])

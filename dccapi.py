@@ -1227,6 +1227,9 @@ class GenerationQueue:
             for generation in [*self.running]:
                 self.end(generation, ShuttingDown())
             await asyncio.wait(calls, timeout=1)
+        deadline = time.monotonic() + 2  # for the last events to leave
+        while any(one.followers for one in self.known.values()) and time.monotonic() < deadline:  # noqa: ASYNC110 - bounded
+            await asyncio.sleep(0.02)
 
     def check_admission(self, client: str) -> None:
         """Raise what `submit` would raise for this client now."""
@@ -1317,18 +1320,17 @@ class GenerationQueue:
         return round(position * (self._service_time or 20) / self.settings.workers, 1)  # 20 s until one is measured
 
     def _next(self) -> Generation | None:
-        """The next in order; each eighth time the oldest, however urgent: a catalogue gets on as well.
+        """The next in order, read or not; each eighth time the oldest, however urgent: a catalogue gets on as well.
 
         One whose course takes long to read is overtaken, but not by what came at the same moment.
         """
         order = self.waiting if self._starts % 8 == 7 else sorted(self.waiting, key=attrgetter("urgency"))
         same_moment = time.monotonic() - OVERTAKEN_AFTER
-        first = next((one for one in order if one.prompt or one.created > same_moment), None)
-        return first if first and first.prompt else None
+        return next((one for one in order if one.prompt or one.created > same_moment), None)
 
     def _dispatch(self) -> None:
         """The queue has changed: start what waits while workers are idle, and tell the rest their positions soon."""
-        while self._idle_workers and (generation := self._next()):
+        while self._idle_workers and (generation := self._next()) and generation.prompt:
             del self.waiting[generation]
             self._starts += 1
             generation.state, generation.position, generation.started = "running", 0, time.monotonic()

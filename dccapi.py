@@ -643,7 +643,7 @@ class Draft:
         self._said = ""  # what is written of a text
         self._is_told = False  # whether the object that was read last is told as it is written
         self._is_plain = False  # whether the next piece continues the text, and may be taken as it is
-        self._has_ended = self._is_cut = False
+        self._has_told = self._has_ended = self._is_cut = False
         self._run = self._document()
 
     def feed(self, piece: str) -> str:
@@ -672,7 +672,7 @@ class Draft:
         while True:
             mark = MARK.search(self._text, self._at)
             end = mark.start() if mark else max(self._at, len(self._text) - LONGEST_MARK)
-            if self._place == "start" and self.joint == "{" and not NOT_PROSE.fullmatch(self._text, self._at, end):
+            if self._place == "start" and not self._has_told and not NOT_PROSE.fullmatch(self._text, self._at, end):
                 self._place = "prose"
             self._at = mark.end() if mark else end
             if mark is None:
@@ -694,8 +694,8 @@ class Draft:
         self._tags: list[str] = []
         # What a list may not repeat: the field and the text.
         self._items = [(name, str(text)) for name, text in self._kept.items() if name == "badge_name"]
-        self._is_told = self.joint == "{" and self._place != "prose"
-        self._tell(orjson.dumps(self._kept).decode()[:-1], ", " if self._kept else "")
+        self._is_told = not self._has_told and self._place != "prose"
+        self._tell(self.joint + orjson.dumps(self._kept).decode()[1:-1], ", " if self._kept else "")
         with contextlib.suppress(InvalidModelOutput):
             yield from self._object({name: name for name in Badge.model_fields})
         try:
@@ -840,7 +840,7 @@ class Draft:
     def _tell(self, text: str, joint: str) -> None:
         if self._is_told:
             self._out += text
-            self.joint = joint
+            self.joint, self._has_told = joint, True
 
 
 # ---- Open Badges 3.0: pure functions --------------------------------------------------------------------------------
@@ -1002,16 +1002,23 @@ class Readers:
     async def ask(self, task: str, client: str, **arguments: Any) -> dict[str, Any]:
         """What `reader` answers to a task. Raises one of DOCUMENT_ERRORS."""
         # A worker waits for these, so they do not wait behind courses that are not in a worker yet.
-        kind = client, task in ("condense", "review")
-        share = self._shares.setdefault(kind, asyncio.Semaphore(READERS // 2))
-        seconds = DOCUMENT_TIMEOUT if task == "document" else TEXT_TIMEOUT
+        share = self._shares.setdefault((client, task in ("condense", "review")), asyncio.Semaphore(READERS // 2))
         try:
-            async with share, self._free, asyncio.timeout(seconds), self._reader() as reader:
-                question = orjson.dumps({"task": task, **arguments}, default=os.path.abspath)
-                reader.stdin.write(len(question).to_bytes(8) + question)
-                await reader.stdin.drain()
-                size = int.from_bytes(await reader.stdout.readexactly(8))
-                answer = cast(dict[str, Any], orjson.loads(await reader.stdout.readexactly(size)))
+            async with share, self._free, asyncio.timeout(DOCUMENT_TIMEOUT if task == "document" else TEXT_TIMEOUT):
+                self._idle = [one for one in self._idle if one.returncode is None]  # the kernel may have killed one
+                reader: Any = self._idle.pop() if self._idle else await _started("-m", "reader", cwd=HERE)
+                try:
+                    question = orjson.dumps({"task": task, **arguments}, default=os.path.abspath)
+                    reader.stdin.write(len(question).to_bytes(8) + question)
+                    await reader.stdin.drain()
+                    size = int.from_bytes(await reader.stdout.readexactly(8))
+                    answer = cast(dict[str, Any], orjson.loads(await reader.stdout.readexactly(size)))
+                    self._idle.append(reader)
+                except BaseException as raised:  # it has not finished the task
+                    await _killed(reader)
+                    if isinstance(raised, OSError | EOFError):
+                        log.error("a process that reads has ended with %s", reader.returncode)
+                    raise
         except TimeoutError:
             raise DocumentTooSlow from None
         except (OSError, EOFError, ValueError):  # it ran into its limits
@@ -1019,20 +1026,6 @@ class Readers:
         if error := DOCUMENT_ERRORS.get(answer.get("error", "")):
             raise error(answer.get("detail", ""))
         return answer
-
-    @contextlib.asynccontextmanager
-    async def _reader(self) -> AsyncIterator[Any]:
-        """A process that has nothing else to do; after a task that it did not finish it is killed."""
-        self._idle = [one for one in self._idle if one.returncode is None]  # the kernel may have killed one
-        reader = self._idle.pop() if self._idle else await _started("-m", "reader", cwd=HERE)
-        try:
-            yield reader
-            self._idle.append(reader)
-        except BaseException as error:
-            await _killed(reader)
-            if isinstance(error, OSError | EOFError):
-                log.error("a process that reads has ended with %s", reader.returncode)
-            raise
 
     async def stop(self) -> None:
         while self._idle:
@@ -1066,8 +1059,7 @@ async def _killed(process: asyncio.subprocess.Process) -> None:
 # ---- Generations ----------------------------------------------------------------------------------------------------
 
 Answer = dict[str, Any]  # a finished badge as JSON (contract 3.2), as `GenerationQueue._answer` makes it
-SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 300, 600)
-SECONDS_A_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 300, 600)
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 LOOPS = "The language model wrote without end and was stopped. Try again, with another seed or a higher repeat_penalty."
 UNFINISHED = "The language model ended without finishing. Try again, with another seed or a lower temperature."
@@ -1132,7 +1124,7 @@ class Metrics:
 
         self.duration = histogram("gen_ai_server_request_duration_seconds", "Of engine calls", SECONDS, "error_type")
         self.first = histogram("gen_ai_server_time_to_first_token_seconds", "From the call to the first token", SECONDS)
-        self.each = histogram("gen_ai_server_time_per_output_token_seconds", "Between later tokens", SECONDS_A_TOKEN)
+        self.each = histogram("gen_ai_server_time_per_output_token_seconds", "Between later tokens", SECONDS)
         self.tokens = histogram("gen_ai_client_token_usage", "Of a finished generation", TOKENS, "gen_ai_token_type")
         self.wait = histogram("dccapi_queue_wait_seconds", "From admission to the engine call", SECONDS)
         ended = "Ended generations: succeeded, cancelled or an error_code; `key` is the name of the client's API key"
@@ -1284,18 +1276,17 @@ class GenerationQueue:
         return round(position * (self._service_time or 20) / self.settings.workers, 1)  # 20 s until one is measured
 
     def _next(self) -> Generation | None:
-        """The next in order; each eighth time the oldest, however urgent: a catalogue gets on as well.
+        """The next in order, read or not; each eighth time the oldest, however urgent: a catalogue gets on as well.
 
         One whose course takes long to read is overtaken, but not by what came at the same moment.
         """
         order = self.waiting if self._starts % 8 == 7 else sorted(self.waiting, key=lambda one: one.urgency)
         same_moment = time.monotonic() - OVERTAKEN_AFTER
-        first = next((one for one in order if one.prompt or one.created > same_moment), None)
-        return first if first and first.prompt else None
+        return next((one for one in order if one.prompt or one.created > same_moment), None)
 
     def _dispatch(self) -> None:
         """The queue has changed: start what waits while workers are idle, and tell the rest their positions soon."""
-        while self._idle_workers and (generation := self._next()):
+        while self._idle_workers and (generation := self._next()) and generation.prompt:
             del self.waiting[generation]
             self._starts += 1
             generation.state, generation.position, generation.started = "running", 0, time.monotonic()
@@ -1327,13 +1318,12 @@ class GenerationQueue:
         allowance = settings.first_token_timeout * min(generation.beside, settings.workers - 1)
         end = generation.started + settings.generation_timeout + allowance
         last = end, "GENERATION_TIMEOUT allows to finish. Try again later, or with a lower max_tokens."
+        first = generation.last + settings.first_token_timeout + allowance
+        sooner = first, "FIRST_TOKEN_TIMEOUT allows to begin. Try again later, or with less content."
         if generation.begun:
             others = [other.begun or now for other in self.running if other is not generation]
             silence = max([generation.last, self._read_until, *others]) + settings.token_timeout
             sooner = silence, "TOKEN_TIMEOUT allows between two tokens. Try again later."
-        else:
-            first = generation.last + settings.first_token_timeout + allowance
-            sooner = first, "FIRST_TOKEN_TIMEOUT allows to begin. Try again later, or with less content."
         due, allowed = min(last, sooner)
         if due <= now:
             told = f"The language model took longer than {allowed}"
@@ -1357,33 +1347,33 @@ class GenerationQueue:
 
     async def _generate(self, generation: Generation) -> Answer:
         """Ask the engine, and again for what it left undone, and put what it writes into the log."""
-        prompt, spent = cast(Prompt, generation.prompt), list[Usage]()
+        prompt, spent, joint, is_first = cast(Prompt, generation.prompt), list[Usage](), "{", True
         sieve = self._sieve(prompt)
-        title, joint = self._title(prompt, sieve, first=True), "{"
         institution = " ".join(_tidied(prompt.request.option("institution") or "").split())
         while True:
-            draft = Draft(prompt.kept, institution, title, sieve)
+            draft = Draft(prompt.kept, institution, partial(self._title, prompt, sieve, is_first), sieve)
+            draft.joint = joint
             generation.last, generation.begun = time.monotonic(), 0.0
             try:
                 if refusal := prompt.refusal(self.engine.context):
                     raise refusal
-                await self._call(generation, prompt, draft, joint, spent)
+                await self._call(generation, prompt, draft, spent)
             except ContentTooLong as error:
                 prompt = await self._condensed(prompt, error, generation)
                 continue
             if not draft.refused:
                 return await self._answer(generation, cast(Badge, draft.badge), prompt, spent)
-            title, joint = self._title(prompt, sieve, first=False), draft.joint
+            joint, is_first = draft.joint, False
             prompt = replace(prompt, user=f"{prompt.user}\n{TITLE_AGAIN}")
 
-    async def _call(self, generation: Generation, prompt: Prompt, draft: Draft, joint: str, spent: list[Usage]) -> None:
+    async def _call(self, generation: Generation, prompt: Prompt, draft: Draft, spent: list[Usage]) -> None:
         """One engine call: log what each piece of text adds to the badge; stop an engine that writes without end.
 
-        An empty piece is a sign of life: the model thinks. `joint` stands in place of the bracket that opens the badge.
-        A call whose title is refused is broken off. Raises ContentTooLong and other ApiErrors.
+        An empty piece is a sign of life: the model thinks. A call whose title is refused is broken off.
+        Raises ContentTooLong and other ApiErrors.
         """
         now, feed, most_tokens = time.monotonic, draft.feed, prompt.sampling["max_tokens"]
-        is_first, count, size, blank = True, 0, 0, 0
+        count = size = blank = 0
         log.debug("generation %s: %d words to the engine, %s", generation.id[:8], prompt.words, prompt.sampling)
         async with contextlib.aclosing(self.engine.stream(prompt)) as pieces:
             async for piece in pieces:
@@ -1396,10 +1386,7 @@ class GenerationQueue:
                     continue
                 generation.first_token = generation.first_token or generation.last
                 if text := feed(piece[:MAX_OUTPUT_CHARS]):
-                    if is_first:
-                        is_first, text = False, joint + text[1:]
-                    if text:
-                        generation.append(text)
+                    generation.append(text)
                 count += 1
                 if draft.refused:
                     spent.append(Usage(0, count, "stop"))
@@ -1421,7 +1408,7 @@ class GenerationQueue:
                 raise too_long(prompt, limit, usage.prompt_tokens) from None
             raise InvalidModelOutput(CUT_OFF if reached_limit else "") from None
         if rest:
-            generation.append(joint + rest[1:] if is_first else rest)
+            generation.append(rest)
 
     def _sieve(self, prompt: Prompt) -> Sieve:
         """What leaves out repetitions; with small models also what the course does not bear, for which it has words."""
@@ -1438,7 +1425,7 @@ class GenerationQueue:
         counts = {name: (part["minItems"], part["maxItems"]) for name, part in lists.items() if "items" in part}
         return sieve(text, course.language, [*request.options.values()], counts, is_tiny=self.engine.is_tiny)
 
-    def _title(self, prompt: Prompt, sieve: Sieve, first: bool) -> TitleCheck:
+    def _title(self, prompt: Prompt, sieve: Sieve, is_first: bool, title: str) -> str | None:
         """What becomes of a title without a word of the course: the first is refused, the next becomes the course's.
 
         A course may hold instructions to the model, which small models follow.
@@ -1447,23 +1434,19 @@ class GenerationQueue:
         options = [*request.options.values()]
         is_wanted = isinstance(request, RegenerateRequest) and not grounds["has_orders"]
         if is_wanted or request.language not in (None, course.language) or word_count(course.text[:1000]) < 8:
-            return str  # by a person who looks at it; in other words than the course's; there is nothing to compare
+            return title  # by a person who looks at it; in other words than the course's; there is nothing to compare
         own = " ".join(NOT_TEXT.sub("", grounds["title"]).split())
-
-        def accepted(title: str) -> str | None:
-            if not PLACEHOLDER.fullmatch(title):
-                if review.title_is_from_course(title, grounds, options) and sieve.bears(title):
-                    return own if sieve.prefers(own, title) else sieve.as_title(title)
-            elif not sieve.course:
-                return title
-            if first:
-                return None
-            # The beginning of a text without a heading is a poor title, though better than what no course has.
-            is_ordered = grounds["has_orders"] or review.title_is_ordered(title, grounds, options)
-            is_title = len(own) <= review.HEADLINE or sieve.course or is_ordered
-            return own if is_title and not PLACEHOLDER.fullmatch(own) else title
-
-        return accepted
+        if not PLACEHOLDER.fullmatch(title):
+            if review.title_is_from_course(title, grounds, options) and sieve.bears(title):
+                return own if sieve.prefers(own, title) else sieve.as_title(title)
+        elif not sieve.course:
+            return title
+        if is_first:
+            return None
+        # The beginning of a text without a heading is a poor title, though better than what no course has.
+        is_ordered = grounds["has_orders"] or review.title_is_ordered(title, grounds, options)
+        is_title = len(own) <= review.HEADLINE or sieve.course or is_ordered
+        return own if is_title and not PLACEHOLDER.fullmatch(own) else title
 
     async def _condensed(self, prompt: Prompt, error: ContentTooLong, generation: Generation) -> Prompt:
         """The prompt for as much of the course as fits. Raises `error` where that is not wanted or cannot help."""
@@ -1539,26 +1522,26 @@ class GenerationQueue:
         usage = answer.get("usage", {})
         written = usage.get("completion_tokens", len(generation.log))
         queue_seconds, seconds = (started or now) - generation.created, now - (started or now)
-        fields: dict[str, Any] = {"request_id": generation.request_id, "state": generation.state}
-        fields["generation"] = generation.id[:8]  # the whole of it opens its events to who has no key
+        name = generation.id[:8]  # the whole of it opens its events to who has no key
+        fields: dict[str, Any] = {"request_id": generation.request_id, "state": generation.state, "generation": name}
         fields |= {"engine": settings.engine, "model": settings.model, "client": generation.client}
         fields |= {"queue_seconds": round(queue_seconds, 3), "seconds": round(seconds, 3)}
-        fields |= {"first_token_seconds": round(first - started, 3)} if first else {}
-        fields |= {"prompt_tokens": usage["prompt_tokens"]} if usage else {}
-        fields |= {"tokens": written, "finish_reason": code or answer["finish_reason"]}
-        told = " ".join(f"{name}={value}" for name, value in fields.items())
-        log.info(f"generation {told}", extra={"fields": {"message": "generation", **fields}})
         metrics.generations.labels(code or "succeeded", generation.client if settings.keys else "").inc()
         if started:
             metrics.wait().observe(queue_seconds)
             metrics.duration(code).observe(seconds)
         if first:
+            fields["first_token_seconds"] = round(first - started, 3)
             metrics.first().observe(first - started)
         if usage:
+            fields["prompt_tokens"] = usage["prompt_tokens"]
             metrics.tokens("input").observe(usage["prompt_tokens"])
             metrics.tokens("output").observe(written)
             if written > 1:
                 metrics.each().observe((generation.last - first) / (written - 1))
+        fields |= {"tokens": written, "finish_reason": code or answer["finish_reason"]}
+        told = " ".join(f"{name}={value}" for name, value in fields.items())
+        log.info(f"generation {told}", extra={"fields": {"message": "generation", **fields}})
 
 
 def described(error: BaseException) -> str:
@@ -1569,13 +1552,14 @@ def described(error: BaseException) -> str:
 # ---- Views of a generation ------------------------------------------------------------------------------------------
 
 EVENT_STREAM_HEADERS = {"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"}
-LINE_END = re.compile(rb"\xc2\x85|\xe2\x80[\xa8\xa9]")
+# What `EventEncoder.event` makes of a token, in one go: its id, and the JSON of its texts.
+TOKEN = b'id: %b.%d\ndata: {"type":"token","content":%b,%b"done":false}\n\n'
 
 
 def one_line(data: Any) -> bytes:
     """JSON without U+0085, U+2028 and U+2029, which Python's and other clients take for the end of a line."""
-    line = orjson.dumps(data)
-    return line if line.isascii() else LINE_END.sub(lambda end: b"\\u%04x" % ord(end[0].decode()), line)
+    line = orjson.dumps(data).replace(b"\xc2\x85", rb"\u0085")
+    return line.replace(b"\xe2\x80\xa8", rb"\u2028").replace(b"\xe2\x80\xa9", rb"\u2029")
 
 
 class EventEncoder:
@@ -1601,8 +1585,12 @@ class EventEncoder:
         """The events not encoded yet, as many as fit into one write."""
         log, parts, size = self.generation.log, [], 0
         while self.seen < len(log) and size < MAX_WRITE:
+            content, accumulated = one_line(log[self.seen]), b""
             self.seen += 1
-            parts.append(self._token(log[self.seen - 1]))
+            if self._options.accumulated:
+                self._escaped += content[1:-1]
+                accumulated = b'"accumulated":"%b",' % cast(bytes, self._escaped)
+            parts.append(TOKEN % (self._name, self.seen, content, accumulated))
             size += len(parts[-1])
         if parts and self._options.partial:
             badge = pydantic_core.from_json("".join(log[: self.seen]), allow_partial="trailing-strings")
@@ -1611,55 +1599,41 @@ class EventEncoder:
                 parts.append(self.event({"type": "partial", "badge": badge}, "partial"))
         if self.seen == len(log) and (outcome := self.generation.outcome):
             self.seen, self.ended = len(log) + 1, True
-            parts.append(self._last(outcome))
+            if isinstance(outcome, dict):
+                data = {"type": "final", "content": outcome["response"], **outcome}
+                del data["response"]
+            else:
+                data = {"type": "error", "content": outcome.detail, "error": outcome.detail}
+                data |= {"error_code": outcome.code, "request_id": self.generation.request_id, **outcome.members}
+            parts.append(self.event(data))
         return b"".join(parts)
 
-    def _token(self, piece: str) -> bytes:
-        """What `event` makes of a token, in one go."""
-        content, accumulated = one_line(piece), b""
-        if self._options.accumulated:
-            self._escaped += content[1:-1]
-            accumulated = b'"accumulated":"%b",' % cast(bytes, self._escaped)
-        data = b'id: %b.%d\ndata: {"type":"token","content":%b,%b"done":false}\n\n'
-        return data % (self._name, self.seen, content, accumulated)
 
-    def _last(self, outcome: Answer | ApiError) -> bytes:
-        if isinstance(outcome, dict):
-            answer = {name: part for name, part in outcome.items() if name != "response"}
-            return self.event({"type": "final", "content": outcome["response"], **answer})
-        data = {"type": "error", "content": outcome.detail, "error": outcome.detail, "error_code": outcome.code}
-        return self.event({**data, "request_id": self.generation.request_id, **outcome.members})
-
-
-def event_stream(queue: GenerationQueue, encoder: EventEncoder, grace: float = 0) -> ASGIApp:
+async def event_stream(
+    queue: GenerationQueue, encoder: EventEncoder, grace: float, scope: Scope, receive: Receive, send: Send
+) -> None:
     """A generation as `text/event-stream`: queue positions, tokens, the end, and a comment with each heartbeat."""
-    generation = encoder.generation
+    generation, position, beats, chunk = encoder.generation, -1, queue.beats, b"retry: 1000\n\n"
     headers = Headers(EVENT_STREAM_HEADERS | {"x-queue-position": str(generation.position)}).raw
-
-    async def respond(scope: Scope, receive: Receive, send: Send) -> None:
-        position, beats, chunk = -1, queue.beats, b"retry: 1000\n\n"
-        with queue.following(generation, grace) as changed:
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
-            while not encoder.ended:
-                changed.clear()
-                if queue.beats != beats:
-                    beats = queue.beats
-                    chunk += b": heartbeat\n\n"
-                if generation.position != position and generation.outcome is None:
-                    position = generation.position
-                    place = {"position": position, "estimated_wait": queue.estimated_wait(position)}
-                    chunk += encoder.event({"type": "queue", **place}, "queue")
-                chunk += encoder.pending()
-                if not chunk:
-                    await changed.wait()
-                    continue
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                if len(chunk) >= MAX_WRITE:
-                    await asyncio.sleep(0)  # there is more: others have their turn first
-                chunk = b""
-            await send({"type": "http.response.body", "body": b""})
-
-    return respond
+    with queue.following(generation, grace) as changed:
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        while True:
+            changed.clear()
+            if queue.beats != beats:
+                beats = queue.beats
+                chunk += b": heartbeat\n\n"
+            if generation.position != position and generation.outcome is None:
+                position = generation.position
+                place = {"position": position, "estimated_wait": queue.estimated_wait(position)}
+                chunk += encoder.event({"type": "queue", **place}, "queue")
+            chunk += encoder.pending()
+            if chunk:
+                await send({"type": "http.response.body", "body": chunk, "more_body": not encoder.ended})
+            if encoder.ended:
+                return
+            # Where there is more, others have their turn first.
+            await (changed.wait() if len(chunk) < MAX_WRITE else asyncio.sleep(0))
+            chunk = b""
 
 
 async def finished(queue: GenerationQueue, generation: Generation) -> Answer:
@@ -2148,7 +2122,7 @@ class Api:
             headers |= {"location": state["events"].removesuffix("/events"), "preference-applied": "respond-async"}
             return as_json(state, 202, headers)
         if body.stream or "text/event-stream" in request.headers.get("accept", "").lower():
-            return event_stream(self.queue, EventEncoder(generation, body))
+            return partial(event_stream, self.queue, EventEncoder(generation, body), 0)
         return as_json(await finished(self.queue, generation), headers=headers)
 
     async def generation(self, request: Request) -> Response:
@@ -2185,7 +2159,7 @@ class Api:
         else:
             options, generation = await self._submitted(request, GenerateRequest)
         grace = 0 if is_post else self.settings.resume_grace
-        return event_stream(self.queue, EventEncoder(generation, options, seen), grace)
+        return partial(event_stream, self.queue, EventEncoder(generation, options, seen), grace)
 
     def _known(self, request: Request, of_anyone: bool = False) -> Generation:
         generation = self.queue.known.get(request.path_params["id"])

@@ -2255,10 +2255,9 @@ class Api:
 
     async def skills(self, request: Request) -> Response:
         """The skills of the index that a query may mean, best first. Raises NotFound without an index."""
-        query = request.query_params.get("q", "")
-        if not re.search(VISIBLE, query):
+        query, index = request.query_params.get("q", ""), self.settings.skills_index
+        if index and not re.search(VISIBLE, query):
             raise invalid({("q",): "must be a word of the skill that is looked for"})
-        index = self.settings.skills_index
         answer = await self.readers.ask("skills", request.state.client, path=index, query=query) if index else {}
         if "skills" not in answer:
             raise NotFound("No index of skills can be read. Its operator runs `make skills`; /health says more.")
@@ -2528,7 +2527,8 @@ class Exchange:
         self._limit = settings.max_upload_bytes if media_type == FORM or path == "/extract" else settings.max_body_bytes
         # In memory only while it is no larger than an ordinary one.
         self._body = tempfile.SpooledTemporaryFile(settings.max_body_bytes)  # noqa: SIM115 - `run` closes it
-        self._arrived = asyncio.Future[ApiError | None]()  # done when the body is there: why it is refused
+        self._arrived = asyncio.Event()  # the body is there, or the reason why it is refused
+        self._refusal: ApiError | None = None
         self._is_over, self._end = False, "no response"
 
     async def run(self, app: ASGIApp) -> None:
@@ -2541,7 +2541,7 @@ class Exchange:
                 await asyncio.sleep(0)  # the watch looks first
                 if self._is_http1:
                     # h11 closes a connection whose request was not read to its end, and the answer is lost with it.
-                    await asyncio.shield(self._arrived)
+                    await self._arrived.wait()
                 if not watch.done():  # what was reset before it starts is not executed
                     await app(scope, self.receive, self.send)
                 watch.cancel()
@@ -2560,7 +2560,8 @@ class Exchange:
     async def _watch(self) -> None:
         """Take all that the client sends, or Hypercorn would stop reading. Raises ClientDisconnect when it leaves."""
         with contextlib.suppress(ClientDisconnect):
-            self._arrived.set_result(await self._take_body())
+            self._refusal = await self._take_body()
+            self._arrived.set()
             while (await self._receive())["type"] != "http.disconnect":
                 pass
         # Hypercorn says so after every response too, while it tidies up in the last `send`: that must not be cancelled.
@@ -2609,8 +2610,9 @@ class Exchange:
 
     async def receive(self) -> Message:
         """The body once it is there, in pieces. Raises why it was refused."""
-        if refusal := await asyncio.shield(self._arrived):
-            raise refusal
+        await self._arrived.wait()
+        if self._refusal:
+            raise self._refusal
         if self._body.closed:  # a FileResponse listens on
             await asyncio.Event().wait()  # for ever: disconnection arrives as cancellation
         chunk = self._body.read(self._settings.max_body_bytes)
@@ -2715,6 +2717,11 @@ class GuardedH2Protocol(H2Protocol):
             match event:
                 case RequestReceived() if event.stream_id in reset:
                     pass  # it is not executed
+                case RequestReceived() if self.context.terminated.is_set():
+                    # A client asks again elsewhere; Hypercorn would leave it a connection that may have no streams.
+                    self.connection.close_connection(last_stream_id=max(0, event.stream_id - 2))
+                    await self._flush()
+                    await self.send(Closed())
                 case RequestReceived() if self._peer.is_full:
                     await self._reset(event.stream_id, ErrorCodes.REFUSED_STREAM)
                 case RequestReceived() if b"CONNECT" in asked or not b"".join(asked).isascii():

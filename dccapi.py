@@ -639,6 +639,7 @@ class Draft:
         self._kept, self._institution, self._title, self._sieve = kept, institution, title, sieve
         self._place: Literal["start", "prose", "thoughts", "answer"] = "start"
         self._text, self._at = "", 0  # of the model, and how far it is read
+        self._plain: list[str] = []  # pieces that are read and said, but not put together yet: tokens are many
         self._wasted = 0  # characters of objects that were no badge
         self._said = ""  # what is written of a text
         self._is_told = False  # whether the object that was read last is told as it is written
@@ -648,12 +649,14 @@ class Draft:
 
     def feed(self, piece: str) -> str:
         """What this piece of the model's text adds to the JSON of the badge. Raises InvalidModelOutput for nonsense."""
-        self._text += piece
-        # As most are: there is nothing to decode, to trim or to end in it.
-        if self._is_plain and piece.isprintable() and piece[-1:] != " " and PLAIN.match(self._text, self._at):
-            self._at += len(piece)
-            self._said += piece
+        # As most are: no escape sequence has begun, and there is nothing to decode, to trim or to end in it.
+        is_plain = self._is_plain and self._at == len(self._text)
+        if is_plain and piece.isprintable() and piece[-1:] != " " and PLAIN.match(piece):
+            self._plain.append(piece)
             return piece if self._is_told else ""
+        said = "".join(self._plain)
+        self._plain.clear()
+        self._text, self._at, self._said = self._text + said + piece, self._at + len(said), self._said + said
         self._out = ""
         next(self._run, None)
         return self._out

@@ -15,11 +15,11 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import httpx
 import hypercorn.asyncio
-import pydantic_core
+import orjson
 import pytest
 import trustme
 from hypothesis import settings as hypothesis_settings
@@ -55,8 +55,12 @@ def parse_badge(text: str, *, cut: bool = False) -> dccapi.Badge:
 
 
 def partial_badge(rendered: str) -> dict[str, Any]:
-    """The badge of a `partial` event when so much of its JSON is rendered."""
-    return cast(dict[str, Any], pydantic_core.from_json(rendered or "{}", allow_partial="trailing-strings"))
+    """The badge of the `partial` event that is sent when so much of its JSON is rendered; {} where none is."""
+    generation = dccapi.Generation("", "", log=[rendered] if rendered else [])
+    sent = dccapi.EventEncoder(generation, dccapi.StreamOptions(partial=True)).pending().decode()
+    _, is_sent, event = sent.partition("event: partial\n")
+    badge: dict[str, Any] = orjson.loads(event.partition("data: ")[2])["badge"] if is_sent else {}
+    return badge
 
 
 @dataclass

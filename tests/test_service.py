@@ -61,6 +61,13 @@ def test_another_hypercorn_than_the_tested_one_is_refused(monkeypatch: pytest.Mo
         dccapi.mend_hypercorn()
 
 
+def test_a_worker_class_that_goes_past_our_listener_is_refused() -> None:
+    config = dccapi.Config()
+    config.worker_class = "uvloop"
+    with pytest.raises(SystemExit, match="of the class asyncio"):
+        dccapi.set_up(config, dccapi.create_app(dccapi.Settings()))
+
+
 @pytest.mark.parametrize(("target", "tests_too"), [("run", False), ("demo", False), ("test", True)])
 def test_only_the_tests_install_test_tools(target: str, tests_too: bool, tmp_path: Path) -> None:
     for name in ("Makefile", "requirements.lock", "requirements-dev.lock"):

@@ -66,7 +66,6 @@ import pydantic_core
 from h2.errors import ErrorCodes
 from h2.events import DataReceived, Event as FrameEvent, RequestReceived, StreamReset
 from h2.exceptions import FlowControlError, FrameTooLargeError, ProtocolError
-from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.asyncio.run import worker_serve
 from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.config import Config
@@ -77,7 +76,7 @@ from hypercorn.protocol.h11 import H11Protocol
 from hyperframe.frame import GoAwayFrame
 from openapi_ui_bundles import swagger_ui
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
-from pydantic import BaseModel, Field, ValidationError, ValidationInfo
+from pydantic import BaseModel, Field, PositiveInt, ValidationError, ValidationInfo
 from pydantic.functional_validators import AfterValidator, BeforeValidator, field_validator, model_validator
 from pydantic_settings import BaseSettings
 from starlette.datastructures import Headers, MutableHeaders
@@ -120,8 +119,8 @@ LOCAL_HOST = r"(?i)(?:[^.:]*|[\w.-]+\.localhost|[\d.]+|\[[\da-f:.]+\])(?::\d+)?"
 
 _URL = r"https?://([^\s/?#]*@)?([^\s/?#@:\[\]]+|\[[0-9a-f:]+\])(:\d{1,5})?(/[^\s?#]*)?"
 Url = Annotated[str, Field(pattern=rf"^({_URL})?$"), AfterValidator(lambda url: url.rstrip("/"))]
+_ORIGIN = r"(\*|[a-z][a-z0-9+.-]*://(?:[a-z0-9_.-]+|\[[0-9a-f:.]+\])(?::[0-9]+)?)"
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
 
 
 class Settings(BaseSettings, frozen=True, env_ignore_empty=True):
@@ -134,11 +133,11 @@ class Settings(BaseSettings, frozen=True, env_ignore_empty=True):
     model_name: str = ""
     model_path: Path | None = None
     system_prompt_file: Path = HERE / "SYSTEM_PROMPT.txt"
-    max_concurrent_requests: Count = 4
+    max_concurrent_requests: PositiveInt = 4
     enable_multiplexing: bool = True
     max_queue: Annotated[int, Field(ge=0)] = 64
-    max_per_client: Count = 16
-    connection_pool_size: Count = 10
+    max_per_client: PositiveInt = 16
+    connection_pool_size: PositiveInt = 10
     keepalive_timeout: Seconds = 30
     num_ctx: Annotated[int, Field(ge=256)] = 6144
     keep_alive: str = Field("30m", pattern=r"^(-?\d+|-?(\d+(\.\d+)?(ms|s|m|h))+)$")
@@ -148,15 +147,15 @@ class Settings(BaseSettings, frozen=True, env_ignore_empty=True):
     generation_timeout: Seconds = 300
     body_timeout: Seconds = 10
     head_timeout: Seconds = 10
-    max_connections_per_client: Count = 256
-    max_body_bytes: Count = 262144
-    max_upload_bytes: Count = 20971520
+    max_connections_per_client: PositiveInt = 256
+    max_body_bytes: PositiveInt = 262144
+    max_upload_bytes: PositiveInt = 20971520
     skills_index: Path | None = None
     resume_grace: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10
     result_ttl: Seconds = 300
     drain_timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 30
     heartbeat: Seconds = 15
-    allowed_origins: str = ""
+    allowed_origins: str = Field("", pattern=rf"(?i)^[\s,]*({_ORIGIN}(/[^\s,*]*)?([\s,]+|$))*$")
     api_keys: str = Field("", repr=False)
     api_keys_file: Path | None = None
     trusted_proxies: str = ""
@@ -178,7 +177,7 @@ class Settings(BaseSettings, frozen=True, env_ignore_empty=True):
             raise ValueError("OPENAI_BASE_URL is needed with ENGINE=openai, for example http://localhost:8080/v1")
         if self.engine == "embedded" and self.model_path is None:
             raise ValueError("MODEL_PATH is needed with ENGINE=embedded: the path of a GGUF file (`make model`)")
-        self.keys, self.origins, self.proxies  # noqa: B018 - parsed here so that a malformed one stops the start
+        self.keys, self.proxies  # noqa: B018 - parsed here so that a malformed one stops the start
         return self
 
     @property
@@ -195,35 +194,25 @@ class Settings(BaseSettings, frozen=True, env_ignore_empty=True):
     def keys(self) -> dict[str, bytes]:
         """Name to key, from `API_KEYS` and `API_KEYS_FILE`."""
         text = self.api_keys + "\n" + (self.api_keys_file.read_text("utf-8") if self.api_keys_file else "")
-        entries = _listed(text, r"([^:]*[^:\s])\s*:\s*(.+)", "API_KEYS holds an entry that is not name:key")
-        keys = {entry[1]: entry[2].encode() for entry in entries}
-        if len(keys) < len(entries):
-            raise ValueError("API_KEYS gives a name to two keys")
+        entries = [entry.partition(":") for entry in re.split(r"[,\n]", text) if entry.strip()]
+        keys = {name.strip(): key.strip().encode() for name, _, key in entries}
+        if "" in keys or b"" in keys.values() or len(keys) < len(entries):
+            raise ValueError("API_KEYS must have an entry name:key for each key, and no name twice")
         return keys
 
     @cached_property
     def origins(self) -> str:
         """A pattern of the origins whose pages may ask, as browsers write them: without a path and a default port."""
-        pattern = r"(\*|[a-z][a-z0-9+.-]*://(?:[\w.-]+|\[[\da-f:.]+\])(?::\d+)?)(?:/[^*]*)?"
-        fault = "ALLOWED_ORIGINS must be *, or origins such as https://lms.example.edu"
-        entries = _listed(self.allowed_origins.lower(), pattern, fault)
-        origins = [re.sub(r"^(http:.*):80$|^(https:.*):443$", r"\1\2", entry[1]) for entry in entries]
-        return ".*" if "*" in origins else "|".join(map(re.escape, origins)) or LOOPBACK_PAGE
+        origins = re.findall(rf"(?:^|[\s,]){_ORIGIN}", self.allowed_origins.lower())
+        patterns = [re.escape(re.sub(r"^(http:.*):80$|^(https:.*):443$", r"\1\2", origin)) for origin in origins]
+        return ".*" if "*" in origins else "|".join(patterns) or LOOPBACK_PAGE
 
     @cached_property
     def proxies(self) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
         try:
-            return [ipaddress.ip_network(entry[0], strict=False) for entry in _listed(self.trusted_proxies)]
+            return [ipaddress.ip_network(one, strict=False) for one in re.findall(r"[^\s,]+", self.trusted_proxies)]
         except ValueError as error:
             raise ValueError(f"TRUSTED_PROXIES: {error}") from None
-
-
-def _listed(value: str, pattern: str = ".+", fault: str = "") -> list[re.Match[str]]:
-    """The entries of a comma- or line-separated setting. Raises ValueError where one does not match the pattern."""
-    entries = [re.fullmatch(pattern, entry.strip(), re.ASCII) for entry in re.split(r"[,\n]", value) if entry.strip()]
-    if None in entries:
-        raise ValueError(fault)
-    return cast(list[re.Match[str]], entries)
 
 
 # ---- Errors ---------------------------------------------------------------------------------------------------------
@@ -294,6 +283,7 @@ WORDS = {
     "ollama_url": "must be a URL such as http://localhost:11434",
     "openai_base_url": "must be a URL such as http://localhost:8080/v1",
     "openai_api_key": "must be one line of ASCII",
+    "allowed_origins": "must be *, or origins such as https://lms.example.edu",
     "keep_alive": "must be a duration such as 30m, or seconds",
     "content": "must be the course description, as text that can be seen",
     "institute_url": "must be the address of the institution, for example https://example.edu",
@@ -2911,8 +2901,7 @@ def set_up(config: Config, guard: Guard) -> None:
         raise SystemExit("dccapi: one worker process only (each would have a queue of its own), of the class asyncio")
     ours = {name: value for name, value in vars(Config.from_toml(HERE / "hypercorn.toml")).items() if name[0] != "_"}
     vars(config).update(ours | vars(config), settings=guard.settings)
-    if guard.settings.log_format == "json" and config.errorlog == "-":
-        config.errorlog = log  # its lines are JSON too
+    config.errorlog = log if config.errorlog == "-" else config.errorlog
     secure, cleartext = (config.bind, config.insecure_bind) if config.ssl_enabled else ([], config.bind)
     guard.addresses = [f"https://{bind}" for bind in secure] + [f"http://{bind}" for bind in cleartext]
 
@@ -2979,11 +2968,9 @@ def create_app(settings: Settings) -> Guard:
 
     @contextlib.asynccontextmanager
     async def lifespan(guard: Guard) -> AsyncIterator[None]:
-        if not log.handlers:  # what embeds this module keeps its own
-            log.addHandler(logging.StreamHandler())
-            text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-            log.handlers[0].setFormatter(JsonFormatter() if settings.log_format == "json" else text)
-            log.propagate = False
+        handler, text = logging.StreamHandler(), logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+        handler.setFormatter(JsonFormatter() if settings.log_format == "json" else text)
+        logging.basicConfig(handlers=[handler])  # what embeds this module keeps its own
         log.setLevel(settings.log_level)
         await queue.start()
         await api.frameworks()
@@ -3026,26 +3013,21 @@ def load_settings() -> Settings:
 def main() -> None:
     """Serve until SIGTERM or SIGINT, cleartext and, with a certificate, TLS."""
     parser = argparse.ArgumentParser(prog="dccapi.py", description="Open Badges 3.0 drafts from course descriptions")
-    parser.add_argument("--config", default=str(HERE / "hypercorn.toml"), help="Hypercorn's settings (%(default)s)")
-    parser.add_argument("--bind", action="append", help="cleartext address, instead of the file's")
+    parser.add_argument("--bind", action="append", help="cleartext address, instead of that of hypercorn.toml")
     parser.add_argument("--tls-bind", default="0.0.0.0:8443", help="TLS address (default %(default)s)")
     parser.add_argument("--certs", type=Path, default=HERE / "certs", help="where cert.pem and key.pem are")
     options = parser.parse_args()
-    config = Config.from_toml(options.config)
+    config = Config.from_toml(HERE / "hypercorn.toml")
     config.bind = options.bind or config.bind
     certificate, key = options.certs / "cert.pem", options.certs / "key.pem"
     try:
         with contextlib.suppress(FileNotFoundError), certificate.open(), key.open():
             config.certfile, config.keyfile = str(certificate), str(key)
             config.bind, config.insecure_bind = [options.tls_bind], config.bind
-        sockets = config.create_sockets()
+        asyncio.run(hypercorn.asyncio.serve(cast(Any, create_app(load_settings())), config))
     except OSError as error:
-        what = (
-            f"read {error.filename}" if error.filename else "listen on " + ", ".join(config.bind + config.insecure_bind)
-        )
-        hint = "Give it to this user" if error.filename else "Free it, or choose another: --bind"
-        raise SystemExit(f"dccapi: cannot {what}: {error.strerror}. {hint}") from None
-    asyncio.run(serve_until_drained(ASGIWrapper(cast(Any, create_app(load_settings()))), config, sockets=sockets))
+        where = ", ".join(config.bind + config.insecure_bind)
+        raise SystemExit(f"dccapi: cannot serve on {where}: {error}. See --bind, --tls-bind and --certs") from None
 
 
 if __name__ == "__main__" and sys.argv[1:2] == ["engine"]:

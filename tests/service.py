@@ -278,17 +278,15 @@ def logging_into(lines: list[str]) -> Iterator[None]:
         def emit(self, record: logging.LogRecord) -> None:
             lines.append(dccapi.JsonFormatter().format(record))
 
-    keeper, root, ours = Keeper(), logging.getLogger(), logging.getLogger("dccapi")
+    keeper, root = Keeper(), logging.getLogger()
     level = root.level
     root.setLevel(logging.DEBUG)
     root.addHandler(keeper)
-    ours.addHandler(keeper)
     try:
         yield
     finally:
         root.setLevel(level)
         root.removeHandler(keeper)
-        ours.removeHandler(keeper)
 
 
 COMMANDS = {

@@ -46,12 +46,11 @@ from tools import openapi
 # --- Start and stop ---
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-async def test_the_process_ends_with_a_message_for_an_unknown_key_of_its_file(command: str, tmp_path: Path) -> None:
+async def test_the_process_ends_with_a_message_for_an_unknown_key_of_its_file(tmp_path: Path) -> None:
     (tmp_path / "hypercorn.toml").write_text("keep_alive_timeout = 120\nkeep_alive_timout = 120\n")
     config = ["--config", str(tmp_path / "hypercorn.toml")]
-    async with Server(COMMANDS[command](free_port(), config), {}, None, HERE) as server:
-        assert (await server.wait() > 0) == (command == "python")  # as above
+    async with Server(COMMANDS["hypercorn"](free_port(), config), {}, None, HERE) as server:
+        await server.wait()
     assert "keep_alive_timout" in server.tail()
 
 
@@ -108,7 +107,7 @@ async def test_a_port_that_is_taken_is_named_in_one_sentence() -> None:
         )
         _, said = await process.communicate()
     assert process.returncode == 1
-    assert said.decode().startswith(f"dccapi: cannot listen on {bind}: Address already in use.")
+    assert re.match(rf"dccapi: cannot serve on {bind}: .*Address already in use\..*--bind", said.decode())
     assert said.count(b"\n") == 1
 
 

@@ -182,12 +182,11 @@ BROKEN = {
 
 @pytest.mark.parametrize("fault", BROKEN)
 async def test_a_bad_index_is_told_and_costs_no_badge(
-    index: str, tmp_path: Path, fault: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    index: str, tmp_path: Path, fault: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "skills.sqlite"
     BROKEN[fault](path)
     dccapi.warn_once.cache_clear()
-    monkeypatch.setattr(dccapi.log, "propagate", True)
     async with serving(script=script(), skills_index=path) as service:
         assert [line for line in caplog.messages if line.startswith("badges get no alignments") and fault in line]
         answer = await writes(service, {"content": PYTHON["course"]})

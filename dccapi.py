@@ -277,7 +277,6 @@ class EngineTimeout(ApiError, status=504, text="The language model took too long
 WORDS = {
     "missing": "is missing",
     "int": "must be a whole number",
-    "float": "must be a number",
     "bool": "must be true or false",
     "model": "must be a JSON object",
     "ollama_url": "must be a URL such as http://localhost:11434",
@@ -400,12 +399,12 @@ class GenerateRequest(StreamOptions, BadgeOptions):
     """A course and how its badge is to be written (contract 3.1). `Exchange.send` names what is not known."""
 
     content: str = Field(pattern=VISIBLE, description="The course description; `course_input` is another name for it.")
-    temperature: Annotated[float | None, Field(ge=0, le=2, allow_inf_nan=False)] = 0.2
-    max_tokens: Annotated[Annotated[int, Field(ge=1, le=4096)] | None, Whole] = 1024
-    top_p: Annotated[float | None, Field(ge=0, le=1, allow_inf_nan=False)] = 0.8
-    top_k: Annotated[Annotated[int, Field(ge=1, le=100)] | None, Whole] = 30
-    repeat_penalty: Annotated[float | None, Field(ge=0, le=2, allow_inf_nan=False)] = 1.02
-    seed: Annotated[Annotated[int, Field(ge=-(2**53), le=2**53)] | None, Whole] = None
+    temperature: float = Field(0.2, ge=0, le=2, allow_inf_nan=False)
+    max_tokens: Annotated[int, Whole] = Field(1024, ge=1, le=4096)
+    top_p: float = Field(0.8, ge=0, le=1, allow_inf_nan=False)
+    top_k: Annotated[int, Whole] = Field(30, ge=1, le=100)
+    repeat_penalty: float = Field(1.02, ge=0, le=2, allow_inf_nan=False)
+    seed: Annotated[int | None, Whole] = Field(None, ge=-(2**53), le=2**53)
     badge_configuration: BadgeOptions | None = Field(None, description="Another place for the options.")
     language: LanguageTag | None = Field(None, description="Of the badge (BCP 47); else the course's.")
     long_content: Literal["condense", "refuse"] = Field("condense", description="What is done if it does not fit.")
@@ -2968,9 +2967,9 @@ def create_app(settings: Settings) -> Guard:
 
     @contextlib.asynccontextmanager
     async def lifespan(guard: Guard) -> AsyncIterator[None]:
-        handler, text = logging.StreamHandler(), logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-        handler.setFormatter(JsonFormatter() if settings.log_format == "json" else text)
-        logging.basicConfig(handlers=[handler])  # what embeds this module keeps its own
+        handler = logging.StreamHandler()  # unless what embeds this module has its own
+        handler.setFormatter(JsonFormatter() if settings.log_format == "json" else None)
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", handlers=[handler])
         log.setLevel(settings.log_level)
         await queue.start()
         await api.frameworks()
@@ -2996,9 +2995,8 @@ class JsonFormatter(logging.Formatter):
     """A record as a JSON object; the `fields` of one stand beside its message."""
 
     def format(self, record: logging.LogRecord) -> str:
-        moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        document = {"time": moment, "level": record.levelname, "logger": record.name, "message": super().format(record)}
-        return orjson.dumps(document | getattr(record, "fields", {})).decode()
+        said = {"time": datetime.fromtimestamp(record.created, UTC), "level": record.levelname, "logger": record.name}
+        return orjson.dumps(said | {"message": super().format(record)} | getattr(record, "fields", {})).decode()
 
 
 def load_settings() -> Settings:
@@ -3030,9 +3028,9 @@ def main() -> None:
         raise SystemExit(f"dccapi: cannot serve on {where}: {error}. See --bind, --tls-bind and --certs") from None
 
 
-if __name__ == "__main__" and sys.argv[1:2] == ["engine"]:
-    serve_embedded(*sys.argv[2:])
-elif __name__ == "__main__":
-    main()
-else:
+if __name__ != "__main__":
     app = create_app(load_settings())
+elif sys.argv[1:2] == ["engine"]:
+    serve_embedded(*sys.argv[2:])
+else:
+    main()

@@ -238,7 +238,7 @@ async def test_a_422_tells_every_fault_in_words_for_people() -> None:
     assert told == {
         "content": "must be a valid string",
         "temperature": "must be less than or equal to 2",
-        "top_p": "must be a number",
+        "top_p": "must be a valid number",
         "top_k": "must be a whole number",
         "seed": "must be a whole number",
         "badge_level": "must be Beginner, Intermediate, Advanced or Expert",

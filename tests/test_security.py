@@ -74,6 +74,8 @@ async def test_only_pages_of_this_machine_may_ask_by_default(
     ("allowed", "origin", "status"),
     [
         ("https://LMS.example.edu:443/, https://b.example", "https://lms.example.edu", 200),
+        ("https://b.example/path\nhttps://lms.example.edu", "https://lms.example.edu", 200),
+        ("https://b.example/https://evil.example", "https://evil.example", 403),
         ("https://lms.example.edu", "https://evil.example", 403),
         ("https://lms.example.edu", "http://localhost:3000", 403),
         ("*", "https://evil.example", 200),

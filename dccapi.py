@@ -223,14 +223,13 @@ class ApiError(Exception):
 
     status, code = 500, "internal_error"
     text = "Something went wrong here. Try again; if it stays, report the request_id."
-    retry_after: float = 0  # seconds; 0 = nothing is said
 
     def __init_subclass__(cls, status: int, text: str) -> None:
-        cls.status, cls.text, cls.retry_after = status, text, 5 if status in (429, 503) else 0
+        cls.status, cls.text = status, text
         cls.code = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
 
     def __init__(self, text: str = "", retry_after: float = 0, headers: Mapping[str, str] = {}, **members: Any) -> None:
-        self.detail, self.retry_after = text or self.text, retry_after or self.retry_after
+        self.detail, self.retry_after = text or self.text, retry_after or (5 if self.status in (429, 503) else 0)
         super().__init__(self.detail)
         self.headers, self.members = dict(headers), members  # extension members of the problem (RFC 9457 3.2)
 
@@ -284,7 +283,6 @@ WORDS = {
     "openai_api_key": "must be one line of ASCII",
     "allowed_origins": "must be *, or origins such as https://lms.example.edu",
     "keep_alive": "must be a duration such as 30m, or seconds",
-    "content": "must be the course description, as text that can be seen",
     "institute_url": "must be the address of the institution, for example https://example.edu",
     "language": "must be a language tag, for example en or pt-BR",
 }
@@ -3022,6 +3020,7 @@ def main() -> None:
         with contextlib.suppress(FileNotFoundError), certificate.open(), key.open():
             config.certfile, config.keyfile = str(certificate), str(key)
             config.bind, config.insecure_bind = [options.tls_bind], config.bind
+            config.create_ssl_context()  # raises where they are none, or not of each other
         asyncio.run(hypercorn.asyncio.serve(cast(Any, create_app(load_settings())), config))
     except OSError as error:
         where = ", ".join(config.bind + config.insecure_bind)

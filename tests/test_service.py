@@ -111,6 +111,16 @@ async def test_a_port_that_is_taken_is_named_in_one_sentence() -> None:
     assert said.count(b"\n") == 1
 
 
+async def test_a_certificate_that_is_none_is_told_in_one_sentence(tmp_path: Path) -> None:
+    for name in ("cert.pem", "key.pem"):
+        (tmp_path / name).write_text("Knots")
+    command = ["dccapi.py", "--bind", f"127.0.0.1:{free_port()}", "--certs", str(tmp_path)]
+    async with Server(command, {}, None, HERE) as server:
+        assert await server.wait() == 1
+    assert len(server.log) == 1
+    assert re.match(r"dccapi: cannot serve on .*PEM.* --certs", server.log[0])
+
+
 @pytest.mark.parametrize(
     ("bind", "keys", "warnings"), [("0.0.0.0", "", 1), ("127.0.0.1", "", 0), ("0.0.0.0", "lms:s3cret", 0)]
 )

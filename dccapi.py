@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import base64
 import contextlib
 import ctypes
 import hashlib
@@ -85,7 +84,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, HTMLResponse, Response
+from starlette.responses import FileResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -2072,14 +2071,17 @@ def serve_embedded(path: str, context: str, slots: str, name: str) -> None:
 
 # ---- Handlers -------------------------------------------------------------------------------------------------------
 
-OPEN_PATHS = {"/", "/demo", "/docs", "/openapi.json", "/livez", "/readyz"}  # no key is needed (contract 3.4)
-DEMO, DOCS = HERE / "examples" / "demo.html", HERE / "examples" / "docs.html"
-OPENAPI = HERE / "examples" / "openapi.json"  # `make openapi` writes it
 FORM = "multipart/form-data"
-SERVED = HERE / "README.md", *HERE.glob("docs/*.md"), OPENAPI, *swagger_ui.static_path.glob("[!i]*")  # not its index
-FILES = {path.name: path for path in SERVED if path.is_file()}
-OWN_PART = r'(<(?:(script) src|link rel="stylesheet" href)="(page/[\w.-]+)">(?:</script>)?)'
+EXAMPLES = HERE / "examples"
+OPENAPI = EXAMPLES / "openapi.json"  # `make openapi` writes it
+DEMO = EXAMPLES / "demo.html"
+GUIDES = HERE / "README.md", *HERE.glob("docs/*.md")
+FILES = {"/": DEMO, "/demo": DEMO, "/docs": EXAMPLES / "docs.html", "/openapi.json": OPENAPI}
+FILES |= {f"/page/{file.name}": file for file in EXAMPLES.glob("page/*.*s")}
+FILES |= {f"/docs/{file.name}": file for file in (*GUIDES, *swagger_ui.static_path.glob("[!i]*"))}  # not its index
+OPEN_PATHS = {*FILES, "/livez", "/readyz"}  # no key is needed (contract 3.4)
 POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"  # pages may do more
+PAGE_POLICY = f"{POLICY}; connect-src 'self'; img-src 'self' data: blob:; script-src 'self'; style-src 'self'"
 
 
 class Api:
@@ -2108,8 +2110,9 @@ class Api:
             ("/readyz", "GET", self.readyz),
             ("/metrics", "GET", self.metrics),
             ("/", "GET", self.index),
-            ("/demo", "GET", partial(page, file=DEMO)),
-            ("/docs", "GET", partial(page, file=DOCS, script="'self'", style="'self' 'unsafe-inline'")),
+            ("/demo", "GET", self.file),
+            ("/page/{file}", "GET", self.file),
+            ("/docs", "GET", self.file),
             ("/docs/{file}", "GET", self.file),
             ("/openapi.json", "GET", self.file),
         ]
@@ -2335,17 +2338,20 @@ class Api:
     async def index(self, request: Request) -> Response:
         """The demo page to a browser, the paths to others."""
         if "text/html" in request.headers.get("accept", ""):
-            return page(request, DEMO)
+            return await self.file(request)
         names = ("generate", "generate/stream", "health", "readyz", "metrics", "demo", "docs", "openapi.json")
         links = {name: f"{request.state.prefix}/{name}" for name in names}
         return as_json({"name": "dccapi", "version": __version__, "links": links})
 
     async def file(self, request: Request) -> Response:
-        """The OpenAPI document, a part of Swagger UI, or a document of ours as plain text, which browsers show."""
-        if not (file := FILES.get(request.path_params.get("file", OPENAPI.name))):
+        """A page or a part of one, the OpenAPI document, or a document of ours as plain text, which browsers show."""
+        if not (file := FILES.get(request.state.path)):
             raise NotFound
-        kind = "text/plain" if file.suffix == ".md" else None
-        return FileResponse(file, headers={"cache-control": "max-age=600"}, media_type=kind)
+        if not file.is_file():
+            raise NotFound(f"This installation lacks {file.name}; the repository has it.")
+        # Asked for each time, so that a page and its parts are of one version.
+        headers = {"cache-control": "no-cache", "content-security-policy": PAGE_POLICY}
+        return FileResponse(file, headers=headers, media_type="text/plain" if file.suffix == ".md" else None)
 
 
 def as_json(document: Any, status: int = 200, headers: Mapping[str, str] = {}, kind: str = "json") -> Response:
@@ -2356,21 +2362,6 @@ def accepted(generation: Generation, prefix: str = "") -> dict[str, Any]:
     """What is said of a generation before it has a result."""
     events = f"{prefix}/api/v1/generations/{generation.id}/events"
     return {"id": generation.id, "status": generation.state, "events": events}
-
-
-def page(request: Request, file: Path, script: str = "", style: str = "") -> Response:
-    """An HTML page with its own parts put in, allowed by hash (CSP Level 3, 8.2); `script` and `style` allow more."""
-    sources = {"connect": "'self'", "img": "'self' data: blob:", "script": script, "style": style}
-    try:
-        html = file.read_text("utf-8")
-        for reference, is_script, path in re.findall(OWN_PART, html):
-            tag, text = is_script or "style", "\n" + (file.parent / path).read_text("utf-8")
-            sources[tag] += f" 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-            html = html.replace(reference, f"<{tag}>{text}</{tag}>")
-    except FileNotFoundError as error:
-        raise NotFound(f"This installation lacks {Path(error.filename).name}; the repository has it.") from None
-    policy = "; ".join([POLICY, *(f"{name}-src {allowed.strip()}" for name, allowed in sources.items())])
-    return HTMLResponse(html, headers={"content-security-policy": policy, "cache-control": "no-cache"})
 
 
 async def json_body(request: Request) -> dict[str, Any]:
@@ -2487,7 +2478,7 @@ class Guard:
         # Every key is compared, in constant time each.
         names = [name for name, key in settings.keys.items() if secrets.compare_digest(given, key)]
         state["client"] = names[0] if names else str(_ip(address) or address)
-        is_open = not settings.keys or path in OPEN_PATHS or path.startswith("/docs/")
+        is_open = not settings.keys or path in OPEN_PATHS
         # An EventSource cannot send a key, and nobody can guess the URL of a generation's events.
         events = re.fullmatch(r"/generations/([\w-]+)/events", path) if scope["method"] == "GET" else None
         if not names and not is_open and not (events and self.queue.known.get(events[1])):

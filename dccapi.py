@@ -2093,12 +2093,10 @@ class Api:
         self.system_prompt = settings.system_prompt_file.read_text("utf-8").strip()
 
     def routes(self) -> list[Route]:
-        """The paths of contract 3 with their methods, at the root and under /api/v1. Starlette adds HEAD to GET."""
+        """The paths of contract 3 with their methods. `Exchange` drops /api/v1; Starlette adds HEAD to GET."""
         rows: list[tuple[str, str, Callable[..., Any]]] = [
-            ("/generate", "POST", self.generate),
-            ("/generate-badge-suggestions", "POST", self.generate),
-            ("/generate/stream", "POST GET", self.events),
-            ("/generate-badge-suggestions/stream", "POST GET", self.events),
+            ("/generate /generate-badge-suggestions", "POST", self.generate),
+            ("/generate/stream /generate-badge-suggestions/stream", "POST GET", self.events),
             ("/regenerate-field", "POST", partial(self.generate, model=RegenerateRequest)),
             ("/credentials", "POST", self.credentials),
             ("/extract", "POST", self.extract),
@@ -2110,13 +2108,9 @@ class Api:
             ("/readyz", "GET", self.readyz),
             ("/metrics", "GET", self.metrics),
             ("/", "GET", self.index),
-            ("/demo", "GET", self.file),
-            ("/page/{file}", "GET", self.file),
-            ("/docs", "GET", self.file),
-            ("/docs/{file}", "GET", self.file),
-            ("/openapi.json", "GET", self.file),
+            ("/demo /docs /openapi.json /page/{file} /docs/{file}", "GET", self.file),
         ]
-        return [Route(base + path, run, methods=verbs.split()) for base in ("/api/v1", "") for path, verbs, run in rows]
+        return [Route(path, run, methods=verbs.split()) for paths, verbs, run in rows for path in paths.split()]
 
     async def generate(self, request: Request, model: type[GenerateRequest] = GenerateRequest) -> ASGIApp:
         """A badge as JSON, as events, or later: the client's `Prefer`, `Accept` and `stream` choose."""
@@ -2150,17 +2144,15 @@ class Api:
         """
         if request.method == "HEAD":
             return Response(headers=EVENT_STREAM_HEADERS)
-        is_post, is_known, seen = request.method == "POST", "id" in request.path_params, 0
-        query = dict(request.query_params)
+        is_post, query, seen = request.method == "POST", dict(request.query_params), 0
         if (last := request.headers.get("last-event-id")) and not is_post:
-            # Raises where the request is not valid, as the first time.
-            options = StreamOptions.read(query) if is_known else (await self._body(request, GenerateRequest))[0]
             id, _, number = last.rpartition(".")
             generation = self.queue.known.get(id)
             seen = int(number) if re.fullmatch(r"\d{1,9}", number) else -1
             if not generation or not 0 <= seen <= len(generation.log):
                 return Response(status_code=204)
-        elif is_known:
+            options = StreamOptions.read(query)
+        elif "id" in request.path_params:
             options, generation = StreamOptions.read(query), self._known(request, of_anyone=True)
         else:
             options, generation = await self._submitted(request, GenerateRequest)
@@ -2510,10 +2502,10 @@ class Exchange:
         self._scope, self._receive, self._send, self._settings = scope, receive, send, settings
         self._peer, self._headers = peer_at(scope.get("client"), settings), Headers(scope=scope)
         self._is_http1 = scope["http_version"].startswith("1")
-        # The path without the prefixes under which each stands as well, and without a slash at its end.
-        path = scope["path"].removeprefix(scope.get("root_path", "")).removeprefix("/api/v1").rstrip("/") or "/"
-        if path != "/":
-            scope["path"] = scope["path"].rstrip("/")
+        # Each path stands under /api/v1 as well, and may have a slash at its end.
+        root = scope.get("root_path", "")
+        path = "/" + scope["path"].removeprefix(root).removeprefix("/api/v1/").strip("/")
+        scope["path"] = root + path
         media_type = self._headers.get("content-type", "").partition(";")[0].strip().lower()
         given = self._headers.get("x-request-id", "")
         id = given if re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given) else uuid.uuid4().hex

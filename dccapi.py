@@ -2072,13 +2072,12 @@ def serve_embedded(path: str, context: str, slots: str, name: str) -> None:
 # ---- Handlers -------------------------------------------------------------------------------------------------------
 
 FORM = "multipart/form-data"
-EXAMPLES = HERE / "examples"
-OPENAPI = EXAMPLES / "openapi.json"  # `make openapi` writes it
-DEMO = EXAMPLES / "demo.html"
-GUIDES = HERE / "README.md", *HERE.glob("docs/*.md")
-FILES = {"/": DEMO, "/demo": DEMO, "/docs": EXAMPLES / "docs.html", "/openapi.json": OPENAPI}
-FILES |= {f"/page/{file.name}": file for file in EXAMPLES.glob("page/*.*s")}
-FILES |= {f"/docs/{file.name}": file for file in (*GUIDES, *swagger_ui.static_path.glob("[!i]*"))}  # not its index
+# `make openapi` writes the last of them.
+DEMO, DOCS, OPENAPI = (HERE / "examples" / name for name in ("demo.html", "docs.html", "openapi.json"))
+GUIDES = HERE / "README.md", *HERE.glob("docs/*.md"), *swagger_ui.static_path.glob("[!i]*")  # not its index
+FILES = {"/": DEMO, "/demo": DEMO, "/docs": DOCS, "/openapi.json": OPENAPI}
+FILES |= {f"/page/{file.name}": file for file in HERE.glob("examples/page/*.*s")}
+FILES |= {f"/docs/{file.name}": file for file in GUIDES}
 OPEN_PATHS = {*FILES, "/livez", "/readyz"}  # no key is needed (contract 3.4)
 POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"  # pages may do more
 PAGE_POLICY = f"{POLICY}; connect-src 'self'; img-src 'self' data: blob:; script-src 'self'; style-src 'self'"
@@ -2089,7 +2088,7 @@ class Api:
 
     def __init__(self, settings: Settings, queue: GenerationQueue) -> None:
         self.settings, self.queue, self.engine, self.readers = settings, queue, queue.engine, queue.readers
-        self._probe: asyncio.Future[tuple[list[str] | BaseException]] | None = None
+        self._probe: asyncio.Task[list[str]] | None = None
         self.system_prompt = settings.system_prompt_file.read_text("utf-8").strip()
 
     def routes(self) -> list[Route]:
@@ -2118,9 +2117,9 @@ class Api:
         headers = {"x-queue-position": str(generation.position)}
         if "respond-async" in ",".join(request.headers.getlist("prefer")).lower():
             self.queue.keep(generation)
-            state = accepted(generation, request.state.prefix)
-            headers |= {"location": state["events"].removesuffix("/events"), "preference-applied": "respond-async"}
-            return as_json(state, 202, headers)
+            path = f"{request.state.prefix}/api/v1/generations/{generation.id}"
+            headers |= {"location": path, "preference-applied": "respond-async"}
+            return as_json({"id": generation.id, "status": generation.state, "events": f"{path}/events"}, 202, headers)
         if body.stream or "text/event-stream" in request.headers.get("accept", "").lower():
             return partial(event_stream, self.queue, EventEncoder(generation, body), 0)
         return as_json(await finished(self.queue, generation), headers=headers)
@@ -2134,8 +2133,9 @@ class Api:
         outcome = generation.outcome
         result = outcome if isinstance(outcome, dict) else None
         error = outcome.problem(generation.request_id) if isinstance(outcome, ApiError) else None
-        state = accepted(generation, request.state.prefix)
-        return as_json(state | {"position": generation.position, "result": result, "error": error})
+        events = f"{request.state.prefix}/api/v1{request.state.path}/events"
+        state = {"id": generation.id, "status": generation.state, "events": events, "position": generation.position}
+        return as_json(state | {"result": result, "error": error})
 
     async def events(self, request: Request) -> ASGIApp:
         """The events of a new generation, or of one that is known: from the start, or after `Last-Event-ID`.
@@ -2174,14 +2174,14 @@ class Api:
         elif not re.fullmatch(r"[\x21-\x7e]{1,255}", key):
             raise invalid({("header", "Idempotency-Key"): "must be 1 to 255 visible characters"})
         body, notes = await self._body(request, model)
-        joined = queue.join(state.client, key, body.fingerprint()) if key is not None else None
+        if key and (joined := queue.join(state.client, key, body.fingerprint())):
+            state.generation = joined
+            return body, joined
         # Priority (RFC 9218), from 0 to 7; one that cannot be read is none.
         priority = re.search(r"(?:^|[,\s])u=([0-7])(?![^,;\s])", request.headers.get("priority", ""))
         urgency = int(priority[1]) if priority else 3
-        state.generation = generation = joined or queue.submit(state.client, state.request_id, urgency)
-        if joined:
-            return body, generation
-        if key is not None:
+        state.generation = generation = queue.submit(state.client, state.request_id, urgency)
+        if key:
             queue.keys[state.client, key] = body.fingerprint(), generation
         try:
             read = await self.readers.ask("text", state.client, content=body.content)
@@ -2263,13 +2263,12 @@ class Api:
 
     async def frameworks(self) -> dict[str, Any]:
         """The `frameworks` of the index of skills, or the `fault` for which it cannot be read, which is logged too."""
+        index = self.settings.skills_index
         try:
-            index = self.settings.skills_index
             answer = await self.readers.ask("frameworks", "", path=index) if index else {}
-        except ApiError as error:
-            answer = {"fault": error.detail}
+        except ApiError:
+            answer = {"fault": "SKILLS_INDEX: it cannot be read in time, or takes too much memory"}
         if "fault" in answer:
-            answer["fault"] = f"SKILLS_INDEX: {answer['fault']}"
             warn_once(f"badges get no alignments: {answer['fault']}", time.monotonic() // 3600)
         return answer
 
@@ -2315,13 +2314,13 @@ class Api:
     async def _state(self) -> tuple[list[str], ApiError | None]:
         """The engine's models, and why no badge could be written now. Probes at the same time share one question."""
         if self._probe is None or self._probe.done():
-            # What it raises is a result: whoever asked may have left, and asyncio logs what nobody takes.
-            self._probe = asyncio.gather(self.engine.models(), return_exceptions=True)
-        (available,) = await asyncio.shield(self._probe)
-        if isinstance(available, ApiError):
-            return [], available
-        if isinstance(available, BaseException):
-            raise available
+            self._probe = asyncio.create_task(self.engine.models())
+            # Whoever asked may have left, and asyncio logs an exception that nobody takes.
+            self._probe.add_done_callback(lambda probe: probe.cancelled() or probe.exception())
+        try:
+            available = await asyncio.shield(self._probe)
+        except ApiError as error:
+            return [], error
         if self.queue.draining:
             return available, ShuttingDown()
         missing = f"The engine has no model {self.settings.model}. Create it, or set MODEL_NAME to one it has."
@@ -2348,12 +2347,6 @@ class Api:
 
 def as_json(document: Any, status: int = 200, headers: Mapping[str, str] = {}, kind: str = "json") -> Response:
     return Response(orjson.dumps(document), status, headers, f"application/{kind}")
-
-
-def accepted(generation: Generation, prefix: str = "") -> dict[str, Any]:
-    """What is said of a generation before it has a result."""
-    events = f"{prefix}/api/v1/generations/{generation.id}/events"
-    return {"id": generation.id, "status": generation.state, "events": events}
 
 
 async def json_body(request: Request) -> dict[str, Any]:
@@ -2470,10 +2463,9 @@ class Guard:
         # Every key is compared, in constant time each.
         names = [name for name, key in settings.keys.items() if secrets.compare_digest(given, key)]
         state["client"] = names[0] if names else str(_ip(address) or address)
-        is_open = not settings.keys or path in OPEN_PATHS
         # An EventSource cannot send a key, and nobody can guess the URL of a generation's events.
         events = re.fullmatch(r"/generations/([\w-]+)/events", path) if scope["method"] == "GET" else None
-        if not names and not is_open and not (events and self.queue.known.get(events[1])):
+        if settings.keys and not names and path not in OPEN_PATHS and not (events and self.queue.known.get(events[1])):
             if given and not peer_of(state["client"]).wrong_keys.spend():
                 await asyncio.sleep(1)  # who guesses keys waits
             raise Unauthorized(headers={"www-authenticate": 'Bearer realm="dccapi"'})

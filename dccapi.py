@@ -2173,7 +2173,21 @@ class Api:
             queue.check_admission(state.client)  # before the body is waited for
         elif not re.fullmatch(r"[\x21-\x7e]{1,255}", key):
             raise invalid({("header", "Idempotency-Key"): "must be 1 to 255 visible characters"})
-        body, notes = await self._body(request, model)
+
+        query, document, is_text, state.ignored = dict(request.query_params), None, True, []
+        if request.method == "GET":
+            fields: dict[str, Any] = query
+        elif state.media_type == FORM:
+            fields, document = await self._document(request)
+        else:
+            fields, is_text = await json_body(request), False
+        if is_text:
+            for name in {"badge", "badge_configuration"} & fields.keys():  # their texts are JSON
+                with contextlib.suppress(ValueError):  # what is none is left to the validation
+                    fields[name] = orjson.loads(fields[name])
+        body = model.read(fields, state.ignored, strict=False if is_text else None)
+        body = body.model_copy(update=StreamOptions.read(query).model_dump(exclude_unset=True))
+
         if key and (joined := queue.join(state.client, key, body.fingerprint())):
             state.generation = joined
             return body, joined
@@ -2187,30 +2201,12 @@ class Api:
             read = await self.readers.ask("text", state.client, content=body.content)
             if not re.search(VISIBLE, read["text"]):
                 raise invalid({("content",): "must hold text that can be seen, not only markup"})
-            course = Course(**read | {"notes": [*notes, *read["notes"]]})
+            course = Course(**read | {"notes": [*(document["notes"] if document else ()), *read["notes"]]})
             queue.ready(generation, build_prompt(body, course, self.system_prompt, self.engine.defaults))
         except BaseException as error:
             queue.end(generation, error if isinstance(error, ApiError) else Cancelled())
             raise
         return body, generation
-
-    async def _body(self, request: Request, model: type[GenerateRequest]) -> tuple[GenerateRequest, list[Any]]:
-        """A request that came as a query, a form or JSON, and notes on the document in it."""
-        document, is_text = None, True
-        if request.method == "GET":
-            fields: dict[str, Any] = dict(request.query_params)
-        elif request.state.media_type == FORM:
-            fields, document = await self._document(request)
-        else:
-            fields, is_text = await json_body(request), False
-        if is_text:  # two fields hold JSON
-            for name in {"badge", "badge_configuration"} & fields.keys():
-                with contextlib.suppress(ValueError):  # what is none is left to the validation
-                    fields[name] = orjson.loads(fields[name])
-        request.state.ignored = []
-        body = model.read(fields, request.state.ignored, strict=False if is_text else None)
-        options = StreamOptions.read(dict(request.query_params)).model_dump(exclude_unset=True)
-        return body.model_copy(update=options), document["notes"] if document else []
 
     async def _document(self, request: Request) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """The fields of a form, and what the document in its part `file` says. Any other body is the document."""
@@ -2336,10 +2332,9 @@ class Api:
 
     async def file(self, request: Request) -> Response:
         """A page or a part of one, the OpenAPI document, or a document of ours as plain text, which browsers show."""
-        if not (file := FILES.get(request.state.path)):
-            raise NotFound
-        if not file.is_file():
-            raise NotFound(f"This installation lacks {file.name}; the repository has it.")
+        file = FILES.get(request.state.path)
+        if file is None or not file.is_file():
+            raise NotFound(f"This installation lacks {file.name}; the repository has it." if file else "")
         # Asked for each time, so that a page and its parts are of one version.
         headers = {"cache-control": "no-cache", "content-security-policy": PAGE_POLICY}
         return FileResponse(file, headers=headers, media_type="text/plain" if file.suffix == ".md" else None)
@@ -2495,9 +2490,8 @@ class Exchange:
         self._peer, self._headers = peer_at(scope.get("client"), settings), Headers(scope=scope)
         self._is_http1 = scope["http_version"].startswith("1")
         # Each path stands under /api/v1 as well, and may have a slash at its end.
-        root = scope.get("root_path", "")
-        path = "/" + scope["path"].removeprefix(root).removeprefix("/api/v1/").strip("/")
-        scope["path"] = root + path
+        path = "/" + scope["path"].removeprefix(scope.get("root_path", "")).removeprefix("/api/v1/").strip("/")
+        scope["path"] = scope.get("root_path", "") + path
         media_type = self._headers.get("content-type", "").partition(";")[0].strip().lower()
         given = self._headers.get("x-request-id", "")
         id = given if re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given) else uuid.uuid4().hex

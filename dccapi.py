@@ -2072,12 +2072,12 @@ def serve_embedded(path: str, context: str, slots: str, name: str) -> None:
 # ---- Handlers -------------------------------------------------------------------------------------------------------
 
 FORM = "multipart/form-data"
-# `make openapi` writes the last of them.
-DEMO, DOCS, OPENAPI = (HERE / "examples" / name for name in ("demo.html", "docs.html", "openapi.json"))
-GUIDES = HERE / "README.md", *HERE.glob("docs/*.md"), *swagger_ui.static_path.glob("[!i]*")  # not its index
-FILES = {"/": DEMO, "/demo": DEMO, "/docs": DOCS, "/openapi.json": OPENAPI}
-FILES |= {f"/page/{file.name}": file for file in HERE.glob("examples/page/*.*s")}
-FILES |= {f"/docs/{file.name}": file for file in GUIDES}
+PAGES = HERE / "examples"
+OPENAPI = PAGES / "openapi.json"  # `make openapi` writes it
+FILES = {"/": PAGES / "demo.html", "/demo": PAGES / "demo.html", "/docs": PAGES / "docs.html", "/openapi.json": OPENAPI}
+FILES |= {f"/page/{file.name}": file for file in PAGES.glob("page/*.*s")}
+FILES |= {f"/docs/{file.name}": file for file in [HERE / "README.md", *HERE.glob("docs/*.md")]}
+FILES |= {f"/docs/{file.name}": file for file in swagger_ui.static_path.glob("[!i]*")}  # not its index
 OPEN_PATHS = {*FILES, "/livez", "/readyz"}  # no key is needed (contract 3.4)
 POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"  # pages may do more
 PAGE_POLICY = f"{POLICY}; connect-src 'self'; img-src 'self' data: blob:; script-src 'self'; style-src 'self'"

@@ -2092,7 +2092,7 @@ class Api:
         self.system_prompt = settings.system_prompt_file.read_text("utf-8").strip()
 
     def routes(self) -> list[Route]:
-        """The paths of contract 3 with their methods. `Exchange` drops /api/v1; Starlette adds HEAD to GET."""
+        """The paths of contract 3 with their methods. `Exchange` takes /api/v1 away, Starlette adds HEAD to GET."""
         rows: list[tuple[str, str, Callable[..., Any]]] = [
             ("/generate /generate-badge-suggestions", "POST", self.generate),
             ("/generate/stream /generate-badge-suggestions/stream", "POST GET", self.events),

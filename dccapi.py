@@ -2332,9 +2332,12 @@ class Api:
 
     async def file(self, request: Request) -> Response:
         """A page or a part of one, the OpenAPI document, or a document of ours as plain text, which browsers show."""
-        file = FILES.get(request.state.path)
+        path = request.state.path
+        file = FILES.get(path)
         if file is None or not file.is_file():
             raise NotFound(f"This installation lacks {file.name}; the repository has it." if file else "")
+        if path != "/" and file.suffix == ".html" and request.scope["raw_path"].endswith(b"/"):
+            return Response(status_code=308, headers={"location": f"..{path}"})  # a page names its parts beside itself
         # Asked for each time, so that a page and its parts are of one version.
         headers = {"cache-control": "no-cache", "content-security-policy": PAGE_POLICY}
         return FileResponse(file, headers=headers, media_type="text/plain" if file.suffix == ".md" else None)

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
+from urllib.parse import urljoin
 
 import httpx
 import orjson
@@ -551,7 +552,12 @@ async def test_a_slash_at_the_end_of_a_path_does_not_matter() -> None:
     async with serving() as service:
         for path in ("/generate/", "/api/v1/generate/"):
             assert (await ask(service, COURSE, path)).status == 200
-        assert (await ask(service, None, "/api/v1/", "GET")).status == 200
+        for path in ("/", "/api/v1/"):
+            assert (await ask(service, None, path, "GET", [("accept", "text/html")])).status == 200
+        for path in ("/docs/", "/api/v1/demo/"):  # whose parts would not be found there
+            response = await ask(service, None, path, "GET")
+            assert response.status == 308
+            assert urljoin(path, response.headers["location"]) == path.rstrip("/")
 
 
 # --- 3.1 Request ---

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import base64
 import contextlib
 import ctypes
 import hashlib
@@ -84,7 +83,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, HTMLResponse, Response
+from starlette.responses import FileResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -2059,14 +2058,16 @@ def serve_embedded(path: str, context: str, slots: str, name: str) -> None:
 
 # ---- Handlers -------------------------------------------------------------------------------------------------------
 
-OPEN_PATHS = {"/", "/demo", "/docs", "/openapi.json", "/livez", "/readyz"}  # no key is needed (contract 3.4)
-DEMO, DOCS = HERE / "examples" / "demo.html", HERE / "examples" / "docs.html"
-OPENAPI = HERE / "examples" / "openapi.json"  # `make openapi` writes it
 FORM = "multipart/form-data"
-SERVED = HERE / "README.md", *HERE.glob("docs/*.md"), OPENAPI, *swagger_ui.static_path.glob("[!i]*")  # not its index
-FILES = {path.name: path for path in SERVED if path.is_file()}
-OWN_PART = r'(<(?:(script) src|link rel="stylesheet" href)="(page/[\w.-]+)">(?:</script>)?)'
+PAGES = HERE / "examples"
+OPENAPI = PAGES / "openapi.json"  # `make openapi` writes it
+FILES = {"/": PAGES / "demo.html", "/demo": PAGES / "demo.html", "/docs": PAGES / "docs.html", "/openapi.json": OPENAPI}
+FILES |= {f"/page/{file.name}": file for file in PAGES.glob("page/*.*s")}
+FILES |= {f"/docs/{file.name}": file for file in [HERE / "README.md", *HERE.glob("docs/*.md")]}
+FILES |= {f"/docs/{file.name}": file for file in swagger_ui.static_path.glob("[!i]*")}  # not its index
+OPEN_PATHS = {*FILES, "/livez", "/readyz"}  # no key is needed (contract 3.4)
 POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"  # pages may do more
+PAGE_POLICY = f"{POLICY}; connect-src 'self'; img-src 'self' data: blob:; script-src 'self'; style-src 'self'"
 
 
 class Api:
@@ -2074,16 +2075,14 @@ class Api:
 
     def __init__(self, settings: Settings, queue: GenerationQueue) -> None:
         self.settings, self.queue, self.engine, self.readers = settings, queue, queue.engine, queue.readers
-        self._probe: asyncio.Future[tuple[list[str] | BaseException]] | None = None
+        self._probe: asyncio.Task[list[str]] | None = None
         self.system_prompt = settings.system_prompt_file.read_text("utf-8").strip()
 
     def routes(self) -> list[Route]:
-        """The paths of contract 3 with their methods, at the root and under /api/v1. Starlette adds HEAD to GET."""
+        """The paths of contract 3 with their methods. `Exchange` takes /api/v1 away, Starlette adds HEAD to GET."""
         rows: list[tuple[str, str, Callable[..., Any]]] = [
-            ("/generate", "POST", self.generate),
-            ("/generate-badge-suggestions", "POST", self.generate),
-            ("/generate/stream", "POST GET", self.events),
-            ("/generate-badge-suggestions/stream", "POST GET", self.events),
+            ("/generate /generate-badge-suggestions", "POST", self.generate),
+            ("/generate/stream /generate-badge-suggestions/stream", "POST GET", self.events),
             ("/regenerate-field", "POST", partial(self.generate, model=RegenerateRequest)),
             ("/credentials", "POST", self.credentials),
             ("/extract", "POST", self.extract),
@@ -2095,12 +2094,9 @@ class Api:
             ("/readyz", "GET", self.readyz),
             ("/metrics", "GET", self.metrics),
             ("/", "GET", self.index),
-            ("/demo", "GET", partial(page, file=DEMO)),
-            ("/docs", "GET", partial(page, file=DOCS, script="'self'", style="'self' 'unsafe-inline'")),
-            ("/docs/{file}", "GET", self.file),
-            ("/openapi.json", "GET", self.file),
+            ("/demo /docs /openapi.json /page/{file} /docs/{file}", "GET", self.file),
         ]
-        return [Route(base + path, run, methods=verbs.split()) for base in ("/api/v1", "") for path, verbs, run in rows]
+        return [Route(path, run, methods=verbs.split()) for paths, verbs, run in rows for path in paths.split()]
 
     async def generate(self, request: Request, model: type[GenerateRequest] = GenerateRequest) -> ASGIApp:
         """A badge as JSON, as events, or later: the client's `Prefer`, `Accept` and `stream` choose."""
@@ -2108,9 +2104,9 @@ class Api:
         headers = {"x-queue-position": str(generation.position)}
         if "respond-async" in ",".join(request.headers.getlist("prefer")).lower():
             self.queue.keep(generation)
-            state = accepted(generation, request.state.prefix)
-            headers |= {"location": state["events"].removesuffix("/events"), "preference-applied": "respond-async"}
-            return as_json(state, 202, headers)
+            path = f"{request.state.prefix}/api/v1/generations/{generation.id}"
+            headers |= {"location": path, "preference-applied": "respond-async"}
+            return as_json({"id": generation.id, "status": generation.state, "events": f"{path}/events"}, 202, headers)
         if body.stream or "text/event-stream" in request.headers.get("accept", "").lower():
             return partial(event_stream, self.queue, EventEncoder(generation, body), 0)
         return as_json(await finished(self.queue, generation), headers=headers)
@@ -2124,8 +2120,9 @@ class Api:
         outcome = generation.outcome
         result = outcome if isinstance(outcome, dict) else None
         error = outcome.problem(generation.request_id) if isinstance(outcome, ApiError) else None
-        state = accepted(generation, request.state.prefix)
-        return as_json(state | {"position": generation.position, "result": result, "error": error})
+        events = f"{request.state.prefix}/api/v1{request.state.path}/events"
+        state = {"id": generation.id, "status": generation.state, "events": events, "position": generation.position}
+        return as_json(state | {"result": result, "error": error})
 
     async def events(self, request: Request) -> ASGIApp:
         """The events of a new generation, or of one that is known: from the start, or after `Last-Event-ID`.
@@ -2134,17 +2131,15 @@ class Api:
         """
         if request.method == "HEAD":
             return Response(headers=EVENT_STREAM_HEADERS)
-        is_post, is_known, seen = request.method == "POST", "id" in request.path_params, 0
-        query = dict(request.query_params)
+        is_post, query, seen = request.method == "POST", dict(request.query_params), 0
         if (last := request.headers.get("last-event-id")) and not is_post:
-            # Raises where the request is not valid, as the first time.
-            options = StreamOptions.read(query) if is_known else (await self._body(request, GenerateRequest))[0]
             id, _, number = last.rpartition(".")
             generation = self.queue.known.get(id)
             seen = int(number) if re.fullmatch(r"\d{1,9}", number) else -1
             if not generation or not 0 <= seen <= len(generation.log):
                 return Response(status_code=204)
-        elif is_known:
+            options = StreamOptions.read(query)
+        elif "id" in request.path_params:
             options, generation = StreamOptions.read(query), self._known(request, of_anyone=True)
         else:
             options, generation = await self._submitted(request, GenerateRequest)
@@ -2165,44 +2160,40 @@ class Api:
             queue.check_admission(state.client)  # before the body is waited for
         elif not re.fullmatch(r"[\x21-\x7e]{1,255}", key):
             raise invalid({("header", "Idempotency-Key"): "must be 1 to 255 visible characters"})
-        body, notes = await self._body(request, model)
-        joined = queue.join(state.client, key, body.fingerprint()) if key is not None else None
+
+        query, document, is_text, state.ignored = dict(request.query_params), None, True, []
+        if request.method == "GET":
+            fields: dict[str, Any] = query
+        elif state.media_type == FORM:
+            fields, document = await self._document(request)
+        else:
+            fields, is_text = await json_body(request), False
+        if is_text:
+            for name in {"badge", "badge_configuration"} & fields.keys():  # their texts are JSON
+                with contextlib.suppress(ValueError):  # what is none is left to the validation
+                    fields[name] = orjson.loads(fields[name])
+        body = model.read(fields, state.ignored, strict=False if is_text else None)
+        body = body.model_copy(update=StreamOptions.read(query).model_dump(exclude_unset=True))
+
+        if key and (joined := queue.join(state.client, key, body.fingerprint())):
+            state.generation = joined
+            return body, joined
         # Priority (RFC 9218), from 0 to 7; one that cannot be read is none.
         priority = re.search(r"(?:^|[,\s])u=([0-7])(?![^,;\s])", request.headers.get("priority", ""))
         urgency = int(priority[1]) if priority else 3
-        state.generation = generation = joined or queue.submit(state.client, state.request_id, urgency)
-        if joined:
-            return body, generation
-        if key is not None:
+        state.generation = generation = queue.submit(state.client, state.request_id, urgency)
+        if key:
             queue.keys[state.client, key] = body.fingerprint(), generation
         try:
             read = await self.readers.ask("text", state.client, content=body.content)
             if not re.search(VISIBLE, read["text"]):
                 raise invalid({("content",): "must hold text that can be seen, not only markup"})
-            course = Course(**read | {"notes": [*notes, *read["notes"]]})
+            course = Course(**read | {"notes": [*(document["notes"] if document else ()), *read["notes"]]})
             queue.ready(generation, build_prompt(body, course, self.system_prompt, self.engine.defaults))
         except BaseException as error:
             queue.end(generation, error if isinstance(error, ApiError) else Cancelled())
             raise
         return body, generation
-
-    async def _body(self, request: Request, model: type[GenerateRequest]) -> tuple[GenerateRequest, list[Any]]:
-        """A request that came as a query, a form or JSON, and notes on the document in it."""
-        document, is_text = None, True
-        if request.method == "GET":
-            fields: dict[str, Any] = dict(request.query_params)
-        elif request.state.media_type == FORM:
-            fields, document = await self._document(request)
-        else:
-            fields, is_text = await json_body(request), False
-        if is_text:  # two fields hold JSON
-            for name in {"badge", "badge_configuration"} & fields.keys():
-                with contextlib.suppress(ValueError):  # what is none is left to the validation
-                    fields[name] = orjson.loads(fields[name])
-        request.state.ignored = []
-        body = model.read(fields, request.state.ignored, strict=False if is_text else None)
-        options = StreamOptions.read(dict(request.query_params)).model_dump(exclude_unset=True)
-        return body.model_copy(update=options), document["notes"] if document else []
 
     async def _document(self, request: Request) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """The fields of a form, and what the document in its part `file` says. Any other body is the document."""
@@ -2255,13 +2246,12 @@ class Api:
 
     async def frameworks(self) -> dict[str, Any]:
         """The `frameworks` of the index of skills, or the `fault` for which it cannot be read, which is logged too."""
+        index = self.settings.skills_index
         try:
-            index = self.settings.skills_index
             answer = await self.readers.ask("frameworks", "", path=index) if index else {}
-        except ApiError as error:
-            answer = {"fault": error.detail}
+        except ApiError:
+            answer = {"fault": "SKILLS_INDEX: it cannot be read in time, or takes too much memory"}
         if "fault" in answer:
-            answer["fault"] = f"SKILLS_INDEX: {answer['fault']}"
             warn_once(f"badges get no alignments: {answer['fault']}", time.monotonic() // 3600)
         return answer
 
@@ -2307,13 +2297,13 @@ class Api:
     async def _state(self) -> tuple[list[str], ApiError | None]:
         """The engine's models, and why no badge could be written now. Probes at the same time share one question."""
         if self._probe is None or self._probe.done():
-            # What it raises is a result: whoever asked may have left, and asyncio logs what nobody takes.
-            self._probe = asyncio.gather(self.engine.models(), return_exceptions=True)
-        (available,) = await asyncio.shield(self._probe)
-        if isinstance(available, ApiError):
-            return [], available
-        if isinstance(available, BaseException):
-            raise available
+            self._probe = asyncio.create_task(self.engine.models())
+            # Whoever asked may have left, and asyncio logs an exception that nobody takes.
+            self._probe.add_done_callback(lambda probe: probe.cancelled() or probe.exception())
+        try:
+            available = await asyncio.shield(self._probe)
+        except ApiError as error:
+            return [], error
         if self.queue.draining:
             return available, ShuttingDown()
         missing = f"The engine has no model {self.settings.model}. Create it, or set MODEL_NAME to one it has."
@@ -2322,42 +2312,26 @@ class Api:
     async def index(self, request: Request) -> Response:
         """The demo page to a browser, the paths to others."""
         if "text/html" in request.headers.get("accept", ""):
-            return page(request, DEMO)
+            return await self.file(request)
         names = ("generate", "generate/stream", "health", "readyz", "metrics", "demo", "docs", "openapi.json")
         links = {name: f"{request.state.prefix}/{name}" for name in names}
         return as_json({"name": "dccapi", "version": __version__, "links": links})
 
     async def file(self, request: Request) -> Response:
-        """The OpenAPI document, a part of Swagger UI, or a document of ours as plain text, which browsers show."""
-        if not (file := FILES.get(request.path_params.get("file", OPENAPI.name))):
-            raise NotFound
-        kind = "text/plain" if file.suffix == ".md" else None
-        return FileResponse(file, headers={"cache-control": "max-age=600"}, media_type=kind)
+        """A page or a part of one, the OpenAPI document, or a document of ours as plain text, which browsers show."""
+        path = request.state.path
+        file = FILES.get(path)
+        if file is None or not file.is_file():
+            raise NotFound(f"This installation lacks {file.name}; the repository has it." if file else "")
+        if path != "/" and file.suffix == ".html" and request.scope["raw_path"].endswith(b"/"):
+            return Response(status_code=308, headers={"location": f"..{path}"})  # a page names its parts beside itself
+        # Asked for each time, so that a page and its parts are of one version.
+        headers = {"cache-control": "no-cache", "content-security-policy": PAGE_POLICY}
+        return FileResponse(file, headers=headers, media_type="text/plain" if file.suffix == ".md" else None)
 
 
 def as_json(document: Any, status: int = 200, headers: Mapping[str, str] = {}, kind: str = "json") -> Response:
     return Response(orjson.dumps(document), status, headers, f"application/{kind}")
-
-
-def accepted(generation: Generation, prefix: str = "") -> dict[str, Any]:
-    """What is said of a generation before it has a result."""
-    events = f"{prefix}/api/v1/generations/{generation.id}/events"
-    return {"id": generation.id, "status": generation.state, "events": events}
-
-
-def page(request: Request, file: Path, script: str = "", style: str = "") -> Response:
-    """An HTML page with its own parts put in, allowed by hash (CSP Level 3, 8.2); `script` and `style` allow more."""
-    sources = {"connect": "'self'", "img": "'self' data: blob:", "script": script, "style": style}
-    try:
-        html = file.read_text("utf-8")
-        for reference, is_script, path in re.findall(OWN_PART, html):
-            tag, text = is_script or "style", "\n" + (file.parent / path).read_text("utf-8")
-            sources[tag] += f" 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-            html = html.replace(reference, f"<{tag}>{text}</{tag}>")
-    except FileNotFoundError as error:
-        raise NotFound(f"This installation lacks {Path(error.filename).name}; the repository has it.") from None
-    policy = "; ".join([POLICY, *(f"{name}-src {allowed.strip()}" for name, allowed in sources.items())])
-    return HTMLResponse(html, headers={"content-security-policy": policy, "cache-control": "no-cache"})
 
 
 async def json_body(request: Request) -> dict[str, Any]:
@@ -2474,10 +2448,9 @@ class Guard:
         # Every key is compared, in constant time each.
         names = [name for name, key in settings.keys.items() if secrets.compare_digest(given, key)]
         state["client"] = names[0] if names else str(_ip(address) or address)
-        is_open = not settings.keys or path in OPEN_PATHS or path.startswith("/docs/")
         # An EventSource cannot send a key, and nobody can guess the URL of a generation's events.
         events = re.fullmatch(r"/generations/([\w-]+)/events", path) if scope["method"] == "GET" else None
-        if not names and not is_open and not (events and self.queue.known.get(events[1])):
+        if settings.keys and not names and path not in OPEN_PATHS and not (events and self.queue.known.get(events[1])):
             if given and not peer_of(state["client"]).wrong_keys.spend():
                 await asyncio.sleep(1)  # who guesses keys waits
             raise Unauthorized(headers={"www-authenticate": 'Bearer realm="dccapi"'})
@@ -2506,10 +2479,9 @@ class Exchange:
         self._scope, self._receive, self._send, self._settings = scope, receive, send, settings
         self._peer, self._headers = peer_at(scope.get("client"), settings), Headers(scope=scope)
         self._is_http1 = scope["http_version"].startswith("1")
-        # The path without the prefixes under which each stands as well, and without a slash at its end.
-        path = scope["path"].removeprefix(scope.get("root_path", "")).removeprefix("/api/v1").rstrip("/") or "/"
-        if path != "/":
-            scope["path"] = scope["path"].rstrip("/")
+        # Each path stands under /api/v1 as well, and may have a slash at its end.
+        path = "/" + scope["path"].removeprefix(scope.get("root_path", "")).removeprefix("/api/v1/").strip("/")
+        scope["path"] = scope.get("root_path", "") + path
         media_type = self._headers.get("content-type", "").partition(";")[0].strip().lower()
         given = self._headers.get("x-request-id", "")
         id = given if re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given) else uuid.uuid4().hex

@@ -207,7 +207,7 @@ def frameworks(path: str) -> dict[str, Any]:
     try:
         return {"frameworks": opened(path).frameworks()}
     except (BadIndex, sqlite3.Error) as error:
-        return {"fault": str(error)}
+        return {"fault": f"SKILLS_INDEX: {error}"}
 
 
 # --- Search ---

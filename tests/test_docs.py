@@ -156,7 +156,7 @@ async def test_the_page_and_the_service_name_documents_that_they_serve() -> None
             assert answer.headers["content-type"] == "text/plain; charset=utf-8"
             named.discard(guide.name)
         assert not named
-        assert (await asking.get("/docs/SECURITY.md")).status_code == 404
+        assert (await asking.get("/docs/SECURITY.md")).status_code == 401
 
 
 def test_variables_are_such_as_there_are() -> None:

@@ -434,7 +434,7 @@ def answered() -> Examples:
     }
     credential = dccapi.build_credential(AWARD) | {"id": URN}
     credential["credentialSubject"]["achievement"]["id"] = URN
-    accepted = dccapi.accepted(dccapi.Generation("", REQUEST_ID, id=ID))
+    accepted = {"id": ID, "status": "queued", "events": f"/api/v1/generations/{ID}/events"}
     waiting = {**accepted, "position": 3, "result": None, "error": None}
     done = {**waiting, "status": "succeeded", "position": 0, "result": answer}
     return {

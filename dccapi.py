@@ -1094,8 +1094,8 @@ class Generation:
     outcome: Answer | ApiError | None = None
     state: Literal["queued", "running", "succeeded", "failed", "cancelled"] = "queued"
     position: int = 0  # in the queue, from 1; 0 = running or done
+    # Also of those who may come back, and of an asynchronous request; without any it is cancelled.
     followers: set[asyncio.Event] = field(default_factory=set)
-    holds: int = 0  # followers, those who may come back, and an asynchronous request; without any it is cancelled
     timer: asyncio.TimerHandle = field(init=False)  # of its being overtaken, then of its deadlines, then of its keep
     created: float = field(default_factory=time.monotonic)
     started: float = 0.0  # 0 = it never left the queue
@@ -1155,7 +1155,7 @@ class GenerationQueue:
         self._starts = 0
         self.known: dict[str, Generation] = {}
         self._finished: dict[Generation, int] = {}  # and about how many bytes it keeps
-        self.keys: dict[tuple[str, str], tuple[bytes, Generation]] = {}
+        self.keys: dict[tuple[str, str | None], tuple[bytes, Generation]] = {}  # by client and `Idempotency-Key`
         self._service_time = 0.0  # of a generation, in seconds; the newest count most
         self._read_until = 0.0  # when the engine had read the last prompt of an ended call
         self._telling: asyncio.TimerHandle | None = None
@@ -1188,9 +1188,7 @@ class GenerationQueue:
             for generation in [*self.running]:
                 self.end(generation, ShuttingDown())
             await asyncio.wait(calls, timeout=1)
-        deadline = time.monotonic() + 2  # for the last events to leave
-        while any(one.followers for one in self.known.values()) and time.monotonic() < deadline:  # noqa: ASYNC110 - bounded
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.1)  # the last events leave
 
     def check_admission(self, client: str) -> None:
         """Raise what `submit` would raise for this client now."""
@@ -1223,13 +1221,6 @@ class GenerationQueue:
             generation.prompt = prompt
             self._dispatch()
 
-    def join(self, client: str, key: str, fingerprint: bytes) -> Generation | None:
-        """The generation that this `Idempotency-Key` stands for; a failed one is forgotten, so a retry is a new try."""
-        before, generation = self.keys.get((client, key), (fingerprint, None))
-        if before != fingerprint:
-            raise IdempotencyConflict
-        return None if generation is None or isinstance(generation.outcome, ApiError) else generation
-
     @contextlib.contextmanager
     def reading(self, client: str) -> Iterator[None]:
         """A document is read without a generation; it counts as one in flight."""
@@ -1245,17 +1236,14 @@ class GenerationQueue:
         """Follow a generation; when all have left it unfinished, and the grace of each is over, it is cancelled."""
         changed = asyncio.Event()
         generation.followers.add(changed)
-        self.keep(generation)
         try:
             yield changed
         finally:
-            generation.followers.discard(changed)
-            self._loop.call_later(grace, self.keep, generation, -1)
+            self._loop.call_later(grace, self._left, generation, changed)
 
-    def keep(self, generation: Generation, holds: int = 1) -> None:
-        """One more who wants it to go on, followed or not, or with -1 one less."""
-        generation.holds += holds
-        if not generation.holds:
+    def _left(self, generation: Generation, follower: asyncio.Event) -> None:
+        generation.followers.remove(follower)
+        if not generation.followers:
             self.end(generation, Cancelled())
 
     def end(self, generation: Generation, reason: ApiError) -> None:
@@ -1555,8 +1543,9 @@ def described(error: BaseException) -> str:
 # ---- Views of a generation ------------------------------------------------------------------------------------------
 
 EVENT_STREAM_HEADERS = {"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"}
-# What `EventEncoder.event` makes of a token, in one go: its id, and the JSON of its texts.
-TOKEN = b'id: %b.%d\ndata: {"type":"token","content":%b,%b"done":false}\n\n'
+# What `EventEncoder.event` makes of a token, in one go: its id, the JSON of its text, and the text so far, escaped.
+TOKEN = b'id: %b.%d\ndata: {"type":"token","content":%b,"done":false}\n\n'
+TOKEN_SO_FAR = b'id: %b.%d\ndata: {"type":"token","content":%b,"accumulated":"%b","done":false}\n\n'
 
 
 def one_line(data: Any) -> bytes:
@@ -1588,12 +1577,13 @@ class EventEncoder:
         """The events not encoded yet, as many as fit into one write."""
         log, parts, size = self.generation.log, [], 0
         while self.seen < len(log) and size < MAX_WRITE:
-            content, accumulated = one_line(log[self.seen]), b""
+            content = one_line(log[self.seen])
             self.seen += 1
             if self._options.accumulated:
                 self._escaped += content[1:-1]
-                accumulated = b'"accumulated":"%b",' % cast(bytes, self._escaped)
-            parts.append(TOKEN % (self._name, self.seen, content, accumulated))
+                parts.append(TOKEN_SO_FAR % (self._name, self.seen, content, cast(bytes, self._escaped)))
+            else:
+                parts.append(TOKEN % (self._name, self.seen, content))
             size += len(parts[-1])
         if parts and self._options.partial:
             badge = pydantic_core.from_json("".join(log[: self.seen]), allow_partial="trailing-strings")
@@ -2120,7 +2110,7 @@ class Api:
         body, generation = await self._submitted(request, model)
         headers = {"x-queue-position": str(generation.position)}
         if "respond-async" in ",".join(request.headers.getlist("prefer")).lower():
-            self.queue.keep(generation)
+            generation.followers.add(asyncio.Event())  # who never leaves
             state = accepted(generation, request.state.prefix)
             headers |= {"location": state["events"].removesuffix("/events"), "preference-applied": "respond-async"}
             return as_json(state, 202, headers)
@@ -2179,15 +2169,19 @@ class Api:
         elif not re.fullmatch(r"[\x21-\x7e]{1,255}", key):
             raise invalid({("header", "Idempotency-Key"): "must be 1 to 255 visible characters"})
         body, notes = await self._body(request, model)
-        joined = queue.join(state.client, key, body.fingerprint()) if key is not None else None
+        owner, fingerprint = (state.client, key), body.fingerprint()
+        before, known = queue.keys.get(owner, (fingerprint, None))
+        if before != fingerprint:
+            raise IdempotencyConflict
+        if known and not isinstance(known.outcome, ApiError):  # after a failure a retry is a new try
+            state.generation = known
+            return body, known
         # Priority (RFC 9218), from 0 to 7; one that cannot be read is none.
         priority = re.search(r"(?:^|[,\s])u=([0-7])(?![^,;\s])", request.headers.get("priority", ""))
         urgency = int(priority[1]) if priority else 3
-        state.generation = generation = joined or queue.submit(state.client, state.request_id, urgency)
-        if joined:
-            return body, generation
+        state.generation = generation = queue.submit(state.client, state.request_id, urgency)
         if key is not None:
-            queue.keys[state.client, key] = body.fingerprint(), generation
+            queue.keys[owner] = fingerprint, generation
         try:
             read = await self.readers.ask("text", state.client, content=body.content)
             if not re.search(VISIBLE, read["text"]):

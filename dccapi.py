@@ -1149,7 +1149,6 @@ class GenerationQueue:
         self.metrics = Metrics(settings, self)
         self.running: dict[Generation, asyncio.Task[Answer]] = {}  # a worker each, until the engine call is closed
         self.draining = False
-        self.beats = 0  # of HEARTBEAT, a little early, so that a busy moment does not make one late
         self.waiting: dict[Generation, None] = {}  # in order of arrival
         self.documents: list[str] = []  # the clients of those that are read
         self._starts = 0
@@ -1163,17 +1162,9 @@ class GenerationQueue:
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
         await self.engine.start()
-        self._beat()
-
-    def _beat(self) -> None:
-        self._next_beat = self._loop.call_later(self.settings.heartbeat * 0.9, self._beat)
-        self.beats += 1
-        for generation in self.known.values():
-            generation.wake()
 
     async def stop(self) -> None:
         await self.drain()
-        self._next_beat.cancel()
         await self.engine.stop()
         await self.readers.stop()
 
@@ -1411,10 +1402,9 @@ class GenerationQueue:
         is_short = word_count(course.text) < (FEWEST_OF_TINY if self.engine.is_tiny else FEWEST_TO_SIFT)
         if is_short or not self.engine.sifts or request.language not in (None, course.language):
             return sieve()
-        text = prompt.user.partition("</course>")[0].removeprefix("<course>\n")  # as much as the model has read
-        lists = {name: part for name, part in prompt.schema["properties"].items() if name in Badge.model_fields}
-        counts = {name: (part["minItems"], part["maxItems"]) for name, part in lists.items() if "items" in part}
-        return sieve(text, course.language, [*request.options.values()], counts, is_tiny=self.engine.is_tiny)
+        lists = {name: part for name, part in prompt.schema["properties"].items() if "items" in part}
+        counts = {name: (part["minItems"], part["maxItems"]) for name, part in lists.items()}
+        return sieve(course.text, course.language, [*request.options.values()], counts, is_tiny=self.engine.is_tiny)
 
     def _title(self, prompt: Prompt, sieve: Sieve, is_first: bool, title: str) -> str | None:
         """What becomes of a title without a word of the course: the first is refused, the next becomes the course's.
@@ -1606,15 +1596,17 @@ async def event_stream(
     queue: GenerationQueue, encoder: EventEncoder, grace: float, scope: Scope, receive: Receive, send: Send
 ) -> None:
     """A generation as `text/event-stream`: queue positions, tokens, the end, and a comment with each heartbeat."""
-    generation, position, beats, chunk = encoder.generation, -1, queue.beats, b"retry: 1000\n\n"
+    generation, position, beat, next_beat = encoder.generation, -1, b"retry: 1000\n\n", 0.0
+    heartbeat = queue.settings.heartbeat * 0.9  # so that a busy moment does not make one late
     headers = Headers(EVENT_STREAM_HEADERS | {"x-queue-position": str(generation.position)}).raw
     with queue.following(generation, grace) as changed:
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         while True:
             changed.clear()
-            if queue.beats != beats:
-                beats = queue.beats
-                chunk += b": heartbeat\n\n"
+            chunk = b""
+            if (now := time.monotonic()) >= next_beat:
+                chunk, beat, next_beat = beat, b": heartbeat\n\n", now + heartbeat
+                asyncio.get_running_loop().call_later(heartbeat, changed.set)
             if generation.position != position and generation.outcome is None:
                 position = generation.position
                 place = {"position": position, "estimated_wait": queue.estimated_wait(position)}
@@ -1626,7 +1618,6 @@ async def event_stream(
                 return
             # Where there is more, others have their turn first.
             await (changed.wait() if len(chunk) < MAX_WRITE else asyncio.sleep(0))
-            chunk = b""
 
 
 async def finished(queue: GenerationQueue, generation: Generation) -> Answer:

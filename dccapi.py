@@ -874,7 +874,7 @@ def _tidied(node: Any) -> Any:
 
 
 def build_achievement(
-    badge: Badge, request: GenerateRequest | None = None, tags: Sequence[str] = (), alignments: Sequence[Any] = ()
+    badge: Mapping[str, Any], request: GenerateRequest | None = None, tags: Sequence[str] = (), alignments: Any = ()
 ) -> dict[str, Any]:
     """The badge in Open Badges terms, with what the request knows. A bad URL does not cost the badge."""
     url, name = ((request and request.option(option)) or "" for option in ("institute_url", "institution"))
@@ -885,9 +885,9 @@ def build_achievement(
         "@context": [VC_CONTEXT, OB_CONTEXT],
         "id": (uuid.uuid5(uuid.NAMESPACE_URL, f"{url.rstrip('/')}/{course_id}") if course_id else uuid.uuid4()).urn,
         "type": ["Achievement"],
-        "name": badge.badge_name,
-        "description": badge.badge_description,
-        "criteria": {"narrative": badge.criteria.narrative},
+        "name": badge["badge_name"],
+        "description": badge["badge_description"],
+        "criteria": badge["criteria"],
         "achievementType": "Badge",
         "creator": creator if is_url else None,
         "tag": [tag for tag in dict.fromkeys(tags) if re.search(VISIBLE, tag)],
@@ -955,10 +955,8 @@ def build_credential(request: dict[str, Any]) -> dict[str, Any]:
             part["image"] = {"type": "Image", **({"id": image} if isinstance(image, str) else image)}
     check_request(request)
     get: Callable[..., Any] = {name: _tidied(value) for name, value in request.items() if value is not None}.get
-    if badge := get("badge"):
-        achievement = build_achievement(Badge.model_construct(**{**badge, "criteria": Criteria(**badge["criteria"])}))
-    else:
-        achievement = {"achievementType": "Badge", **get("achievement")}
+    badge = get("badge")
+    achievement = build_achievement(badge) if badge else {"achievementType": "Badge", **get("achievement")}
     contexts = set(achievement.pop("@context", [])) & set(open_badges()[0]["$defs"]["ExtraContext"]["enum"])
     given = {"achievementType": get("achievement_type"), "image": get("image"), "inLanguage": get("in_language")}
     given["alignment"] = [{"type": ["Alignment"], **one} for one in get("alignment", ())]
@@ -1465,7 +1463,7 @@ class GenerationQueue:
             found = {}
         return {
             "response": draft["badge"],
-            "achievement": build_achievement(badge, request, tags, found.pop("alignment", ())),
+            "achievement": build_achievement(draft["badge"], request, tags, found.pop("alignment", ())),
             "model": self.settings.model,
             "usage": {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written},
             "finish_reason": last.finish_reason,

@@ -1176,8 +1176,7 @@ class GenerationQueue:
             await asyncio.wait(calls, timeout=self.settings.drain_timeout)
             for generation in [*self.running]:
                 self.end(generation, ShuttingDown())
-            await asyncio.wait(calls, timeout=1)
-            await asyncio.sleep(0.1)  # the last events leave
+            await asyncio.sleep(0.1)  # these calls are closed, and the last events leave
 
     def check_admission(self, client: str) -> None:
         """Raise what `submit` would raise for this client now."""
@@ -1318,12 +1317,10 @@ class GenerationQueue:
         if not isinstance(outcome, dict | ApiError):
             log.error("generation %s failed: %s", generation.id[:8], described(outcome))
             outcome = EngineError()
-        try:
-            if generation.outcome is None:
-                self._finish(generation, outcome)
-        finally:
-            del self.running[generation]
-            self._dispatch()
+        del self.running[generation]
+        self._loop.call_soon(self._dispatch)  # so that a fault of what follows keeps no worker from the next
+        if generation.outcome is None:
+            self._finish(generation, outcome)
 
     async def _generate(self, generation: Generation) -> Answer:
         """Ask the engine, and again for what it left undone, and put what it writes into the log."""
@@ -1382,13 +1379,11 @@ class GenerationQueue:
         usage, limit = spent[-1], self.engine.context
         reached_limit = usage.finish_reason == "length"
         try:
-            rest = draft.finish(cut=reached_limit)
+            generation.append(draft.finish(cut=reached_limit))
         except InvalidModelOutput:
             if reached_limit and limit and usage.prompt_tokens + usage.completion_tokens >= limit - 1:
                 raise too_long(prompt, limit, usage.prompt_tokens) from None
             raise InvalidModelOutput(CUT_OFF if reached_limit else "") from None
-        if rest:
-            generation.append(rest)
 
     def _sieve(self, prompt: Prompt) -> Sieve:
         """What leaves out repetitions; with small models also what the course does not bear, for which it has words."""
@@ -1616,17 +1611,6 @@ async def event_stream(
                 return
             # Where there is more, others have their turn first.
             await (changed.wait() if len(chunk) < MAX_WRITE else asyncio.sleep(0))
-
-
-async def finished(queue: GenerationQueue, generation: Generation) -> Answer:
-    """Wait for a generation as a client that leaves with its connection."""
-    with queue.following(generation) as changed:
-        while (outcome := generation.outcome) is None:
-            changed.clear()
-            await changed.wait()
-    if isinstance(outcome, ApiError):
-        raise copy(outcome)  # raised, it would keep the request
-    return outcome
 
 
 # ---- Engines --------------------------------------------------------------------------------------------------------
@@ -2105,7 +2089,13 @@ class Api:
             return as_json(state, 202, headers)
         if body.stream or "text/event-stream" in request.headers.get("accept", "").lower():
             return partial(event_stream, self.queue, EventEncoder(generation, body), 0)
-        return as_json(await finished(self.queue, generation), headers=headers)
+        with self.queue.following(generation) as changed:
+            while (outcome := generation.outcome) is None:
+                changed.clear()
+                await changed.wait()
+        if isinstance(outcome, ApiError):
+            raise copy(outcome)  # raised, it would keep the request
+        return as_json(outcome, headers=headers)
 
     async def generation(self, request: Request) -> Response:
         """State and result of a generation. DELETE ends it; its state can still be asked for."""

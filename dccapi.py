@@ -1092,8 +1092,7 @@ class Generation:
     outcome: Answer | ApiError | None = None
     state: Literal["queued", "running", "succeeded", "failed", "cancelled"] = "queued"
     position: int = 0  # in the queue, from 1; 0 = running or done
-    # Also of those who may come back, and of an asynchronous request; without any it is cancelled.
-    followers: set[asyncio.Event] = field(default_factory=set)
+    followers: set[asyncio.Event] = field(default_factory=set)  # also who may come back; without any it is cancelled
     timer: asyncio.TimerHandle = field(init=False)  # of its being overtaken, then of its deadlines, then of its keep
     created: float = field(default_factory=time.monotonic)
     started: float = 0.0  # 0 = it never left the queue
@@ -1260,8 +1259,7 @@ class GenerationQueue:
         One whose course takes long to read is overtaken, but not by what came at the same moment.
         """
         order = self.waiting if self._starts % 8 == 7 else sorted(self.waiting, key=lambda one: one.urgency)
-        same_moment = time.monotonic() - OVERTAKEN_AFTER
-        return next((one for one in order if one.prompt or one.created > same_moment), None)
+        return next((one for one in order if one.prompt or time.monotonic() - one.created < OVERTAKEN_AFTER), None)
 
     def _dispatch(self) -> None:
         """The queue has changed: start what waits while workers are idle, and tell the rest their positions soon."""
@@ -1458,7 +1456,7 @@ class GenerationQueue:
             found = {}
         return {
             "response": draft["badge"],
-            "achievement": build_achievement(draft["badge"], request, tags, found.pop("alignment", ())),
+            "achievement": build_achievement(badge.model_dump(), request, tags, found.pop("alignment", ())),
             "model": self.settings.model,
             "usage": {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written},
             "finish_reason": last.finish_reason,

@@ -1589,9 +1589,8 @@ async def event_stream(
     """A generation as `text/event-stream`: queue positions, tokens, the end, and a comment with each heartbeat."""
     generation, position, beat, next_beat = encoder.generation, -1, b"retry: 1000\n\n", 0.0
     heartbeat = queue.settings.heartbeat * 0.9  # so that a busy moment does not make one late
-    headers = Headers(EVENT_STREAM_HEADERS | {"x-queue-position": str(generation.position)}).raw
     with queue.following(generation, grace) as changed:
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.start", "status": 200, "headers": Headers(EVENT_STREAM_HEADERS).raw})
         while True:
             changed.clear()
             chunk = b""

@@ -860,7 +860,7 @@ def _tidied(node: Any) -> Any:
 
 
 def build_achievement(
-    badge: Badge, request: GenerateRequest | None = None, tags: Sequence[str] = (), alignments: Sequence[Any] = ()
+    badge: Mapping[str, Any], request: GenerateRequest | None = None, tags: Sequence[str] = (), alignments: Any = ()
 ) -> dict[str, Any]:
     """The badge in Open Badges terms, with what the request knows. A bad URL does not cost the badge."""
     url, name = ((request and request.option(option)) or "" for option in ("institute_url", "institution"))
@@ -871,9 +871,9 @@ def build_achievement(
         "@context": [VC_CONTEXT, OB_CONTEXT],
         "id": (uuid.uuid5(uuid.NAMESPACE_URL, f"{url.rstrip('/')}/{course_id}") if course_id else uuid.uuid4()).urn,
         "type": ["Achievement"],
-        "name": badge.badge_name,
-        "description": badge.badge_description,
-        "criteria": {"narrative": badge.criteria.narrative},
+        "name": badge["badge_name"],
+        "description": badge["badge_description"],
+        "criteria": badge["criteria"],
         "achievementType": "Badge",
         "creator": creator if is_url else None,
         "tag": [tag for tag in dict.fromkeys(tags) if re.search(VISIBLE, tag)],
@@ -941,10 +941,8 @@ def build_credential(request: dict[str, Any]) -> dict[str, Any]:
             part["image"] = {"type": "Image", **({"id": image} if isinstance(image, str) else image)}
     check_request(request)
     get: Callable[..., Any] = {name: _tidied(value) for name, value in request.items() if value is not None}.get
-    if badge := get("badge"):
-        achievement = build_achievement(Badge.model_construct(**{**badge, "criteria": Criteria(**badge["criteria"])}))
-    else:
-        achievement = {"achievementType": "Badge", **get("achievement")}
+    badge = get("badge")
+    achievement = build_achievement(badge) if badge else {"achievementType": "Badge", **get("achievement")}
     contexts = set(achievement.pop("@context", [])) & set(open_badges()[0]["$defs"]["ExtraContext"]["enum"])
     given = {"achievementType": get("achievement_type"), "image": get("image"), "inLanguage": get("in_language")}
     given["alignment"] = [{"type": ["Alignment"], **one} for one in get("alignment", ())]
@@ -1080,8 +1078,7 @@ class Generation:
     outcome: Answer | ApiError | None = None
     state: Literal["queued", "running", "succeeded", "failed", "cancelled"] = "queued"
     position: int = 0  # in the queue, from 1; 0 = running or done
-    followers: set[asyncio.Event] = field(default_factory=set)
-    holds: int = 0  # followers, those who may come back, and an asynchronous request; without any it is cancelled
+    followers: set[asyncio.Event] = field(default_factory=set)  # also who may come back; without any it is cancelled
     timer: asyncio.TimerHandle = field(init=False)  # of its being overtaken, then of its deadlines, then of its keep
     created: float = field(default_factory=time.monotonic)
     started: float = 0.0  # 0 = it never left the queue
@@ -1105,17 +1102,12 @@ class Metrics:
     def __init__(self, settings: Settings, queue: GenerationQueue) -> None:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
-        names = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model")
-
-        def histogram(name: str, help: str, buckets: Sequence[float], *labels: str) -> partial[Histogram]:
-            made = Histogram(name, help, [*names, *labels], buckets=buckets, registry=registry)
-            return partial(made.labels, "generate_content", settings.engine, settings.model)
-
-        self.duration = histogram("gen_ai_server_request_duration_seconds", "Of engine calls", SECONDS, "error_type")
-        self.first = histogram("gen_ai_server_time_to_first_token_seconds", "From the call to the first token", SECONDS)
-        self.each = histogram("gen_ai_server_time_per_output_token_seconds", "Between later tokens", SECONDS)
-        self.tokens = histogram("gen_ai_client_token_usage", "Of a finished generation", TOKENS, "gen_ai_token_type")
-        self.wait = histogram("dccapi_queue_wait_seconds", "From admission to the engine call", SECONDS)
+        histogram = partial(Histogram, registry=registry, buckets=SECONDS)
+        self.duration = histogram("gen_ai_server_request_duration_seconds", "Of engine calls", ["error_type"])
+        self.first = histogram("gen_ai_server_time_to_first_token_seconds", "From the call to the first token")
+        self.each = histogram("gen_ai_server_time_per_output_token_seconds", "Between later tokens")
+        self.tokens = histogram("gen_ai_client_token_usage", "Of a generation", ["gen_ai_token_type"], buckets=TOKENS)
+        self.wait = histogram("dccapi_queue_wait_seconds", "From admission to the engine call")
         ended = "Ended generations: succeeded, cancelled or an error_code; `key` is the name of the client's API key"
         self.generations = Counter("dccapi_generations", ended, ["outcome", "key"], registry=registry)
         self.rejections = Counter("dccapi_rejections", "Refused without a generation", ["reason"], registry=registry)
@@ -1135,13 +1127,12 @@ class GenerationQueue:
         self.metrics = Metrics(settings, self)
         self.running: dict[Generation, asyncio.Task[Answer]] = {}  # a worker each, until the engine call is closed
         self.draining = False
-        self.beats = 0  # of HEARTBEAT, a little early, so that a busy moment does not make one late
         self.waiting: dict[Generation, None] = {}  # in order of arrival
         self.documents: list[str] = []  # the clients of those that are read
         self._starts = 0
         self.known: dict[str, Generation] = {}
         self._finished: dict[Generation, int] = {}  # and about how many bytes it keeps
-        self.keys: dict[tuple[str, str], tuple[bytes, Generation]] = {}
+        self.keys: dict[tuple[str, str | None], tuple[bytes, Generation]] = {}  # by client and `Idempotency-Key`
         self._service_time = 0.0  # of a generation, in seconds; the newest count most
         self._read_until = 0.0  # when the engine had read the last prompt of an ended call
         self._telling: asyncio.TimerHandle | None = None
@@ -1149,17 +1140,9 @@ class GenerationQueue:
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
         await self.engine.start()
-        self._beat()
-
-    def _beat(self) -> None:
-        self._next_beat = self._loop.call_later(self.settings.heartbeat * 0.9, self._beat)
-        self.beats += 1
-        for generation in self.known.values():
-            generation.wake()
 
     async def stop(self) -> None:
         await self.drain()
-        self._next_beat.cancel()
         await self.engine.stop()
         await self.readers.stop()
 
@@ -1173,10 +1156,7 @@ class GenerationQueue:
             await asyncio.wait(calls, timeout=self.settings.drain_timeout)
             for generation in [*self.running]:
                 self.end(generation, ShuttingDown())
-            await asyncio.wait(calls, timeout=1)
-        deadline = time.monotonic() + 2  # for the last events to leave
-        while any(one.followers for one in self.known.values()) and time.monotonic() < deadline:  # noqa: ASYNC110 - bounded
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.1)  # these calls are closed, and the last events leave
 
     def check_admission(self, client: str) -> None:
         """Raise what `submit` would raise for this client now."""
@@ -1209,13 +1189,6 @@ class GenerationQueue:
             generation.prompt = prompt
             self._dispatch()
 
-    def join(self, client: str, key: str, fingerprint: bytes) -> Generation | None:
-        """The generation that this `Idempotency-Key` stands for; a failed one is forgotten, so a retry is a new try."""
-        before, generation = self.keys.get((client, key), (fingerprint, None))
-        if before != fingerprint:
-            raise IdempotencyConflict
-        return None if generation is None or isinstance(generation.outcome, ApiError) else generation
-
     @contextlib.contextmanager
     def reading(self, client: str) -> Iterator[None]:
         """A document is read without a generation; it counts as one in flight."""
@@ -1231,17 +1204,14 @@ class GenerationQueue:
         """Follow a generation; when all have left it unfinished, and the grace of each is over, it is cancelled."""
         changed = asyncio.Event()
         generation.followers.add(changed)
-        self.keep(generation)
         try:
             yield changed
         finally:
-            generation.followers.discard(changed)
-            self._loop.call_later(grace, self.keep, generation, -1)
+            self._loop.call_later(grace, self._left, generation, changed)
 
-    def keep(self, generation: Generation, holds: int = 1) -> None:
-        """One more who wants it to go on, followed or not, or with -1 one less."""
-        generation.holds += holds
-        if not generation.holds:
+    def _left(self, generation: Generation, follower: asyncio.Event) -> None:
+        generation.followers.remove(follower)
+        if not generation.followers:
             self.end(generation, Cancelled())
 
     def end(self, generation: Generation, reason: ApiError) -> None:
@@ -1270,8 +1240,7 @@ class GenerationQueue:
         One whose course takes long to read is overtaken, but not by what came at the same moment.
         """
         order = self.waiting if self._starts % 8 == 7 else sorted(self.waiting, key=lambda one: one.urgency)
-        same_moment = time.monotonic() - OVERTAKEN_AFTER
-        return next((one for one in order if one.prompt or one.created > same_moment), None)
+        return next((one for one in order if one.prompt or time.monotonic() - one.created < OVERTAKEN_AFTER), None)
 
     def _dispatch(self) -> None:
         """The queue has changed: start what waits while workers are idle, and tell the rest their positions soon."""
@@ -1327,12 +1296,10 @@ class GenerationQueue:
         if not isinstance(outcome, dict | ApiError):
             log.error("generation %s failed: %s", generation.id[:8], described(outcome))
             outcome = EngineError()
-        try:
-            if generation.outcome is None:
-                self._finish(generation, outcome)
-        finally:
-            del self.running[generation]
-            self._dispatch()
+        del self.running[generation]
+        self._loop.call_soon(self._dispatch)  # so that a fault of what follows keeps no worker from the next
+        if generation.outcome is None:
+            self._finish(generation, outcome)
 
     async def _generate(self, generation: Generation) -> Answer:
         """Ask the engine, and again for what it left undone, and put what it writes into the log."""
@@ -1391,13 +1358,11 @@ class GenerationQueue:
         usage, limit = spent[-1], self.engine.context
         reached_limit = usage.finish_reason == "length"
         try:
-            rest = draft.finish(cut=reached_limit)
+            generation.append(draft.finish(cut=reached_limit))
         except InvalidModelOutput:
             if reached_limit and limit and usage.prompt_tokens + usage.completion_tokens >= limit - 1:
                 raise too_long(prompt, limit, usage.prompt_tokens) from None
             raise InvalidModelOutput(CUT_OFF if reached_limit else "") from None
-        if rest:
-            generation.append(rest)
 
     def _sieve(self, prompt: Prompt) -> Sieve:
         """What leaves out repetitions; with small models also what the course does not bear, for which it has words."""
@@ -1409,10 +1374,9 @@ class GenerationQueue:
         is_short = word_count(course.text) < (FEWEST_OF_TINY if self.engine.is_tiny else FEWEST_TO_SIFT)
         if is_short or not self.engine.sifts or request.language not in (None, course.language):
             return sieve()
-        text = prompt.user.partition("</course>")[0].removeprefix("<course>\n")  # as much as the model has read
-        lists = {name: part for name, part in prompt.schema["properties"].items() if name in Badge.model_fields}
-        counts = {name: (part["minItems"], part["maxItems"]) for name, part in lists.items() if "items" in part}
-        return sieve(text, course.language, [*request.options.values()], counts, is_tiny=self.engine.is_tiny)
+        lists = {name: part for name, part in prompt.schema["properties"].items() if "items" in part}
+        counts = {name: (part["minItems"], part["maxItems"]) for name, part in lists.items()}
+        return sieve(course.text, course.language, [*request.options.values()], counts, is_tiny=self.engine.is_tiny)
 
     def _title(self, prompt: Prompt, sieve: Sieve, is_first: bool, title: str) -> str | None:
         """What becomes of a title without a word of the course: the first is refused, the next becomes the course's.
@@ -1473,7 +1437,7 @@ class GenerationQueue:
             found = {}
         return {
             "response": draft["badge"],
-            "achievement": build_achievement(badge, request, tags, found.pop("alignment", ())),
+            "achievement": build_achievement(badge.model_dump(), request, tags, found.pop("alignment", ())),
             "model": self.settings.model,
             "usage": {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written},
             "finish_reason": last.finish_reason,
@@ -1517,17 +1481,17 @@ class GenerationQueue:
         fields |= {"queue_seconds": round(queue_seconds, 3), "seconds": round(seconds, 3)}
         metrics.generations.labels(code or "succeeded", generation.client if settings.keys else "").inc()
         if started:
-            metrics.wait().observe(queue_seconds)
-            metrics.duration(code).observe(seconds)
+            metrics.wait.observe(queue_seconds)
+            metrics.duration.labels(code).observe(seconds)
         if first:
             fields["first_token_seconds"] = round(first - started, 3)
-            metrics.first().observe(first - started)
+            metrics.first.observe(first - started)
         if usage:
             fields["prompt_tokens"] = usage["prompt_tokens"]
-            metrics.tokens("input").observe(usage["prompt_tokens"])
-            metrics.tokens("output").observe(written)
+            metrics.tokens.labels("input").observe(usage["prompt_tokens"])
+            metrics.tokens.labels("output").observe(written)
             if written > 1:
-                metrics.each().observe((generation.last - first) / (written - 1))
+                metrics.each.observe((generation.last - first) / (written - 1))
         fields |= {"tokens": written, "finish_reason": code or answer["finish_reason"]}
         told = " ".join(f"{name}={value}" for name, value in fields.items())
         log.info(f"generation {told}", extra={"fields": {"message": "generation", **fields}})
@@ -1538,11 +1502,12 @@ def described(error: BaseException) -> str:
     return f"{type(error).__name__}, raised at\n{''.join(traceback.format_tb(error.__traceback__))}".rstrip()
 
 
-# ---- Views of a generation ------------------------------------------------------------------------------------------
+# ---- The events of a generation -------------------------------------------------------------------------------------
 
 EVENT_STREAM_HEADERS = {"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"}
-# What `EventEncoder.event` makes of a token, in one go: its id, and the JSON of its texts.
-TOKEN = b'id: %b.%d\ndata: {"type":"token","content":%b,%b"done":false}\n\n'
+# What `EventEncoder.event` makes of a token, in one go: its id, the JSON of its text, and the text so far, escaped.
+TOKEN = b'id: %b.%d\ndata: {"type":"token","content":%b,"done":false}\n\n'
+TOKEN_SO_FAR = b'id: %b.%d\ndata: {"type":"token","content":%b,"accumulated":"%b","done":false}\n\n'
 
 
 def one_line(data: Any) -> bytes:
@@ -1574,12 +1539,13 @@ class EventEncoder:
         """The events not encoded yet, as many as fit into one write."""
         log, parts, size = self.generation.log, [], 0
         while self.seen < len(log) and size < MAX_WRITE:
-            content, accumulated = one_line(log[self.seen]), b""
+            content = one_line(log[self.seen])
             self.seen += 1
             if self._options.accumulated:
                 self._escaped += content[1:-1]
-                accumulated = b'"accumulated":"%b",' % cast(bytes, self._escaped)
-            parts.append(TOKEN % (self._name, self.seen, content, accumulated))
+                parts.append(TOKEN_SO_FAR % (self._name, self.seen, content, cast(bytes, self._escaped)))
+            else:
+                parts.append(TOKEN % (self._name, self.seen, content))
             size += len(parts[-1])
         if parts and self._options.partial:
             badge = pydantic_core.from_json("".join(log[: self.seen]), allow_partial="trailing-strings")
@@ -1602,15 +1568,16 @@ async def event_stream(
     queue: GenerationQueue, encoder: EventEncoder, grace: float, scope: Scope, receive: Receive, send: Send
 ) -> None:
     """A generation as `text/event-stream`: queue positions, tokens, the end, and a comment with each heartbeat."""
-    generation, position, beats, chunk = encoder.generation, -1, queue.beats, b"retry: 1000\n\n"
-    headers = Headers(EVENT_STREAM_HEADERS | {"x-queue-position": str(generation.position)}).raw
+    generation, position, beat, next_beat = encoder.generation, -1, b"retry: 1000\n\n", 0.0
+    heartbeat = queue.settings.heartbeat * 0.9  # so that a busy moment does not make one late
     with queue.following(generation, grace) as changed:
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.start", "status": 200, "headers": Headers(EVENT_STREAM_HEADERS).raw})
         while True:
             changed.clear()
-            if queue.beats != beats:
-                beats = queue.beats
-                chunk += b": heartbeat\n\n"
+            chunk = b""
+            if (now := time.monotonic()) >= next_beat:
+                chunk, beat, next_beat = beat, b": heartbeat\n\n", now + heartbeat
+                asyncio.get_running_loop().call_later(heartbeat, changed.set)
             if generation.position != position and generation.outcome is None:
                 position = generation.position
                 place = {"position": position, "estimated_wait": queue.estimated_wait(position)}
@@ -1622,18 +1589,6 @@ async def event_stream(
                 return
             # Where there is more, others have their turn first.
             await (changed.wait() if len(chunk) < MAX_WRITE else asyncio.sleep(0))
-            chunk = b""
-
-
-async def finished(queue: GenerationQueue, generation: Generation) -> Answer:
-    """Wait for a generation as a client that leaves with its connection."""
-    with queue.following(generation) as changed:
-        while (outcome := generation.outcome) is None:
-            changed.clear()
-            await changed.wait()
-    if isinstance(outcome, ApiError):
-        raise copy(outcome)  # raised, it would keep the request
-    return outcome
 
 
 # ---- Engines --------------------------------------------------------------------------------------------------------
@@ -2103,13 +2058,19 @@ class Api:
         body, generation = await self._submitted(request, model)
         headers = {"x-queue-position": str(generation.position)}
         if "respond-async" in ",".join(request.headers.getlist("prefer")).lower():
-            self.queue.keep(generation)
+            generation.followers.add(asyncio.Event())  # who never leaves
             path = f"{request.state.prefix}/api/v1/generations/{generation.id}"
             headers |= {"location": path, "preference-applied": "respond-async"}
             return as_json({"id": generation.id, "status": generation.state, "events": f"{path}/events"}, 202, headers)
         if body.stream or "text/event-stream" in request.headers.get("accept", "").lower():
             return partial(event_stream, self.queue, EventEncoder(generation, body), 0)
-        return as_json(await finished(self.queue, generation), headers=headers)
+        with self.queue.following(generation) as changed:
+            while (outcome := generation.outcome) is None:
+                changed.clear()
+                await changed.wait()
+        if isinstance(outcome, ApiError):
+            raise copy(outcome)  # raised, it would keep the request
+        return as_json(outcome, headers=headers)
 
     async def generation(self, request: Request) -> Response:
         """State and result of a generation. DELETE ends it; its state can still be asked for."""
@@ -2175,15 +2136,19 @@ class Api:
         body = model.read(fields, state.ignored, strict=False if is_text else None)
         body = body.model_copy(update=StreamOptions.read(query).model_dump(exclude_unset=True))
 
-        if key and (joined := queue.join(state.client, key, body.fingerprint())):
-            state.generation = joined
-            return body, joined
+        owner, fingerprint = (state.client, key), body.fingerprint()
+        before, known = queue.keys.get(owner, (fingerprint, None))
+        if before != fingerprint:
+            raise IdempotencyConflict
+        if known and not isinstance(known.outcome, ApiError):  # after a failure a retry is a new try
+            state.generation = known
+            return body, known
         # Priority (RFC 9218), from 0 to 7; one that cannot be read is none.
         priority = re.search(r"(?:^|[,\s])u=([0-7])(?![^,;\s])", request.headers.get("priority", ""))
         urgency = int(priority[1]) if priority else 3
         state.generation = generation = queue.submit(state.client, state.request_id, urgency)
-        if key:
-            queue.keys[state.client, key] = body.fingerprint(), generation
+        if key is not None:
+            queue.keys[owner] = fingerprint, generation
         try:
             read = await self.readers.ask("text", state.client, content=body.content)
             if not re.search(VISIBLE, read["text"]):

@@ -133,7 +133,7 @@ def test_the_achievement_of_a_generation_is_valid_and_says_what_the_request_know
             "badge_configuration": {"institution": "Harbour {{School}}", "institute_url": "https://h.edu"},
         }
     )
-    document = dccapi.build_achievement(dccapi.Badge.model_validate(BADGE), request, ["knots", "", "ropes", "knots"])
+    document = dccapi.build_achievement(BADGE, request, ["knots", "", "ropes", "knots"])
     assert judge.judge(document, "achievement", checks=checks)["valid"]
     assert list(document)[:6] == ["@context", "id", "type", "name", "description", "criteria"]
     assert document["creator"] == {
@@ -145,7 +145,7 @@ def test_the_achievement_of_a_generation_is_valid_and_says_what_the_request_know
 
 def test_an_achievement_says_nothing_that_is_not_known() -> None:
     request = dccapi.GenerateRequest.model_validate({"content": "Knots", "institution": "Harbour School"})
-    document = dccapi.build_achievement(dccapi.Badge.model_validate(BADGE), request)
+    document = dccapi.build_achievement(BADGE, request)
     assert set(document) == {"@context", "id", "type", "name", "description", "criteria", "achievementType"}
     assert document["criteria"] == BADGE["criteria"]
     expanded(document)
@@ -156,13 +156,13 @@ def test_an_achievement_says_nothing_that_is_not_known() -> None:
 def test_an_institution_that_cannot_be_written_does_not_cost_the_badge(institution: str, url: str) -> None:
     fields = {"content": "Knots", "institution": institution, "institute_url": url}
     request = dccapi.GenerateRequest.model_validate(fields)
-    document = dccapi.build_achievement(dccapi.Badge.model_validate(BADGE), request)
+    document = dccapi.build_achievement(BADGE, request)
     assert document.get("creator", {}).get("name") in (None, "x")
     assert ("creator" in document) == (url == "https://h.edu/")
 
 
 def test_an_achievement_of_ours_can_be_posted_back() -> None:
-    achievement = dccapi.build_achievement(dccapi.Badge.model_validate(BADGE))
+    achievement = dccapi.build_achievement(BADGE)
     document = credential(achievement=achievement, recipient_id="did:key:z6Mk")
     assert document["credentialSubject"]["id"] == "did:key:z6Mk"
     assert document["credentialSubject"]["achievement"] == {k: v for k, v in achievement.items() if k != "@context"}

@@ -248,11 +248,11 @@ async def test_an_asynchronous_generation_survives_the_grace_of_an_earlier_follo
         await connection.headers(follower)
         connection.reset(first)
         connection.reset(follower)
-        await eventually(lambda: not generation.followers)
+        await eventually(lambda: len(generation.followers) == 1)
         prefer = [*key, ("prefer", "respond-async")]
         accepted = await connection.response(await connection.request("POST", "/generate", prefer, COURSE))
         assert accepted.status == 202
-        await eventually(lambda: generation.holds == 1, what="the end of the grace")
+        await eventually(lambda: len(generation.followers) == 1, what="the end of the grace")
         assert generation.state == "running"
 
 
@@ -264,7 +264,7 @@ async def test_a_client_that_leaves_long_after_an_eventsource_frees_its_worker_a
         follower = await connection.request("GET", f"/generations/{generation.id}/events")
         await connection.headers(follower)
         connection.reset(follower)
-        await eventually(lambda: generation.holds == 1, what="the end of the grace")
+        await eventually(lambda: len(generation.followers) == 1, what="the end of the grace")
         assert not call.closed_by_client.is_set()
         connection.reset(first)
         await asyncio.wait_for(call.closed_by_client.wait(), 0.15)

@@ -339,7 +339,7 @@ async def test_without_room_for_its_body_a_request_is_refused_and_keeps_no_place
 
 async def test_what_a_killed_child_leaves_behind_is_waited_for() -> None:
     """As process 1 of a container, which inherits it, is made one by prctl here."""
-    libc, orphans = ctypes.CDLL(None), "import os, time; print(os.fork(), flush=True); time.sleep(0.2)"
+    libc, orphans = ctypes.CDLL(None), "import os, time; (pid := os.fork()) and print(pid, flush=True); time.sleep(0.2)"
     libc.prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
     try:
         child = await dccapi._started("-c", orphans)
@@ -403,13 +403,13 @@ async def test_failed_generations_keep_no_course_in_their_tracebacks() -> None:
 
 async def test_a_generation_that_succeeded_as_it_was_cancelled_has_succeeded_for_its_key() -> None:
     async with serving() as service:
-        finish = service.queue._finish
+        closed = service.queue._closed
 
         def cancelled_last(generation: Any, *rest: Any) -> None:
             service.queue.end(generation, dccapi.Cancelled())
-            finish(generation, *rest)
+            closed(generation, *rest)
 
-        service.queue._finish = cancelled_last  # type: ignore[method-assign]
+        service.queue._closed = cancelled_last  # type: ignore[method-assign]
         answers = [(await ask(service, headers=[("idempotency-key", "k")])).body for _ in range(2)]
         assert answers[0] == answers[1]
         assert len(service.engine.calls) == 1

@@ -425,7 +425,7 @@ def answered() -> Examples:
     """Examples of answers, by schema and name; what is random or of today is fixed."""
     answer = {
         "response": BADGE.model_dump(),
-        "achievement": dccapi.build_achievement(BADGE) | {"id": URN},
+        "achievement": dccapi.build_achievement(BADGE.model_dump()) | {"id": URN},
         "model": "phi4badges",
         "usage": {"prompt_tokens": 540, "completion_tokens": 96, "total_tokens": 636},
         "finish_reason": "stop",

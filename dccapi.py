@@ -593,7 +593,7 @@ _TAGS = r"<~(?:seed:)?(?:think|thinking|thoughts?|reasoning)>|\[~THINK\]|◁~thi
 _STARTS = r"<\|(?:begin_of_thought|start_thinking)\|>|<\|channel\|?>\s*(?:analysis|commentary|thought)"
 _ENDS = r"<\|end_(?:of_thought|thinking)\|>|<\|channel\|?>\s*final|assistantfinal|<channel\|>"
 _CLOSES, _OPENS = _TAGS.replace("~", "/") + "|" + _ENDS, _TAGS.replace("~", "") + "|" + _STARTS
-MARK = re.compile(rf"(?i)(?P<closes>{_CLOSES})|(?P<opens>{_OPENS})|(?P<object>\{{\s*(?:\"|\Z))")
+MARK = re.compile(rf"(?i)(?P<closes>{_CLOSES})|(?P<opens>{_OPENS})|\{{(?=\s*(?:\"|\Z))")
 LONGEST_MARK = 64
 MAX_WASTED = 2**19  # characters of the objects of one text that are read and are no badge: they may lie in each other
 MAX_DEPTH = 8  # of objects around the badge
@@ -602,8 +602,8 @@ BULLET = re.compile(r"\A\s*(?:[-*•·.]\s+)?")
 FULL_STOP = re.compile(r"(?<=[^\s.!?…])[.!?。！？।]\Z")
 TITLE_LABEL = re.compile(r"(?i)\A\s*badge(?:[ _](?:name|title))?\s*:(?=.*\w)")
 PLAIN = re.compile(r'[^"\\<&]+\Z')
-# Of a JSON text: what comes next, and what follows a number or a word. Commas do not matter.
-AHEAD, AFTER_WORD = re.compile(r"[\s,]++|(?=([^\s,]))"), re.compile(r'[^\s,:"\[\]{}]++|(?=([\s,:"\[\]{}]))')
+# Of a JSON text: the next mark, or the first character of a number or a word. Commas do not matter.
+AHEAD = re.compile(r'[\s,]++|(?<=[^\s,:"\[\]{}])[^\s,:"\[\]{}]++|([^\s,])')
 # Of a JSON string: its end, a run of characters, or an escape sequence once it is whole, both halves of a pair.
 _HIGH, _LOW = r"\\u[dD][89abAB][\da-fA-F]{2}", r"\\u[dD][c-fC-F][\da-fA-F]{2}"
 _BEGUN = rf"(?:\\(?:u[\da-fA-F]{{0,3}})?|{_HIGH}(?:\\(?:u[\da-fA-F]{{0,3}})?)?)\Z"
@@ -618,7 +618,8 @@ TitleCheck = Callable[[str], str | None]
 class Draft:
     """The badge in what a model writes, whatever stands around it: prose, fences, thoughts.
 
-    Sans I/O: the text is read by generators, which yield wherever they need more of it.
+    Sans I/O: the text is read by generators. Wherever they need more of it, they yield whether a piece may be taken as
+    it is, since it can only continue a text of the badge.
 
     What is returned is, put together, the JSON of the badge: the fields that are `kept`, then those that the model
     writes, in its order. Texts are trimmed; a list of sentences becomes a paragraph, a list of items a Markdown list.
@@ -643,22 +644,21 @@ class Draft:
         self._wasted = 0  # characters of objects that were no badge
         self._said = ""  # what is written of a text
         self._is_told = False  # whether the object that was read last is told as it is written
-        self._is_plain = False  # whether the next piece continues the text, and may be taken as it is
+        self._is_plain = False  # what the generators yielded last
         self._has_told = self._has_ended = self._is_cut = False
         self._run = self._document()
 
     def feed(self, piece: str) -> str:
         """What this piece of the model's text adds to the JSON of the badge. Raises InvalidModelOutput for nonsense."""
-        # As most are: no escape sequence has begun, and there is nothing to decode, to trim or to end in it.
-        is_plain = self._is_plain and self._at == len(self._text)
-        if is_plain and piece.isprintable() and piece[-1:] != " " and PLAIN.match(piece):
+        # As most are: there is nothing to decode, to trim or to end in it.
+        if self._is_plain and piece.isprintable() and piece[-1:] != " " and PLAIN.match(piece):
             self._plain.append(piece)
             return piece if self._is_told else ""
         said = "".join(self._plain)
         self._plain.clear()
         self._text, self._at, self._said = self._text + said + piece, self._at + len(said), self._said + said
         self._out = ""
-        next(self._run, None)
+        self._is_plain = next(self._run, False)
         return self._out
 
     def finish(self, cut: bool) -> str:
@@ -670,7 +670,7 @@ class Draft:
             raise InvalidModelOutput
         return rendered + ("}" if self._is_told else self.joint + orjson.dumps(self.badge.model_dump()).decode()[1:])
 
-    def _document(self) -> Iterator[None]:
+    def _document(self) -> Iterator[bool]:
         """Read every object that may be the badge, until one was told whole."""
         while True:
             mark = MARK.search(self._text, self._at)
@@ -680,20 +680,19 @@ class Draft:
             self._at = mark.end() if mark else end
             if mark is None:
                 self._text, self._at = self._text[end:], 0
-                yield
+                yield False
             elif mark["closes"]:
                 self.badge = self.badge if self._place == "thoughts" else None  # it was an idea
                 self._place = "answer"
             elif mark["opens"]:
                 self._place = "thoughts"
             elif self._place != "thoughts" and not (self.badge and self._is_told):
-                self._at = end
                 yield from self._candidate()
 
-    def _candidate(self) -> Iterator[None]:
+    def _candidate(self) -> Iterator[bool]:
         """Read an object: it is the badge, or the badge may be in it."""
         start = self._at
-        self._fields: dict[str, Any] = {}
+        self._fields: dict[str, Any] = {**self._kept}
         self._tags: list[str] = []
         # What a list may not repeat: the field and the text.
         self._items = [(name, str(text)) for name, text in self._kept.items() if name == "badge_name"]
@@ -702,40 +701,42 @@ class Draft:
         with contextlib.suppress(InvalidModelOutput):
             yield from self._object({name: name for name in Badge.model_fields})
         try:
-            self.badge = Badge.model_validate({**self._kept, **self._fields})
+            self.badge = Badge.model_validate(self._fields)
             self.badge._tags = tuple(NOT_TEXT.sub("", self._sieve.bare(tag)) for tag in self._tags)
         except ValidationError:  # a field is missing, or the name is too long
             self._is_told = False
-            self._wasted, self._at = self._wasted + self._at - start + LONGEST_MARK, start + 1
+            self._wasted, self._at = self._wasted + self._at - start + LONGEST_MARK, start
             if self._wasted > MAX_WASTED:
                 raise InvalidModelOutput from None
 
-    def _object(self, names: Mapping[str, str], depth: int = 0) -> Iterator[None]:
-        """An object; `names` has the fields of the badge by the keys that they have in it."""
-        while (yield from self._next(AHEAD)) == "{":  # some models open it twice
-            self._at += 1
-        while (yield from self._next(AHEAD)) != "}":
+    def _object(self, names: Mapping[str, str], depth: int = 0) -> Iterator[bool]:
+        """The rest of an object; `names` has the fields of the badge by the keys that they have in it."""
+        mark = "{"
+        while mark == "{":  # some models open it twice
+            mark = yield from self._next(AHEAD)
+        while mark == '"':
             key = yield from self._string()
-            yield from self._expect(":")
-            first = yield from self._next(AHEAD)
-            name = names.get(key, "")
-            if first == "{" and depth < MAX_DEPTH and (name == "criteria" or not self._fields):
+            if (yield from self._next(AHEAD)) != ":":
+                break
+            name, first = names.get(key, ""), (yield from self._next(AHEAD))
+            if first == "{" and depth < MAX_DEPTH and (name == "criteria" or self._fields == self._kept):
                 # Where no field came before it, the badge may be in there.
                 yield from self._object({"narrative": name} if name == "criteria" else names, depth + 1)
-            elif name and name not in self._fields and name not in self._kept:
+            elif name and name not in self._fields:
                 yield from self._field(name, first)
-            elif first in '"[{':
+            else:
                 are_tags = first == "[" and re.fullmatch("tags?|skills", key)
-                yield from self._strings(self._tags.append if are_tags else str, if_cut="")
-            else:  # a number, true, false or null
-                yield from self._next(AFTER_WORD)
-        self._at += 1
+                yield from self._strings(first, self._tags.append if are_tags else str)
+            mark = yield from self._next(AHEAD)
+        if mark != "}":
+            self._at -= 1  # a mark of thoughts may begin there
+            raise InvalidModelOutput
 
-    def _field(self, name: str, first: str) -> Iterator[None]:
+    def _field(self, name: str, first: str) -> Iterator[bool]:
         """A text, or a list of texts, of the badge."""
         title = None
         if name == "badge_name" and first == '"':
-            text = self._sieve.bare((yield from self._string(if_cut="")))  # half a title is none
+            text = self._sieve.bare((yield from self._string()))
             title = self._title(re.sub(r"[\r\n\t]+", " ", TITLE_LABEL.sub("", text)).strip())
             self.refused = self.refused or title is None
         if first not in '"[' or (name == "badge_name" and title is None):
@@ -748,7 +749,9 @@ class Draft:
         elif first == '"':
             yield from self._string(write=True)
         else:
-            texts = yield from self._strings(lambda text: self._add(name, self._sieve.kept(name, text, self._items)))
+            texts = yield from self._strings(
+                first, lambda text: self._add(name, self._sieve.kept(name, text, self._items))
+            )
             for sentence in self._sieve.more(name, self._items):
                 self._add(name, sentence)
             if not self._said:  # something stands for a list of which nothing is kept, since it can be corrected
@@ -756,26 +759,17 @@ class Draft:
         if PLACEHOLDER.fullmatch(self._said) or self._sieve.echoes(self._said):
             raise InvalidModelOutput
         if name == "badge_description" and self._institution:
-            heading = self._kept.get("badge_name") or self._fields.get("badge_name")
             mention = rf"(?<!\w){re.escape(self._institution.casefold())}(?!\w)"  # MIT is not in "submit"
-            if not re.search(mention, f"{heading} {self._said}".casefold()):
+            if not re.search(mention, f"{self._fields.get('badge_name')} {self._said}".casefold()):
                 self._write(f" ({self._institution})")
         self._write(self._stop)
         self._tell(closing, ", ")
         self._fields[name] = {"narrative": self._said} if name == "criteria" else self._said
 
-    def _string(self, write: bool = False, if_cut: str = '"') -> Generator[None, None, str]:
-        """A string and its closing quote: returned when it is whole, or written, trimmed, as it comes."""
-        yield from self._expect('"')
+    def _string(self, write: bool = False) -> Generator[bool, None, str]:
+        """The rest of a string: returned when it is whole, else "", or written, trimmed, as it comes."""
         text = ""  # all of it, or what is not written yet: white space before more text, and markup until it ends
-        while True:
-            self._is_plain = bool(write and self._said and not text)
-            part = yield from self._next(CHARACTERS, if_cut)
-            self._is_plain = False
-            if part == '"':
-                if write:
-                    self._write(text.rstrip())
-                return text
+        while (part := (yield from self._next(CHARACTERS, bool(write and self._said and not text)))) not in ("", '"'):
             if part[0] == "\\":
                 with contextlib.suppress(ValueError):  # a backslash that escapes nothing stays
                     part = json.loads(f'"{part}"')  # which takes half a surrogate pair as well
@@ -786,32 +780,28 @@ class Draft:
                 said = bare.rstrip()
                 self._write(said if self._said else said.lstrip())
                 text = bare[len(said) :][:MAX_BLANK_RUN] + text[at:]
+        if write:
+            self._write(text.rstrip())
+        return text if part else ""
 
-    def _strings(self, each: Callable[[str], object], if_cut: str = '"') -> Generator[None, None, list[str]]:
-        """A string, list or object; the strings of a list go to `each`. Brackets are counted, not matched."""
+    def _strings(self, mark: str, each: Callable[[str], object]) -> Generator[bool, None, list[str]]:
+        """The rest of a value; the strings of a list go to `each`. Brackets are counted, not matched."""
         depth, texts = 0, list[str]()
         while True:
-            mark = yield from self._next(AHEAD, "]")
+            depth += (mark in "[{") - (mark in "]}")
             if mark == '"':
-                text = BULLET.sub("", (yield from self._string(if_cut=if_cut))).rstrip()
-                if depth == 1:
+                text = BULLET.sub("", (yield from self._string())).rstrip()
+                if depth == 1 and text:
                     texts.append(text)
                     each(text)
-            else:
-                self._at += 1
-                depth += (mark in "[{") - (mark in "]}")
-            if depth == 0:
+            if depth <= 0:
                 return texts
+            mark = yield from self._next(AHEAD)
 
-    def _expect(self, mark: str) -> Iterator[None]:
-        if (yield from self._next(AHEAD)) != mark:
-            raise InvalidModelOutput
-        self._at += 1
+    def _next(self, pattern: re.Pattern[str], is_plain: bool = False) -> Generator[bool, None, str]:
+        """What the pattern's group finds, once it is there; what it matches without its group is skipped.
 
-    def _next(self, pattern: re.Pattern[str], if_cut: str = "") -> Generator[None, None, str]:
-        """What the pattern's group finds, once it is there, and `if_cut` where a token limit cut the text before it.
-
-        What the pattern matches without its group is skipped.
+        Where a token limit cut the text, nothing ends a string, and a bracket the rest.
         """
         while True:
             while found := pattern.match(self._text, self._at):
@@ -819,10 +809,10 @@ class Draft:
                 if found[1]:
                     return found[1]
             if self._has_ended:
-                if if_cut and self._is_cut and self.badge is None:
-                    return if_cut
+                if self._is_cut and self.badge is None:
+                    return "" if pattern is CHARACTERS else "]"
                 raise InvalidModelOutput
-            yield
+            yield is_plain and self._at == len(self._text)  # else an escape sequence has begun
 
     def _add(self, name: str, text: str) -> None:
         """One text of a list. The full stop of a sentence waits, since an institution may come before it."""

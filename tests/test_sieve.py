@@ -124,7 +124,9 @@ def test_a_course_about_markup_keeps_it() -> None:
     assert badge["criteria"]["narrative"] == "- Ends each <li>"
 
 
-@pytest.mark.parametrize("title", ["BADGE: Rope Work", "Badge name: Rope Work", " badge_title:Rope Work", "Rope Work"])
+@pytest.mark.parametrize(
+    "title", ["BADGE: Rope Work", "Badge name: Rope Work", " badge_title:Rope Work", "Title: Rope Work", "Rope Work"]
+)
 def test_a_title_is_not_called_a_badge(title: str) -> None:
     assert parse_badge(badge_json(name=title)).badge_name == "Rope Work"
 

@@ -700,8 +700,7 @@ class Draft:
 
     def _object(self, names: Mapping[str, str], depth: int = 0) -> Iterator[bool]:
         """The rest of an object; `names` has the fields of the badge by the keys that they have in it."""
-        mark = yield from self._next(AHEAD)
-        while mark == '"':
+        while (mark := (yield from self._next(AHEAD))) == '"':
             key = yield from self._string()
             if (yield from self._next(AHEAD)) != ":":
                 break
@@ -713,8 +712,8 @@ class Draft:
                 yield from self._field(name, first)
             else:
                 texts = yield from self._strings(first)
-                self._tags += texts if first == "[" and re.fullmatch("tags?|skills", key) else []
-            mark = yield from self._next(AHEAD)
+                if first == "[" and re.fullmatch("tags?|skills", key):
+                    self._tags += texts
         if mark != "}":
             self._at -= 1  # a mark of thoughts may begin there
             raise InvalidModelOutput

@@ -89,7 +89,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from reader import review
 from reader.condense import word_count
-from reader.sieve import EVERY_MARKUP, MARKUP, Sieve
+from reader.sieve import EVERY_MARKUP, LABEL, MARKUP, Sieve
 
 __version__ = "0.2.0"
 HERE = Path(__file__).resolve().parent
@@ -449,14 +449,13 @@ ASKED = {
 }
 
 
-@dataclass(frozen=True)
-class Course:
+class Course(NamedTuple):
     """What a course says, as `reader` has read it."""
 
     text: str
     language: str = "und"  # BCP 47
     notes: Sequence[dict[str, Any]] = ()  # for the review: what was repaired or left out
-    grounds: Mapping[str, Any] = field(default_factory=dict)  # what its titles are compared with: `reader.review`
+    grounds: Mapping[str, Any] = {}  # what its titles are compared with: `reader.review`
 
 
 @dataclass(frozen=True)
@@ -518,8 +517,7 @@ def build_prompt(request: GenerateRequest, course: Course, system: str, defaults
     language = review.LANGUAGES.get(tag.partition("-")[0].lower(), tag)
     in_language = "" if language == "und" else f", in {language}"
     asked = "; ".join(name + ASKED[name].format(sentences=sentences, items=items) for name in fields)
-    # Delimiters in a text and the marks of chat templates lose their bracket, so that it cannot end itself and turn
-    # into instructions.
+    # Delimiters and the marks of chat templates lose their bracket: no text can end itself and turn into instructions.
     said = re.sub(r"(?i)<(?=\s*+/?\s*+course\b)", "\u2039", course.text)  # possessive: a linear pass
     closing = f"Write the badge for this course{in_language}: {asked}."
     user = "\n".join(["<course>", said, "</course>", "", *options, closing])
@@ -579,32 +577,28 @@ _TAGS = r"<~(?:seed:)?(?:think|thinking|thoughts?|reasoning)>|\[~THINK\]|◁~thi
 _STARTS = r"<\|(?:begin_of_thought|start_thinking)\|>|<\|channel\|?>\s*(?:analysis|commentary|thought)"
 _ENDS = r"<\|end_(?:of_thought|thinking)\|>|<\|channel\|?>\s*final|assistantfinal|<channel\|>"
 _CLOSES, _OPENS = _TAGS.replace("~", "/") + "|" + _ENDS, _TAGS.replace("~", "") + "|" + _STARTS
-MARK = re.compile(rf"(?i)(?P<closes>{_CLOSES})|(?P<opens>{_OPENS})|(?P<object>\{{\s*(?:\"|\Z))")
+MARK = re.compile(rf"(?i)(?P<closes>{_CLOSES})|(?P<opens>{_OPENS})|\{{(?=\s*\")")
 LONGEST_MARK = 64
 MAX_WASTED = 2**19  # characters of the objects of one text that are read and are no badge: they may lie in each other
 MAX_DEPTH = 8  # of objects around the badge
 NOT_PROSE = re.compile(r"[\W_]*+(?:json)?+[\W_]*+", re.I)  # before an object: nothing, or the fence of a code block
 BULLET = re.compile(r"\A\s*(?:[-*•·.]\s+)?")
 FULL_STOP = re.compile(r"(?<=[^\s.!?…])[.!?。！？।]\Z")
-TITLE_LABEL = re.compile(r"(?i)\A\s*badge(?:[ _](?:name|title))?\s*:(?=.*\w)")
 PLAIN = re.compile(r'[^"\\<&]+\Z')
-# Of a JSON text: what comes next, and what follows a number or a word. Commas do not matter.
-AHEAD, AFTER_WORD = re.compile(r"[\s,]++|(?=([^\s,]))"), re.compile(r'[^\s,:"\[\]{}]++|(?=([\s,:"\[\]{}]))')
+# Of a JSON text: the next mark, or the first character of a number or a word. Commas do not matter.
+AHEAD = re.compile(r'[\s,]++|(?<=[^\s,:"\[\]{}])[^\s,:"\[\]{}]++|([^\s,])')
 # Of a JSON string: its end, a run of characters, or an escape sequence once it is whole, both halves of a pair.
 _HIGH, _LOW = r"\\u[dD][89abAB][\da-fA-F]{2}", r"\\u[dD][c-fC-F][\da-fA-F]{2}"
 _BEGUN = rf"(?:\\(?:u[\da-fA-F]{{0,3}})?|{_HIGH}(?:\\(?:u[\da-fA-F]{{0,3}})?)?)\Z"
 CHARACTERS = re.compile(rf'(?s)("|[^"\\]+|(?!{_BEGUN})(?:{_HIGH}{_LOW}|\\u[\da-fA-F]{{4}}|\\.))')
 NOT_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
-NO_COURSE = Sieve()  # leaves out only repetitions and markup
 FEWEST_TO_SIFT, FEWEST_OF_TINY = 40, 12  # words of a course; a tiny model's own sentences are worth less
-# What becomes of a title; None where the model is to be asked for another.
-TitleCheck = Callable[[str], str | None]
 
 
 class Draft:
     """The badge in what a model writes, whatever stands around it: prose, fences, thoughts.
 
-    Sans I/O: the text is read by generators, which yield wherever they need more of it.
+    Sans I/O: generators read the text. Where they need more of it, they yield whether a piece may be taken as it is.
 
     What is returned is, put together, the JSON of the badge: the fields that are `kept`, then those that the model
     writes, in its order. Texts are trimmed; a list of sentences becomes a paragraph, a list of items a Markdown list.
@@ -616,113 +610,106 @@ class Draft:
     is told at the end. The badge is the one that was told whole, or else the last whole one after the thoughts.
     """
 
-    def __init__(
-        self, kept: Mapping[str, Any] = {}, institution: str = "", title: TitleCheck = str, sieve: Sieve = NO_COURSE
-    ) -> None:
+    def __init__(self, kept: Mapping[str, Any] = {}, institution: str = "", sieve: Sieve | None = None) -> None:
         self.badge: Badge | None = None  # once it is whole
-        self.refused = False  # whether `title` found no title for what was written
+        self.title: Callable[[str], str | None] = str  # what becomes of a title; None where another is to be written
+        self.refused = False  # whether that was so
         self.joint = "{"  # stands between what was told and other fields: of two with one name the last counts
-        self._kept, self._institution, self._title, self._sieve = kept, institution, title, sieve
+        self._kept, self._institution, self._sieve = kept, institution, sieve or Sieve()
         self._place: Literal["start", "prose", "thoughts", "answer"] = "start"
         self._text, self._at = "", 0  # of the model, and how far it is read
         self._plain: list[str] = []  # pieces that are read and said, but not put together yet: tokens are many
         self._wasted = 0  # characters of objects that were no badge
         self._said = ""  # what is written of a text
         self._is_told = False  # whether the object that was read last is told as it is written
-        self._is_plain = False  # whether the next piece continues the text, and may be taken as it is
-        self._has_told = self._has_ended = self._is_cut = False
+        self._is_plain = self._has_told = self._has_ended = self._is_cut = False
         self._run = self._document()
 
     def feed(self, piece: str) -> str:
         """What this piece of the model's text adds to the JSON of the badge. Raises InvalidModelOutput for nonsense."""
-        # As most are: no escape sequence has begun, and there is nothing to decode, to trim or to end in it.
-        is_plain = self._is_plain and self._at == len(self._text)
-        if is_plain and piece.isprintable() and piece[-1:] != " " and PLAIN.match(piece):
+        # As most are: there is nothing to decode, to trim or to end in it.
+        if self._is_plain and piece.isprintable() and piece[-1:] != " " and PLAIN.match(piece):
             self._plain.append(piece)
             return piece if self._is_told else ""
         said = "".join(self._plain)
         self._plain.clear()
         self._text, self._at, self._said = self._text + said + piece, self._at + len(said), self._said + said
         self._out = ""
-        next(self._run, None)
+        self._is_plain = next(self._run, False)
         return self._out
 
     def finish(self, cut: bool) -> str:
         """The last of the badge's JSON. Raises InvalidModelOutput; `cut` says that a token limit ended the text."""
-        # Behind prose, what is cut off may be an idea within thoughts.
-        self._has_ended, self._is_cut = True, cut and self._place != "prose"
+        self._has_ended, self._is_cut = True, cut and self._place != "prose"  # there it may be an idea
         rendered = self.feed("")
         if self.badge is None:
             raise InvalidModelOutput
         return rendered + ("}" if self._is_told else self.joint + orjson.dumps(self.badge.model_dump()).decode()[1:])
 
-    def _document(self) -> Iterator[None]:
+    def _document(self) -> Iterator[bool]:
         """Read every object that may be the badge, until one was told whole."""
         while True:
             mark = MARK.search(self._text, self._at)
             end = mark.start() if mark else max(self._at, len(self._text) - LONGEST_MARK)
-            if self._place == "start" and not self._has_told and not NOT_PROSE.fullmatch(self._text, self._at, end):
+            if self._place == "start" and not NOT_PROSE.fullmatch(self._text, self._at, end):
                 self._place = "prose"
             self._at = mark.end() if mark else end
             if mark is None:
                 self._text, self._at = self._text[end:], 0
-                yield
+                yield False
             elif mark["closes"]:
                 self.badge = self.badge if self._place == "thoughts" else None  # it was an idea
                 self._place = "answer"
             elif mark["opens"]:
                 self._place = "thoughts"
             elif self._place != "thoughts" and not (self.badge and self._is_told):
-                self._at = end
                 yield from self._candidate()
 
-    def _candidate(self) -> Iterator[None]:
+    def _candidate(self) -> Iterator[bool]:
         """Read an object: it is the badge, or the badge may be in it."""
         start = self._at
-        self._fields: dict[str, Any] = {}
+        self._fields: dict[str, Any] = {**self._kept}
         self._tags: list[str] = []
-        # What a list may not repeat: the field and the text.
-        self._items = [(name, str(text)) for name, text in self._kept.items() if name == "badge_name"]
+        self._before = [(name, str(text)) for name, text in self._kept.items() if name == "badge_name"]
         self._is_told = not self._has_told and self._place != "prose"
         self._tell(self.joint + orjson.dumps(self._kept).decode()[1:-1], ", " if self._kept else "")
         with contextlib.suppress(InvalidModelOutput):
             yield from self._object({name: name for name in Badge.model_fields})
         try:
-            self.badge = Badge.model_validate({**self._kept, **self._fields})
+            self.badge = Badge.model_validate(self._fields)
             self.badge._tags = tuple(NOT_TEXT.sub("", self._sieve.bare(tag)) for tag in self._tags)
         except ValidationError:  # a field is missing, or the name is too long
             self._is_told = False
-            self._wasted, self._at = self._wasted + self._at - start + LONGEST_MARK, start + 1
+            self._wasted, self._at = self._wasted + self._at - start + LONGEST_MARK, start
             if self._wasted > MAX_WASTED:
                 raise InvalidModelOutput from None
 
-    def _object(self, names: Mapping[str, str], depth: int = 0) -> Iterator[None]:
-        """An object; `names` has the fields of the badge by the keys that they have in it."""
-        while (yield from self._next(AHEAD)) == "{":  # some models open it twice
-            self._at += 1
-        while (yield from self._next(AHEAD)) != "}":
+    def _object(self, names: Mapping[str, str], depth: int = 0) -> Iterator[bool]:
+        """The rest of an object; `names` has the fields of the badge by the keys that they have in it."""
+        while (mark := (yield from self._next(AHEAD))) == '"':
             key = yield from self._string()
-            yield from self._expect(":")
-            first = yield from self._next(AHEAD)
-            name = names.get(key, "")
-            if first == "{" and depth < MAX_DEPTH and (name == "criteria" or not self._fields):
+            if (yield from self._next(AHEAD)) != ":":
+                break
+            name, first = names.get(key, ""), (yield from self._next(AHEAD))
+            if first == "{" and depth < MAX_DEPTH and (name == "criteria" or self._fields == self._kept):
                 # Where no field came before it, the badge may be in there.
                 yield from self._object({"narrative": name} if name == "criteria" else names, depth + 1)
-            elif name and name not in self._fields and name not in self._kept:
+            elif name and name not in self._fields:
                 yield from self._field(name, first)
-            elif first in '"[{':
-                are_tags = first == "[" and re.fullmatch("tags?|skills", key)
-                yield from self._strings(self._tags.append if are_tags else str, if_cut="")
-            else:  # a number, true, false or null
-                yield from self._next(AFTER_WORD)
-        self._at += 1
+            else:
+                texts = yield from self._strings(first)
+                if first == "[" and re.fullmatch("tags?|skills", key):
+                    self._tags += texts
+        if mark != "}":
+            self._at -= 1  # a mark of thoughts may begin there
+            raise InvalidModelOutput
 
-    def _field(self, name: str, first: str) -> Iterator[None]:
+    def _field(self, name: str, first: str) -> Iterator[bool]:
         """A text, or a list of texts, of the badge."""
         title = None
         if name == "badge_name" and first == '"':
-            text = self._sieve.bare((yield from self._string(if_cut="")))  # half a title is none
-            title = self._title(re.sub(r"[\r\n\t]+", " ", TITLE_LABEL.sub("", text)).strip())
+            text = self._sieve.bare((yield from self._string()))
+            title = self.title(LABEL.sub("", re.sub(r"[\r\n\t]+", " ", text).strip()))
             self.refused = self.refused or title is None
         if first not in '"[' or (name == "badge_name" and title is None):
             raise InvalidModelOutput
@@ -734,34 +721,25 @@ class Draft:
         elif first == '"':
             yield from self._string(write=True)
         else:
-            texts = yield from self._strings(lambda text: self._add(name, self._sieve.kept(name, text, self._items)))
-            for sentence in self._sieve.more(name, self._items):
+            texts = yield from self._strings(first, name)
+            for sentence in self._sieve.more(name, self._before):
                 self._add(name, sentence)
             if not self._said:  # something stands for a list of which nothing is kept, since it can be corrected
                 self._add(name, next(filter(None, map(self._sieve.spare, texts)), ""))
         if PLACEHOLDER.fullmatch(self._said) or self._sieve.echoes(self._said):
             raise InvalidModelOutput
         if name == "badge_description" and self._institution:
-            heading = self._kept.get("badge_name") or self._fields.get("badge_name")
             mention = rf"(?<!\w){re.escape(self._institution.casefold())}(?!\w)"  # MIT is not in "submit"
-            if not re.search(mention, f"{heading} {self._said}".casefold()):
+            if not re.search(mention, f"{self._fields.get('badge_name')} {self._said}".casefold()):
                 self._write(f" ({self._institution})")
         self._write(self._stop)
         self._tell(closing, ", ")
         self._fields[name] = {"narrative": self._said} if name == "criteria" else self._said
 
-    def _string(self, write: bool = False, if_cut: str = '"') -> Generator[None, None, str]:
-        """A string and its closing quote: returned when it is whole, or written, trimmed, as it comes."""
-        yield from self._expect('"')
+    def _string(self, write: bool = False) -> Generator[bool, None, str]:
+        """The rest of a string: returned when it is whole, else "", or written, trimmed, as it comes."""
         text = ""  # all of it, or what is not written yet: white space before more text, and markup until it ends
-        while True:
-            self._is_plain = bool(write and self._said and not text)
-            part = yield from self._next(CHARACTERS, if_cut)
-            self._is_plain = False
-            if part == '"':
-                if write:
-                    self._write(text.rstrip())
-                return text
+        while (part := (yield from self._next(CHARACTERS, bool(write and self._said and not text)))) not in ("", '"'):
             if part[0] == "\\":
                 with contextlib.suppress(ValueError):  # a backslash that escapes nothing stays
                     part = json.loads(f'"{part}"')  # which takes half a surrogate pair as well
@@ -772,32 +750,29 @@ class Draft:
                 said = bare.rstrip()
                 self._write(said if self._said else said.lstrip())
                 text = bare[len(said) :][:MAX_BLANK_RUN] + text[at:]
+        if write:
+            self._write(text.rstrip())
+        return text if part else ""
 
-    def _strings(self, each: Callable[[str], object], if_cut: str = '"') -> Generator[None, None, list[str]]:
-        """A string, list or object; the strings of a list go to `each`. Brackets are counted, not matched."""
+    def _strings(self, mark: str, name: str = "") -> Generator[bool, None, list[str]]:
+        """The rest of a value: the strings of a list, also added to a field. Brackets are counted, not matched."""
         depth, texts = 0, list[str]()
         while True:
-            mark = yield from self._next(AHEAD, "]")
+            depth += (mark in "[{") - (mark in "]}")
             if mark == '"':
-                text = BULLET.sub("", (yield from self._string(if_cut=if_cut))).rstrip()
-                if depth == 1:
+                text = BULLET.sub("", (yield from self._string())).rstrip()
+                if depth == 1 and text:
                     texts.append(text)
-                    each(text)
-            else:
-                self._at += 1
-                depth += (mark in "[{") - (mark in "]}")
-            if depth == 0:
+                    if name:
+                        self._add(name, self._sieve.kept(name, text, self._before))
+            if depth <= 0:
                 return texts
+            mark = yield from self._next(AHEAD)
 
-    def _expect(self, mark: str) -> Iterator[None]:
-        if (yield from self._next(AHEAD)) != mark:
-            raise InvalidModelOutput
-        self._at += 1
+    def _next(self, pattern: re.Pattern[str], is_plain: bool = False) -> Generator[bool, None, str]:
+        """What the pattern's group finds, once it is there; what it matches without its group is skipped.
 
-    def _next(self, pattern: re.Pattern[str], if_cut: str = "") -> Generator[None, None, str]:
-        """What the pattern's group finds, once it is there, and `if_cut` where a token limit cut the text before it.
-
-        What the pattern matches without its group is skipped.
+        Where a token limit cut the text, nothing ends a string, and a bracket the rest.
         """
         while True:
             while found := pattern.match(self._text, self._at):
@@ -805,19 +780,19 @@ class Draft:
                 if found[1]:
                     return found[1]
             if self._has_ended:
-                if if_cut and self._is_cut and self.badge is None:
-                    return if_cut
+                if self._is_cut and self.badge is None:
+                    return "" if pattern is CHARACTERS else "]"
                 raise InvalidModelOutput
-            yield
+            yield is_plain and self._at == len(self._text)  # else an escape sequence has begun
 
     def _add(self, name: str, text: str) -> None:
         """One text of a list. The full stop of a sentence waits, since an institution may come before it."""
         if text:
-            rest = FULL_STOP.sub("", text) if name == "badge_description" else text
+            rest = FULL_STOP.sub("", text)
             bullet, joint = ("- ", "\n") if name == "criteria" else ("", " ")
             self._write(self._stop + (joint if self._said else "") + bullet + rest)
             self._stop = text[len(rest) :]
-            self._items.append((name, text))
+            self._before.append((name, text))
 
     def _write(self, text: str) -> None:
         text = text.replace("\r\n", "\n")
@@ -1307,8 +1282,8 @@ class GenerationQueue:
         sieve = self._sieve(prompt)
         institution = " ".join(_tidied(prompt.request.option("institution") or "").split())
         while True:
-            draft = Draft(prompt.kept, institution, partial(self._title, prompt, sieve, is_first), sieve)
-            draft.joint = joint
+            draft = Draft(prompt.kept, institution, sieve)
+            draft.title, draft.joint = partial(self._title, prompt, sieve, is_first), joint
             generation.last, generation.begun = time.monotonic(), 0.0
             try:
                 if refusal := prompt.refusal(self.engine.context):
@@ -1414,8 +1389,8 @@ class GenerationQueue:
             raise error from None
         said = f"The course was too long for the model, which has read {cut['words_kept']} of {cut['words']} words."
         note = {"code": "condensed", "field": "content", "text": ", ".join(cut["left_out"]), "message": said}
-        course = replace(course, notes=(*(one for one in course.notes if one["code"] != "condensed"), note))
-        shorter = build_prompt(prompt.request, replace(course, text=cut["text"]), prompt.system, self.engine.defaults)
+        course = course._replace(notes=(*(one for one in course.notes if one["code"] != "condensed"), note))
+        shorter = build_prompt(prompt.request, course._replace(text=cut["text"]), prompt.system, self.engine.defaults)
         if shorter.words >= prompt.words:
             raise error
         return replace(shorter, course=course)

@@ -29,8 +29,9 @@ LONGEST_ITEM = 180  # characters; a longer one without a full stop was cut by th
 LONG_QUOTE, LONGEST_QUOTE = 40, 80  # words of a sentence of the course that stands for one of the model
 END = re.compile(r"[.!?…。！？؟।][\"'”»)]*\Z")
 LABEL = re.compile(
-    r"(?i)\A(?:(?:badge|course)[ _])?(?:criteria|criterion|description|features|name|narrative|overview|summary|title)"
-    r"\s*:\s*(?=\w)"
+    r"(?i)\A(?:(?:badge|course)[ _])?"
+    r"(?:badge|criteria|criterion|description|features|name|narrative|overview|summary|title)"
+    r"\s*:\s*(?=\W*\w)"
 )
 IDENTIFIER = re.compile(r"\w+_\w+")
 CUT_SHORT = re.compile(r"\b(?:an?|and|as|for|of|or|the|with)…?\Z")  # in English; what ends in a full stop is whole

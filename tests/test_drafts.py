@@ -198,14 +198,20 @@ def test_tokens_are_the_json_of_the_badge_that_is_found_in_torn_text(text: str) 
         assert json.loads(tokens) == badge == json.loads(KNOTS), size
 
 
-@pytest.mark.parametrize("description", ['["Ties knots.", "Checks th', '"Ties knots. Checks th'])
-def test_an_institution_is_added_to_a_description_that_a_token_limit_cut(description: str) -> None:
+CUT = {
+    "a text": ('"Ties knots. Checks th', "Ties knots. Checks th (Alpine Club)"),
+    "a list, whose last sentence is left out": ('["Ties knots.", "Checks th', "Ties knots (Alpine Club)."),
+}
+
+
+@pytest.mark.parametrize("form", CUT)
+def test_an_institution_is_added_to_a_description_that_a_token_limit_cut(form: str) -> None:
+    written, description = CUT[form]
     kept = {"badge_name": "Knots", "criteria": {"narrative": "- Tied six"}}
     draft = dccapi.Draft(kept, "Alpine Club")
-    tokens = draft.feed('{"badge_description": ' + description) + draft.finish(cut=True)
-    assert json.loads(tokens)["badge_description"] == "Ties knots. Checks th (Alpine Club)"
+    tokens = draft.feed('{"badge_description": ' + written) + draft.finish(cut=True)
     assert draft.badge
-    assert draft.badge.badge_description == "Ties knots. Checks th (Alpine Club)"
+    assert json.loads(tokens)["badge_description"] == draft.badge.badge_description == description
 
 
 def test_a_field_written_anew_does_not_repeat_the_kept_title() -> None:

@@ -1077,12 +1077,17 @@ class Metrics:
     def __init__(self, settings: Settings, queue: GenerationQueue) -> None:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
-        histogram = partial(Histogram, registry=registry, buckets=SECONDS)
-        self.duration = histogram("gen_ai_server_request_duration_seconds", "Of engine calls", ["error_type"])
-        self.first = histogram("gen_ai_server_time_to_first_token_seconds", "From the call to the first token")
-        self.each = histogram("gen_ai_server_time_per_output_token_seconds", "Between later tokens")
-        self.tokens = histogram("gen_ai_client_token_usage", "Of a generation", ["gen_ai_token_type"], buckets=TOKENS)
-        self.wait = histogram("dccapi_queue_wait_seconds", "From admission to the engine call")
+        names = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model")
+
+        def histogram(name: str, help: str, buckets: Sequence[float], *labels: str) -> partial[Histogram]:
+            made = Histogram(name, help, [*names, *labels], buckets=buckets, registry=registry)
+            return partial(made.labels, "generate_content", settings.engine, settings.model)
+
+        self.duration = histogram("gen_ai_server_request_duration_seconds", "Of engine calls", SECONDS, "error_type")
+        self.first = histogram("gen_ai_server_time_to_first_token_seconds", "From the call to the first token", SECONDS)
+        self.each = histogram("gen_ai_server_time_per_output_token_seconds", "Between later tokens", SECONDS)
+        self.tokens = histogram("gen_ai_client_token_usage", "Of a finished generation", TOKENS, "gen_ai_token_type")
+        self.wait = histogram("dccapi_queue_wait_seconds", "From admission to the engine call", SECONDS)
         ended = "Ended generations: succeeded, cancelled or an error_code; `key` is the name of the client's API key"
         self.generations = Counter("dccapi_generations", ended, ["outcome", "key"], registry=registry)
         self.rejections = Counter("dccapi_rejections", "Refused without a generation", ["reason"], registry=registry)
@@ -1456,17 +1461,17 @@ class GenerationQueue:
         fields |= {"queue_seconds": round(queue_seconds, 3), "seconds": round(seconds, 3)}
         metrics.generations.labels(code or "succeeded", generation.client if settings.keys else "").inc()
         if started:
-            metrics.wait.observe(queue_seconds)
-            metrics.duration.labels(code).observe(seconds)
+            metrics.wait().observe(queue_seconds)
+            metrics.duration(code).observe(seconds)
         if first:
             fields["first_token_seconds"] = round(first - started, 3)
-            metrics.first.observe(first - started)
+            metrics.first().observe(first - started)
         if usage:
             fields["prompt_tokens"] = usage["prompt_tokens"]
-            metrics.tokens.labels("input").observe(usage["prompt_tokens"])
-            metrics.tokens.labels("output").observe(written)
+            metrics.tokens("input").observe(usage["prompt_tokens"])
+            metrics.tokens("output").observe(written)
             if written > 1:
-                metrics.each.observe((generation.last - first) / (written - 1))
+                metrics.each().observe((generation.last - first) / (written - 1))
         fields |= {"tokens": written, "finish_reason": code or answer["finish_reason"]}
         told = " ".join(f"{name}={value}" for name, value in fields.items())
         log.info(f"generation {told}", extra={"fields": {"message": "generation", **fields}})
@@ -1477,7 +1482,7 @@ def described(error: BaseException) -> str:
     return f"{type(error).__name__}, raised at\n{''.join(traceback.format_tb(error.__traceback__))}".rstrip()
 
 
-# ---- The events of a generation -------------------------------------------------------------------------------------
+# ---- Views of a generation ------------------------------------------------------------------------------------------
 
 EVENT_STREAM_HEADERS = {"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"}
 # What `EventEncoder.event` makes of a token, in one go: its id, the JSON of its text, and the text so far, escaped.

@@ -392,6 +392,9 @@ async def samples(service: Service, **headers: str) -> dict[str, float]:
     return {name: float(value) for name, _, value in lines}
 
 
+GENAI = 'gen_ai_operation_name="generate_content",gen_ai_provider_name="ollama",gen_ai_request_model="phi4badges"'
+
+
 async def test_the_metrics_tell_what_ran_what_waits_and_what_was_refused() -> None:
     async with serving(api_keys="lms:s3cret,cms:0ther", max_concurrent_requests=1, max_queue=1) as service:
         key = {"x-api-key": "s3cret"}
@@ -411,12 +414,12 @@ async def test_the_metrics_tell_what_ran_what_waits_and_what_was_refused() -> No
     assert before['dccapi_generations_total{key="lms",outcome="succeeded"}'] == 1
     assert before['dccapi_generations_total{key="cms",outcome="succeeded"}'] == 1
     for name, count in (
-        ('gen_ai_server_request_duration_seconds_count{error_type=""}', 2),
-        ("gen_ai_server_time_to_first_token_seconds_count", 2),
-        ("gen_ai_server_time_per_output_token_seconds_count", 2),
-        ('gen_ai_client_token_usage_sum{gen_ai_token_type="output"}', 2 * len(badge_pieces())),
-        ("dccapi_queue_wait_seconds_count", 2),
-        ('gen_ai_server_request_duration_seconds_bucket{error_type="",le="600.0"}', 2),
+        (f'gen_ai_server_request_duration_seconds_count{{error_type="",{GENAI}}}', 2),
+        (f"gen_ai_server_time_to_first_token_seconds_count{{{GENAI}}}", 2),
+        (f"gen_ai_server_time_per_output_token_seconds_count{{{GENAI}}}", 2),
+        (f'gen_ai_client_token_usage_sum{{{GENAI},gen_ai_token_type="output"}}', 2 * len(badge_pieces())),
+        (f"dccapi_queue_wait_seconds_count{{{GENAI}}}", 2),
+        (f'gen_ai_server_request_duration_seconds_bucket{{error_type="",{GENAI},le="600.0"}}', 2),
         ("dccapi_engine_up", 1),
     ):
         assert before[name] == count, name
@@ -433,7 +436,7 @@ async def test_the_metrics_count_a_failed_generation_once_and_no_probe() -> None
         await fails(service, 502, "engine_error")
         after = await samples(service)
         assert after['dccapi_generations_total{key="",outcome="engine_error"}'] == 2
-        assert after['gen_ai_server_request_duration_seconds_count{error_type="engine_error"}'] == 2
+        assert after[f'gen_ai_server_request_duration_seconds_count{{error_type="engine_error",{GENAI}}}'] == 2
         assert not [name for name in after if name.startswith("dccapi_rejections_total{")]
         service.engine.models = []
         problem_in(await ask(service, None, "/readyz", "GET"), 503, "model_missing")

@@ -2091,7 +2091,7 @@ class Api:
         self.system_prompt = settings.system_prompt_file.read_text("utf-8").strip()
 
     def routes(self) -> list[Route]:
-        """The paths of contract 3 with their methods, at the root and under /api/v1. Starlette adds HEAD to GET."""
+        """The paths of contract 3 with their methods. `Exchange` takes /api/v1 away, Starlette adds HEAD to GET."""
         rows: list[tuple[str, str, Callable[..., Any]]] = [
             ("/generate", "POST", self.generate),
             ("/generate-badge-suggestions", "POST", self.generate),
@@ -2113,7 +2113,7 @@ class Api:
             ("/docs/{file}", "GET", self.file),
             ("/openapi.json", "GET", self.file),
         ]
-        return [Route(base + path, run, methods=verbs.split()) for base in ("/api/v1", "") for path, verbs, run in rows]
+        return [Route(path, run, methods=verbs.split()) for path, verbs, run in rows]
 
     async def generate(self, request: Request, model: type[GenerateRequest] = GenerateRequest) -> ASGIApp:
         """A badge as JSON, as events, or later: the client's `Prefer`, `Accept` and `stream` choose."""
@@ -2504,11 +2504,10 @@ class Guard:
         if is_open and not re.fullmatch(LOCAL_HOST, host):
             raise Forbidden("This machine has another name: ask at localhost, or set API_KEYS or TRUSTED_PROXIES here.")
         site = headers.get("sec-fetch-site", "same-origin" if origin is None else "")
-        is_visit = headers.get("sec-fetch-mode") == "navigate" and scope["method"] in ("GET", "HEAD")
-        is_ours = site in ("same-origin", "none") or (is_visit and scope["state"]["path"] in OPEN_PATHS)
+        is_visit = headers.get("sec-fetch-mode") == "navigate" and scope["state"]["path"] in OPEN_PATHS
         # A request that names no origin may come from any page.
         may_ask = re.fullmatch(settings.origins, origin or "*") or (origin and origin.partition("://")[2] == host)
-        if not is_ours and not may_ask:
+        if site not in ("same-origin", "none") and not is_visit and not may_ask:
             raise Forbidden
 
 
@@ -2519,10 +2518,10 @@ class Exchange:
         self._scope, self._receive, self._send, self._settings = scope, receive, send, settings
         self._peer, self._headers = peer_at(scope.get("client"), settings), Headers(scope=scope)
         self._is_http1 = scope["http_version"].startswith("1")
-        # The path without the prefixes under which each stands as well, and without a slash at its end.
-        path = scope["path"].removeprefix(scope.get("root_path", "")).removeprefix("/api/v1").rstrip("/") or "/"
-        if path != "/":
-            scope["path"] = scope["path"].rstrip("/")
+        # Each path stands at the root, under /api/v1, and with a slash at its end.
+        root = scope.get("root_path", "")
+        path = scope["path"].removeprefix(root).removeprefix("/api/v1").rstrip("/") or "/"
+        scope["path"] = root + path
         media_type = self._headers.get("content-type", "").partition(";")[0].strip().lower()
         given = self._headers.get("x-request-id", "")
         id = given if re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given) else uuid.uuid4().hex
@@ -2530,8 +2529,8 @@ class Exchange:
         self._limit = settings.max_upload_bytes if media_type == FORM or path == "/extract" else settings.max_body_bytes
         # In memory only while it is no larger than an ordinary one.
         self._body = tempfile.SpooledTemporaryFile(settings.max_body_bytes)  # noqa: SIM115 - `run` closes it
-        self._arrived = asyncio.Event()  # the body is there, or the reason why it is refused
-        self._refusal: ApiError | None = None
+        # Why the body is refused, or None, once it is there.
+        self._arrived: asyncio.Future[ApiError | None] = asyncio.get_running_loop().create_future()
         self._is_over, self._end = False, "no response"
 
     async def run(self, app: ASGIApp) -> None:
@@ -2544,7 +2543,7 @@ class Exchange:
                 await asyncio.sleep(0)  # the watch looks first
                 if self._is_http1:
                     # h11 closes a connection whose request was not read to its end, and the answer is lost with it.
-                    await self._arrived.wait()
+                    await asyncio.wait({self._arrived})
                 if not watch.done():  # what was reset before it starts is not executed
                     await app(scope, self.receive, self.send)
                 watch.cancel()
@@ -2563,8 +2562,7 @@ class Exchange:
     async def _watch(self) -> None:
         """Take all that the client sends, or Hypercorn would stop reading. Raises ClientDisconnect when it leaves."""
         with contextlib.suppress(ClientDisconnect):
-            self._refusal = await self._take_body()
-            self._arrived.set()
+            self._arrived.set_result(await self._take_body())
             while (await self._receive())["type"] != "http.disconnect":
                 pass
         # Hypercorn says so after every response too, while it tidies up in the last `send`: that must not be cancelled.
@@ -2572,21 +2570,19 @@ class Exchange:
             raise ClientDisconnect
 
     async def _take_body(self) -> ApiError | None:
-        """Read the body within its bounds, over HTTP/1.1 one that is refused as well. Returns why it is refused."""
+        """Read the body within its bounds. Returns why it is refused."""
         most, size = self._settings.max_body_bytes, 0  # `most`: what `_body` has in memory
+        most_refused = 16 * self._limit if self._is_http1 else 0  # bytes that are read of a body that is refused
         refusal = self._keep(b"", int(self._headers.get("content-length", 0)))
-        if refusal and not self._is_http1:
-            return refusal
+        chunks = Request(self._scope, self._receive).stream()  # of which only the last is empty
         try:
             async with asyncio.timeout(self._settings.body_timeout) as deadline:
-                async for chunk in Request(self._scope, self._receive).stream():
+                while (not refusal or size < most_refused) and (chunk := await anext(chunks)):
                     before, size = size, size + len(chunk)
                     refusal = refusal or self._keep(chunk, size)
                     self._peer.hold(min(size, most) - min(before, most))
                     if not refusal and before // most < size // most:  # an upload goes on
                         deadline.reschedule(asyncio.get_running_loop().time() + self._settings.body_timeout)
-                    if refusal and (not self._is_http1 or size > 16 * self._limit):
-                        break
             self._body.seek(0)
         except TimeoutError:
             refusal = refusal or BodyTimeout()
@@ -2613,9 +2609,8 @@ class Exchange:
 
     async def receive(self) -> Message:
         """The body once it is there, in pieces. Raises why it was refused."""
-        await self._arrived.wait()
-        if self._refusal:
-            raise self._refusal
+        if refusal := await asyncio.shield(self._arrived):
+            raise refusal
         if self._body.closed:  # a FileResponse listens on
             await asyncio.Event().wait()  # for ever: disconnection arrives as cancellation
         chunk = self._body.read(self._settings.max_body_bytes)
@@ -2774,11 +2769,11 @@ class GuardedH2Protocol(H2Protocol):
 
     async def _send_in_frames(self, stream_id: int, data: bytes) -> None:
         """Return when all has left. Raises TimeoutError if the client opens no window for TOKEN_TIMEOUT."""
-        window = self.connection.local_flow_control_window
-        while data and stream_id in self.streams:
+        window, rest = self.connection.local_flow_control_window, memoryview(data)
+        while rest and stream_id in self.streams:
             if (size := min(window(stream_id), self.connection.max_outbound_frame_size)) > 0:
-                self.connection.send_data(stream_id, data[:size])
-                data = data[size:]
+                self.connection.send_data(stream_id, rest[:size])
+                rest = rest[size:]
                 continue
             await self._flush()
             async with asyncio.timeout(self._settings.token_timeout):

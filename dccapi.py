@@ -2706,7 +2706,7 @@ class GuardedH2Protocol(H2Protocol):
     async def _handle_events(self, events: list[FrameEvent]) -> None:
         reset = {event.stream_id for event in events if isinstance(event, StreamReset)}
         for number, event in enumerate(events):
-            if number % 4 == 0 and not self.closed:
+            if number % 4 == 0:
                 async with self._peer.turn:
                     await asyncio.sleep(0)  # all others go on, and of this address one connection at a time
             if self.closed:

@@ -2524,8 +2524,8 @@ class Exchange:
         self._limit = settings.max_upload_bytes if media_type == FORM or path == "/extract" else settings.max_body_bytes
         # In memory only while it is no larger than an ordinary one.
         self._body = tempfile.SpooledTemporaryFile(settings.max_body_bytes)  # noqa: SIM115 - `run` closes it
-        # Why the body is refused, or None, once it is there.
-        self._arrived: asyncio.Future[ApiError | None] = asyncio.get_running_loop().create_future()
+        self._arrived = asyncio.Event()  # the body is there, or the reason why it is refused
+        self._refusal: ApiError | None = None
         self._is_over, self._end = False, "no response"
 
     async def run(self, app: ASGIApp) -> None:
@@ -2538,7 +2538,7 @@ class Exchange:
                 await asyncio.sleep(0)  # the watch looks first
                 if self._is_http1:
                     # h11 closes a connection whose request was not read to its end, and the answer is lost with it.
-                    await asyncio.wait({self._arrived})
+                    await self._arrived.wait()
                 if not watch.done():  # what was reset before it starts is not executed
                     await app(scope, self.receive, self.send)
                 watch.cancel()
@@ -2557,7 +2557,8 @@ class Exchange:
     async def _watch(self) -> None:
         """Take all that the client sends, or Hypercorn would stop reading. Raises ClientDisconnect when it leaves."""
         with contextlib.suppress(ClientDisconnect):
-            self._arrived.set_result(await self._take_body())
+            self._refusal = await self._take_body()
+            self._arrived.set()  # which, unlike a future, wakes requests in the order in which their bodies came
             while (await self._receive())["type"] != "http.disconnect":
                 pass
         # Hypercorn says so after every response too, while it tidies up in the last `send`: that must not be cancelled.
@@ -2565,19 +2566,21 @@ class Exchange:
             raise ClientDisconnect
 
     async def _take_body(self) -> ApiError | None:
-        """Read the body within its bounds. Returns why it is refused."""
+        """Read the body within its bounds, over HTTP/1.1 one that is refused as well. Returns why it is refused."""
         most, size = self._settings.max_body_bytes, 0  # `most`: what `_body` has in memory
-        most_refused = 16 * self._limit if self._is_http1 else 0  # bytes that are read of a body that is refused
         refusal = self._keep(b"", int(self._headers.get("content-length", 0)))
-        chunks = Request(self._scope, self._receive).stream()  # of which only the last is empty
+        if refusal and not self._is_http1:
+            return refusal
         try:
             async with asyncio.timeout(self._settings.body_timeout) as deadline:
-                while (not refusal or size < most_refused) and (chunk := await anext(chunks)):
+                async for chunk in Request(self._scope, self._receive).stream():
                     before, size = size, size + len(chunk)
                     refusal = refusal or self._keep(chunk, size)
                     self._peer.hold(min(size, most) - min(before, most))
                     if not refusal and before // most < size // most:  # an upload goes on
                         deadline.reschedule(asyncio.get_running_loop().time() + self._settings.body_timeout)
+                    if refusal and (not self._is_http1 or size > 16 * self._limit):
+                        break
             self._body.seek(0)
         except TimeoutError:
             refusal = refusal or BodyTimeout()
@@ -2604,8 +2607,9 @@ class Exchange:
 
     async def receive(self) -> Message:
         """The body once it is there, in pieces. Raises why it was refused."""
-        if refusal := await asyncio.shield(self._arrived):
-            raise refusal
+        await self._arrived.wait()
+        if self._refusal:
+            raise self._refusal
         if self._body.closed:  # a FileResponse listens on
             await asyncio.Event().wait()  # for ever: disconnection arrives as cancellation
         chunk = self._body.read(self._settings.max_body_bytes)
@@ -2717,8 +2721,7 @@ class GuardedH2Protocol(H2Protocol):
                 case RequestReceived() if self._peer.is_full:
                     await self._reset(event.stream_id, ErrorCodes.REFUSED_STREAM)
                 case RequestReceived() if b"CONNECT" in asked or not b"".join(asked).isascii():
-                    # Hypercorn would raise, which ends the connection.
-                    await self._reset(event.stream_id, ErrorCodes.PROTOCOL_ERROR)
+                    await self._reset(event.stream_id, ErrorCodes.PROTOCOL_ERROR)  # Hypercorn would raise
                 case DataReceived() if event.stream_id not in self.streams:
                     self.connection.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
                 case _:

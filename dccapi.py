@@ -2535,12 +2535,10 @@ class Exchange:
         try:
             async with asyncio.TaskGroup() as group:
                 watch = group.create_task(self._watch())
-                await asyncio.sleep(0)  # the watch looks first
                 if self._is_http1:
                     # h11 closes a connection whose request was not read to its end, and the answer is lost with it.
                     await self._arrived.wait()
-                if not watch.done():  # what was reset before it starts is not executed
-                    await app(scope, self.receive, self.send)
+                await app(scope, self.receive, self.send)
                 watch.cancel()
         except* ClientDisconnect as left:
             self._end = "the client left"
@@ -2751,7 +2749,8 @@ class GuardedH2Protocol(H2Protocol):
                     await self._send_in_frames(stream_id, event.data)
                 await self._flush()
             elif isinstance(event, EndBody):
-                self.connection.end_stream(stream_id)
+                with contextlib.suppress(ProtocolError):  # its client has reset it, which counts already
+                    self.connection.end_stream(stream_id)
                 await self._flush()
                 self.streams.pop(stream_id, None)
             else:

@@ -2515,7 +2515,7 @@ class Exchange:
         self._is_http1 = scope["http_version"].startswith("1")
         # Each path stands at the root, under /api/v1, and with a slash at its end.
         root = scope.get("root_path", "")
-        path = scope["path"].removeprefix(root).removeprefix("/api/v1").rstrip("/") or "/"
+        path = re.sub(r"^/api/v1(?=/)", "", scope["path"].removeprefix(root)).rstrip("/") or "/"
         scope["path"] = root + path
         media_type = self._headers.get("content-type", "").partition(";")[0].strip().lower()
         given = self._headers.get("x-request-id", "")

@@ -106,7 +106,8 @@ MAX_LINE = 4 * 2**20  # of an engine's answer; Ollama's last line carries the co
 MAX_OUTPUT_CHARS = 2**18  # of one generation: 4,096 tokens of 64 characters
 MAX_BLANK_RUN = 200  # white space in a row; models loop on it under `format` (ollama 2577)
 MAX_WRITE = 128 * 2**10  # bytes that one write of an event stream may hold, so also what one stream can buffer
-RESETS_AT_ONCE, RESETS_PER_SECOND = 1000, 33  # nghttp2's own limits (nghttp2_option_set_stream_reset_rate_limit)
+# So many at once, and after them so many a second. Of resets as nghttp2 (nghttp2_option_set_stream_reset_rate_limit).
+RESETS, WRONG_KEYS = (1000, 33), (20, 20 / 60)
 MAX_HELD, MAX_HELD_OF_ONE = 48 * 2**20, 24 * 2**20  # bytes of requests under way or arriving: of all, of one address
 REQUEST_COST = 16 * 2**10  # bytes that a request takes besides what was sent
 SWEEP_INTERVAL = 0.5  # seconds between two looks at the connections that have been idle for too long
@@ -2302,30 +2303,15 @@ DEFAULT_HEADERS = {"x-content-type-options": "nosniff", "referrer-policy": "no-r
 DEFAULT_HEADERS["content-security-policy"] = POLICY
 
 
-class Allowance:
-    """So many at once, and after them so many a second."""
-
-    def __init__(self, at_once: float, per_second: float) -> None:
-        self._at_once, self._per_second, self._left, self._counted_at = at_once, per_second, at_once, 0.0
-
-    def spend(self) -> bool:
-        """Count one. Whether it was allowed."""
-        now = time.monotonic()
-        refilled = self._left + (now - self._counted_at) * self._per_second
-        self._left, self._counted_at = max(min(self._at_once, refilled), 0) - 1, now
-        return self._left >= 0
-
-
 class Peer:
     """What one address, or all of them under the empty one, has open, has sent in part, and may still do."""
 
     def __init__(self, address: str) -> None:
-        share = 1 if address else 8
         self.connections: dict[Connection, None] = {}  # the oldest first
         self.held = 0  # bytes of requests
         self.turn = asyncio.Lock()  # of an HTTP/2 connection in the middle of what it has received
-        self.resets = Allowance(RESETS_AT_ONCE * share, RESETS_PER_SECOND * share)
-        self.wrong_keys = Allowance(20, 20 / 60)  # a minute, before the answers to more are delayed
+        self._share = 1 if address else 8
+        self._left: dict[tuple[float, float], tuple[float, float]] = {}  # of each allowance, and when it was counted
 
     @property
     def is_full(self) -> bool:
@@ -2334,6 +2320,15 @@ class Peer:
     def hold(self, size: int) -> None:
         self.held += size
         peer_of("").held += size
+
+    def spend(self, allowance: tuple[float, float]) -> bool:
+        """Count one of RESETS or WRONG_KEYS. Whether it was allowed."""
+        at_once, per_second = (self._share * bound for bound in allowance)
+        now = time.monotonic()
+        left, counted_at = self._left.get(allowance, (at_once, now))
+        left = min(at_once, left + (now - counted_at) * per_second)
+        self._left[allowance] = max(left - 1, 0), now
+        return left >= 1
 
 
 peer_of = lru_cache(10_000)(Peer)
@@ -2396,7 +2391,7 @@ class Guard:
         # An EventSource cannot send a key, and nobody can guess the URL of a generation's events.
         events = re.fullmatch(r"/generations/([\w-]+)/events", path) if scope["method"] == "GET" else None
         if settings.keys and not names and path not in OPEN_PATHS and not (events and self.queue.known.get(events[1])):
-            if given and not peer_of(state["client"]).wrong_keys.spend():
+            if given and not peer_of(state["client"]).spend(WRONG_KEYS):
                 await asyncio.sleep(1)  # who guesses keys waits
             raise Unauthorized(headers={"www-authenticate": 'Bearer realm="dccapi"'})
         await self.router(scope, receive, send)
@@ -2409,11 +2404,10 @@ class Guard:
         if is_open and not re.fullmatch(LOCAL_HOST, host):
             raise Forbidden("This machine has another name: ask at localhost, or set API_KEYS or TRUSTED_PROXIES here.")
         site = headers.get("sec-fetch-site", "same-origin" if origin is None else "")
-        is_visit = headers.get("sec-fetch-mode") == "navigate" and scope["method"] in ("GET", "HEAD")
-        is_ours = site in ("same-origin", "none") or (is_visit and scope["state"]["path"] in OPEN_PATHS)
+        is_visit = headers.get("sec-fetch-mode") == "navigate" and scope["state"]["path"] in OPEN_PATHS
         # A request that names no origin may come from any page.
         may_ask = re.fullmatch(settings.origins, origin or "*") or (origin and origin.partition("://")[2] == host)
-        if not is_ours and not may_ask:
+        if site not in ("same-origin", "none") and not is_visit and not may_ask:
             raise Forbidden
 
 
@@ -2445,12 +2439,10 @@ class Exchange:
         try:
             async with asyncio.TaskGroup() as group:
                 watch = group.create_task(self._watch())
-                await asyncio.sleep(0)  # the watch looks first
                 if self._is_http1:
                     # h11 closes a connection whose request was not read to its end, and the answer is lost with it.
                     await self._arrived.wait()
-                if not watch.done():  # what was reset before it starts is not executed
-                    await app(scope, self.receive, self.send)
+                await app(scope, self.receive, self.send)
                 watch.cancel()
         except* ClientDisconnect as left:
             self._end = "the client left"
@@ -2468,7 +2460,7 @@ class Exchange:
         """Take all that the client sends, or Hypercorn would stop reading. Raises ClientDisconnect when it leaves."""
         with contextlib.suppress(ClientDisconnect):
             self._refusal = await self._take_body()
-            self._arrived.set()
+            self._arrived.set()  # which, unlike a future, wakes requests in the order in which their bodies came
             while (await self._receive())["type"] != "http.disconnect":
                 pass
         # Hypercorn says so after every response too, while it tidies up in the last `send`: that must not be cancelled.
@@ -2592,8 +2584,7 @@ def _ip(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 class GuardedH2Protocol(H2Protocol):
     """Hypercorn's HTTP/2 connection, in which each stream sends for itself as far as its windows are open.
 
-    A response has ended when its stream is no longer in `streams`. Of Hypercorn's sending task remains `has_data`,
-    which Hypercorn sets whenever a window opens or a stream is closed.
+    A stream whose response has ended is not in `streams`. Hypercorn sets `has_data` when windows open or streams close.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -2615,7 +2606,7 @@ class GuardedH2Protocol(H2Protocol):
     async def _handle_events(self, events: list[FrameEvent]) -> None:
         reset = {event.stream_id for event in events if isinstance(event, StreamReset)}
         for number, event in enumerate(events):
-            if number % 4 == 0 and not self.closed:
+            if number % 4 == 0:
                 async with self._peer.turn:
                     await asyncio.sleep(0)  # all others go on, and of this address one connection at a time
             if self.closed:
@@ -2632,14 +2623,13 @@ class GuardedH2Protocol(H2Protocol):
                 case RequestReceived() if self._peer.is_full:
                     await self._reset(event.stream_id, ErrorCodes.REFUSED_STREAM)
                 case RequestReceived() if b"CONNECT" in asked or not b"".join(asked).isascii():
-                    # Hypercorn would raise, which ends the connection.
-                    await self._reset(event.stream_id, ErrorCodes.PROTOCOL_ERROR)
+                    await self._reset(event.stream_id, ErrorCodes.PROTOCOL_ERROR)  # Hypercorn would raise
                 case DataReceived() if event.stream_id not in self.streams:
                     self.connection.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
                 case _:
                     await super()._handle_events([event])
-            if isinstance(event, StreamReset) and not (self._peer.resets.spend() and peer_of("").resets.spend()):
-                warn_once(f"connections are closed: over {RESETS_AT_ONCE} streams were reset", time.monotonic() // 60)
+            if isinstance(event, StreamReset) and not (self._peer.spend(RESETS) and peer_of("").spend(RESETS)):
+                warn_once(f"connections are closed: over {RESETS[0]} streams were reset", time.monotonic() // 60)
                 self.connection.close_connection(ErrorCodes.ENHANCE_YOUR_CALM)
                 await self._flush()
                 await self.send(Closed())
@@ -2663,7 +2653,8 @@ class GuardedH2Protocol(H2Protocol):
                     await self._send_in_frames(stream_id, event.data)
                 await self._flush()
             elif isinstance(event, EndBody):
-                self.connection.end_stream(stream_id)
+                with contextlib.suppress(ProtocolError):  # its client has reset it, which counts already
+                    self.connection.end_stream(stream_id)
                 await self._flush()
                 self.streams.pop(stream_id, None)
             else:
@@ -2678,11 +2669,11 @@ class GuardedH2Protocol(H2Protocol):
 
     async def _send_in_frames(self, stream_id: int, data: bytes) -> None:
         """Return when all has left. Raises TimeoutError if the client opens no window for TOKEN_TIMEOUT."""
-        window = self.connection.local_flow_control_window
-        while data and stream_id in self.streams:
+        window, rest = self.connection.local_flow_control_window, memoryview(data)
+        while rest and stream_id in self.streams:
             if (size := min(window(stream_id), self.connection.max_outbound_frame_size)) > 0:
-                self.connection.send_data(stream_id, data[:size])
-                data = data[size:]
+                self.connection.send_data(stream_id, rest[:size])
+                rest = rest[size:]
                 continue
             await self._flush()
             async with asyncio.timeout(self._settings.token_timeout):

@@ -1977,9 +1977,9 @@ class OllamaEngine(Engine):
 
 
 class EmbeddedEngine(Engine):
-    """llama.cpp in a child process of ours (`python dccapi.py engine`), restarted when it dies, ended with us."""
+    """llama.cpp in a child process of ours (`python dccapi.py engine`), replaced when it has died, ended with us."""
 
-    remedy = "The service's log says why; it is started again and again."
+    remedy = "The service's log says why; it is started again whenever it is asked."
     # SmolLM2-135M loops at the contract's 1.02: without this, `bounds` and DRY, half of the real courses had no end.
     defaults: Mapping[str, Any] = {"repeat_penalty": 1.12}
     sifts = is_restarted = True
@@ -1988,13 +1988,7 @@ class EmbeddedEngine(Engine):
         **{name: {"items": {"type": "string", "maxLength": 300}} for name in ("badge_description", "criteria")},
         "skills": {"items": {"type": "string", "maxLength": 60}},
     }
-
-    def __init__(self, settings: Settings) -> None:
-        super().__init__(settings)
-        self.is_tiny = cast(Path, settings.model_path).stat().st_size < 400e6  # half a billion parameters in 4 bits
-        self.key = secrets.token_urlsafe(16)  # other users of this machine can reach the child's port
-        self._told = asyncio.Event()  # whether the child listens, or could not be started
-        self._fault = ""  # why it could not, or why it ended
+    _process: Any = None  # the child that was started last
 
     def body(self, prompt: Prompt, without: frozenset[str]) -> dict[str, Any]:
         """With bounds on the texts, which llama.cpp's grammars take as long as they are short."""
@@ -2003,45 +1997,43 @@ class EmbeddedEngine(Engine):
         return body | {"dry_multiplier": 0.8, "dry_allowed_length": 3}
 
     async def start(self) -> None:
+        self.is_tiny = cast(Path, self.settings.model_path).stat().st_size < 400e6  # 500 million parameters in 4 bits
+        self.key = secrets.token_urlsafe(16)  # other users of this machine can reach the child's port
         await super().start()
-        self._supervisor = asyncio.create_task(self._supervise(), name="embedded engine")
+        self._address = asyncio.create_task(self._started())
 
     async def stop(self) -> None:
-        self._supervisor.cancel()
-        await asyncio.gather(self._supervisor, super().stop(), return_exceptions=True)
+        self._address.cancel()
+        await asyncio.gather(self._address, super().stop(), return_exceptions=True)
+        if self._process:
+            await _killed(self._process)
 
     async def url(self) -> str:
-        """The child's address, once it listens: a restart takes seconds, for which a generation has its deadlines."""
-        await self._told.wait()
-        if not self.base_url:
-            raise EngineUnreachable(f"The embedded language model cannot be started: {self._fault}")
-        return self.base_url
+        """The child's address, once it listens: a start takes seconds, for which a generation has its deadlines."""
+        if self._address.done() and (self._process is None or self._process.returncode is not None):
+            self._address = asyncio.create_task(self._started())
+        said = await asyncio.shield(self._address)
+        if not said.startswith("http"):
+            raise EngineUnreachable(f"The embedded language model cannot be started: {said}")
+        return f"{said}/v1"
 
-    async def _supervise(self) -> None:
-        """Start the child, and again whenever it ends."""
+    async def _started(self) -> str:
+        """Start the child. Returns its address once it listens, or why it does not."""
+        if self._process:
+            log.error("the embedded engine ended with %s and is started again", self._process.returncode)
         arguments = self.settings.model_path, self.settings.num_ctx, self.settings.workers, self.settings.model
-        while True:
-            self.base_url = ""
-            try:
-                process: Any = await _started(str(HERE / "dccapi.py"), "engine", *map(str, arguments))
-                try:
-                    process.stdin.write(self.key.encode() + b"\n")  # not in its arguments, which anyone can read
-                    said = (await process.stdout.readline()).decode().strip()  # an address, or why there is none
-                    if said.startswith("http"):
-                        self.base_url, said = f"{said}/v1", ""
-                        self._told.set()
-                        log.info("the embedded engine is ready")
-                    code = await process.wait()
-                    self._told.clear()
-                    self._fault = said or f"its process ended with {code} (-9: it lacks memory; -4: another processor)"
-                finally:
-                    await _killed(process)
-            except (OSError, ValueError) as error:  # no memory or file descriptor for it now; a line without end
-                self._fault = getattr(error, "strerror", None) or type(error).__name__
-            if not self.base_url:
-                self._told.set()
-            log.error("the embedded engine ended: %s; it is started again", self._fault)
-            await asyncio.sleep(1 if self.base_url else 5)  # what kept it from starting seldom passes at once
+        try:
+            self._process = await _started(str(HERE / "dccapi.py"), "engine", *map(str, arguments))
+            self._process.stdin.write(self.key.encode() + b"\n")  # not in its arguments, which anyone can read
+            said = (await self._process.stdout.readline()).decode().strip()
+            said = (
+                said or f"its process ended with {await self._process.wait()} (-9: out of memory; -4: wrong processor)"
+            )
+        except OSError as error:  # no memory or file descriptor for it now
+            said = str(error.strerror)
+        if not said.startswith("http"):
+            log.error("the embedded engine cannot be started: %s", said)
+        return said
 
 
 def serve_embedded(path: str, context: str, slots: str, name: str) -> None:

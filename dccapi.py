@@ -1689,7 +1689,6 @@ class Engine:
 
     path, listing = "/chat/completions", ("/models", "data", "id")  # of a generation; of the models, with its members
     remedy = "Start it, or correct OPENAI_BASE_URL; badges are written again as soon as it answers."
-    full_name: Callable[[str], str] = str  # a model's name as the server compares it
     defaults: Mapping[str, Any] = {}  # sampling where the client gave none
     sifts = is_tiny = is_restarted = False  # its models are small; very small; a server that dies is restarted by us
     # Parts of a request that a server may refuse, and how it names them: openai-agents-python 442, Flowise 2866,
@@ -1764,15 +1763,10 @@ class Engine:
         """The pieces of text, an empty one for each thought, and the Usage. Leaving early closes the connection."""
         pieces, thoughts, ended, counts = 0, "", None, (0, 0)
         try:
-            async with await self._answer(prompt) as response, contextlib.aclosing(_lines(response.content)) as lines:
-                async for line in lines:
-                    if not (found := RECORD.match(line)):
-                        continue
-                    if found[2] == b"[DONE]":
-                        break
-                    record = orjson.loads(found[2])
-                    if found[1] == b"error:" or record.get("error") or record.get("object") == "error":  # old vLLM
-                        raise self._meaning(500, _message(found[2]), prompt) or EngineError
+            async with await self._answer(prompt) as response, contextlib.aclosing(_records(response)) as records:
+                async for record in records:
+                    if record.get("error") or record.get("object") == "error":  # the latter: vLLM before 0.10
+                        raise self._meaning(500, _message(record), prompt) or EngineError
                     text, thought, reason, counted = self.read(record, prompt)
                     ended, counts = reason or ended, counted or counts
                     if text:
@@ -1781,7 +1775,7 @@ class Engine:
                     elif thought:
                         thoughts += thought[: MAX_OUTPUT_CHARS - len(thoughts)]
                         yield ""
-                    if record.get("done"):  # Ollama's [DONE]
+                    if record.get("done"):
                         break
                 # The end of the body is on its way, and with it the connection can be used again.
                 with contextlib.suppress(aiohttp.ClientError, OSError):  # nothing of the answer is missing
@@ -1889,19 +1883,23 @@ class Engine:
         return list(models)
 
     def has_model(self, available: list[str]) -> bool:
-        return self.full_name(self.settings.model) in map(self.full_name, available)
+        """Whether its model is among them, by Ollama's rules: without defaults and case (its types/model/name.go)."""
+        defaults = r"^(https://)?(registry\.ollama\.ai/)?(library/)?|:latest$"
+        wanted, *names = (re.sub(defaults, "", name.casefold()) for name in (self.settings.model, *available))
+        return wanted in names
 
 
-async def _lines(answer: aiohttp.StreamReader) -> AsyncGenerator[bytes]:
-    """The lines of a body as it comes, cut chunk by chunk: tokens are many. Raises ValueError for one over MAX_LINE."""
-    rest = b""
-    while chunk := await answer.readany():
-        *lines, rest = (rest + chunk).split(b"\n")
-        for line in lines:
-            yield line
+async def _records(response: aiohttp.ClientResponse) -> AsyncGenerator[dict[str, Any]]:
+    """The records of a body as it comes, cut chunk by chunk: tokens are many. Raises ValueError for what is none."""
+    rest, chunk = b"", b"\n"
+    while chunk:
+        chunk = await response.content.readany()
+        *lines, rest = (rest + (chunk or b"\n")).split(b"\n")  # the last line may end with the body
+        for found in filter(None, map(RECORD.match, lines)):
+            record = {"done": True} if found[2] == b"[DONE]" else orjson.loads(found[2])
+            yield {"error": record} if found[1] == b"error:" else record
         if len(rest) > MAX_LINE:
             raise ValueError("a line without end")
-    yield rest
 
 
 async def _whole(response: aiohttp.ClientResponse) -> bytes:
@@ -1968,12 +1966,6 @@ class OllamaEngine(Engine):
         if self.context and (read >= self.context or read + written > self.context):
             raise too_long(prompt, self.context)  # Ollama before 0.12.6 does not know `truncate`, and has cut it
         return text, thought, record.get("done_reason") or "stop", (read, written)
-
-    @staticmethod
-    def full_name(model: str) -> str:
-        """With a tag, without the defaults before it, and without regard to case (ollama types/model/name.go)."""
-        name = model.casefold().removeprefix("https://").removeprefix("registry.ollama.ai/").removeprefix("library/")
-        return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
 
 
 class EmbeddedEngine(Engine):

@@ -1937,11 +1937,11 @@ class OllamaEngine(Engine):
     async def introduce(self) -> None:
         status, answer = await self.ask("/api/show", {"model": self.settings.model})
         model = orjson.loads(answer) if status == 200 else {}
-        info, family = model.get("model_info") or {}, (model.get("details") or {}).get("family")
         self._think = None
         if "thinking" in (model.get("capabilities") or []):
-            self._think = "low" if re.search("gpt-?oss", str(family)) else False  # ollama docs/thinking
-        limits = [value for key, value in info.items() if key.endswith(".context_length") and isinstance(value, int)]
+            self._think = "low" if re.search("gpt-?oss", str(model.get("details"))) else False  # ollama docs/thinking
+        facts = (model.get("model_info") or {}).items()
+        limits = [value for name, value in facts if name.endswith(".context_length") and isinstance(value, int)]
         self.context = min([self.settings.num_ctx, *limits])
         # Ollama's own template, or since 0.30 the model's, in Jinja; a renderer stands for either.
         template = str(model.get("template") or "")
@@ -2002,30 +2002,25 @@ class EmbeddedEngine(Engine):
 
     async def url(self) -> str:
         """The child's address, once it listens: a start takes seconds, for which a generation has its deadlines."""
-        if self._address.done() and (self._process is None or self._process.returncode is not None):
+        if self._address.done() and (self._address.exception() or self._process.returncode is not None):
             self._address = asyncio.create_task(self._started())
-        said = await asyncio.shield(self._address)
-        if not said.startswith("http"):
-            raise EngineUnreachable(f"The embedded language model cannot be started: {said}")
-        return f"{said}/v1"
+        return await asyncio.shield(self._address)
 
     async def _started(self) -> str:
-        """Start the child. Returns its address once it listens, or why it does not."""
+        """Start the child. Returns its address once it listens. Raises EngineUnreachable where it does not."""
         if self._process:
             log.error("the embedded engine ended with %s and is started again", self._process.returncode)
         arguments = self.settings.model_path, self.settings.num_ctx, self.settings.workers, self.settings.model
         try:
             self._process = await _started(str(HERE / "dccapi.py"), "engine", *map(str, arguments))
             self._process.stdin.write(self.key.encode() + b"\n")  # not in its arguments, which anyone can read
-            said = (await self._process.stdout.readline()).decode().strip()
-            said = (
-                said or f"its process ended with {await self._process.wait()} (-9: out of memory; -4: wrong processor)"
-            )
+            if (said := (await self._process.stdout.readline()).decode().strip()).startswith("http"):
+                return f"{said}/v1"
+            said = said or f"its process ended with {await self._process.wait()} (-9: no memory; -4: wrong processor)"
         except OSError as error:  # no memory or file descriptor for it now
             said = str(error.strerror)
-        if not said.startswith("http"):
-            log.error("the embedded engine cannot be started: %s", said)
-        return said
+        log.error("the embedded engine cannot be started: %s", said)
+        raise EngineUnreachable(f"The embedded language model cannot be started: {said}")
 
 
 def serve_embedded(path: str, context: str, slots: str, name: str) -> None:

@@ -1680,8 +1680,7 @@ CUT = {"length", "max_tokens", "max_length", "max_output_tokens", "model_length"
 SAMPLING = ("max_tokens", "seed", "temperature", "top_p", "top_k", "repeat_penalty", "repetition_penalty")
 # The rest of what a refusal may mean; 502 and 504 are said by a balancer that has no engine to ask.
 REFUSALS = {404: ModelMissing, 429: QueueFull, 502: EngineUnreachable, 503: QueueFull, 504: EngineUnreachable}
-# A record, alone (Ollama) or as a field of a server-sent event. Other lines are none.
-RECORD = re.compile(rb"(data:|error:)?\s*(\{.*|\[DONE\])")
+RECORD = re.compile(rb"(?:data:|error:)?\s*(\{.*|\[DONE\])")  # a line with one: alone (Ollama), or in an event
 
 
 class Engine:
@@ -1765,7 +1764,7 @@ class Engine:
         try:
             async with await self._answer(prompt) as response, contextlib.aclosing(_records(response)) as records:
                 async for record in records:
-                    if record.get("error") or record.get("object") == "error":  # the latter: vLLM before 0.10
+                    if record.get("error") or record.get("message"):  # the latter: vLLM before 0.10, older llama.cpp
                         raise self._meaning(500, _message(record), prompt) or EngineError
                     text, thought, reason, counted = self.read(record, prompt)
                     ended, counts = reason or ended, counted or counts
@@ -1779,8 +1778,7 @@ class Engine:
                         break
                 # The end of the body is on its way, and with it the connection can be used again.
                 with contextlib.suppress(aiohttp.ClientError, OSError):  # nothing of the answer is missing
-                    async with asyncio.timeout(0.05):
-                        await response.content.read()
+                    await asyncio.wait_for(response.content.read(), 0.05)
             if (end := str(ended).lower()) not in FINISHED | CUT:  # None: Ollama after 30 equal tokens in a row
                 raise self._meaning(500, end, prompt) or EngineError(UNFINISHED if ended is None else "")
             if not pieces and re.fullmatch(r"\s*\{.*\}\s*", thoughts, re.S):
@@ -1896,8 +1894,7 @@ async def _records(response: aiohttp.ClientResponse) -> AsyncGenerator[dict[str,
         chunk = await response.content.readany()
         *lines, rest = (rest + (chunk or b"\n")).split(b"\n")  # the last line may end with the body
         for found in filter(None, map(RECORD.match, lines)):
-            record = {"done": True} if found[2] == b"[DONE]" else orjson.loads(found[2])
-            yield {"error": record} if found[1] == b"error:" else record
+            yield {"done": True} if found[1] == b"[DONE]" else orjson.loads(found[1])
         if len(rest) > MAX_LINE:
             raise ValueError("a line without end")
 
@@ -1940,8 +1937,8 @@ class OllamaEngine(Engine):
         self._think = None
         if "thinking" in (model.get("capabilities") or []):
             self._think = "low" if re.search("gpt-?oss", str(model.get("details"))) else False  # ollama docs/thinking
-        facts = (model.get("model_info") or {}).items()
-        limits = [value for name, value in facts if name.endswith(".context_length") and isinstance(value, int)]
+        facts = model.get("model_info") or {}
+        limits = [value for name, value in facts.items() if name.endswith(".context_length")]
         self.context = min([self.settings.num_ctx, *limits])
         # Ollama's own template, or since 0.30 the model's, in Jinja; a renderer stands for either.
         template = str(model.get("template") or "")
@@ -1992,7 +1989,7 @@ class EmbeddedEngine(Engine):
         self.is_tiny = cast(Path, self.settings.model_path).stat().st_size < 400e6  # 500 million parameters in 4 bits
         self.key = secrets.token_urlsafe(16)  # other users of this machine can reach the child's port
         await super().start()
-        self._address = asyncio.create_task(self._started())
+        self._address = asyncio.create_task(self._start_child())
 
     async def stop(self) -> None:
         self._address.cancel()
@@ -2002,14 +1999,13 @@ class EmbeddedEngine(Engine):
 
     async def url(self) -> str:
         """The child's address, once it listens: a start takes seconds, for which a generation has its deadlines."""
-        if self._address.done() and (self._address.exception() or self._process.returncode is not None):
-            self._address = asyncio.create_task(self._started())
+        if self._address.done() and (fault := self._address.exception() or self._process.returncode) is not None:
+            log.error("the embedded engine is started again after: %s (-9: no memory; -4: wrong processor)", fault)
+            self._address = asyncio.create_task(self._start_child())
         return await asyncio.shield(self._address)
 
-    async def _started(self) -> str:
+    async def _start_child(self) -> str:
         """Start the child. Returns its address once it listens. Raises EngineUnreachable where it does not."""
-        if self._process:
-            log.error("the embedded engine ended with %s and is started again", self._process.returncode)
         arguments = self.settings.model_path, self.settings.num_ctx, self.settings.workers, self.settings.model
         try:
             self._process = await _started(str(HERE / "dccapi.py"), "engine", *map(str, arguments))
@@ -2037,8 +2033,7 @@ def serve_embedded(path: str, context: str, slots: str, name: str) -> None:
     parameters.n_batch = 512  # a client that leaves while its prompt is read frees the slot after so many tokens
     with contextlib.suppress(OSError, ValueError):  # more threads than a container may use wait for each other
         quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
-        if quota // period < (os.cpu_count() or 1):
-            parameters.cpuparams.n_threads = max(1, quota // period)
+        parameters.cpuparams.n_threads = max(1, min(quota // period, os.cpu_count() or 1))
     parameters.ui, parameters.api_keys = False, [sys.stdin.readline().strip()]
     try:
         server = xllamacpp.Server(parameters)

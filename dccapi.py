@@ -1753,8 +1753,7 @@ class Engine:
         content = delta.get("content") or ""
         thought = delta.get("reasoning_content") or delta.get("reasoning") or content
         if not isinstance(content, str):  # a list of parts, of which some are thoughts (Mistral)
-            texts = [part for part in content if part.get("type", "text") in ("text", "output_text")]
-            content = "".join(part.get("text") or "" for part in texts)
+            content = "".join(part.get("text") or "" for part in content if part.get("type", "text") == "text")
         counts = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
         return content, str(thought), choice.get("finish_reason"), counts if usage else None
 
@@ -1937,8 +1936,7 @@ class OllamaEngine(Engine):
         self._think = None
         if "thinking" in (model.get("capabilities") or []):
             self._think = "low" if re.search("gpt-?oss", str(model.get("details"))) else False  # ollama docs/thinking
-        facts = model.get("model_info") or {}
-        limits = [value for name, value in facts.items() if name.endswith(".context_length")]
+        limits = [size for name, size in (model.get("model_info") or {}).items() if name.endswith(".context_length")]
         self.context = min([self.settings.num_ctx, *limits])
         # Ollama's own template, or since 0.30 the model's, in Jinja; a renderer stands for either.
         template = str(model.get("template") or "")
@@ -1999,7 +1997,8 @@ class EmbeddedEngine(Engine):
 
     async def url(self) -> str:
         """The child's address, once it listens: a start takes seconds, for which a generation has its deadlines."""
-        if self._address.done() and (fault := self._address.exception() or self._process.returncode) is not None:
+        fault = (self._address.exception() or self._process.returncode) if self._address.done() else None
+        if fault is not None:
             log.error("the embedded engine is started again after: %s (-9: no memory; -4: wrong processor)", fault)
             self._address = asyncio.create_task(self._start_child())
         return await asyncio.shield(self._address)

@@ -1747,15 +1747,15 @@ class Engine:
 
     def read(self, record: dict[str, Any], prompt: Prompt) -> tuple[str, str, object, tuple[int, int] | None]:
         """What a record of an answer says: text, thought, why the text ended, tokens read and written."""
-        choice: dict[str, Any] = next(iter(record.get("choices") or []), {})
+        choice: dict[str, Any] = (record.get("choices") or [{}])[0]
         # A server that does not stream answers with a `message`.
-        delta, usage = choice.get("delta") or choice.get("message") or {}, record.get("usage") or {}
+        delta, usage = choice.get("delta") or choice.get("message") or {}, record.get("usage")
         content = delta.get("content") or ""
         thought = delta.get("reasoning_content") or delta.get("reasoning") or content
         if not isinstance(content, str):  # a list of parts, of which some are thoughts (Mistral)
             content = "".join(part.get("text") or "" for part in content if part.get("type", "text") == "text")
-        counts = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
-        return content, str(thought), choice.get("finish_reason"), counts if usage else None
+        counts = (int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)) if usage else None
+        return content, str(thought), choice.get("finish_reason"), counts
 
     async def stream(self, prompt: Prompt) -> AsyncGenerator[str | Usage]:
         """The pieces of text, an empty one for each thought, and the Usage. Leaving early closes the connection."""
@@ -1768,7 +1768,7 @@ class Engine:
                     text, thought, reason, counted = self.read(record, prompt)
                     ended, counts = reason or ended, counted or counts
                     if text:
-                        pieces += 1
+                        pieces += 1  # llama-cpp-python counts only what it does not stream
                         yield text
                     elif thought:
                         thoughts += thought[: MAX_OUTPUT_CHARS - len(thoughts)]
@@ -1782,8 +1782,7 @@ class Engine:
                 raise self._meaning(500, end, prompt) or EngineError(UNFINISHED if ended is None else "")
             if not pieces and re.fullmatch(r"\s*\{.*\}\s*", thoughts, re.S):
                 yield thoughts  # the badge's JSON went to the wrong place (maclocal-api 44)
-            written = counts[1] or pieces  # llama-cpp-python counts only what it does not stream
-            yield Usage(counts[0], written, "length" if end in CUT else "stop")
+            yield Usage(counts[0], counts[1] or pieces, "length" if end in CUT else "stop")
         except (ApiError, aiohttp.ClientError, OSError, ValueError) as error:  # it broke off, or is no JSON
             told = error if isinstance(error, ApiError) else EngineError()
             log.warning("an engine call failed: %s: %s", type(error).__name__, told.detail)

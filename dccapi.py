@@ -1602,8 +1602,7 @@ CUT = {"length", "max_tokens", "max_length", "max_output_tokens", "model_length"
 SAMPLING = ("max_tokens", "seed", "temperature", "top_p", "top_k", "repeat_penalty", "repetition_penalty")
 # The rest of what a refusal may mean; 502 and 504 are said by a balancer that has no engine to ask.
 REFUSALS = {404: ModelMissing, 429: QueueFull, 502: EngineUnreachable, 503: QueueFull, 504: EngineUnreachable}
-# A record, alone (Ollama) or as a field of a server-sent event. Other lines are none.
-RECORD = re.compile(rb"(data:|error:)?\s*(\{.*|\[DONE\])")
+RECORD = re.compile(rb"(?:data:|error:)?\s*(\{.*|\[DONE\])")  # a line with one: alone (Ollama), or in an event
 
 
 class Engine:
@@ -1611,7 +1610,6 @@ class Engine:
 
     path, listing = "/chat/completions", ("/models", "data", "id")  # of a generation; of the models, with its members
     remedy = "Start it, or correct OPENAI_BASE_URL; badges are written again as soon as it answers."
-    full_name: Callable[[str], str] = str  # a model's name as the server compares it
     defaults: Mapping[str, Any] = {}  # sampling where the client gave none
     sifts = is_tiny = is_restarted = False  # its models are small; very small; a server that dies is restarted by us
     # Parts of a request that a server may refuse, and how it names them: openai-agents-python 442, Flowise 2866,
@@ -1671,50 +1669,42 @@ class Engine:
 
     def read(self, record: dict[str, Any], prompt: Prompt) -> tuple[str, str, object, tuple[int, int] | None]:
         """What a record of an answer says: text, thought, why the text ended, tokens read and written."""
-        choice: dict[str, Any] = next(iter(record.get("choices") or []), {})
+        choice: dict[str, Any] = (record.get("choices") or [{}])[0]
         # A server that does not stream answers with a `message`.
-        delta, usage = choice.get("delta") or choice.get("message") or {}, record.get("usage") or {}
+        delta, usage = choice.get("delta") or choice.get("message") or {}, record.get("usage")
         content = delta.get("content") or ""
         thought = delta.get("reasoning_content") or delta.get("reasoning") or content
         if not isinstance(content, str):  # a list of parts, of which some are thoughts (Mistral)
-            texts = [part for part in content if part.get("type", "text") in ("text", "output_text")]
-            content = "".join(part.get("text") or "" for part in texts)
-        counts = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
-        return content, str(thought), choice.get("finish_reason"), counts if usage else None
+            content = "".join(part.get("text") or "" for part in content if part.get("type", "text") == "text")
+        counts = (int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)) if usage else None
+        return content, str(thought), choice.get("finish_reason"), counts
 
     async def stream(self, prompt: Prompt) -> AsyncGenerator[str | Usage]:
         """The pieces of text, an empty one for each thought, and the Usage. Leaving early closes the connection."""
         pieces, thoughts, ended, counts = 0, "", None, (0, 0)
         try:
-            async with await self._answer(prompt) as response, contextlib.aclosing(_lines(response.content)) as lines:
-                async for line in lines:
-                    if not (found := RECORD.match(line)):
-                        continue
-                    if found[2] == b"[DONE]":
-                        break
-                    record = orjson.loads(found[2])
-                    if found[1] == b"error:" or record.get("error") or record.get("object") == "error":  # old vLLM
-                        raise self._meaning(500, _message(found[2]), prompt) or EngineError
+            async with await self._answer(prompt) as response, contextlib.aclosing(_records(response)) as records:
+                async for record in records:
+                    if record.get("error") or record.get("message"):  # the latter: vLLM before 0.10, older llama.cpp
+                        raise self._meaning(500, _message(record), prompt) or EngineError
                     text, thought, reason, counted = self.read(record, prompt)
                     ended, counts = reason or ended, counted or counts
                     if text:
-                        pieces += 1
+                        pieces += 1  # llama-cpp-python counts only what it does not stream
                         yield text
                     elif thought:
                         thoughts += thought[: MAX_OUTPUT_CHARS - len(thoughts)]
                         yield ""
-                    if record.get("done"):  # Ollama's [DONE]
+                    if record.get("done"):
                         break
                 # The end of the body is on its way, and with it the connection can be used again.
                 with contextlib.suppress(aiohttp.ClientError, OSError):  # nothing of the answer is missing
-                    async with asyncio.timeout(0.05):
-                        await response.content.read()
+                    await asyncio.wait_for(response.content.read(), 0.05)
             if (end := str(ended).lower()) not in FINISHED | CUT:  # None: Ollama after 30 equal tokens in a row
                 raise self._meaning(500, end, prompt) or EngineError(UNFINISHED if ended is None else "")
             if not pieces and re.fullmatch(r"\s*\{.*\}\s*", thoughts, re.S):
                 yield thoughts  # the badge's JSON went to the wrong place (maclocal-api 44)
-            written = counts[1] or pieces  # llama-cpp-python counts only what it does not stream
-            yield Usage(counts[0], written, "length" if end in CUT else "stop")
+            yield Usage(counts[0], counts[1] or pieces, "length" if end in CUT else "stop")
         except (ApiError, aiohttp.ClientError, OSError, ValueError) as error:  # it broke off, or is no JSON
             told = error if isinstance(error, ApiError) else EngineError()
             log.warning("an engine call failed: %s: %s", type(error).__name__, told.detail)
@@ -1811,19 +1801,22 @@ class Engine:
         return list(models)
 
     def has_model(self, available: list[str]) -> bool:
-        return self.full_name(self.settings.model) in map(self.full_name, available)
+        """Whether its model is among them, by Ollama's rules: without defaults and case (its types/model/name.go)."""
+        defaults = r"^(https://)?(registry\.ollama\.ai/)?(library/)?|:latest$"
+        wanted, *names = (re.sub(defaults, "", name.casefold()) for name in (self.settings.model, *available))
+        return wanted in names
 
 
-async def _lines(answer: aiohttp.StreamReader) -> AsyncGenerator[bytes]:
-    """The lines of a body as it comes, cut chunk by chunk: tokens are many. Raises ValueError for one over MAX_LINE."""
-    rest = b""
-    while chunk := await answer.readany():
-        *lines, rest = (rest + chunk).split(b"\n")
-        for line in lines:
-            yield line
+async def _records(response: aiohttp.ClientResponse) -> AsyncGenerator[dict[str, Any]]:
+    """The records of a body as it comes, cut chunk by chunk: tokens are many. Raises ValueError for what is none."""
+    rest, chunk = b"", b"\n"
+    while chunk:
+        chunk = await response.content.readany()
+        *lines, rest = (rest + (chunk or b"\n")).split(b"\n")  # the last line may end with the body
+        for found in filter(None, map(RECORD.match, lines)):
+            yield {"done": True} if found[1] == b"[DONE]" else orjson.loads(found[1])
         if len(rest) > MAX_LINE:
             raise ValueError("a line without end")
-    yield rest
 
 
 async def _whole(response: aiohttp.ClientResponse) -> bytes:
@@ -1861,11 +1854,10 @@ class OllamaEngine(Engine):
     async def introduce(self) -> None:
         status, answer = await self.ask("/api/show", {"model": self.settings.model})
         model = orjson.loads(answer) if status == 200 else {}
-        info, family = model.get("model_info") or {}, (model.get("details") or {}).get("family")
         self._think = None
         if "thinking" in (model.get("capabilities") or []):
-            self._think = "low" if re.search("gpt-?oss", str(family)) else False  # ollama docs/thinking
-        limits = [value for key, value in info.items() if key.endswith(".context_length") and isinstance(value, int)]
+            self._think = "low" if re.search("gpt-?oss", str(model.get("details"))) else False  # ollama docs/thinking
+        limits = [size for name, size in (model.get("model_info") or {}).items() if name.endswith(".context_length")]
         self.context = min([self.settings.num_ctx, *limits])
         # Ollama's own template, or since 0.30 the model's, in Jinja; a renderer stands for either.
         template = str(model.get("template") or "")
@@ -1891,17 +1883,11 @@ class OllamaEngine(Engine):
             raise too_long(prompt, self.context)  # Ollama before 0.12.6 does not know `truncate`, and has cut it
         return text, thought, record.get("done_reason") or "stop", (read, written)
 
-    @staticmethod
-    def full_name(model: str) -> str:
-        """With a tag, without the defaults before it, and without regard to case (ollama types/model/name.go)."""
-        name = model.casefold().removeprefix("https://").removeprefix("registry.ollama.ai/").removeprefix("library/")
-        return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
-
 
 class EmbeddedEngine(Engine):
-    """llama.cpp in a child process of ours (`python dccapi.py engine`), restarted when it dies, ended with us."""
+    """llama.cpp in a child process of ours (`python dccapi.py engine`), replaced when it has died, ended with us."""
 
-    remedy = "The service's log says why; it is started again and again."
+    remedy = "The service's log says why; it is started again whenever it is asked."
     # SmolLM2-135M loops at the contract's 1.02: without this, `bounds` and DRY, half of the real courses had no end.
     defaults: Mapping[str, Any] = {"repeat_penalty": 1.12}
     sifts = is_restarted = True
@@ -1910,13 +1896,7 @@ class EmbeddedEngine(Engine):
         **{name: {"items": {"type": "string", "maxLength": 300}} for name in ("badge_description", "criteria")},
         "skills": {"items": {"type": "string", "maxLength": 60}},
     }
-
-    def __init__(self, settings: Settings) -> None:
-        super().__init__(settings)
-        self.is_tiny = cast(Path, settings.model_path).stat().st_size < 400e6  # half a billion parameters in 4 bits
-        self.key = secrets.token_urlsafe(16)  # other users of this machine can reach the child's port
-        self._told = asyncio.Event()  # whether the child listens, or could not be started
-        self._fault = ""  # why it could not, or why it ended
+    _process: Any = None  # the child that was started last
 
     def body(self, prompt: Prompt, without: frozenset[str]) -> dict[str, Any]:
         """With bounds on the texts, which llama.cpp's grammars take as long as they are short."""
@@ -1925,45 +1905,38 @@ class EmbeddedEngine(Engine):
         return body | {"dry_multiplier": 0.8, "dry_allowed_length": 3}
 
     async def start(self) -> None:
+        self.is_tiny = cast(Path, self.settings.model_path).stat().st_size < 400e6  # 500 million parameters in 4 bits
+        self.key = secrets.token_urlsafe(16)  # other users of this machine can reach the child's port
         await super().start()
-        self._supervisor = asyncio.create_task(self._supervise(), name="embedded engine")
+        self._address = asyncio.create_task(self._start_child())
 
     async def stop(self) -> None:
-        self._supervisor.cancel()
-        await asyncio.gather(self._supervisor, super().stop(), return_exceptions=True)
+        self._address.cancel()
+        await asyncio.gather(self._address, super().stop(), return_exceptions=True)
+        if self._process:
+            await _killed(self._process)
 
     async def url(self) -> str:
-        """The child's address, once it listens: a restart takes seconds, for which a generation has its deadlines."""
-        await self._told.wait()
-        if not self.base_url:
-            raise EngineUnreachable(f"The embedded language model cannot be started: {self._fault}")
-        return self.base_url
+        """The child's address, once it listens: a start takes seconds, for which a generation has its deadlines."""
+        fault = (self._address.exception() or self._process.returncode) if self._address.done() else None
+        if fault is not None:
+            log.error("the embedded engine is started again after: %s (-9: no memory; -4: wrong processor)", fault)
+            self._address = asyncio.create_task(self._start_child())
+        return await asyncio.shield(self._address)
 
-    async def _supervise(self) -> None:
-        """Start the child, and again whenever it ends."""
+    async def _start_child(self) -> str:
+        """Start the child. Returns its address once it listens. Raises EngineUnreachable where it does not."""
         arguments = self.settings.model_path, self.settings.num_ctx, self.settings.workers, self.settings.model
-        while True:
-            self.base_url = ""
-            try:
-                process: Any = await _started(str(HERE / "dccapi.py"), "engine", *map(str, arguments))
-                try:
-                    process.stdin.write(self.key.encode() + b"\n")  # not in its arguments, which anyone can read
-                    said = (await process.stdout.readline()).decode().strip()  # an address, or why there is none
-                    if said.startswith("http"):
-                        self.base_url, said = f"{said}/v1", ""
-                        self._told.set()
-                        log.info("the embedded engine is ready")
-                    code = await process.wait()
-                    self._told.clear()
-                    self._fault = said or f"its process ended with {code} (-9: it lacks memory; -4: another processor)"
-                finally:
-                    await _killed(process)
-            except (OSError, ValueError) as error:  # no memory or file descriptor for it now; a line without end
-                self._fault = getattr(error, "strerror", None) or type(error).__name__
-            if not self.base_url:
-                self._told.set()
-            log.error("the embedded engine ended: %s; it is started again", self._fault)
-            await asyncio.sleep(1 if self.base_url else 5)  # what kept it from starting seldom passes at once
+        try:
+            self._process = await _started(str(HERE / "dccapi.py"), "engine", *map(str, arguments))
+            self._process.stdin.write(self.key.encode() + b"\n")  # not in its arguments, which anyone can read
+            if (said := (await self._process.stdout.readline()).decode().strip()).startswith("http"):
+                return f"{said}/v1"
+            said = said or f"its process ended with {await self._process.wait()} (-9: no memory; -4: wrong processor)"
+        except OSError as error:  # no memory or file descriptor for it now
+            said = str(error.strerror)
+        log.error("the embedded engine cannot be started: %s", said)
+        raise EngineUnreachable(f"The embedded language model cannot be started: {said}")
 
 
 def serve_embedded(path: str, context: str, slots: str, name: str) -> None:
@@ -1980,8 +1953,7 @@ def serve_embedded(path: str, context: str, slots: str, name: str) -> None:
     parameters.n_batch = 512  # a client that leaves while its prompt is read frees the slot after so many tokens
     with contextlib.suppress(OSError, ValueError):  # more threads than a container may use wait for each other
         quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
-        if quota // period < (os.cpu_count() or 1):
-            parameters.cpuparams.n_threads = max(1, quota // period)
+        parameters.cpuparams.n_threads = max(1, min(quota // period, os.cpu_count() or 1))
     parameters.ui, parameters.api_keys = False, [sys.stdin.readline().strip()]
     try:
         server = xllamacpp.Server(parameters)

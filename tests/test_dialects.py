@@ -504,6 +504,11 @@ async def test_a_model_is_compared_as_ollama_compares_names(name: str, listed: s
         problem_in(await ask(service, None, "/readyz", "GET"), 503, "model_missing")
 
 
+async def test_ollamas_openai_api_has_the_model_under_its_full_name() -> None:
+    async with serving(ScriptedOpenAI(models=["phi4badges:latest"])) as service:
+        assert (await ask(service, None, "/readyz", "GET")).status == 200
+
+
 class Unlisted(ScriptedOpenAI):
     def info(self, path: str) -> None:
         return None

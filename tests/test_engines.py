@@ -323,8 +323,7 @@ async def test_a_child_that_dies_with_a_call_is_replaced_by_the_next(
     async with speaking([], WHOLE_BADGE) as (url, requests):
         engine = dccapi.EmbeddedEngine(dccapi.Settings(engine="embedded", model_path=model))
         await dccapi.Engine.start(engine)  # without a child: at its address is another server
-        engine.base_url = url
-        engine._told.set()
+        monkeypatch.setattr(engine, "url", AsyncMock(return_value=url))
         monkeypatch.setattr(engine, "introduce", AsyncMock())
         prompt = dccapi.build_prompt(dccapi.GenerateRequest(**COURSE), dccapi.Course(COURSE["content"]), "", {})
         async with await engine._answer(prompt) as response:

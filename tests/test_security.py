@@ -8,6 +8,7 @@ import errno
 import gc
 import json
 import os
+import signal
 import tempfile
 import time
 from pathlib import Path
@@ -478,16 +479,21 @@ async def test_the_embedded_engine_is_started_again_and_says_until_then_why_not(
         with logging_into(lines):
             await engine.start()
             try:
-                await eventually(lambda: engine._fault)
                 with pytest.raises(dccapi.EngineUnreachable, match="Too many open files"):
                     await engine.url()
-                await eventually(lambda: engine.base_url)
                 prompt = dccapi.build_prompt(dccapi.GenerateRequest(**COURSE), dccapi.Course(COURSE["content"]), "", {})
                 pieces = [piece async for piece in engine.stream(prompt)]
                 assert "".join(piece for piece in pieces if isinstance(piece, str)) == badge_json()
+                engine._process.kill()
+                await engine._process.wait()
+                assert {await engine.url() for _ in range(2)} == {server.base_url}
+                assert engine._process.returncode is None
             finally:
                 await engine.stop()
-    assert len({line for line in lines if "the embedded engine ended" in line}) == 1  # root's logger may have it too
+            assert engine._process.returncode == -signal.SIGKILL
+    told = {line for line in lines if "the embedded engine cannot be started" in line}
+    assert len(told) == 1  # root's logger may have it too
+    assert len({line for line in lines if "is started again after: -9" in line}) == 1
 
 
 async def test_an_embedded_engine_that_is_killed_at_its_start_is_told_at_once(

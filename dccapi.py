@@ -1887,7 +1887,7 @@ class OllamaEngine(Engine):
 class EmbeddedEngine(Engine):
     """llama.cpp in a child process of ours (`python dccapi.py engine`), replaced when it has died, ended with us."""
 
-    remedy = "The service's log says why; it is started again whenever it is asked."
+    remedy = "The service's log says why; it is started again and again."
     # SmolLM2-135M loops at the contract's 1.02: without this, `bounds` and DRY, half of the real courses had no end.
     defaults: Mapping[str, Any] = {"repeat_penalty": 1.12}
     sifts = is_restarted = True
@@ -1909,10 +1909,12 @@ class EmbeddedEngine(Engine):
         self.key = secrets.token_urlsafe(16)  # other users of this machine can reach the child's port
         await super().start()
         self._address = asyncio.create_task(self._start_child())
+        self._supervisor = asyncio.create_task(self._supervise())
 
     async def stop(self) -> None:
+        self._supervisor.cancel()
         self._address.cancel()
-        await asyncio.gather(self._address, super().stop(), return_exceptions=True)
+        await asyncio.gather(self._supervisor, self._address, super().stop(), return_exceptions=True)
         if self._process:
             await _killed(self._process)
 
@@ -1923,6 +1925,14 @@ class EmbeddedEngine(Engine):
             log.error("the embedded engine is started again after: %s (-9: no memory; -4: wrong processor)", fault)
             self._address = asyncio.create_task(self._start_child())
         return await asyncio.shield(self._address)
+
+    async def _supervise(self) -> None:
+        """Replace a child that has ended while nobody asks."""
+        while True:
+            with contextlib.suppress(EngineUnreachable):
+                await self.url()
+                await self._process.wait()
+            await asyncio.sleep(5)
 
     async def _start_child(self) -> str:
         """Start the child. Returns its address once it listens. Raises EngineUnreachable where it does not."""

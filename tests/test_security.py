@@ -487,13 +487,16 @@ async def test_the_embedded_engine_is_started_again_and_says_until_then_why_not(
                 engine._process.kill()
                 await engine._process.wait()
                 assert {await engine.url() for _ in range(2)} == {server.base_url}
-                assert engine._process.returncode is None
+                second = engine._process
+                assert second.returncode is None
+                second.kill()
+                await eventually(lambda: engine._process is not second)  # nobody asks
             finally:
                 await engine.stop()
             assert engine._process.returncode == -signal.SIGKILL
     told = {line for line in lines if "the embedded engine cannot be started" in line}
     assert len(told) == 1  # root's logger may have it too
-    assert len({line for line in lines if "is started again after: -9" in line}) == 1
+    assert any("is started again after: -9" in line for line in lines)
 
 
 async def test_an_embedded_engine_that_is_killed_at_its_start_is_told_at_once(

@@ -1024,7 +1024,7 @@ async def test_the_tokens_of_a_stream_are_what_the_engine_writes_as_it_is_writte
 
 async def test_a_dropped_eventsource_goes_on_without_a_gap_or_a_second_call() -> None:
     pieces = split(badge_json(), 60)
-    async with serving(script=Script(pieces=pieces, delay=0.01)) as service:
+    async with serving(script=Script(pieces=pieces, delay=0.01), resume_grace=10) as service:
         read: list[dict[str, Any]] = []
         last = ""
         path = "/generate/stream?content=knots"

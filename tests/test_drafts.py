@@ -226,6 +226,13 @@ def test_a_brace_that_stands_twice_holds_no_token_back() -> None:
     assert "".join(told) == '{"badge_name": "Knots", "badge_description": "Ties'
 
 
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_white_space_before_the_first_field_loses_no_badge(size: int) -> None:
+    draft, written = dccapi.Draft(), badge_json().replace("{", "{" + " " * 150, 1)
+    tokens = "".join(draft.feed(written[at : at + size]) for at in range(0, len(written), size))
+    assert json.loads(tokens + draft.finish(cut=False)) == json.loads(badge_json())
+
+
 def test_half_a_title_is_none() -> None:
     draft = dccapi.Draft({"badge_description": "Ties knots.", "criteria": {"narrative": "- Ties."}})
     draft.feed('{"badge_name": "Kno')
@@ -233,8 +240,9 @@ def test_half_a_title_is_none() -> None:
         draft.finish(cut=True)
 
 
-def test_half_a_skill_is_none() -> None:
-    written = badge_json().removesuffix("}") + ', "skills": ["knots", "clove hit'
+@pytest.mark.parametrize("prose", ["", "Here it is:\n"])
+def test_half_a_skill_is_none(prose: str) -> None:
+    written = prose + badge_json().removesuffix("}") + ', "skills": ["knots", "clove hit'
     assert parse_badge(written, cut=True)._tags == ("knots",)
 
 

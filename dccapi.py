@@ -588,6 +588,7 @@ FULL_STOP = re.compile(r"(?<=[^\s.!?…])[.!?。！？।]\Z")
 PLAIN = re.compile(r'[^"\\<&]+\Z')
 # Of a JSON text: the next mark, or the first character of a number or a word. Commas do not matter.
 AHEAD = re.compile(r'[\s,]++|(?<=[^\s,:"\[\]{}])[^\s,:"\[\]{}]++|([^\s,])')
+BRACES = re.compile(r"[\s,{]++|(?=([^\s,{]))")  # at the beginning of an object, which some models open twice
 # Of a JSON string: its end, a run of characters, or an escape sequence once it is whole, both halves of a pair.
 _HIGH, _LOW = r"\\u[dD][89abAB][\da-fA-F]{2}", r"\\u[dD][c-fC-F][\da-fA-F]{2}"
 _BEGUN = rf"(?:\\(?:u[\da-fA-F]{{0,3}})?|{_HIGH}(?:\\(?:u[\da-fA-F]{{0,3}})?)?)\Z"
@@ -687,6 +688,7 @@ class Draft:
 
     def _object(self, names: Mapping[str, str], depth: int = 0) -> Iterator[bool]:
         """The rest of an object; `names` has the fields of the badge by the keys that they have in it."""
+        yield from self._next(BRACES)
         while (mark := (yield from self._next(AHEAD))) == '"':
             key = yield from self._string()
             if (yield from self._next(AHEAD)) != ":":

@@ -227,6 +227,15 @@ def test_a_brace_that_stands_twice_holds_no_token_back() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
+def test_a_badge_all_of_whose_braces_stand_twice_is_told_as_it_is_written(size: int) -> None:
+    written = badge_json().replace("{", "{{").replace("}", "}}")
+    for text in (written, f'{{"badge": {written}}}'):
+        draft = dccapi.Draft()
+        told = "".join(draft.feed(text[at : at + size]) for at in range(0, len(text), size))
+        assert json.loads(told + "}") == json.loads(badge_json())
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
 def test_white_space_before_the_first_field_loses_no_badge(size: int) -> None:
     draft, written = dccapi.Draft(), badge_json().replace("{", "{" + " " * 150, 1)
     tokens = "".join(draft.feed(written[at : at + size]) for at in range(0, len(written), size))

@@ -653,7 +653,7 @@ class Draft:
         while True:
             mark = MARK.search(self._text, self._at)
             end = mark.start() if mark else max(self._at, len(self._text) - LONGEST_MARK)
-            if self._place == "start" and not NOT_PROSE.fullmatch(self._text, self._at, end):
+            if self._place == "start" and not self._has_told and not NOT_PROSE.fullmatch(self._text, self._at, end):
                 self._place = "prose"
             self._at = mark.end() if mark else end
             if mark is None or mark["begun"]:

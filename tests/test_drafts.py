@@ -249,6 +249,11 @@ def test_half_a_title_is_none() -> None:
         draft.finish(cut=True)
 
 
+def test_a_token_limit_costs_no_badge_behind_an_object_that_is_none() -> None:
+    written = '{"plan": "Knots first"}\n' + badge_json()[:-8]
+    assert parse_badge(written, cut=True).badge_name == parse_badge(badge_json()).badge_name
+
+
 @pytest.mark.parametrize("prose", ["", "Here it is:\n"])
 def test_half_a_skill_is_none(prose: str) -> None:
     written = prose + badge_json().removesuffix("}") + ', "skills": ["knots", "clove hit'

@@ -2827,7 +2827,7 @@ async def serve_until_drained(app: Any, config: Config, *, sockets: Any = None, 
         if guard:
             await guard.queue.drain()
         for connection in peer_of("").connections:  # Python 3.12 and later wait for each without end
-            loop.call_later(0.1 if connection.ends_at < math.inf else 2, connection.end)
+            loop.call_later(0.1 if connection.ends_at < math.inf else 4, connection.end)
 
     try:
         await worker_serve(app, config, sockets=sockets, shutdown_trigger=drained)

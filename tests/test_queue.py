@@ -256,6 +256,22 @@ async def test_an_asynchronous_generation_survives_the_grace_of_an_earlier_follo
         assert generation.state == "running"
 
 
+async def test_a_stop_leaves_a_slow_reader_time_for_its_last_events() -> None:
+    pieces = split(badge_json(description="Ties knots. " * 900), 2000)
+    async with serving(script=Script(pieces=pieces, delay=0.0002)) as service:
+        reader, writer = await asyncio.open_connection("127.0.0.1", service.port, limit=4096)
+        writer.write(b"GET /generate/stream?content=Knots HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        await eventually(lambda: [one for one in service.queue.known.values() if len(one.log) > 1500], 10)
+
+        async def read() -> bytes:
+            await asyncio.sleep(3.2)  # more than `drain_timeout` and 2 s
+            return await reader.read()
+
+        reading = asyncio.create_task(read())
+    assert (await reading).endswith(b"\r\n0\r\n\r\n")
+    writer.close()
+
+
 async def test_streams_that_have_ended_and_requests_that_come_again_leave_nothing_behind() -> None:
     key = [("idempotency-key", "k"), ("prefer", "respond-async")]
     async with serving() as service, await service.connect() as connection:

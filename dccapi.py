@@ -2062,12 +2062,14 @@ class Api:
             return Response(headers=EVENT_STREAM_HEADERS)
         is_post, query, seen = request.method == "POST", dict(request.query_params), 0
         if (last := request.headers.get("last-event-id")) and not is_post:
+            # Raises where the request is not valid, as the first time; the JSON in it does not matter again.
+            model = StreamOptions if "id" in request.path_params else GenerateRequest
+            options = model.read({**query, "badge_configuration": None}, strict=False)
             id, _, number = last.rpartition(".")
             generation = self.queue.known.get(id)
             seen = int(number) if re.fullmatch(r"\d{1,9}", number) else -1
             if not generation or not 0 <= seen <= len(generation.log):
                 return Response(status_code=204)
-            options = StreamOptions.read(query)
         elif "id" in request.path_params:
             options, generation = StreamOptions.read(query), self._known(request, of_anyone=True)
         else:

@@ -573,12 +573,12 @@ PLACEHOLDER = re.compile(
 )
 # What marks a model's thoughts in its text: the tags of DeepSeek-R1, Qwen3, Seed, Magistral, Kimi, Command A and
 # OpenThinker, and the channels of gpt-oss, whose marks some servers strip ("assistantfinal"). One more: `{"`, where a
-# JSON object begins.
+# JSON object begins, or may begin, once there is more than white space.
 _TAGS = r"<~(?:seed:)?(?:think|thinking|thoughts?|reasoning)>|\[~THINK\]|◁~think▷"
 _STARTS = r"<\|(?:begin_of_thought|start_thinking)\|>|<\|channel\|?>\s*(?:analysis|commentary|thought)"
 _ENDS = r"<\|end_(?:of_thought|thinking)\|>|<\|channel\|?>\s*final|assistantfinal|<channel\|>"
 _CLOSES, _OPENS = _TAGS.replace("~", "/") + "|" + _ENDS, _TAGS.replace("~", "") + "|" + _STARTS
-MARK = re.compile(rf"(?i)(?P<closes>{_CLOSES})|(?P<opens>{_OPENS})|\{{(?=\s*\")")
+MARK = re.compile(rf"(?i)(?P<closes>{_CLOSES})|(?P<opens>{_OPENS})|\{{(?=\s*\")|(?P<begun>\{{\s*\Z)")
 LONGEST_MARK = 64
 MAX_WASTED = 2**19  # characters of the objects of one text that are read and are no badge: they may lie in each other
 MAX_DEPTH = 8  # of objects around the badge
@@ -588,6 +588,7 @@ FULL_STOP = re.compile(r"(?<=[^\s.!?…])[.!?。！？।]\Z")
 PLAIN = re.compile(r'[^"\\<&]+\Z')
 # Of a JSON text: the next mark, or the first character of a number or a word. Commas do not matter.
 AHEAD = re.compile(r'[\s,]++|(?<=[^\s,:"\[\]{}])[^\s,:"\[\]{}]++|([^\s,])')
+BRACES = re.compile(r"[\s,{]++|(?=([^\s,{]))")  # at the beginning of an object, which some models open twice
 # Of a JSON string: its end, a run of characters, or an escape sequence once it is whole, both halves of a pair.
 _HIGH, _LOW = r"\\u[dD][89abAB][\da-fA-F]{2}", r"\\u[dD][c-fC-F][\da-fA-F]{2}"
 _BEGUN = rf"(?:\\(?:u[\da-fA-F]{{0,3}})?|{_HIGH}(?:\\(?:u[\da-fA-F]{{0,3}})?)?)\Z"
@@ -652,10 +653,10 @@ class Draft:
         while True:
             mark = MARK.search(self._text, self._at)
             end = mark.start() if mark else max(self._at, len(self._text) - LONGEST_MARK)
-            if self._place == "start" and not NOT_PROSE.fullmatch(self._text, self._at, end):
+            if self._place == "start" and not self._has_told and not NOT_PROSE.fullmatch(self._text, self._at, end):
                 self._place = "prose"
             self._at = mark.end() if mark else end
-            if mark is None:
+            if mark is None or mark["begun"]:
                 self._text, self._at = self._text[end:], 0
                 yield False
             elif mark["closes"]:
@@ -687,6 +688,7 @@ class Draft:
 
     def _object(self, names: Mapping[str, str], depth: int = 0) -> Iterator[bool]:
         """The rest of an object; `names` has the fields of the badge by the keys that they have in it."""
+        yield from self._next(BRACES)
         while (mark := (yield from self._next(AHEAD))) == '"':
             key = yield from self._string()
             if (yield from self._next(AHEAD)) != ":":
@@ -698,9 +700,8 @@ class Draft:
             elif name and name not in self._fields:
                 yield from self._field(name, first)
             else:
-                texts = yield from self._strings(first)
-                if first == "[" and re.fullmatch("tags?|skills", key):
-                    self._tags += texts
+                are_tags = first == "[" and re.fullmatch("tags?|skills", key)
+                yield from self._strings(first, self._tags if are_tags else [])
         if mark != "}":
             self._at -= 1  # a mark of thoughts may begin there
             raise InvalidModelOutput
@@ -722,7 +723,7 @@ class Draft:
         elif first == '"':
             yield from self._string(write=True)
         else:
-            texts = yield from self._strings(first, name)
+            yield from self._strings(first, texts := list[str](), name)
             for sentence in self._sieve.more(name, self._before):
                 self._add(name, sentence)
             if not self._said:  # something stands for a list of which nothing is kept, since it can be corrected
@@ -755,9 +756,9 @@ class Draft:
             self._write(text.rstrip())
         return text if part else ""
 
-    def _strings(self, mark: str, name: str = "") -> Generator[bool, None, list[str]]:
+    def _strings(self, mark: str, texts: list[str], name: str = "") -> Iterator[bool]:
         """The rest of a value: the strings of a list, also added to a field. Brackets are counted, not matched."""
-        depth, texts = 0, list[str]()
+        depth = 0
         while True:
             depth += (mark in "[{") - (mark in "]}")
             if mark == '"':
@@ -767,7 +768,7 @@ class Draft:
                     if name:
                         self._add(name, self._sieve.kept(name, text, self._before))
             if depth <= 0:
-                return texts
+                return
             mark = yield from self._next(AHEAD)
 
     def _next(self, pattern: re.Pattern[str], is_plain: bool = False) -> Generator[bool, None, str]:
@@ -1035,6 +1036,9 @@ class Usage(NamedTuple):
     prompt_tokens: int
     completion_tokens: int
     finish_reason: Literal["stop", "length"]
+
+
+STAYS = asyncio.Event()  # the follower who never leaves: one, however often an `Idempotency-Key` comes again
 
 
 @dataclass(eq=False)
@@ -1551,14 +1555,15 @@ async def event_stream(
     """A generation as `text/event-stream`: queue positions, tokens, the end, and a comment with each heartbeat."""
     generation, position, beat, next_beat = encoder.generation, -1, b"retry: 1000\n\n", 0.0
     heartbeat = queue.settings.heartbeat * 0.9  # so that a busy moment does not make one late
-    with queue.following(generation, grace) as changed:
+    with queue.following(generation, grace) as changed, contextlib.ExitStack() as timer:
         await send({"type": "http.response.start", "status": 200, "headers": Headers(EVENT_STREAM_HEADERS).raw})
         while True:
             changed.clear()
             chunk = b""
             if (now := time.monotonic()) >= next_beat:
                 chunk, beat, next_beat = beat, b": heartbeat\n\n", now + heartbeat
-                asyncio.get_running_loop().call_later(heartbeat, changed.set)
+                timer.close()  # the next would else outlive a short stream
+                timer.callback(asyncio.get_running_loop().call_later(heartbeat, changed.set).cancel)
             if generation.position != position and generation.outcome is None:
                 position = generation.position
                 place = {"position": position, "estimated_wait": queue.estimated_wait(position)}
@@ -2021,7 +2026,7 @@ class Api:
         body, generation = await self._submitted(request, model)
         headers = {"x-queue-position": str(generation.position)}
         if "respond-async" in ",".join(request.headers.getlist("prefer")).lower():
-            generation.followers.add(asyncio.Event())  # who never leaves
+            generation.followers.add(STAYS)
             path = f"{request.state.prefix}/api/v1/generations/{generation.id}"
             headers |= {"location": path, "preference-applied": "respond-async"}
             return as_json({"id": generation.id, "status": generation.state, "events": f"{path}/events"}, 202, headers)
@@ -2057,12 +2062,14 @@ class Api:
             return Response(headers=EVENT_STREAM_HEADERS)
         is_post, query, seen = request.method == "POST", dict(request.query_params), 0
         if (last := request.headers.get("last-event-id")) and not is_post:
+            # Raises where the request is not valid, as the first time; the JSON in it does not matter again.
+            model = StreamOptions if "id" in request.path_params else GenerateRequest
+            options = model.read({**query, "badge_configuration": None}, strict=False)
             id, _, number = last.rpartition(".")
             generation = self.queue.known.get(id)
             seen = int(number) if re.fullmatch(r"\d{1,9}", number) else -1
             if not generation or not 0 <= seen <= len(generation.log):
                 return Response(status_code=204)
-            options = StreamOptions.read(query)
         elif "id" in request.path_params:
             options, generation = StreamOptions.read(query), self._known(request, of_anyone=True)
         else:
@@ -2822,7 +2829,7 @@ async def serve_until_drained(app: Any, config: Config, *, sockets: Any = None, 
         if guard:
             await guard.queue.drain()
         for connection in peer_of("").connections:  # Python 3.12 and later wait for each without end
-            loop.call_later(0.1 if connection.ends_at < math.inf else 2, connection.end)
+            loop.call_later(0.1 if connection.ends_at < math.inf else 4, connection.end)
 
     try:
         await worker_serve(app, config, sockets=sockets, shutdown_trigger=drained)

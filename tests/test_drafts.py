@@ -226,6 +226,22 @@ def test_a_brace_that_stands_twice_holds_no_token_back() -> None:
     assert "".join(told) == '{"badge_name": "Knots", "badge_description": "Ties'
 
 
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_a_badge_all_of_whose_braces_stand_twice_is_told_as_it_is_written(size: int) -> None:
+    written = badge_json().replace("{", "{{").replace("}", "}}")
+    for text in (written, f'{{"badge": {written}}}'):
+        draft = dccapi.Draft()
+        told = "".join(draft.feed(text[at : at + size]) for at in range(0, len(text), size))
+        assert json.loads(told + "}") == json.loads(badge_json())
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_white_space_before_the_first_field_loses_no_badge(size: int) -> None:
+    draft, written = dccapi.Draft(), badge_json().replace("{", "{" + " " * 150, 1)
+    tokens = "".join(draft.feed(written[at : at + size]) for at in range(0, len(written), size))
+    assert json.loads(tokens + draft.finish(cut=False)) == json.loads(badge_json())
+
+
 def test_half_a_title_is_none() -> None:
     draft = dccapi.Draft({"badge_description": "Ties knots.", "criteria": {"narrative": "- Ties."}})
     draft.feed('{"badge_name": "Kno')
@@ -233,8 +249,14 @@ def test_half_a_title_is_none() -> None:
         draft.finish(cut=True)
 
 
-def test_half_a_skill_is_none() -> None:
-    written = badge_json().removesuffix("}") + ', "skills": ["knots", "clove hit'
+def test_a_token_limit_costs_no_badge_behind_an_object_that_is_none() -> None:
+    written = '{"plan": "Knots first"}\n' + badge_json()[:-8]
+    assert parse_badge(written, cut=True).badge_name == parse_badge(badge_json()).badge_name
+
+
+@pytest.mark.parametrize("prose", ["", "Here it is:\n"])
+def test_half_a_skill_is_none(prose: str) -> None:
+    written = prose + badge_json().removesuffix("}") + ', "skills": ["knots", "clove hit'
     assert parse_badge(written, cut=True)._tags == ("knots",)
 
 

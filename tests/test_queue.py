@@ -256,6 +256,43 @@ async def test_an_asynchronous_generation_survives_the_grace_of_an_earlier_follo
         assert generation.state == "running"
 
 
+async def test_a_stop_leaves_a_slow_reader_time_for_its_last_events() -> None:
+    pieces = split(badge_json(description="Ties knots. " * 900), 2000)
+    async with serving(script=Script(pieces=pieces, delay=0.0002)) as service:
+        reader, writer = await asyncio.open_connection("127.0.0.1", service.port, limit=4096)
+        writer.write(b"GET /generate/stream?content=Knots HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        await eventually(lambda: [one for one in service.queue.known.values() if len(one.log) > 1500], 10)
+
+        async def read() -> bytes:
+            await asyncio.sleep(3.2)  # more than `drain_timeout` and 2 s
+            return await reader.read()
+
+        reading = asyncio.create_task(read())
+    assert (await reading).endswith(b"\r\n0\r\n\r\n")
+    writer.close()
+
+
+async def test_streams_that_have_ended_and_requests_that_come_again_leave_nothing_behind() -> None:
+    key = [("idempotency-key", "k"), ("prefer", "respond-async")]
+    async with serving() as service, await service.connect() as connection:
+
+        async def events() -> int:
+            accepted = (await connection.response(await connection.request("POST", "/generate", key, COURSE))).json()
+            streams = [await connection.request("GET", accepted["events"]) for _ in range(20)]
+            for stream in streams:
+                assert (await connection.response(stream)).status == 200
+            gc.collect()
+            return sum(isinstance(one, asyncio.Event) for one in gc.get_objects())
+
+        await events()
+        await asyncio.sleep(0.5)  # the grace of the first
+        before = await events()
+        for _ in range(8):
+            await asyncio.sleep(0.3)
+            after = await events()
+        assert after < before + 6
+
+
 async def test_a_client_that_leaves_long_after_an_eventsource_frees_its_worker_at_once() -> None:
     async with serving(script=SLOW, resume_grace=0.2) as service, await service.connect() as connection:
         first = await connection.request("POST", "/generate/stream", body=COURSE)

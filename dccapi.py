@@ -1699,7 +1699,8 @@ class Engine:
                         break
                 # The end of the body is on its way, and with it the connection can be used again.
                 with contextlib.suppress(aiohttp.ClientError, OSError):  # nothing of the answer is missing
-                    await asyncio.wait_for(response.content.read(), 0.05)
+                    async with asyncio.timeout(0.05):
+                        await response.content.read()
             if (end := str(ended).lower()) not in FINISHED | CUT:  # None: Ollama after 30 equal tokens in a row
                 raise self._meaning(500, end, prompt) or EngineError(UNFINISHED if ended is None else "")
             if not pieces and re.fullmatch(r"\s*\{.*\}\s*", thoughts, re.S):
@@ -1920,19 +1921,22 @@ class EmbeddedEngine(Engine):
 
     async def url(self) -> str:
         """The child's address, once it listens: a start takes seconds, for which a generation has its deadlines."""
-        fault = (self._address.exception() or self._process.returncode) if self._address.done() else None
-        if fault is not None:
-            log.error("the embedded engine is started again after: %s (-9: no memory; -4: wrong processor)", fault)
+        code = self._process.returncode if self._address.done() and not self._address.exception() else None
+        if code is not None:
+            log.error("the embedded engine is started again after: %s (-9: no memory; -4: wrong processor)", code)
             self._address = asyncio.create_task(self._start_child())
         return await asyncio.shield(self._address)
 
     async def _supervise(self) -> None:
-        """Replace a child that has ended while nobody asks."""
+        """Replace a child that has ended while nobody asks, and alone one that could not be started."""
         while True:
-            with contextlib.suppress(EngineUnreachable):
+            try:
                 await self.url()
                 await self._process.wait()
-            await asyncio.sleep(5)
+                await asyncio.sleep(1)
+            except EngineUnreachable:  # what kept it from starting seldom passes at once
+                await asyncio.sleep(5)
+                self._address = asyncio.create_task(self._start_child())
 
     async def _start_child(self) -> str:
         """Start the child. Returns its address once it listens. Raises EngineUnreachable where it does not."""
@@ -1943,8 +1947,8 @@ class EmbeddedEngine(Engine):
             if (said := (await self._process.stdout.readline()).decode().strip()).startswith("http"):
                 return f"{said}/v1"
             said = said or f"its process ended with {await self._process.wait()} (-9: no memory; -4: wrong processor)"
-        except OSError as error:  # no memory or file descriptor for it now
-            said = str(error.strerror)
+        except (OSError, ValueError) as error:  # no memory or file descriptor for it now; what it said is no text
+            said = str(getattr(error, "strerror", error))
         log.error("the embedded engine cannot be started: %s", said)
         raise EngineUnreachable(f"The embedded language model cannot be started: {said}")
 

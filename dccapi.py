@@ -2257,8 +2257,9 @@ class Api:
             raise NotFound(f"This installation lacks {file.name}; the repository has it." if file else "")
         if path != "/" and file.suffix == ".html" and request.scope["raw_path"].endswith(b"/"):
             return Response(status_code=308, headers={"location": f"..{path}"})  # a page names its parts beside itself
-        # Asked for each time, so that a page and its parts are of one version.
-        headers = {"cache-control": "no-cache", "content-security-policy": PAGE_POLICY}
+        # Asked for each time and whole, so that a page and its parts are of one version.
+        request.scope["headers"] = [one for one in request.scope["headers"] if one[0] != b"range"]
+        headers = {"cache-control": "no-cache", "content-security-policy": PAGE_POLICY, "accept-ranges": "none"}
         return FileResponse(file, headers=headers, media_type="text/plain" if file.suffix == ".md" else None)
 
 

@@ -1704,7 +1704,8 @@ class Engine:
                         break
                 # The end of the body is on its way, and with it the connection can be used again.
                 with contextlib.suppress(aiohttp.ClientError, OSError):  # nothing of the answer is missing
-                    await asyncio.wait_for(response.content.read(), 0.05)
+                    async with asyncio.timeout(0.05):
+                        await response.content.read()
             if (end := str(ended).lower()) not in FINISHED | CUT:  # None: Ollama after 30 equal tokens in a row
                 raise self._meaning(500, end, prompt) or EngineError(UNFINISHED if ended is None else "")
             if not pieces and re.fullmatch(r"\s*\{.*\}\s*", thoughts, re.S):
@@ -1925,19 +1926,22 @@ class EmbeddedEngine(Engine):
 
     async def url(self) -> str:
         """The child's address, once it listens: a start takes seconds, for which a generation has its deadlines."""
-        fault = (self._address.exception() or self._process.returncode) if self._address.done() else None
-        if fault is not None:
-            log.error("the embedded engine is started again after: %s (-9: no memory; -4: wrong processor)", fault)
+        code = self._process.returncode if self._address.done() and not self._address.exception() else None
+        if code is not None:
+            log.error("the embedded engine is started again after: %s (-9: no memory; -4: wrong processor)", code)
             self._address = asyncio.create_task(self._start_child())
         return await asyncio.shield(self._address)
 
     async def _supervise(self) -> None:
-        """Replace a child that has ended while nobody asks."""
+        """Replace a child that has ended while nobody asks, and alone one that could not be started."""
         while True:
-            with contextlib.suppress(EngineUnreachable):
+            try:
                 await self.url()
                 await self._process.wait()
-            await asyncio.sleep(5)
+                await asyncio.sleep(1)
+            except EngineUnreachable:  # what kept it from starting seldom passes at once
+                await asyncio.sleep(5)
+                self._address = asyncio.create_task(self._start_child())
 
     async def _start_child(self) -> str:
         """Start the child. Returns its address once it listens. Raises EngineUnreachable where it does not."""
@@ -1948,8 +1952,8 @@ class EmbeddedEngine(Engine):
             if (said := (await self._process.stdout.readline()).decode().strip()).startswith("http"):
                 return f"{said}/v1"
             said = said or f"its process ended with {await self._process.wait()} (-9: no memory; -4: wrong processor)"
-        except OSError as error:  # no memory or file descriptor for it now
-            said = str(error.strerror)
+        except (OSError, ValueError) as error:  # no memory or file descriptor for it now; what it said is no text
+            said = str(getattr(error, "strerror", error))
         log.error("the embedded engine cannot be started: %s", said)
         raise EngineUnreachable(f"The embedded language model cannot be started: {said}")
 
@@ -2260,8 +2264,9 @@ class Api:
             raise NotFound(f"This installation lacks {file.name}; the repository has it." if file else "")
         if path != "/" and file.suffix == ".html" and request.scope["raw_path"].endswith(b"/"):
             return Response(status_code=308, headers={"location": f"..{path}"})  # a page names its parts beside itself
-        # Asked for each time, so that a page and its parts are of one version.
-        headers = {"cache-control": "no-cache", "content-security-policy": PAGE_POLICY}
+        # Asked for each time and whole, so that a page and its parts are of one version.
+        request.scope["headers"] = [one for one in request.scope["headers"] if one[0] != b"range"]
+        headers = {"cache-control": "no-cache", "content-security-policy": PAGE_POLICY, "accept-ranges": "none"}
         return FileResponse(file, headers=headers, media_type="text/plain" if file.suffix == ".md" else None)
 
 

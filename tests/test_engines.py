@@ -299,6 +299,27 @@ async def test_what_follows_the_last_record_apart_does_not_cost_the_connection()
     assert connections == [1, 1, 1]
 
 
+async def test_a_call_that_is_cancelled_as_its_answer_ends_does_not_go_on() -> None:
+    engine = dccapi.Engine(dccapi.Settings(engine="openai", openai_base_url="http://localhost/v1"))
+
+    async def rest() -> bytes:
+        asyncio.get_running_loop().call_soon(call.cancel)  # asyncio.wait_for of Python 3.11 drops it there
+        return b""
+
+    record = b'{"choices": [{"delta": {"content": "{}"}, "finish_reason": "stop"}]}\n[DONE]\n'
+    response = AsyncMock(content=AsyncMock(readany=AsyncMock(return_value=record), read=rest))
+    response.__aenter__.return_value = response
+    engine._answer = AsyncMock(return_value=response)  # type: ignore[method-assign]
+
+    async def calls() -> None:
+        async for _ in engine.stream(AsyncMock()):
+            pass
+        await asyncio.sleep(1)
+
+    call = asyncio.create_task(calls())
+    assert isinstance((await asyncio.gather(call, return_exceptions=True))[0], asyncio.CancelledError)
+
+
 @pytest.mark.parametrize("beginning", [b"garbage\r\n\r\n", CHUNKED, CHUNKED + b"9"])
 async def test_no_call_is_tried_again_once_a_byte_of_its_answer_came(beginning: bytes) -> None:
     answers = WHOLE_BADGE, [beginning], WHOLE_BADGE

@@ -479,8 +479,10 @@ async def test_the_embedded_engine_is_started_again_and_says_until_then_why_not(
         with logging_into(lines):
             await engine.start()
             try:
-                with pytest.raises(dccapi.EngineUnreachable, match="Too many open files"):
-                    await engine.url()
+                for _ in range(2):  # which starts nothing
+                    with pytest.raises(dccapi.EngineUnreachable, match="Too many open files"):
+                        await engine.url()
+                await eventually(lambda: engine._process)
                 prompt = dccapi.build_prompt(dccapi.GenerateRequest(**COURSE), dccapi.Course(COURSE["content"]), "", {})
                 pieces = [piece async for piece in engine.stream(prompt)]
                 assert "".join(piece for piece in pieces if isinstance(piece, str)) == badge_json()
@@ -499,16 +501,22 @@ async def test_the_embedded_engine_is_started_again_and_says_until_then_why_not(
     assert any("is started again after: -9" in line for line in lines)
 
 
-async def test_an_embedded_engine_that_is_killed_at_its_start_is_told_at_once(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("does", "told"),
+    [("os.kill(os.getpid(), 9)", "ended with -9"), ("os.write(1, b'mod\\xe8le\\n')", "can't decode byte 0xe8")],
+)
+async def test_an_embedded_engine_that_fails_at_its_start_is_told_at_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, does: str, told: str
 ) -> None:
-    (tmp_path / "dccapi.py").write_text("import os\nos.kill(os.getpid(), 9)\n")
+    (tmp_path / "dccapi.py").write_text(f"import os\n{does}\n")
     monkeypatch.setattr(dccapi, "HERE", tmp_path)
     engine = dccapi.EmbeddedEngine(dccapi.Settings(engine="embedded", model_path=Path(__file__)))
     await engine.start()
+    first = engine._address
     try:
         for _ in range(2):  # one that waits already, and one that comes later
-            with pytest.raises(dccapi.EngineUnreachable, match="ended with -9"):
+            with pytest.raises(dccapi.EngineUnreachable, match=told):
                 await asyncio.wait_for(engine.url(), 10)
+        assert engine._address is first  # it is not started again for everyone who asks
     finally:
         await engine.stop()

@@ -572,8 +572,8 @@ PLACEHOLDER = re.compile(
     r"|object|value|example|place ?holder|to ?do|tbd|null|none|n[\W_]*+a)[\W_]*"
 )
 # What marks a model's thoughts in its text: the tags of DeepSeek-R1, Qwen3, Seed, Magistral, Kimi, Command A and
-# OpenThinker, and the channels of gpt-oss, whose marks some servers strip ("assistantfinal"). One more: `{"`, where a
-# JSON object begins, or may begin, once there is more than white space.
+# OpenThinker, and the channels of gpt-oss, whose marks some servers strip ("assistantfinal"). Also where a JSON object
+# begins, `{"`, and where one may have begun: a `{` at the end.
 _TAGS = r"<~(?:seed:)?(?:think|thinking|thoughts?|reasoning)>|\[~THINK\]|◁~think▷"
 _STARTS = r"<\|(?:begin_of_thought|start_thinking)\|>|<\|channel\|?>\s*(?:analysis|commentary|thought)"
 _ENDS = r"<\|end_(?:of_thought|thinking)\|>|<\|channel\|?>\s*final|assistantfinal|<channel\|>"
@@ -629,7 +629,7 @@ class Draft:
 
     def feed(self, piece: str) -> str:
         """What this piece of the model's text adds to the JSON of the badge. Raises InvalidModelOutput for nonsense."""
-        # As most are: there is nothing to decode, to trim or to end in it.
+        # Most pieces are like this: there is nothing to decode, to trim or to end in them.
         if self._is_plain and piece.isprintable() and piece[-1:] != " " and PLAIN.match(piece):
             self._plain.append(piece)
             return piece if self._is_told else ""
@@ -642,7 +642,8 @@ class Draft:
 
     def finish(self, cut: bool) -> str:
         """The last of the badge's JSON. Raises InvalidModelOutput; `cut` says that a token limit ended the text."""
-        self._has_ended, self._is_cut = True, cut and self._place != "prose"  # there it may be an idea
+        # Behind prose, what is cut off may be an idea within thoughts.
+        self._has_ended, self._is_cut = True, cut and self._place != "prose"
         rendered = self.feed("")
         if self.badge is None:
             raise InvalidModelOutput
@@ -672,6 +673,7 @@ class Draft:
         start = self._at
         self._fields: dict[str, Any] = {**self._kept}
         self._tags: list[str] = []
+        # What a list may not repeat: the field and the text.
         self._before = [(name, str(text)) for name, text in self._kept.items() if name == "badge_name"]
         self._is_told = not self._has_told and self._place != "prose"
         self._tell(self.joint + orjson.dumps(self._kept).decode()[1:-1], ", " if self._kept else "")
@@ -739,7 +741,7 @@ class Draft:
         self._fields[name] = {"narrative": self._said} if name == "criteria" else self._said
 
     def _string(self, write: bool = False) -> Generator[bool, None, str]:
-        """The rest of a string: returned when it is whole, else "", or written, trimmed, as it comes."""
+        """The rest of a string: written, trimmed, as it comes, or else returned; "" where a token limit cut it."""
         text = ""  # all of it, or what is not written yet: white space before more text, and markup until it ends
         while (part := (yield from self._next(CHARACTERS, bool(write and self._said and not text)))) not in ("", '"'):
             if part[0] == "\\":
@@ -774,7 +776,7 @@ class Draft:
     def _next(self, pattern: re.Pattern[str], is_plain: bool = False) -> Generator[bool, None, str]:
         """What the pattern's group finds, once it is there; what it matches without its group is skipped.
 
-        Where a token limit cut the text, nothing ends a string, and a bracket the rest.
+        Where a token limit cut the text, "" stands for the end of a string, and a bracket for that of all around it.
         """
         while True:
             while found := pattern.match(self._text, self._at):
@@ -1933,7 +1935,7 @@ class EmbeddedEngine(Engine):
         return await asyncio.shield(self._address)
 
     async def _supervise(self) -> None:
-        """Replace a child that has ended while nobody asks, and alone one that could not be started."""
+        """Replace a child that has ended while nobody asks, and every 5 s one that could not be started."""
         while True:
             try:
                 await self.url()

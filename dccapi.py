@@ -2,7 +2,8 @@
 
 A course description is posted; a badge name, description and earning criteria come back: as JSON, as Server-Sent Events
 token by token, or later, from the URL of an asynchronous generation. One file, served by Hypercorn over HTTP/2 (TLS and
-cleartext) and HTTP/1.1, in front of Ollama, an OpenAI-compatible server, or llama.cpp in a child process.
+cleartext) and HTTP/1.1, in front of Ollama, an OpenAI-compatible server, or llama.cpp in a child process. Documents and
+markup are read, and drafts reviewed, by child processes that run the package `reader`.
 
 Routes, each under /api/v1 and at the root:
 
@@ -105,7 +106,7 @@ TEXT_TIMEOUT, DOCUMENT_TIMEOUT = 15, 45  # seconds by the clock; `reader` bounds
 MAX_LINE = 4 * 2**20  # of an engine's answer; Ollama's last line carries the context, about 6 bytes a token
 MAX_OUTPUT_CHARS = 2**18  # of one generation: 4,096 tokens of 64 characters
 MAX_BLANK_RUN = 200  # white space in a row; models loop on it under `format` (ollama 2577)
-MAX_WRITE = 128 * 2**10  # bytes that one write of an event stream may hold, so also what one stream can buffer
+MAX_WRITE = 128 * 2**10  # bytes, behind which an event stream's write ends; so much, and one event, it can buffer
 # So many at once, and after them so many a second. Of resets as nghttp2 (nghttp2_option_set_stream_reset_rate_limit).
 RESETS, WRONG_KEYS = (1000, 33), (20, 20 / 60)
 MAX_HELD, MAX_HELD_OF_ONE = 48 * 2**20, 24 * 2**20  # bytes of requests under way or arriving: of all, of one address
@@ -431,7 +432,7 @@ class RegenerateRequest(GenerateRequest):
     field: Literal["badge_name", "badge_description", "criteria"]
 
 
-# ---- Prompt and badge: pure functions -------------------------------------------------------------------------------
+# ---- Prompt and badge: no I/O ---------------------------------------------------------------------------------------
 
 # Control tokens of chat templates (ChatML, Phi, Llama, Mistral, Gemma, Qwen, DeepSeek): tokenizers read them anywhere.
 CHAT_MARKS = (
@@ -607,9 +608,10 @@ class Draft:
     An institution that is not mentioned is appended to the description: small models forget it. Commas, other fields,
     objects around the badge, and what follows its last field do not matter.
 
-    An object that comes first, or right after the thoughts, is told as it is written. One that stands behind prose
-    may be an idea within thoughts whose opening mark is missing (DeepSeek-R1's template writes that mark itself), so it
-    is told at the end. The badge is the one that was told whole, or else the last whole one after the thoughts.
+    An object that comes first, or after the thoughts, is told as it is written. One that stands behind prose may be
+    an idea within thoughts whose opening mark is missing (DeepSeek-R1's template writes that mark itself), so it is
+    told at the end. The badge is the one that was told whole, unless thoughts end behind it, or else the last whole one
+    after the thoughts.
     """
 
     def __init__(self, kept: Mapping[str, Any] = {}, institution: str = "", sieve: Sieve | None = None) -> None:
@@ -628,7 +630,7 @@ class Draft:
         self._run = self._document()
 
     def feed(self, piece: str) -> str:
-        """What this piece of the model's text adds to the JSON of the badge. Raises InvalidModelOutput for nonsense."""
+        """What this piece of the model's text adds to the JSON of the badge. Raises InvalidModelOutput."""
         # Most pieces are like this: there is nothing to decode, to trim or to end in them.
         if self._is_plain and piece.isprintable() and piece[-1:] != " " and PLAIN.match(piece):
             self._plain.append(piece)
@@ -811,7 +813,7 @@ class Draft:
             self.joint, self._has_told = joint, True
 
 
-# ---- Open Badges 3.0: pure functions --------------------------------------------------------------------------------
+# ---- Open Badges 3.0: no engine -------------------------------------------------------------------------------------
 
 VC_CONTEXT = "https://www.w3.org/ns/credentials/v2"
 OB_CONTEXT = "https://purl.imsglobal.org/spec/ob/v3p0/context-3.0.3.json"
@@ -886,7 +888,7 @@ def _beginning(node: Any) -> Any:
 
 
 def check_request(request: dict[str, Any]) -> None:
-    """Raises InvalidRequest, which names every fault."""
+    """Raises InvalidRequest, which names every fault in the first 100 items of each list."""
     schema, validator = open_badges()
     faults: dict[Place, str] = {}
     if not validator.is_valid(request):
@@ -967,7 +969,7 @@ class Readers:
 
     async def ask(self, task: str, client: str, **arguments: Any) -> dict[str, Any]:
         """What `reader` answers to a task. Raises one of DOCUMENT_ERRORS."""
-        # A worker waits for these, so they do not wait behind courses that are not in a worker yet.
+        # A worker waits for these, so they do not wait behind its client's courses that are not in a worker yet.
         share = self._shares.setdefault((client, task in ("condense", "review")), asyncio.Semaphore(READERS // 2))
         try:
             async with share, self._free, asyncio.timeout(DOCUMENT_TIMEOUT if task == "document" else TEXT_TIMEOUT):
@@ -1045,7 +1047,7 @@ STAYS = asyncio.Event()  # the follower who never leaves: one, however often an 
 
 @dataclass(eq=False)
 class Generation:
-    """One request to the engine: the log of what came of it, and its times by the event loop's clock.
+    """One badge that was asked for: the log of what came of it, and its times by the event loop's clock.
 
     `log` only grows, until there is an `outcome`. Event n is `log[n - 1]`, the last one the outcome. Any number of
     followers read it, each at its own pace; they are woken by an asyncio.Event of their own.
@@ -1059,7 +1061,7 @@ class Generation:
     log: list[str] = field(default_factory=list)  # pieces of the badge's JSON, as they are written
     outcome: Answer | ApiError | None = None
     state: Literal["queued", "running", "succeeded", "failed", "cancelled"] = "queued"
-    position: int = 0  # in the queue, from 1; 0 = running or done
+    position: int = 0  # in the queue, from 1; 0 = running, done, or next as soon as its course is read
     followers: set[asyncio.Event] = field(default_factory=set)  # also who may come back; without any it is cancelled
     timer: asyncio.TimerHandle = field(init=False)  # of its being overtaken, then of its deadlines, then of its keep
     created: float = field(default_factory=time.monotonic)
@@ -1090,7 +1092,9 @@ class Metrics:
             made = Histogram(name, help, [*names, *labels], buckets=buckets, registry=registry)
             return partial(made.labels, "generate_content", settings.engine, settings.model)
 
-        self.duration = histogram("gen_ai_server_request_duration_seconds", "Of engine calls", SECONDS, "error_type")
+        self.duration = histogram(
+            "gen_ai_server_request_duration_seconds", "Of generations that ran", SECONDS, "error_type"
+        )
         self.first = histogram("gen_ai_server_time_to_first_token_seconds", "From the call to the first token", SECONDS)
         self.each = histogram("gen_ai_server_time_per_output_token_seconds", "Between later tokens", SECONDS)
         self.tokens = histogram("gen_ai_client_token_usage", "Of a finished generation", TOKENS, "gen_ai_token_type")
@@ -1115,7 +1119,7 @@ class GenerationQueue:
         self.running: dict[Generation, asyncio.Task[Answer]] = {}  # a worker each, until the engine call is closed
         self.draining = False
         self.waiting: dict[Generation, None] = {}  # in order of arrival
-        self.documents: list[str] = []  # the clients of those that are read
+        self.reading_clients: list[str] = []  # an entry for each document that is read without a generation
         self._starts = 0
         self.known: dict[str, Generation] = {}
         self._finished: dict[Generation, int] = {}  # and about how many bytes it keeps
@@ -1148,7 +1152,7 @@ class GenerationQueue:
     def check_admission(self, client: str) -> None:
         """Raise what `submit` would raise for this client now."""
         most = self.settings.max_per_client
-        active = [*self.documents, *(one.client for one in [*self.running, *self.waiting])].count(client)
+        active = [*self.reading_clients, *(one.client for one in [*self.running, *self.waiting])].count(client)
         if self.draining:
             raise ShuttingDown
         if active >= most:
@@ -1180,11 +1184,11 @@ class GenerationQueue:
     def reading(self, client: str) -> Iterator[None]:
         """A document is read without a generation; it counts as one in flight."""
         self.check_admission(client)
-        self.documents.append(client)
+        self.reading_clients.append(client)
         try:
             yield
         finally:
-            self.documents.remove(client)
+            self.reading_clients.remove(client)
 
     @contextlib.contextmanager
     def following(self, generation: Generation, grace: float = 0) -> Iterator[asyncio.Event]:
@@ -1211,7 +1215,7 @@ class GenerationQueue:
 
     @property
     def full(self) -> bool:
-        return len(self.waiting) + len(self.documents) >= self.settings.max_queue + self._idle_workers
+        return len(self.waiting) + len(self.reading_clients) >= self.settings.max_queue + self._idle_workers
 
     @property
     def _idle_workers(self) -> int:
@@ -1289,7 +1293,7 @@ class GenerationQueue:
             self._finish(generation, outcome)
 
     async def _generate(self, generation: Generation) -> Answer:
-        """Ask the engine, and again for what it left undone, and put what it writes into the log."""
+        """Ask the engine, again with less of the course where it does not fit, once more where a title is refused."""
         prompt, spent, joint, is_first = cast(Prompt, generation.prompt), list[Usage](), "{", True
         sieve = self._sieve(prompt)
         institution = " ".join(_tidied(prompt.request.option("institution") or "").split())
@@ -1366,15 +1370,18 @@ class GenerationQueue:
         return sieve(course.text, course.language, [*request.options.values()], counts, is_tiny=self.engine.is_tiny)
 
     def _title(self, prompt: Prompt, sieve: Sieve, is_first: bool, title: str) -> str | None:
-        """What becomes of a title without a word of the course: the first is refused, the next becomes the course's.
+        """The title for the one that the model wrote; None where the model is to be asked for another.
 
-        A course may hold instructions to the model, which small models follow.
+        A course may hold instructions to the model, which small models follow. So the first title that has no word of
+        the course is refused, and instead of the next one the course's own is taken, where it has one.
         """
         request, course, grounds = prompt.request, prompt.course, prompt.course.grounds
         options = [*request.options.values()]
         is_wanted = isinstance(request, RegenerateRequest) and not grounds["has_orders"]
+        # A person who asked for another title looks at it; in another language, or of a very short course, there is
+        # nothing to compare it with.
         if is_wanted or request.language not in (None, course.language) or word_count(course.text[:1000]) < 8:
-            return title  # by a person who looks at it; in other words than the course's; there is nothing to compare
+            return title
         own = " ".join(NOT_TEXT.sub("", grounds["title"]).split())
         if not PLACEHOLDER.fullmatch(title):
             if review.title_is_from_course(title, grounds, options) and sieve.bears(title):
@@ -1417,10 +1424,12 @@ class GenerationQueue:
         index = self.settings.skills_index if "skills" in prompt.schema["properties"] else None
         draft = {"badge": badge.model_dump(), "skills": tags, "course": course.text, "notes": course.notes}
         asked = {"options": [*options.values()], "wanted_language": request.language, "tone": tone, "index": index}
+        generation.timer.cancel()  # the engine has done its part: its deadlines count no more
         try:
-            found = await self.readers.ask("review", generation.client, **draft, **asked)
-        except ApiError as error:  # a review never fails a request
-            log.warning("a draft could not be reviewed: %s", error.code)
+            async with asyncio.timeout(TEXT_TIMEOUT):  # also for a reader, while documents of others take them all
+                found = await self.readers.ask("review", generation.client, **draft, **asked)
+        except (ApiError, TimeoutError) as error:  # a review never fails a request
+            log.warning("a draft could not be reviewed: %s", type(error).__name__)
             found = {}
         return {
             "response": draft["badge"],
@@ -1436,7 +1445,7 @@ class GenerationQueue:
         now = time.monotonic()
         generation.outcome, generation.position = outcome, 0
         generation.wake()
-        generation.prompt = None  # up to MAX_BODY_BYTES, which no view needs
+        generation.prompt = None  # it holds the course, which no view needs
         generation.timer.cancel()
         if isinstance(outcome, dict):
             generation.state, newest = "succeeded", now - generation.started - self._service_time
@@ -1523,7 +1532,7 @@ class EventEncoder:
         return b"%bid: %b.%d\ndata: %b\n\n" % (head.encode(), self._name, self.seen, one_line(data))
 
     def pending(self) -> bytes:
-        """The events not encoded yet, as many as fit into one write."""
+        """The events not encoded yet, up to the one that passes MAX_WRITE."""
         log, parts, size = self.generation.log, [], 0
         while self.seen < len(log) and size < MAX_WRITE:
             content = one_line(log[self.seen])
@@ -1738,7 +1747,8 @@ class Engine:
                 raise EngineTimeout("The engine takes no connection in CONNECT_TIMEOUT. Try again later.", 5) from error
             except aiohttp.ClientConnectionError as error:  # without a byte of an answer
                 await asyncio.sleep(0.05)  # then connections that end with it are out of the pool
-                # One that was closed long ago ends at once; later it was a call, which is not made twice.
+                # At once: the server had closed it while it was in the pool. Later: the server had begun with the call,
+                # which is made again only where the server is our own child.
                 if not retries or (time.monotonic() - asked > 0.5 and not self.is_restarted):
                     self._known = False  # another server may be started in its place
                     raise EngineUnreachable from error
@@ -1762,7 +1772,7 @@ class Engine:
             without |= {found.lastgroup}
 
     def _meaning(self, status: int, message: str, prompt: Prompt) -> ApiError | None:
-        """What a client is told of a refusal, or of an error in mid-stream, where that is known."""
+        """What a client is told of a refusal, or of an error in mid-stream, where known; the engine learns of it."""
         # A server that died repeats the last line of its log, which may tell of another prompt (Ollama 0.32).
         if status == 413 or (re.search(TOO_LONG, message) and status != 429 and "terminated" not in message):
             figures = [re.search(pattern, re.sub(r"(?<=\d),(?=\d{3})", "", message)) for pattern in FIGURES]
@@ -1816,7 +1826,10 @@ class Engine:
 
 
 async def _records(response: aiohttp.ClientResponse) -> AsyncGenerator[dict[str, Any]]:
-    """The records of a body as it comes, cut chunk by chunk: tokens are many. Raises ValueError for what is none."""
+    """The records of a body as it comes, cut chunk by chunk: tokens are many. Other lines are skipped.
+
+    Raises ValueError for one that is no JSON, and for a line over MAX_LINE.
+    """
     rest, chunk = b"", b"\n"
     while chunk:
         chunk = await response.content.readany()
@@ -1927,7 +1940,7 @@ class EmbeddedEngine(Engine):
             await _killed(self._process)
 
     async def url(self) -> str:
-        """The child's address, once it listens: a start takes seconds, for which a generation has its deadlines."""
+        """The child's address, once it listens; one that has died is started again, which takes seconds."""
         code = self._process.returncode if self._address.done() and not self._address.exception() else None
         if code is not None:
             log.error("the embedded engine is started again after: %s (-9: no memory; -4: wrong processor)", code)
@@ -2000,7 +2013,7 @@ PAGE_POLICY = f"{POLICY}; connect-src 'self'; img-src 'self' data: blob:; script
 
 
 class Api:
-    """The handlers. Each is a few lines: read the request, submit or find a generation, choose its view."""
+    """The handlers: each reads its request, submits or finds a generation or asks a reader, and chooses a view."""
 
     def __init__(self, settings: Settings, queue: GenerationQueue) -> None:
         self.settings, self.queue, self.engine, self.readers = settings, queue, queue.engine, queue.readers
@@ -2094,7 +2107,7 @@ class Api:
         """What is asked for, and its generation: a new one, or the one that its `Idempotency-Key` stands for."""
         queue, state, key = self.queue, request.state, request.headers.get("idempotency-key")
         if key is None:
-            queue.check_admission(state.client)  # before the body is waited for
+            queue.check_admission(state.client)  # before a body over HTTP/2 is waited for
         elif not re.fullmatch(r"[\x21-\x7e]{1,255}", key):
             raise invalid({("header", "Idempotency-Key"): "must be 1 to 255 visible characters"})
 
@@ -2339,8 +2352,8 @@ def peer_at(client: object, settings: Settings) -> Peer:
 
 
 @lru_cache(8)
-def warn_once(text: str, minute: float) -> None:
-    """One line a minute for what an attack makes happen a thousand times a second."""
+def warn_once(text: str, period: float) -> None:
+    """One line for each period, which its number stands for, of what may happen a thousand times a second."""
     log.warning(text)
 
 
@@ -2563,17 +2576,18 @@ def _ip(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 # stops reading behind ten messages that nobody reads      siblings of an upload        (Guard)   nobody_reads
 # lets the application run ahead of a closed window        operators: 65 MB a stream              run_ahead
 # visits each stream for each frame, and takes 1,000       pages with many streams                priority_frames
-# takes any number of resets, and executes what was reset  everyone, in a flood         146       resets, reset
+# takes any number of resets, and executes what was reset  everyone, in a flood         146       resets, reset_before
 # accepts more connections than it has file descriptors    everyone, in a flood                   file_descriptors
-# keeps connections of clients that left, take nothing, or operators: open files                  closed, nothing
-#   never send a whole head, or have no stream left                                               idle_again, never_ends
+# keeps connections of clients that left, take nothing, or operators: open files                  client_closed
+#   never send a whole head, or have no stream left                                               takes_nothing
+#                                                                                                 idle_again, never_ends
 # ends the streams of a client that says GOAWAY            clients behind some proxies            goaway
 # leaves a response open that the application gave up      clients that wait                      given_up_open
 # dies of a path or method that is not ASCII               siblings of the request                strange_request
 # reads no further behind an HTTP/1.1 request              workers without a client               sent_more
 # loses the frames of a task that is cancelled at its lock siblings of the stream                 its_frames
-# logs tracebacks of nonsense, and of closing TLS          operators                    202, 264  nonsense, abrupt
-# waits for ever at SIGTERM, or cuts what runs             everyone, at a restart       308, 374  stop, signalled
+# logs tracebacks of nonsense, and of closing TLS          operators                    202, 264  nonsense_in, abrupt
+# waits for ever at SIGTERM, or cuts what runs             everyone, at a restart       308, 374  stop_drains, signalled
 # takes unknown settings in silence                        operators with a typo                  unknown_key
 
 
@@ -2751,7 +2765,7 @@ class Listener(socket.socket):
         return connection, address
 
 
-class PromptTCPServer(TCPServer):
+class GuardedTCPServer(TCPServer):
     """Hypercorn's connection, which is forgotten as soon as its client has left, and not after keep_alive_timeout."""
 
     async def run(self) -> None:
@@ -2810,6 +2824,7 @@ def set_up(config: Config, guard: Guard) -> None:
 async def serve_until_drained(app: Any, config: Config, *, sockets: Any = None, shutdown_trigger: Any = None) -> None:
     """Replaces Hypercorn's `worker_serve`: a stop drains first, and until then everything goes on being served.
 
+    Meanwhile it ends connections that were idle for too long, and gives free memory back.
     The `hypercorn` command's worker process is signalled too by Ctrl-C and by systemd, which signal a process group.
     """
     guard = app.app if isinstance(app.app, Guard) else None  # another app is served as well
@@ -2851,7 +2866,7 @@ def mend_hypercorn() -> None:
     Config.settings = Settings.model_construct()  # type: ignore[attr-defined]  # until `set_up` knows ours
     vars(hypercorn.asyncio.tcp_server).update(MAX_RECV=1024)  # bytes, after which other connections have their turn
     vars(hypercorn.protocol).update(H2Protocol=GuardedH2Protocol, H11Protocol=GuardedH11Protocol)
-    vars(hypercorn.asyncio.run).update(TCPServer=PromptTCPServer, worker_serve=serve_until_drained)
+    vars(hypercorn.asyncio.run).update(TCPServer=GuardedTCPServer, worker_serve=serve_until_drained)
     vars(hypercorn.asyncio).update(worker_serve=serve_until_drained)
 
 

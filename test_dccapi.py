@@ -789,9 +789,10 @@ async def test_the_language_is_named_and_the_lists_are_as_long_as_the_course_bea
     assert "in German" in (await asked({"content": APIARY, "language": "de-AT"}))["prompt"]
     properties = spanish["format"]["properties"]
     assert (properties["criteria"]["minItems"], properties["criteria"]["maxItems"]) == (2, 2)
-    concise = (await asked({"content": APIARY * 9, "badge_tone": "Concise"}))["format"]["properties"]
-    assert (concise["badge_description"]["minItems"], concise["badge_description"]["maxItems"]) == (2, 3)
-    assert (concise["criteria"]["minItems"], concise["criteria"]["maxItems"]) == (4, 8)
+    for tone, sentences, items in ((None, (3, 4), (4, 8)), ("Concise", (2, 3), (4, 8)), ("Detailed", (4, 6), (4, 12))):
+        lists = (await asked({"content": APIARY * 9, "badge_tone": tone}))["format"]["properties"]
+        assert (lists["badge_description"]["minItems"], lists["badge_description"]["maxItems"]) == sentences
+        assert (lists["criteria"]["minItems"], lists["criteria"]["maxItems"]) == items
 
 
 async def test_a_course_id_keeps_the_achievements_id() -> None:

@@ -151,7 +151,7 @@ def protocol_of(connection: H2Client, kind: type = dccapi.GuardedH2Protocol) -> 
 
 
 def served_connections() -> list[Any]:
-    found = [thing for thing in gc.get_objects() if type(thing) is dccapi.PromptTCPServer]
+    found = [thing for thing in gc.get_objects() if type(thing) is dccapi.GuardedTCPServer]
     return [thing for thing in found if not thing.writer.transport.is_closing()]
 
 
@@ -528,7 +528,7 @@ async def test_a_client_that_leaves_while_tls_begins_is_no_fault(caplog: pytest.
         def get_extra_info(self, name: str) -> None: ...  # as asyncio's, once its transport is gone
 
     arguments: Any = (None, asyncio.get_running_loop(), dccapi.Config(), None, {}, None, Writer())
-    await dccapi.PromptTCPServer(*arguments)
+    await dccapi.GuardedTCPServer(*arguments)
     assert not caplog.records
 
 

@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 import dccapi
 import testkit
-from service import COURSE, HERE, SLOW, commands, events_of, pure, serving
+from service import COURSE, HERE, SLOW, ask, commands, events_of, pure, serving
 from testkit import (
     H2Client,
     Script,
@@ -489,9 +489,9 @@ async def test_each_eighth_place_goes_to_the_oldest() -> None:
 async def test_a_document_that_is_read_at_a_stop_is_still_answered() -> None:
     async with serving() as service:
         with service.queue.reading("a client"):
-            assert service.queue.documents == ["a client"]
+            assert service.queue.reading_clients == ["a client"]
             await service.queue.drain()
-        assert service.queue.documents == []
+        assert service.queue.reading_clients == []
 
 
 async def test_a_document_that_is_read_holds_up_no_generation() -> None:
@@ -511,3 +511,18 @@ async def test_a_generation_that_is_ended_while_its_course_is_read_keeps_none_of
         prompt = dccapi.build_prompt(dccapi.GenerateRequest(**COURSE), dccapi.Course(COURSE["content"]), "", {})
         service.queue.ready(generation, prompt)
         assert generation.prompt is None
+
+
+async def test_a_finished_badge_is_answered_also_while_documents_have_every_reader(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dccapi, "TEXT_TIMEOUT", 1)
+    gate = asyncio.Event()
+    async with serving(script=Script(gate=gate), token_timeout=0.3) as service:
+        asking = asyncio.create_task(ask(service))
+        await eventually(lambda: service.engine.calls)
+        for _ in range(dccapi.READERS):
+            await service.queue.readers._free.acquire()
+        gate.set()
+        response = await asking
+        assert (response.status, response.json()["review"]) == (200, None)

@@ -1362,8 +1362,10 @@ async def test_an_unforeseen_fault_shows_the_client_nothing_of_the_inside(caplog
         assert answer.headers["access-control-allow-origin"] == PAGE
 
 
-async def test_documents_that_cannot_be_read_are_told_and_leave_nothing_behind() -> None:
-    before = glob.glob(f"{tempfile.gettempdir()}/dccapi-*")
+async def test_documents_that_cannot_be_read_are_told_and_leave_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # other tests have documents in the common one
     locked = {
         "META-INF/manifest.xml": '<manifest:manifest xmlns:manifest="m"><manifest:encryption-data/></manifest:manifest>'
     }
@@ -1385,7 +1387,7 @@ async def test_documents_that_cannot_be_read_are_told_and_leave_nothing_behind()
         assert none.status_code == 422
         assert not service.engine.calls
         assert len(service.queue.waiting) == 0
-    assert glob.glob(f"{tempfile.gettempdir()}/dccapi-*") == before
+    assert not glob.glob(f"{tmp_path}/dccapi-*")
 
 
 TOPICS = " ".join(f"Topic {number} is the knot that climbers call number {number}." for number in range(200))

@@ -1026,7 +1026,7 @@ async def _killed(process: asyncio.subprocess.Process) -> None:
 
 # ---- Generations ----------------------------------------------------------------------------------------------------
 
-Answer = dict[str, Any]  # a finished badge as JSON (contract 3.2), as `GenerationQueue._answer` makes it
+Answer = dict[str, Any]  # a finished badge as JSON (contract 3.2), as `Writer._answer` makes it
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 300, 600)
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 LOOPS = "The language model wrote without end and was stopped. Try again, with another seed or a higher repeat_penalty."
@@ -1080,219 +1080,13 @@ class Generation:
             changed.set()
 
 
-class Metrics:
-    """What Prometheus reads; labels bounded. `gen_ai_`: opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-metrics."""
-
-    def __init__(self, settings: Settings, queue: GenerationQueue) -> None:
-        self.registry = registry = CollectorRegistry()
-        ProcessCollector(registry=registry)
-        names = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model")
-
-        def histogram(name: str, help: str, buckets: Sequence[float], *labels: str) -> partial[Histogram]:
-            made = Histogram(name, help, [*names, *labels], buckets=buckets, registry=registry)
-            return partial(made.labels, "generate_content", settings.engine, settings.model)
-
-        self.duration = histogram(
-            "gen_ai_server_request_duration_seconds", "Of generations that ran", SECONDS, "error_type"
-        )
-        self.first = histogram("gen_ai_server_time_to_first_token_seconds", "From the call to the first token", SECONDS)
-        self.each = histogram("gen_ai_server_time_per_output_token_seconds", "Between later tokens", SECONDS)
-        self.tokens = histogram("gen_ai_client_token_usage", "Of a finished generation", TOKENS, "gen_ai_token_type")
-        self.wait = histogram("dccapi_queue_wait_seconds", "From admission to the engine call", SECONDS)
-        ended = "Ended generations: succeeded, cancelled or an error_code; `key` is the name of the client's API key"
-        self.generations = Counter("dccapi_generations", ended, ["outcome", "key"], registry=registry)
-        self.rejections = Counter("dccapi_rejections", "Refused without a generation", ["reason"], registry=registry)
-        gauge = partial(Gauge, registry=registry)
-        self.engine_up = gauge("dccapi_engine_up", "1 if the engine answers and has the model")
-        gauge("dccapi_queue_depth", "Generations that wait").set_function(lambda: len(queue.waiting))
-        gauge("dccapi_queue_limit", "How many may wait").set(settings.max_queue)
-        gauge("dccapi_active_generations", "Generations that are written").set_function(lambda: len(queue.running))
-        gauge("dccapi_workers", "How many can be written at a time").set(settings.workers)
-
-
-class GenerationQueue:
-    """Generations from arrival to the end of their keep: admission, order, workers, deadlines, drain."""
+class Writer:
+    """Writes a badge: the engine's calls, the reader of its text, the review."""
 
     def __init__(self, settings: Settings, engine: Engine, readers: Readers) -> None:
         self.settings, self.engine, self.readers = settings, engine, readers
-        self.metrics = Metrics(settings, self)
-        self.running: dict[Generation, asyncio.Task[Answer]] = {}  # a worker each, until the engine call is closed
-        self.draining = False
-        self.waiting: dict[Generation, None] = {}  # in order of arrival
-        self.reading_clients: list[str] = []  # an entry for each document that is read without a generation
-        self._starts = 0
-        self.known: dict[str, Generation] = {}
-        self._finished: dict[Generation, int] = {}  # and about how many bytes it keeps
-        self.keys: dict[tuple[str, str | None], tuple[bytes, Generation]] = {}  # by client and `Idempotency-Key`
-        self._service_time = 0.0  # of a generation, in seconds; the newest count most
-        self._read_until = 0.0  # when the engine had read the last prompt of an ended call
-        self._telling: asyncio.TimerHandle | None = None
 
-    async def start(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        await self.engine.start()
-
-    async def stop(self) -> None:
-        await self.drain()
-        await self.engine.stop()
-        await self.readers.stop()
-
-    async def drain(self) -> None:
-        """Admit nothing new, tell what waits, let what runs finish within `DRAIN_TIMEOUT`, tell the rest."""
-        self.draining = True
-        for generation in [*self.waiting]:
-            self.end(generation, ShuttingDown())
-        if calls := [*self.running.values()]:
-            log.info("draining %d generations", len(calls))
-            await asyncio.wait(calls, timeout=self.settings.drain_timeout)
-            for generation in [*self.running]:
-                self.end(generation, ShuttingDown())
-            await asyncio.sleep(0.1)  # these calls are closed, and the last events leave
-
-    def check_admission(self, client: str) -> None:
-        """Raise what `submit` would raise for this client now."""
-        most = self.settings.max_per_client
-        active = [*self.reading_clients, *(one.client for one in [*self.running, *self.waiting])].count(client)
-        if self.draining:
-            raise ShuttingDown
-        if active >= most:
-            told = f"You have {active} generations in flight; {most} are allowed. Wait for one to finish or cancel one."
-            raise TooManyRequests(told, retry_after=self.estimated_wait(1))
-        if self.full:
-            raise QueueFull(retry_after=self.estimated_wait(len(self.waiting) + 1))
-
-    def submit(self, client: str, request_id: str, urgency: int = 3) -> Generation:
-        """Give a generation its place, before its course is read. Raises ShuttingDown, TooManyRequests or QueueFull."""
-        self.check_admission(client)
-        generation = Generation(client, request_id, urgency)
-        self.known[generation.id] = generation
-        self.waiting[generation] = None
-        generation.position = max(0, sum(other.urgency <= urgency for other in self.waiting) - self._idle_workers)
-        generation.timer = self._loop.call_later(OVERTAKEN_AFTER, self._dispatch)
-        return generation
-
-    def ready(self, generation: Generation, prompt: Prompt) -> None:
-        """Its course is read. Raises ContentTooLong where that cannot fit, nor be condensed."""
-        error = prompt.refusal(self.engine.context)
-        if error and not error.condense_to:
-            raise error
-        if generation.outcome is None:  # it may have been ended meanwhile
-            generation.prompt = prompt
-            self._dispatch()
-
-    @contextlib.contextmanager
-    def reading(self, client: str) -> Iterator[None]:
-        """A document is read without a generation; it counts as one in flight."""
-        self.check_admission(client)
-        self.reading_clients.append(client)
-        try:
-            yield
-        finally:
-            self.reading_clients.remove(client)
-
-    @contextlib.contextmanager
-    def following(self, generation: Generation, grace: float = 0) -> Iterator[asyncio.Event]:
-        """Follow a generation; when all have left it unfinished, and the grace of each is over, it is cancelled."""
-        changed = asyncio.Event()
-        generation.followers.add(changed)
-        try:
-            yield changed
-        finally:
-            self._loop.call_later(grace, self._left, generation, changed)
-
-    def _left(self, generation: Generation, follower: asyncio.Event) -> None:
-        generation.followers.remove(follower)
-        if not generation.followers:
-            self.end(generation, Cancelled())
-
-    def end(self, generation: Generation, reason: ApiError) -> None:
-        """End a generation now, wherever it is; its engine call is closed. One that has ended stays as it is."""
-        task = self.running.get(generation)
-        if generation.outcome is None and (task is None or task.cancel()):
-            self.waiting.pop(generation, None)
-            self._finish(generation, reason)
-            self._dispatch()
-
-    @property
-    def full(self) -> bool:
-        return len(self.waiting) + len(self.reading_clients) >= self.settings.max_queue + self._idle_workers
-
-    @property
-    def _idle_workers(self) -> int:
-        return self.settings.workers - len(self.running)
-
-    def estimated_wait(self, position: int) -> float:
-        """Seconds until the generation at this position runs, from the measured service time."""
-        return round(position * (self._service_time or 20) / self.settings.workers, 1)  # 20 s until one is measured
-
-    def _next(self) -> Generation | None:
-        """The next in order, read or not; each eighth time the oldest, however urgent: a catalogue gets on as well.
-
-        One whose course takes long to read is overtaken, but not by what came at the same moment.
-        """
-        order = self.waiting if self._starts % 8 == 7 else sorted(self.waiting, key=lambda one: one.urgency)
-        return next((one for one in order if one.prompt or time.monotonic() - one.created < OVERTAKEN_AFTER), None)
-
-    def _dispatch(self) -> None:
-        """The queue has changed: start what waits while workers are idle, and tell the rest their positions soon."""
-        while self._idle_workers and (generation := self._next()) and generation.prompt:
-            del self.waiting[generation]
-            self._starts += 1
-            generation.state, generation.position, generation.started = "running", 0, time.monotonic()
-            being_read = [other for other in self.running if not other.begun]
-            generation.beside = len(being_read)
-            for other in being_read:
-                other.beside += 1
-            task = self._loop.create_task(self._generate(generation), name=f"call {generation.id[:8]}")
-            task.add_done_callback(partial(self._closed, generation))
-            self.running[generation] = task
-            generation.timer = self._loop.call_later(0, self._watch, generation)
-            generation.wake()
-        if self._telling is None:  # a thousand are told twice a second, since each is a write
-            self._telling = self._loop.call_later(len(self.waiting) / 2000, self._tell)
-
-    def _tell(self) -> None:
-        self._telling = None
-        for number, generation in enumerate(sorted(self.waiting, key=lambda one: one.urgency), 1):
-            generation.position = max(0, number - self._idle_workers)  # they take the first at once
-            generation.wake()
-
-    def _watch(self, generation: Generation) -> None:
-        """End an engine call when a deadline passes. Tokens set no timer: they are too many.
-
-        A CPU reads prompts one after another or in turns, and writes next to nothing meanwhile. So each prompt that is
-        read beside this one adds FIRST_TOKEN_TIMEOUT, and while one is read no silence counts.
-        """
-        settings, now = self.settings, time.monotonic()
-        allowance = settings.first_token_timeout * min(generation.beside, settings.workers - 1)
-        end = generation.started + settings.generation_timeout + allowance
-        last = end, "GENERATION_TIMEOUT allows to finish. Try again later, or with a lower max_tokens."
-        first = generation.last + settings.first_token_timeout + allowance
-        sooner = first, "FIRST_TOKEN_TIMEOUT allows to begin. Try again later, or with less content."
-        if generation.begun:
-            others = [other.begun or now for other in self.running if other is not generation]
-            silence = max([generation.last, self._read_until, *others]) + settings.token_timeout
-            sooner = silence, "TOKEN_TIMEOUT allows between two tokens. Try again later."
-        due, allowed = min(last, sooner)
-        if due <= now:
-            told = f"The language model took longer than {allowed}"
-            self.end(generation, EngineTimeout(told, retry_after=self.estimated_wait(1)))
-        else:  # after the first token the next deadline may be earlier, but not earlier than TOKEN_TIMEOUT
-            generation.timer = self._loop.call_at(min(due, now + settings.token_timeout), self._watch, generation)
-
-    def _closed(self, generation: Generation, task: asyncio.Task[Answer]) -> None:
-        """An engine call is closed, which frees its worker. An unforeseen exception is told as an engine error."""
-        self._read_until = max(self._read_until, generation.begun or time.monotonic())
-        outcome = ShuttingDown() if task.cancelled() else task.exception() or task.result()
-        if not isinstance(outcome, dict | ApiError):
-            log.error("generation %s failed: %s", generation.id[:8], described(outcome))
-            outcome = EngineError()
-        del self.running[generation]
-        self._loop.call_soon(self._dispatch)  # so that a fault of what follows keeps no worker from the next
-        if generation.outcome is None:
-            self._finish(generation, outcome)
-
-    async def _generate(self, generation: Generation) -> Answer:
+    async def write(self, generation: Generation) -> Answer:
         """Ask the engine, again with less of the course where it does not fit, once more where a title is refused."""
         prompt, spent, joint, is_first = cast(Prompt, generation.prompt), list[Usage](), "{", True
         sieve = self._sieve(prompt)
@@ -1440,6 +1234,219 @@ class GenerationQueue:
             "request_id": generation.request_id,
             "review": found or None,  # null where the draft could not be reviewed
         }
+
+
+class Metrics:
+    """What Prometheus reads; labels bounded. `gen_ai_`: opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-metrics."""
+
+    def __init__(self, settings: Settings, queue: GenerationQueue) -> None:
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        names = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model")
+
+        def histogram(name: str, help: str, buckets: Sequence[float], *labels: str) -> partial[Histogram]:
+            made = Histogram(name, help, [*names, *labels], buckets=buckets, registry=registry)
+            return partial(made.labels, "generate_content", settings.engine, settings.model)
+
+        self.duration = histogram(
+            "gen_ai_server_request_duration_seconds", "Of generations that ran", SECONDS, "error_type"
+        )
+        self.first = histogram("gen_ai_server_time_to_first_token_seconds", "From the call to the first token", SECONDS)
+        self.each = histogram("gen_ai_server_time_per_output_token_seconds", "Between later tokens", SECONDS)
+        self.tokens = histogram("gen_ai_client_token_usage", "Of a finished generation", TOKENS, "gen_ai_token_type")
+        self.wait = histogram("dccapi_queue_wait_seconds", "From admission to the engine call", SECONDS)
+        ended = "Ended generations: succeeded, cancelled or an error_code; `key` is the name of the client's API key"
+        self.generations = Counter("dccapi_generations", ended, ["outcome", "key"], registry=registry)
+        self.rejections = Counter("dccapi_rejections", "Refused without a generation", ["reason"], registry=registry)
+        gauge = partial(Gauge, registry=registry)
+        self.engine_up = gauge("dccapi_engine_up", "1 if the engine answers and has the model")
+        gauge("dccapi_queue_depth", "Generations that wait").set_function(lambda: len(queue.waiting))
+        gauge("dccapi_queue_limit", "How many may wait").set(settings.max_queue)
+        gauge("dccapi_active_generations", "Generations that are written").set_function(lambda: len(queue.running))
+        gauge("dccapi_workers", "How many can be written at a time").set(settings.workers)
+
+
+class GenerationQueue:
+    """Generations from arrival to the end of their keep: admission, order, workers, deadlines, drain."""
+
+    def __init__(self, settings: Settings, engine: Engine, readers: Readers) -> None:
+        self.settings, self.engine, self.readers = settings, engine, readers
+        self.writer, self.metrics = Writer(settings, engine, readers), Metrics(settings, self)
+        self.running: dict[Generation, asyncio.Task[Answer]] = {}  # a worker each, until the engine call is closed
+        self.draining = False
+        self.waiting: dict[Generation, None] = {}  # in order of arrival
+        self.reading_clients: list[str] = []  # an entry for each document that is read without a generation
+        self._starts = 0
+        self.known: dict[str, Generation] = {}
+        self._finished: dict[Generation, int] = {}  # and about how many bytes it keeps
+        self.keys: dict[tuple[str, str | None], tuple[bytes, Generation]] = {}  # by client and `Idempotency-Key`
+        self._service_time = 0.0  # of a generation, in seconds; the newest count most
+        self._read_until = 0.0  # when the engine had read the last prompt of an ended call
+        self._telling: asyncio.TimerHandle | None = None
+
+    async def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        await self.engine.start()
+
+    async def stop(self) -> None:
+        await self.drain()
+        await self.engine.stop()
+        await self.readers.stop()
+
+    async def drain(self) -> None:
+        """Admit nothing new, tell what waits, let what runs finish within `DRAIN_TIMEOUT`, tell the rest."""
+        self.draining = True
+        for generation in [*self.waiting]:
+            self.end(generation, ShuttingDown())
+        if calls := [*self.running.values()]:
+            log.info("draining %d generations", len(calls))
+            await asyncio.wait(calls, timeout=self.settings.drain_timeout)
+            for generation in [*self.running]:
+                self.end(generation, ShuttingDown())
+            await asyncio.sleep(0.1)  # these calls are closed, and the last events leave
+
+    def check_admission(self, client: str) -> None:
+        """Raise what `submit` would raise for this client now."""
+        most = self.settings.max_per_client
+        active = [*self.reading_clients, *(one.client for one in [*self.running, *self.waiting])].count(client)
+        if self.draining:
+            raise ShuttingDown
+        if active >= most:
+            told = f"You have {active} generations in flight; {most} are allowed. Wait for one to finish or cancel one."
+            raise TooManyRequests(told, retry_after=self.estimated_wait(1))
+        if self.full:
+            raise QueueFull(retry_after=self.estimated_wait(len(self.waiting) + 1))
+
+    def submit(self, client: str, request_id: str, urgency: int = 3) -> Generation:
+        """Give a generation its place, before its course is read. Raises ShuttingDown, TooManyRequests or QueueFull."""
+        self.check_admission(client)
+        generation = Generation(client, request_id, urgency)
+        self.known[generation.id] = generation
+        self.waiting[generation] = None
+        generation.position = max(0, sum(other.urgency <= urgency for other in self.waiting) - self._idle_workers)
+        generation.timer = self._loop.call_later(OVERTAKEN_AFTER, self._dispatch)
+        return generation
+
+    def ready(self, generation: Generation, prompt: Prompt) -> None:
+        """Its course is read. Raises ContentTooLong where that cannot fit, nor be condensed."""
+        error = prompt.refusal(self.engine.context)
+        if error and not error.condense_to:
+            raise error
+        if generation.outcome is None:  # it may have been ended meanwhile
+            generation.prompt = prompt
+            self._dispatch()
+
+    @contextlib.contextmanager
+    def reading(self, client: str) -> Iterator[None]:
+        """A document is read without a generation; it counts as one in flight."""
+        self.check_admission(client)
+        self.reading_clients.append(client)
+        try:
+            yield
+        finally:
+            self.reading_clients.remove(client)
+
+    @contextlib.contextmanager
+    def following(self, generation: Generation, grace: float = 0) -> Iterator[asyncio.Event]:
+        """Follow a generation; when all have left it unfinished, and the grace of each is over, it is cancelled."""
+        changed = asyncio.Event()
+        generation.followers.add(changed)
+        try:
+            yield changed
+        finally:
+            self._loop.call_later(grace, self._left, generation, changed)
+
+    def _left(self, generation: Generation, follower: asyncio.Event) -> None:
+        generation.followers.remove(follower)
+        if not generation.followers:
+            self.end(generation, Cancelled())
+
+    def end(self, generation: Generation, reason: ApiError) -> None:
+        """End a generation now, wherever it is; its engine call is closed. One that has ended stays as it is."""
+        task = self.running.get(generation)
+        if generation.outcome is None and (task is None or task.cancel()):
+            self.waiting.pop(generation, None)
+            self._finish(generation, reason)
+            self._dispatch()
+
+    @property
+    def full(self) -> bool:
+        return len(self.waiting) + len(self.reading_clients) >= self.settings.max_queue + self._idle_workers
+
+    @property
+    def _idle_workers(self) -> int:
+        return self.settings.workers - len(self.running)
+
+    def estimated_wait(self, position: int) -> float:
+        """Seconds until the generation at this position runs, from the measured service time."""
+        return round(position * (self._service_time or 20) / self.settings.workers, 1)  # 20 s until one is measured
+
+    def _next(self) -> Generation | None:
+        """The next in order, read or not; each eighth time the oldest, however urgent: a catalogue gets on as well.
+
+        One whose course takes long to read is overtaken, but not by what came at the same moment.
+        """
+        order = self.waiting if self._starts % 8 == 7 else sorted(self.waiting, key=lambda one: one.urgency)
+        return next((one for one in order if one.prompt or time.monotonic() - one.created < OVERTAKEN_AFTER), None)
+
+    def _dispatch(self) -> None:
+        """The queue has changed: start what waits while workers are idle, and tell the rest their positions soon."""
+        while self._idle_workers and (generation := self._next()) and generation.prompt:
+            del self.waiting[generation]
+            self._starts += 1
+            generation.state, generation.position, generation.started = "running", 0, time.monotonic()
+            being_read = [other for other in self.running if not other.begun]
+            generation.beside = len(being_read)
+            for other in being_read:
+                other.beside += 1
+            task = self._loop.create_task(self.writer.write(generation), name=f"call {generation.id[:8]}")
+            task.add_done_callback(partial(self._closed, generation))
+            self.running[generation] = task
+            generation.timer = self._loop.call_later(0, self._watch, generation)
+            generation.wake()
+        if self._telling is None:  # a thousand are told twice a second, since each is a write
+            self._telling = self._loop.call_later(len(self.waiting) / 2000, self._tell)
+
+    def _tell(self) -> None:
+        self._telling = None
+        for number, generation in enumerate(sorted(self.waiting, key=lambda one: one.urgency), 1):
+            generation.position = max(0, number - self._idle_workers)  # they take the first at once
+            generation.wake()
+
+    def _watch(self, generation: Generation) -> None:
+        """End an engine call when a deadline passes. Tokens set no timer: they are too many.
+
+        A CPU reads prompts one after another or in turns, and writes next to nothing meanwhile. So each prompt that is
+        read beside this one adds FIRST_TOKEN_TIMEOUT, and while one is read no silence counts.
+        """
+        settings, now = self.settings, time.monotonic()
+        allowance = settings.first_token_timeout * min(generation.beside, settings.workers - 1)
+        end = generation.started + settings.generation_timeout + allowance
+        last = end, "GENERATION_TIMEOUT allows to finish. Try again later, or with a lower max_tokens."
+        first = generation.last + settings.first_token_timeout + allowance
+        sooner = first, "FIRST_TOKEN_TIMEOUT allows to begin. Try again later, or with less content."
+        if generation.begun:
+            others = [other.begun or now for other in self.running if other is not generation]
+            silence = max([generation.last, self._read_until, *others]) + settings.token_timeout
+            sooner = silence, "TOKEN_TIMEOUT allows between two tokens. Try again later."
+        due, allowed = min(last, sooner)
+        if due <= now:
+            told = f"The language model took longer than {allowed}"
+            self.end(generation, EngineTimeout(told, retry_after=self.estimated_wait(1)))
+        else:  # after the first token the next deadline may be earlier, but not earlier than TOKEN_TIMEOUT
+            generation.timer = self._loop.call_at(min(due, now + settings.token_timeout), self._watch, generation)
+
+    def _closed(self, generation: Generation, task: asyncio.Task[Answer]) -> None:
+        """An engine call is closed, which frees its worker. An unforeseen exception is told as an engine error."""
+        self._read_until = max(self._read_until, generation.begun or time.monotonic())
+        outcome = ShuttingDown() if task.cancelled() else task.exception() or task.result()
+        if not isinstance(outcome, dict | ApiError):
+            log.error("generation %s failed: %s", generation.id[:8], described(outcome))
+            outcome = EngineError()
+        del self.running[generation]
+        self._loop.call_soon(self._dispatch)  # so that a fault of what follows keeps no worker from the next
+        if generation.outcome is None:
+            self._finish(generation, outcome)
 
     def _finish(self, generation: Generation, outcome: Answer | ApiError) -> None:
         now = time.monotonic()

@@ -807,7 +807,7 @@ COLUMNS = ("id", "status", "support", "notes", "accepted", *(f"corrected_{name}"
 COLUMNS += ("skills", "language", "model", "error", "fingerprint")
 # What a spreadsheet takes for a formula gets an apostrophe in front (OWASP, CSV injection); so does what has one.
 FORMULA = re.compile(r"'*[=+\-@\t\r\n]")
-NO = ("no", "n", "false", "0", "-")
+YES, NO = ("yes", "y", "true", "1", "x"), ("no", "n", "false", "0", "-")
 OB_CONTEXTS = ["https://www.w3.org/ns/credentials/v2", "https://purl.imsglobal.org/spec/ob/v3p0/context-3.0.3.json"]
 
 
@@ -930,7 +930,7 @@ def corrected(draft: dict[str, Any], cells: Mapping[str, str]) -> dict[str, Any]
     if draft["status"] != "done":
         return draft
     word = cells["accepted"].strip().lower()
-    accepted = {"accepted": word not in NO} if word else {}
+    accepted = {"accepted": word in YES} if word in (*YES, *NO) else {}
     new = {key: text for name, key in FIELDS.items() if (text := tidied(cells.get(f"corrected_{name}", "")))}
     if not new:
         return {**draft, **accepted}
@@ -942,7 +942,9 @@ def corrected(draft: dict[str, Any], cells: Mapping[str, str]) -> dict[str, Any]
 
 
 def warn_of_other_edits(line: int, cells: Mapping[str, str], draft: Mapping[str, Any]) -> None:
-    """A person may have written into the columns that are not read."""
+    """A person may have written what is not understood, or into the columns that are not read."""
+    if (word := cells["accepted"].strip()) and word.lower() not in (*YES, *NO):
+        print(f"Line {line}: {word} in the column accepted is neither yes nor no, and is not taken.", file=sys.stderr)
     for name, key in FIELDS.items():
         is_as_it_was = cells.get(name, "").split() == texts_of(draft).get(key, "").split()
         if not is_as_it_was and not cells.get(f"corrected_{name}"):

@@ -607,12 +607,14 @@ def test_corrected_texts_are_what_the_other_exports_give(tmp_path: Path, capsys:
     rows = reviewed(tmp_path / "d.csv")
     rows[0] |= {"id": "7", "accepted": "x", "corrected_criteria": "'- Tied five\r\n- Checked {{one}}"}
     rows[1] |= {"accepted": "No", "title": "Edited in the wrong place"}
+    rows[2] |= {"accepted": "later"}
     table(tmp_path / "r.csv", [rows[0].keys(), *(row.values() for row in rows)], "utf-16", "\t")  # as Excel saves it
     for _ in range(2):
         assert catalogue.main(["accept", str(tmp_path / "r.csv"), str(drafts)]) == 0
         assert len(lines(drafts)) == 5  # a second time changes nothing
     said = capsys.readouterr().err
     assert "title was changed; corrections go into corrected_title." in said
+    assert "later in the column accepted is neither yes nor no" in said
     assert "criteria was changed" not in said
     assert export(drafts, "achievements", "--accepted") == 0
     (file,) = (tmp_path / "d-achievements").iterdir()

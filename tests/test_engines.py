@@ -309,7 +309,7 @@ async def test_a_call_that_is_cancelled_as_its_answer_ends_does_not_go_on() -> N
     record = b'{"choices": [{"delta": {"content": "{}"}, "finish_reason": "stop"}]}\n[DONE]\n'
     response = AsyncMock(content=AsyncMock(readany=AsyncMock(return_value=record), read=rest))
     response.__aenter__.return_value = response
-    engine._answer = AsyncMock(return_value=response)  # type: ignore[method-assign]
+    engine._response = AsyncMock(return_value=response)  # type: ignore[method-assign]
 
     async def calls() -> None:
         async for _ in engine.stream(AsyncMock()):
@@ -347,7 +347,7 @@ async def test_a_child_that_dies_with_a_call_is_replaced_by_the_next(
         monkeypatch.setattr(engine, "url", AsyncMock(return_value=url))
         monkeypatch.setattr(engine, "introduce", AsyncMock())
         prompt = dccapi.build_prompt(dccapi.GenerateRequest(**COURSE), dccapi.Course(COURSE["content"]), "", {})
-        async with await engine._answer(prompt) as response:
+        async with await engine._response(prompt) as response:
             assert response.status == 200
         await engine._session.close()
     assert requests == [1, 2]

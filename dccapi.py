@@ -1402,7 +1402,7 @@ class GenerationQueue:
             task = self._loop.create_task(self.writer.write(generation), name=f"call {generation.id[:8]}")
             task.add_done_callback(partial(self._closed, generation))
             self.running[generation] = task
-            generation.timer = self._loop.call_later(0, self._check_deadlines, generation)
+            generation.timer = self._loop.call_later(0, self._expire, generation)
             generation.wake()
         if self._telling is None:  # a thousand are told twice a second, since each is a write
             self._telling = self._loop.call_later(len(self.waiting) / 2000, self._tell)
@@ -1413,7 +1413,7 @@ class GenerationQueue:
             generation.position = max(0, number - self._idle_workers)  # they take the first at once
             generation.wake()
 
-    def _check_deadlines(self, generation: Generation) -> None:
+    def _expire(self, generation: Generation) -> None:
         """End an engine call when a deadline passes. Tokens set no timer: they are too many.
 
         A CPU reads prompts one after another or in turns, and writes next to nothing meanwhile. So each prompt that is
@@ -1434,9 +1434,7 @@ class GenerationQueue:
             told = f"The language model took longer than {allowed}"
             self.end(generation, EngineTimeout(told, retry_after=self.estimated_wait(1)))
         else:  # after the first token the next deadline may be earlier, but not earlier than TOKEN_TIMEOUT
-            generation.timer = self._loop.call_at(
-                min(due, now + settings.token_timeout), self._check_deadlines, generation
-            )
+            generation.timer = self._loop.call_at(min(due, now + settings.token_timeout), self._expire, generation)
 
     def _closed(self, generation: Generation, task: asyncio.Task[Answer]) -> None:
         """An engine call is closed, which frees its worker. An unforeseen exception is told as an engine error."""

@@ -27,23 +27,15 @@ from testkit import (
     Server,
     badge_json,
     eventually,
+    flood_of_resets,
     frame,
     free_port,
+    requests_and_resets,
     rss_kib,
     split,
     status_line,
     trusting_tls,
 )
-
-
-def requests_and_resets(count: int, path: str = "/livez") -> tuple[list[bytes], list[bytes]]:
-    encoder = Encoder()
-    head = [(":method", "GET"), (":scheme", "http"), (":authority", "localhost"), (":path", path)]
-    streams = range(1, 2 * count, 2)
-    return (
-        [frame(1, stream, encoder.encode(head), 5) for stream in streams],
-        [frame(3, stream, b"\0\0\0\x08") for stream in streams],
-    )
 
 
 @contextlib.asynccontextmanager
@@ -133,24 +125,8 @@ async def test_streams_that_the_server_has_to_reset_count_too() -> None:
 @pytest.mark.parametrize("torn", [False, True], ids=["each reset at once", "all reset at the end"])
 async def test_fifty_connections_of_990_resets_leave_the_others_quick(torn: bool) -> None:
     async with process() as (server, port):
-        heads, resets = requests_and_resets(990, "/generate/stream?content=knots")
-        flood = PREFACE + b"".join(
-            heads + resets if torn else [x for pair in zip(heads, resets, strict=True) for x in pair]
-        )
-
-        async def attack() -> None:
-            with contextlib.suppress(OSError, TimeoutError):
-                reader, writer = await asyncio.open_connection("127.0.0.1", port)
-                writer.write(flood)
-                try:
-                    async with asyncio.timeout(8):  # one whose resets were all allowed stays open
-                        while await reader.read(2**16):
-                            pass
-                finally:
-                    writer.transport.abort()
-
         before, slowest = rss_kib(server.pid), 0.0
-        attacks = asyncio.gather(*(attack() for _ in range(50)))
+        attacks = asyncio.gather(*(flood_of_resets(port, torn) for _ in range(50)))
         while not attacks.done():
             started = time.monotonic()
             assert " 200" in await status_line(f"http://127.0.0.1:{port}/livez")

@@ -27,7 +27,7 @@ import pytest
 import trustme
 
 import dccapi
-from testkit import free_port, parse_sse, status_line, trusting_tls
+from testkit import flood_of_resets, free_port, parse_sse, status_line, trusting_tls
 
 HERE = Path(__file__).resolve().parents[1]  # the checkout
 COURSE = {"content": "Knots for climbers: figure eight, clove hitch, prusik. Practical exam on the wall."}
@@ -387,6 +387,21 @@ async def test_the_health_check_fails_when_the_service_does_not_answer(images: d
             assert (await it.run(*check))[0] == 1
         finally:
             os.kill((await it.inspect("api"))["State"]["Pid"], signal.SIGCONT)
+
+
+async def test_a_flood_of_resets_does_not_get_a_container_of_512_mb_killed(
+    images: dict[str, str], tmp_path: Path
+) -> None:
+    async with stack(tmp_path, images) as it:
+        await it.compose("up", "--detach", "--no-deps", "api")
+        await it.answers("/livez", 200)
+        before = await it.inspect("api")
+        assert before["HostConfig"]["Memory"] == 512 * 2**20
+        for torn in (False, True):
+            await asyncio.gather(*(flood_of_resets(it.http, torn) for _ in range(50)))
+        await it.answers("/livez", 200, timeout=5)
+        after = (await it.inspect("api"))["State"]
+        assert (after["StartedAt"], after["OOMKilled"]) == (before["State"]["StartedAt"], False)
 
 
 async def test_a_killed_engine_comes_back_and_the_api_with_it(images: dict[str, str], tmp_path: Path) -> None:

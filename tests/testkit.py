@@ -21,6 +21,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Ma
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from email.utils import formatdate
+from functools import cache
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Self
@@ -32,6 +33,7 @@ from h2.connection import ConnectionState, H2Connection
 from h2.errors import ErrorCodes
 from h2.exceptions import ProtocolError, StreamClosedError
 from h2.settings import SettingCodes, Settings
+from hpack import Encoder
 
 # ---------------------------------------------------------------- waiting and measuring
 
@@ -889,6 +891,36 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"  # with SE
 def frame(kind: int, stream: int, payload: bytes = b"", flags: int = 0) -> bytes:
     """An HTTP/2 frame (RFC 9113 4.1), true or not."""
     return len(payload).to_bytes(3) + bytes([kind, flags]) + stream.to_bytes(4) + payload
+
+
+def requests_and_resets(count: int, path: str = "/livez") -> tuple[list[bytes], list[bytes]]:
+    encoder = Encoder()
+    head = [(":method", "GET"), (":scheme", "http"), (":authority", "localhost"), (":path", path)]
+    streams = range(1, 2 * count, 2)
+    return (
+        [frame(1, stream, encoder.encode(head), 5) for stream in streams],
+        [frame(3, stream, b"\0\0\0\x08") for stream in streams],
+    )
+
+
+@cache
+def resets_of_a_flood(torn: bool) -> bytes:
+    heads, resets = requests_and_resets(990, "/generate/stream?content=knots")
+    pairs = [part for pair in zip(heads, resets, strict=True) for part in pair]
+    return PREFACE + b"".join(heads + resets if torn else pairs)
+
+
+async def flood_of_resets(port: int, torn: bool) -> None:
+    """One connection of 990 requests that are reset: each at once, or all of them at the end."""
+    with suppress(OSError, TimeoutError):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(resets_of_a_flood(torn))
+        try:
+            async with asyncio.timeout(8):  # one whose resets were all allowed stays open
+                while await reader.read(2**16):
+                    pass
+        finally:
+            writer.transport.abort()
 
 
 # ---------------------------------------------------------------- the service as a process

@@ -678,9 +678,10 @@ async def plain_hypercorn(app: Any, monkeypatch: pytest.MonkeyPatch) -> AsyncIte
         stop.set()
         await asyncio.wait({server}, timeout=0.2)
         others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:  # some of them wait for ever, which is the point
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        while others:  # some of them wait for ever, which is the point, and some drop a cancellation
+            for task in others:
+                task.cancel()
+            _, others = await asyncio.wait(others, timeout=0.5)
 
 
 async def early(scope: Any, receive: Any, send: Any) -> None:

@@ -400,6 +400,7 @@ async def test_a_flood_of_resets_does_not_get_a_container_of_512_mb_killed(
         for torn in (False, True):
             await asyncio.gather(*(flood_of_resets(it.http, torn) for _ in range(50)))
         await it.answers("/livez", 200, timeout=5)
+        assert "streams were reset" in await it.podman("logs", it.container("api"))  # the floods have arrived
         after = (await it.inspect("api"))["State"]
         assert (after["StartedAt"], after["OOMKilled"]) == (before["State"]["StartedAt"], False)
 

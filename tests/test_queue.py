@@ -281,14 +281,14 @@ async def test_streams_that_have_ended_and_requests_that_come_again_leave_nothin
             streams = [await connection.request("GET", accepted["events"]) for _ in range(20)]
             for stream in streams:
                 assert (await connection.response(stream)).status == 200
+            # The grace of each stream is over; the asynchronous request stays.
+            await eventually(lambda: all(len(one.followers) == 1 for one in service.queue.known.values()))
             gc.collect()
             return sum(isinstance(one, asyncio.Event) for one in gc.get_objects())
 
         await events()
-        await asyncio.sleep(0.5)  # the grace of the first
         before = await events()
         for _ in range(8):
-            await asyncio.sleep(0.3)
             after = await events()
         assert after < before + 6
 

@@ -1634,7 +1634,7 @@ class Engine:
     path, listing = "/chat/completions", ("/models", "data", "id")  # of a generation; of the models, with its members
     remedy = "Start it, or correct OPENAI_BASE_URL; badges are written again as soon as it answers."
     defaults: Mapping[str, Any] = {}  # sampling where the client gave none
-    sifts = is_tiny = is_restarted = False  # its models are small; very small; a server that dies is restarted by us
+    sifts = is_tiny = False  # its models are small; very small
     # Parts of a request that a server may refuse, and how it names them: openai-agents-python 442, Flowise 2866,
     # obsidian-copilot 1477, TGI 2899, langchainjs PR 6888; of chat templates: autogen 1037, ramalama 2425.
     optional: Mapping[str, str] = {
@@ -1736,30 +1736,25 @@ class Engine:
 
     async def _response(self, prompt: Prompt) -> aiohttp.ClientResponse:
         """The response with the answer. Refused parts of the request are left out, from then on where that helps."""
-        # A connection that has just answered a question is not one that the server has long closed (aiohttp 6138).
-        retries = self._known + self.is_restarted
-        if not self._known:
-            self.remark = ""
-            with contextlib.suppress(ApiError, AttributeError, TypeError, ValueError):  # it is silent, or says nonsense
-                await self.introduce()
-                self._known = not self.remark
         without = self._without
         while True:
+            if not (was_known := self._known):
+                self.remark = ""
+                with contextlib.suppress(Exception):  # it is silent, or says nonsense
+                    await self.introduce()
+                    self._known = not self.remark
             parts = self.body(prompt, without).items()
             body = {name: part for name, part in parts if part is not None and name not in without}
-            asked = time.monotonic()
             try:
                 response = await self._session.post(await self.url() + self.path, json=body, allow_redirects=False)
             except TimeoutError as error:
                 raise EngineTimeout("The engine takes no connection in CONNECT_TIMEOUT. Try again later.", 5) from error
             except aiohttp.ClientConnectionError as error:  # without a byte of an answer
-                await asyncio.sleep(0.05)  # then connections that end with it are out of the pool
-                # At once: the server had closed it while it was in the pool. Later: the server had begun with the call,
-                # which is made again only where the server is our own child.
-                if not retries or (time.monotonic() - asked > 0.5 and not self.is_restarted):
-                    self._known = False  # another server may be started in its place
+                self._known = False  # another server may be started in its place
+                if not was_known:
                     raise EngineUnreachable from error
-                retries -= 1
+                # The server had closed it long ago (aiohttp 6138), with others that are out of the pool in a moment.
+                await asyncio.sleep(0.05)
                 continue
             if response.status == 200:
                 if without > self._without:
@@ -1802,24 +1797,23 @@ class Engine:
         return REFUSALS[status]() if status in REFUSALS else None
 
     async def ask(self, path: str, body: dict[str, Any] | None = None) -> tuple[int, bytes]:
-        """Status and body of what the server answers to a question. Raises EngineUnreachable."""
+        """Status and body of what the server answers to a question, within CONNECT_TIMEOUT."""
         method, deadline = "POST" if body else "GET", asyncio.timeout(self.settings.connect_timeout)
-        try:
-            async with deadline, self._session.request(method, await self.url() + path, json=body) as response:
-                return response.status, await _whole(response)
-        except (aiohttp.ClientError, OSError) as error:  # of which TimeoutError is one
-            raise EngineUnreachable(f"The language model's server does not answer. {self.remedy}") from error
+        async with deadline, self._session.request(method, await self.url() + path, json=body) as response:
+            return response.status, await _whole(response)
 
     async def models(self) -> list[str]:
         """The names it can be asked for. Raises EngineUnreachable."""
         path, member, name = self.listing
-        status, answer = await self.ask(path)
-        if status in (404, 405, 501) and path == "/models":  # a server that has no list is ready when it answers
-            return [self.settings.model]
         try:
+            status, answer = await self.ask(path)
+            if status in (404, 405, 501) and path == "/models":  # a server that has no list is ready when it answers
+                return [self.settings.model]
             models = {str(model[name]): model for model in orjson.loads(answer)[member] or []}
             served = models.get(self.settings.model, {})
             limit = served.get("max_model_len") or (served.get("meta") or {}).get("n_ctx")
+        except (aiohttp.ClientError, OSError) as error:  # of which TimeoutError is one
+            raise EngineUnreachable(f"The language model's server does not answer. {self.remedy}") from error
         except (AttributeError, KeyError, TypeError, ValueError):
             raise EngineUnreachable(f"The model's address is another server's ({status}). {self.remedy}") from None
         self.context = limit if isinstance(limit, int) else self.context
@@ -1833,10 +1827,7 @@ class Engine:
 
 
 async def _records(response: aiohttp.ClientResponse) -> AsyncGenerator[dict[str, Any]]:
-    """The records of a body as it comes, cut chunk by chunk: tokens are many. Other lines are skipped.
-
-    Raises ValueError for one that is no JSON, and for a line over MAX_LINE.
-    """
+    """The records of a body, cut chunk by chunk as it comes: tokens are many. Raises ValueError for what is no JSON."""
     rest, chunk = b"", b"\n"
     while chunk:
         chunk = await response.content.readany()
@@ -1918,7 +1909,7 @@ class EmbeddedEngine(Engine):
     remedy = "The service's log says why; it is started again and again."
     # SmolLM2-135M loops at the contract's 1.02: without this, `bounds` and DRY, half of the real courses had no end.
     defaults: Mapping[str, Any] = {"repeat_penalty": 1.12}
-    sifts = is_restarted = True
+    sifts = True
     bounds: Mapping[str, Any] = {
         "badge_name": {"pattern": r'^[^<>"\\{}]{3,80}$'},  # a title, not the course's delimiter
         **{name: {"items": {"type": "string", "maxLength": 300}} for name in ("badge_description", "criteria")},
@@ -1936,48 +1927,42 @@ class EmbeddedEngine(Engine):
         self.is_tiny = cast(Path, self.settings.model_path).stat().st_size < 400e6  # 500 million parameters in 4 bits
         self.key = secrets.token_urlsafe(16)  # other users of this machine can reach the child's port
         await super().start()
-        self._address = asyncio.create_task(self._start_child())
+        self._said = asyncio.get_running_loop().create_future()  # what the child says: its address, or what is wrong
         self._supervisor = asyncio.create_task(self._supervise())
 
     async def stop(self) -> None:
         self._supervisor.cancel()
-        self._address.cancel()
-        await asyncio.gather(self._supervisor, self._address, super().stop(), return_exceptions=True)
+        await asyncio.gather(self._supervisor, super().stop(), return_exceptions=True)
         if self._process:
             await _killed(self._process)
 
     async def url(self) -> str:
-        """The child's address, once it listens; one that has died is started again, which takes seconds."""
-        code = self._process.returncode if self._address.done() and not self._address.exception() else None
-        if code is not None:
-            log.error("the embedded engine is started again after: %s (-9: no memory; -4: wrong processor)", code)
-            self._address = asyncio.create_task(self._start_child())
-        return await asyncio.shield(self._address)
+        """The child's address, once it listens. Raises EngineUnreachable while none can be started."""
+        said = await asyncio.shield(self._said)
+        if not said.startswith("http"):
+            raise EngineUnreachable(f"The embedded language model cannot be started: {said}")
+        return f"{said}/v1"
 
     async def _supervise(self) -> None:
-        """Replace a child that has ended while nobody asks, and every 5 s one that could not be started."""
+        """Start the child, and another a second after its end; some seconds later where it could not be started."""
+        arguments = self.settings.model_path, self.settings.num_ctx, self.settings.workers, self.settings.model
         while True:
             try:
-                await self.url()
-                await self._process.wait()
-                await asyncio.sleep(1)
-            except EngineUnreachable:  # what kept it from starting seldom passes at once
-                await asyncio.sleep(5)
-                self._address = asyncio.create_task(self._start_child())
-
-    async def _start_child(self) -> str:
-        """Start the child. Returns its address once it listens. Raises EngineUnreachable where it does not."""
-        arguments = self.settings.model_path, self.settings.num_ctx, self.settings.workers, self.settings.model
-        try:
-            self._process = await _started(str(HERE / "dccapi.py"), "engine", *map(str, arguments))
-            self._process.stdin.write(self.key.encode() + b"\n")  # not in its arguments, which anyone can read
-            if (said := (await self._process.stdout.readline()).decode().strip()).startswith("http"):
-                return f"{said}/v1"
-            said = said or f"its process ended with {await self._process.wait()} (-9: no memory; -4: wrong processor)"
-        except (OSError, ValueError) as error:  # no memory or file descriptor for it now; what it said is no text
-            said = str(getattr(error, "strerror", error))
-        log.error("the embedded engine cannot be started: %s", said)
-        raise EngineUnreachable(f"The embedded language model cannot be started: {said}")
+                self._process = await _started(str(HERE / "dccapi.py"), "engine", *map(str, arguments))
+                self._process.stdin.write(self.key.encode() + b"\n")  # not in its arguments, which anyone can read
+                said = (await self._process.stdout.readline()).decode(errors="replace").strip()
+                if said.startswith("http"):
+                    self._said.set_result(said)
+                if not said or self._said.done():
+                    said = f"its process ended with {await self._process.wait()} (-9: no memory; -4: wrong processor)"
+            except OSError as error:  # no memory or file descriptor for it now
+                said = error.strerror or str(error)
+            log.error("the embedded engine is started again: %s", said)
+            if not self._said.done():
+                self._said.set_result(said)
+                await asyncio.sleep(5)  # what kept it from starting seldom passes at once
+            self._said = asyncio.get_running_loop().create_future()  # who asks now waits for the next one
+            await asyncio.sleep(1)
 
 
 def serve_embedded(path: str, context: str, slots: str, name: str) -> None:

@@ -329,12 +329,12 @@ async def test_no_call_is_tried_again_once_a_byte_of_its_answer_came(beginning: 
     assert len(requests) == 2
 
 
-async def test_a_call_that_the_engine_worked_on_is_not_made_again() -> None:
-    script = [Script(), Script(first_delay=0.6, drop_after=0)]
+async def test_a_call_that_ends_without_an_answer_is_made_once_more_at_most() -> None:
+    script = [Script(), Script(first_delay=0.6, drop_after=0), Script(drop_after=0)]
     async with serving(script=lambda body, index: script[index]) as service:
         await writes(service)
         problem_in(await ask(service), 503, "engine_unreachable")
-        assert len(service.engine.calls) == 2
+        assert len(service.engine.calls) == 3
 
 
 async def test_a_child_that_dies_with_a_call_is_replaced_by_the_next(
@@ -346,6 +346,7 @@ async def test_a_child_that_dies_with_a_call_is_replaced_by_the_next(
         await dccapi.Engine.start(engine)  # without a child: at its address is another server
         monkeypatch.setattr(engine, "url", AsyncMock(return_value=url))
         monkeypatch.setattr(engine, "introduce", AsyncMock())
+        engine._known = True
         prompt = dccapi.build_prompt(dccapi.GenerateRequest(**COURSE), dccapi.Course(COURSE["content"]), "", {})
         async with await engine._response(prompt) as response:
             assert response.status == 200

@@ -1907,19 +1907,18 @@ class EmbeddedEngine(Engine):
     """llama.cpp in a child process of ours (`python dccapi.py engine`), replaced when it has died, ended with us."""
 
     remedy = "The service's log says why; it is started again and again."
-    # SmolLM2-135M loops at the contract's 1.02: without this, `bounds` and DRY, half of the real courses had no end.
+    # SmolLM2-135M loops at the contract's 1.02: without this, the bounds and DRY, half of the real courses had no end.
     defaults: Mapping[str, Any] = {"repeat_penalty": 1.12}
     sifts = True
-    bounds: Mapping[str, Any] = {
-        "badge_name": {"pattern": r'^[^<>"\\{}]{3,80}$'},  # a title, not the course's delimiter
-        **{name: {"items": {"type": "string", "maxLength": 300}} for name in ("badge_description", "criteria")},
-        "skills": {"items": {"type": "string", "maxLength": 60}},
-    }
+    ended = "its process ended with {} (-9: no memory; -4: wrong processor)"
     _process: Any = None  # the child that was started last
 
     def body(self, prompt: Prompt, without: frozenset[str]) -> dict[str, Any]:
         """With bounds on the texts, which llama.cpp's grammars take as long as they are short."""
-        properties = {name: part | self.bounds[name] for name, part in prompt.schema["properties"].items()}
+        longest = {"badge_description": 300, "criteria": 300, "skills": 60}
+        bounds: dict[str, Any] = {name: {"items": {"type": "string", "maxLength": n}} for name, n in longest.items()}
+        bounds["badge_name"] = {"pattern": r'^[^<>"\\{}]{3,80}$'}  # a title, not the course's delimiter
+        properties = {name: part | bounds[name] for name, part in prompt.schema["properties"].items()}
         body = super().body(replace(prompt, schema=prompt.schema | {"properties": properties}), without)
         return body | {"dry_multiplier": 0.8, "dry_allowed_length": 3}
 
@@ -1927,7 +1926,7 @@ class EmbeddedEngine(Engine):
         self.is_tiny = cast(Path, self.settings.model_path).stat().st_size < 400e6  # 500 million parameters in 4 bits
         self.key = secrets.token_urlsafe(16)  # other users of this machine can reach the child's port
         await super().start()
-        self._said = asyncio.get_running_loop().create_future()  # what the child says: its address, or what is wrong
+        self._said = asyncio.Future[str]()  # what the child says: its address, or what is wrong
         self._supervisor = asyncio.create_task(self._supervise())
 
     async def stop(self) -> None:
@@ -1951,17 +1950,18 @@ class EmbeddedEngine(Engine):
                 self._process = await _started(str(HERE / "dccapi.py"), "engine", *map(str, arguments))
                 self._process.stdin.write(self.key.encode() + b"\n")  # not in its arguments, which anyone can read
                 said = (await self._process.stdout.readline()).decode(errors="replace").strip()
-                if said.startswith("http"):
-                    self._said.set_result(said)
-                if not said or self._said.done():
-                    said = f"its process ended with {await self._process.wait()} (-9: no memory; -4: wrong processor)"
+                said = said or self.ended.format(await self._process.wait())
             except OSError as error:  # no memory or file descriptor for it now
                 said = error.strerror or str(error)
+            self._said.set_result(said)
+            if said.startswith("http"):
+                await self._process.stdout.read()  # until it ends, and with it the connections to it
+                self._said = asyncio.Future[str]()  # who asks now waits for the next one
+                said = self.ended.format(await self._process.wait())
             log.error("the embedded engine is started again: %s", said)
-            if not self._said.done():
-                self._said.set_result(said)
+            if self._said.done():
                 await asyncio.sleep(5)  # what kept it from starting seldom passes at once
-            self._said = asyncio.get_running_loop().create_future()  # who asks now waits for the next one
+                self._said = asyncio.Future[str]()
             await asyncio.sleep(1)
 
 

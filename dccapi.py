@@ -1753,7 +1753,7 @@ class Engine:
                 self._known = False  # another server may be started in its place
                 if not was_known:
                     raise EngineUnreachable from error
-                # The server had closed it long ago (aiohttp 6138), with others that are out of the pool in a moment.
+                # It was closed in the pool (aiohttp 6138), or with its server; others are out of there in a moment.
                 await asyncio.sleep(0.05)
                 continue
             if response.status == 200:
@@ -1910,8 +1910,7 @@ class EmbeddedEngine(Engine):
     # SmolLM2-135M loops at the contract's 1.02: without this, the bounds and DRY, half of the real courses had no end.
     defaults: Mapping[str, Any] = {"repeat_penalty": 1.12}
     sifts = True
-    ended = "its process ended with {} (-9: no memory; -4: wrong processor)"
-    _process: Any = None  # the child that was started last
+    _child: Any = None  # that was started last
 
     def body(self, prompt: Prompt, without: frozenset[str]) -> dict[str, Any]:
         """With bounds on the texts, which llama.cpp's grammars take as long as they are short."""
@@ -1932,8 +1931,8 @@ class EmbeddedEngine(Engine):
     async def stop(self) -> None:
         self._supervisor.cancel()
         await asyncio.gather(self._supervisor, super().stop(), return_exceptions=True)
-        if self._process:
-            await _killed(self._process)
+        if self._child:
+            await _killed(self._child)
 
     async def url(self) -> str:
         """The child's address, once it listens. Raises EngineUnreachable while none can be started."""
@@ -1943,21 +1942,21 @@ class EmbeddedEngine(Engine):
         return f"{said}/v1"
 
     async def _supervise(self) -> None:
-        """Start the child, and another a second after its end; some seconds later where it could not be started."""
+        """Start the child, and another a second after its end, or some seconds after one that could not start."""
         arguments = self.settings.model_path, self.settings.num_ctx, self.settings.workers, self.settings.model
         while True:
             try:
-                self._process = await _started(str(HERE / "dccapi.py"), "engine", *map(str, arguments))
-                self._process.stdin.write(self.key.encode() + b"\n")  # not in its arguments, which anyone can read
-                said = (await self._process.stdout.readline()).decode(errors="replace").strip()
-                said = said or self.ended.format(await self._process.wait())
+                self._child = await _started(str(HERE / "dccapi.py"), "engine", *map(str, arguments))
+                self._child.stdin.write(self.key.encode() + b"\n")  # not in its arguments, which anyone can read
+                said = (await self._child.stdout.readline()).decode(errors="replace").strip()
+                said = said or f"its process ended with {await self._child.wait()} (-9: no memory; -4: wrong processor)"
             except OSError as error:  # no memory or file descriptor for it now
                 said = error.strerror or str(error)
             self._said.set_result(said)
             if said.startswith("http"):
-                await self._process.stdout.read()  # until it ends, and with it the connections to it
+                await self._child.stdout.read()  # until it ends, and with it the connections to it
                 self._said = asyncio.Future[str]()  # who asks now waits for the next one
-                said = self.ended.format(await self._process.wait())
+                said = f"its process ended with {await self._child.wait()}"
             log.error("the embedded engine is started again: %s", said)
             if self._said.done():
                 await asyncio.sleep(5)  # what kept it from starting seldom passes at once

@@ -482,23 +482,40 @@ async def test_the_embedded_engine_is_started_again_and_says_until_then_why_not(
                 for _ in range(2):  # which starts nothing
                     with pytest.raises(dccapi.EngineUnreachable, match="Too many open files"):
                         await engine.url()
-                await eventually(lambda: engine._process)
+                await eventually(lambda: engine._child)
                 prompt = dccapi.build_prompt(dccapi.GenerateRequest(**COURSE), dccapi.Course(COURSE["content"]), "", {})
                 pieces = [piece async for piece in engine.stream(prompt)]
                 assert "".join(piece for piece in pieces if isinstance(piece, str)) == badge_json()
-                engine._process.kill()
-                await engine._process.wait()
+                engine._child.kill()
+                await engine._child.wait()
                 assert {await engine.url() for _ in range(2)} == {server.base_url}
-                second = engine._process
+                second = engine._child
                 assert second.returncode is None
                 second.kill()
-                await eventually(lambda: engine._process is not second)  # nobody asks
+                await eventually(lambda: engine._child is not second)  # nobody asks
             finally:
                 await engine.stop()
-            assert engine._process.returncode == -signal.SIGKILL
+            assert engine._child.returncode == -signal.SIGKILL
     told = {line for line in lines if "is started again: Too many open files" in line}
     assert len(told) == 1  # root's logger may have it too
     assert any("is started again: its process ended with -9" in line for line in lines)
+
+
+async def test_an_embedded_engine_has_ended_when_its_output_has(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    until_told = 'print("http://127.0.0.1:9", flush=True)\nsys.stdin.readline()\nsys.stdin.readline()\n'
+    (tmp_path / "dccapi.py").write_text(f"import os, sys, time\n{until_told}os.close(1)\ntime.sleep(60)\n")
+    monkeypatch.setattr(dccapi, "HERE", tmp_path)
+    engine = dccapi.EmbeddedEngine(dccapi.Settings(engine="embedded", model_path=Path(__file__)))
+    await engine.start()
+    try:
+        assert await engine.url() == "http://127.0.0.1:9/v1"
+        engine._child.stdin.write(b"\n")
+        await eventually(lambda: not engine._said.done())  # who asks waits for the next one
+        assert engine._child.returncode is None  # a large process takes a while to be gone
+    finally:
+        await engine.stop()
 
 
 @pytest.mark.parametrize(

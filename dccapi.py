@@ -2578,24 +2578,23 @@ def _ip(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 # What it does by itself, who would notice, its issue or pull request, and the words by which `pytest -k` finds the test
 # that fails without the patch or tells when it may go.
-# it                                                       noticed by                   issue     test
-# dies of DATA for a stream that was answered already      siblings of a refusal        334, 365  data_after
-# stops reading behind ten messages that nobody reads      siblings of an upload        (Guard)   nobody_reads
-# lets the application run ahead of a closed window        operators: 65 MB a stream              run_ahead
-# visits each stream for each frame, and takes 1,000       pages with many streams                priority_frames
-# takes any number of resets, and executes what was reset  everyone, in a flood         146       resets, reset_before
-# accepts more connections than it has file descriptors    everyone, in a flood                   file_descriptors
-# keeps connections of clients that left, take nothing, or operators: open files                  client_closed
-#   never send a whole head, or have no stream left                                               takes_nothing
-#                                                                                                 idle_again, never_ends
-# ends the streams of a client that says GOAWAY            clients behind some proxies            goaway
-# leaves a response open that the application gave up      clients that wait                      given_up_open
-# dies of a path or method that is not ASCII               siblings of the request                strange_request
-# reads no further behind an HTTP/1.1 request              workers without a client               sent_more
-# loses the frames of a task that is cancelled at its lock siblings of the stream                 its_frames
-# logs tracebacks of nonsense, and of closing TLS          operators                    202, 264  nonsense_in, abrupt
-# waits for ever at SIGTERM, or cuts what runs             everyone, at a restart       308, 374  stop_drains, signalled
-# takes unknown settings in silence                        operators with a typo                  unknown_key
+# it                                                       noticed by                issue    test
+# dies of DATA for a stream that was answered already      siblings of a refusal     334, 365 data_after
+# stops reading behind ten messages that nobody reads      siblings of an upload     (Guard)  nobody_reads
+# lets the application run ahead of a closed window        operators: 65 MB a stream          run_ahead
+# visits each stream for each frame, and takes 1,000       pages with many streams            priority_frames
+# takes any number of resets, and executes what was reset  everyone, in a flood      146      resets, reset_before
+# accepts more connections than it has file descriptors    everyone, in a flood               file_descriptors
+# keeps connections of clients that left, take nothing,    operators: open files              client_closed, idle_again
+#   never send a whole head, or have no stream left                                           takes_nothing, never_ends
+# ends the streams of a client that says GOAWAY            clients behind proxies             goaway
+# leaves a response open that the application gave up      clients that wait                  given_up_open
+# dies of a path or method that is not ASCII               siblings of the request            strange_request
+# reads no further behind an HTTP/1.1 request              workers without a client           sent_more
+# loses the frames of a task that is cancelled at its lock siblings of the stream             its_frames
+# logs tracebacks of nonsense, and of closing TLS          operators                 202, 264 nonsense_in, abrupt
+# waits for ever at SIGTERM, or cuts what runs             everyone, at a restart    308, 374 stop_drains, signalled
+# takes unknown settings in silence                        operators with a typo              unknown_key
 
 
 class GuardedH2Protocol(H2Protocol):
@@ -2612,16 +2611,13 @@ class GuardedH2Protocol(H2Protocol):
         # Hypercorn's priority tree takes 1,000 streams, and visits each at every step.
         calls = ("insert_stream", "reprioritize", "block", "unblock")
         self.priority: Any = SimpleNamespace(**dict.fromkeys(calls, lambda *_, **__: None))
-        # A client that says GOAWAY gets what it has asked for (RFC 9113 6.8); h2 takes it for the end.
-        http2, frames = self.connection, self.connection._frame_dispatch_table
-        end = frames[GoAwayFrame]
-        frames[GoAwayFrame] = lambda said: ([], []) if http2.open_inbound_streams and not said.error_code else end(said)
+        # A client that says GOAWAY gets what it has asked for and closes the connection itself (RFC 9113 6.8).
+        self.connection._frame_dispatch_table[GoAwayFrame] = lambda frame: ([], [])
 
     async def send_task(self) -> None:
         """Not needed."""
 
     async def _handle_events(self, events: list[FrameEvent]) -> None:
-        reset = {event.stream_id for event in events if isinstance(event, StreamReset)}
         for number, event in enumerate(events):
             if number % 4 == 0:
                 async with self._peer.turn:
@@ -2630,15 +2626,10 @@ class GuardedH2Protocol(H2Protocol):
                 break
             asked = [value for name, value in getattr(event, "headers", ()) if name in (b":method", b":path")]
             match event:
-                case RequestReceived() if event.stream_id in reset:
-                    pass  # it is not executed
-                case RequestReceived() if self.context.terminated.is_set():
-                    # A client asks again elsewhere; Hypercorn would leave it a connection that may have no streams.
-                    self.connection.close_connection(last_stream_id=max(0, event.stream_id - 2))
-                    await self._flush()
-                    await self.send(Closed())
-                case RequestReceived() if self._peer.is_full:
-                    await self._reset(event.stream_id, ErrorCodes.REFUSED_STREAM)
+                case RequestReceived() if self.connection._stream_closed_by(event.stream_id):
+                    pass  # it was reset since and is not executed
+                case RequestReceived() if self._peer.is_full or self.context.terminated.is_set():
+                    await self._reset(event.stream_id, ErrorCodes.REFUSED_STREAM)  # which says: ask again elsewhere
                 case RequestReceived() if b"CONNECT" in asked or not b"".join(asked).isascii():
                     await self._reset(event.stream_id, ErrorCodes.PROTOCOL_ERROR)  # Hypercorn would raise
                 case DataReceived() if event.stream_id not in self.streams:
@@ -2655,9 +2646,9 @@ class GuardedH2Protocol(H2Protocol):
             await self.send(Updated(idle=True))  # Hypercorn says so only after a response
 
     async def _reset(self, stream_id: int, code: ErrorCodes) -> None:
-        with contextlib.suppress(ProtocolError):  # it is closed already
+        with contextlib.suppress(ProtocolError):  # it is closed already, which was counted
             self.connection.reset_stream(stream_id, code)
-        await self._handle_events([StreamReset(stream_id=stream_id)])  # it counts as the client's do
+            await self._handle_events([StreamReset(stream_id=stream_id)])  # it counts as the client's do
 
     async def stream_send(self, event: StreamEvent) -> None:
         stream_id = event.stream_id
@@ -2670,13 +2661,12 @@ class GuardedH2Protocol(H2Protocol):
                     await self._send_in_frames(stream_id, event.data)
                 await self._flush()
             elif isinstance(event, EndBody):
-                with contextlib.suppress(ProtocolError):  # its client has reset it, which counts already
-                    self.connection.end_stream(stream_id)
+                self.connection.end_stream(stream_id)
                 await self._flush()
                 self.streams.pop(stream_id, None)
+            elif isinstance(event, StreamClosed) and stream_id in self.streams:  # the application gave it up
+                await self._reset(stream_id, ErrorCodes.CANCEL)
             else:
-                if isinstance(event, StreamClosed) and stream_id in self.streams:  # the application gave it up
-                    await self._reset(stream_id, ErrorCodes.CANCEL)
                 await super().stream_send(event)
         except ProtocolError:
             pass  # the stream or the connection was closed in the meantime
@@ -2788,9 +2778,7 @@ class GuardedTCPServer(TCPServer):
             log.debug(described(errors.exceptions[0]))
 
     async def _idle_timeout(self) -> None:
-        """Not needed, since `serve_until_drained` ends idle connections, but for one that comes when all are ended."""
-        if self.context.terminated.is_set():
-            await self._initiate_server_close()
+        """Not needed: `serve_until_drained` ends idle connections."""
 
     async def protocol_send(self, event: ConnectionEvent) -> None:
         try:
@@ -2800,8 +2788,7 @@ class GuardedTCPServer(TCPServer):
                     self.writer.write(event.data)
                 await self.writer.drain()
             elif isinstance(event, Closed):
-                await self.protocol.handle(event)
-                await self._close()
+                await self._initiate_server_close()
             else:
                 config, http = cast(Any, self.config), cast(Any, self.protocol).protocol
                 # The first head is to come, or over HTTP/1.1 another one has begun.
@@ -2809,8 +2796,6 @@ class GuardedTCPServer(TCPServer):
                 patience = config.settings.head_timeout if has_begun else config.keep_alive_timeout
                 ends_at = min(self._connection.ends_at, time.monotonic() + patience)
                 self._connection.ends_at = ends_at if cast(Updated, event).idle else math.inf
-                if self.context.terminated.is_set():  # nobody looks any more
-                    self.loop.call_later(0.1, self._connection.end)
         except OSError:
             await self.protocol.handle(Closed())
 
@@ -2840,16 +2825,20 @@ async def serve_until_drained(app: Any, config: Config, *, sockets: Any = None, 
     sockets = sockets or config.create_sockets()
     for several in (sockets.secure_sockets, sockets.insecure_sockets):
         several[:] = [Listener(plain, cast(Any, config).settings) for plain in several]
-    loop = asyncio.get_running_loop()
-    is_own_process = not shutdown_trigger or isinstance(shutdown_trigger, partial)  # the `hypercorn` command's
-    asked = asyncio.ensure_future((shutdown_trigger or asyncio.Event().wait)())
-    for sign in (signal.SIGTERM, signal.SIGINT) if is_own_process else ():
-        loop.add_signal_handler(sign, asked.cancel)
+    connections, loop = peer_of("").connections, asyncio.get_running_loop()
+
+    def end(idle_until: float) -> None:
+        """End the connections that may be idle until this time at most: all of them, where it is infinite."""
+        for connection in [one for one in connections if one.ends_at <= idle_until]:
+            connection.end()
 
     async def drained() -> None:
+        asked = asyncio.ensure_future((shutdown_trigger or asyncio.Event().wait)())
+        is_own_process = not shutdown_trigger or isinstance(shutdown_trigger, partial)  # the `hypercorn` command's
+        for sign in (signal.SIGTERM, signal.SIGINT) if is_own_process else ():
+            loop.add_signal_handler(sign, asked.cancel)
         while not (await asyncio.wait({asked}, timeout=SWEEP_INTERVAL))[0]:
-            for connection in [one for one in peer_of("").connections if one.ends_at < time.monotonic()]:
-                connection.end()
+            end(time.monotonic())
             if time.monotonic() % TRIM_INTERVAL < 2 * SWEEP_INTERVAL:  # one look may come late
                 with contextlib.suppress(AttributeError, OSError, TypeError):  # another libc
                     ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what a flood made it take until it is asked
@@ -2857,13 +2846,10 @@ async def serve_until_drained(app: Any, config: Config, *, sockets: Any = None, 
             loop.call_later(0.5, signal.signal, signal.SIGINT, signal.SIG_DFL)
         if guard:
             await guard.queue.drain()
-        for connection in peer_of("").connections:  # Python 3.12 and later wait for each without end
-            loop.call_later(0.1 if connection.ends_at < math.inf else 4, connection.end)
+        loop.call_later(0.1, end, sys.maxsize)
+        loop.call_later(4, end, math.inf)  # Python 3.12 and later wait for each without end
 
-    try:
-        await worker_serve(app, config, sockets=sockets, shutdown_trigger=drained)
-    finally:
-        asked.cancel()
+    await worker_serve(app, config, sockets=sockets, shutdown_trigger=drained)
 
 
 def mend_hypercorn() -> None:

@@ -2694,16 +2694,14 @@ class GuardedH11Protocol(H11Protocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        connection, next_event = cast(Any, self.connection), self.connection.next_event
+        http1, extract = cast(Any, self.connection), cast(Any, self.connection)._extract_next_receive_event
         # At PAUSED, when anything follows the request, Hypercorn waits for the answer's end in the task that reads.
-        connection.next_event = lambda: h11.NEED_DATA if (event := next_event()) is h11.PAUSED else event
+        # At NEED_DATA it reads on, and h11 bounds what may follow as it bounds a head.
+        http1._extract_next_receive_event = lambda: h11.NEED_DATA if (event := extract()) is h11.PAUSED else event
 
     async def handle(self, event: ConnectionEvent) -> None:
         await super().handle(event)
-        unread = len(self.connection.trailing_data[0])
-        if unread > self.config.h11_max_incomplete_size:
-            await self.send(Closed())
-        elif unread and self.stream is None:
+        if self.connection.trailing_data[0] and self.stream is None:
             await self.send(Updated(idle=True))  # the next head has begun
 
     async def _maybe_recycle(self) -> None:
@@ -2741,15 +2739,14 @@ class Listener(socket.socket):
             limit = hard
         # The rest of the file descriptors is for the engine, the parsers and files.
         self._bounds = settings.max_connections_per_client, limit - min(256, limit // 4)
-        self._settings, self._accepted = settings, 0
+        self._settings = settings
         with contextlib.suppress(OSError, AttributeError, OverflowError):  # Linux alone has it, for TCP alone
             # Connections inherit it: the kernel ends one whose client takes nothing of what waits for it.
             self.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(settings.token_timeout * 1000))
 
     def accept(self) -> tuple[socket.socket, Any]:
-        self._accepted += 1
-        if self._accepted % 16 == 0:
-            raise BlockingIOError  # those that were ended are closed first
+        if len(peer_of("").connections) > self._bounds[1]:
+            raise BlockingIOError  # one that was ended is closed first
         accepted, address = super().accept()
         connection = Connection(fileno=accepted.detach())
         connection.peers = peer_at(address, self._settings), peer_of("")
@@ -2766,11 +2763,10 @@ class GuardedTCPServer(TCPServer):
     """Hypercorn's connection, which is forgotten as soon as its client has left, and not after keep_alive_timeout."""
 
     async def run(self) -> None:
-        if not (accepted := self.writer.get_extra_info("socket")):
-            return  # its client left while TLS began
-        self._connection: Connection = accepted._sock  # TLS forgets it when it is lost
         try:
-            await super().run()
+            if accepted := self.writer.get_extra_info("socket"):  # which is gone if its client left while TLS began
+                self._connection: Connection = accepted._sock  # TLS forgets it when it is lost
+                await super().run()
         except* OSError:
             pass  # closing TLS raises it when the client takes no part
         except* Exception as errors:

@@ -2668,10 +2668,7 @@ class GuardedH2Protocol(H2Protocol):
                 await self._reset(stream_id, ErrorCodes.CANCEL)
             else:
                 await super().stream_send(event)
-        except ProtocolError:
-            pass  # the stream or the connection was closed in the meantime
-        except TimeoutError:
-            log.info("a stream was reset: its client took nothing for %g s", self._settings.token_timeout)
+        except (ProtocolError, TimeoutError):  # it was closed in the meantime, or its client takes nothing
             await self._reset(stream_id, ErrorCodes.CANCEL)
 
     async def _send_in_frames(self, stream_id: int, data: bytes) -> None:
@@ -2812,7 +2809,6 @@ def set_up(config: Config, guard: Guard) -> None:
 async def serve_until_drained(app: Any, config: Config, *, sockets: Any = None, shutdown_trigger: Any = None) -> None:
     """Replaces Hypercorn's `worker_serve`: a stop drains first, and until then everything goes on being served.
 
-    Meanwhile it ends connections that were idle for too long, and gives free memory back.
     The `hypercorn` command's worker process is signalled too by Ctrl-C and by systemd, which signal a process group.
     """
     guard = app.app if isinstance(app.app, Guard) else None  # another app is served as well

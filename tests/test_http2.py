@@ -579,11 +579,17 @@ async def test_an_http1_client_that_sent_more_and_left_frees_everything(path: st
         await eventually(lambda: connections() == 0, what="the end of the connection")
 
 
-async def test_an_http1_client_that_sends_more_and_more_is_disconnected() -> None:
+@pytest.mark.parametrize("head_is_out", [False, True])
+async def test_an_http1_client_that_sends_more_and_more_is_disconnected(head_is_out: bool) -> None:
     async with serving(script=SLOW) as service:
         reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
-        writer.write(b"GET /generate/stream?content=knots HTTP/1.1\r\nHost: x\r\n\r\n")
-        await reader.readuntil(b"token")
+        if head_is_out:
+            writer.write(b"GET /generate/stream?content=knots HTTP/1.1\r\nHost: x\r\n\r\n")
+            await reader.readuntil(b"token")
+        else:
+            body = b'{"content": "knots"}'
+            writer.write(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+            await service.engine.wait_for_calls(1)
         writer.write(b"x" * 200_000)
         with contextlib.suppress(ConnectionError):
             await asyncio.wait_for(reader.read(), 2)

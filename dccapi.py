@@ -2605,8 +2605,7 @@ class GuardedH2Protocol(H2Protocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._settings: Settings = cast(Any, self.config).settings
-        self._peer = peer_at(self.client, self._settings)
+        self._peer = peer_at(self.client, cast(Any, self.config).settings)
         self.stream_buffers: Any = weakref.WeakValueDictionary()  # forgets each at once: nothing is buffered
         # Hypercorn's priority tree takes 1,000 streams, and visits each at every step.
         calls = ("insert_stream", "reprioritize", "block", "unblock")
@@ -2680,7 +2679,7 @@ class GuardedH2Protocol(H2Protocol):
                 rest = rest[size:]
                 continue
             await self._flush()
-            async with asyncio.timeout(self._settings.token_timeout):
+            async with asyncio.timeout(cast(Any, self.config).settings.token_timeout):
                 while stream_id in self.streams and window(stream_id) <= 0:
                     await self.has_data.clear()
                     await self.has_data.wait()
@@ -2691,7 +2690,8 @@ class GuardedH11Protocol(H11Protocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        http1, extract = cast(Any, self.connection), cast(Any, self.connection)._extract_next_receive_event
+        http1: Any = self.connection
+        extract = http1._extract_next_receive_event
         # At PAUSED, when anything follows the request, Hypercorn waits for the answer's end in the task that reads.
         # At NEED_DATA it reads on, and h11 bounds what may follow as it bounds a head.
         http1._extract_next_receive_event = lambda: h11.NEED_DATA if (event := extract()) is h11.PAUSED else event
@@ -2838,7 +2838,7 @@ async def serve_until_drained(app: Any, config: Config, *, sockets: Any = None, 
             loop.call_later(0.5, signal.signal, signal.SIGINT, signal.SIG_DFL)
         if guard:
             await guard.queue.drain()
-        loop.call_later(0.1, end, sys.maxsize)
+        loop.call_later(0.1, end, sys.maxsize)  # those that are idle then
         loop.call_later(4, end, math.inf)  # Python 3.12 and later wait for each without end
 
     await worker_serve(app, config, sockets=sockets, shutdown_trigger=drained)

@@ -2562,24 +2562,23 @@ def _ip(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 # What it does by itself, who would notice, its issue or pull request, and the words by which `pytest -k` finds the test
 # that fails without the patch or tells when it may go.
-# it                                                       noticed by                   issue     test
-# dies of DATA for a stream that was answered already      siblings of a refusal        334, 365  data_after
-# stops reading behind ten messages that nobody reads      siblings of an upload        (Guard)   nobody_reads
-# lets the application run ahead of a closed window        operators: 65 MB a stream              run_ahead
-# visits each stream for each frame, and takes 1,000       pages with many streams                priority_frames
-# takes any number of resets, and executes what was reset  everyone, in a flood         146       resets, reset_before
-# accepts more connections than it has file descriptors    everyone, in a flood                   file_descriptors
-# keeps connections of clients that left, take nothing, or operators: open files                  client_closed
-#   never send a whole head, or have no stream left                                               takes_nothing
-#                                                                                                 idle_again, never_ends
-# ends the streams of a client that says GOAWAY            clients behind some proxies            goaway
-# leaves a response open that the application gave up      clients that wait                      given_up_open
-# dies of a path or method that is not ASCII               siblings of the request                strange_request
-# reads no further behind an HTTP/1.1 request              workers without a client               sent_more
-# loses the frames of a task that is cancelled at its lock siblings of the stream                 its_frames
-# logs tracebacks of nonsense, and of closing TLS          operators                    202, 264  nonsense_in, abrupt
-# waits for ever at SIGTERM, or cuts what runs             everyone, at a restart       308, 374  stop_drains, signalled
-# takes unknown settings in silence                        operators with a typo                  unknown_key
+# it                                                       noticed by                issue    test
+# dies of DATA for a stream that was answered already      siblings of a refusal     334, 365 data_after
+# stops reading behind ten messages that nobody reads      siblings of an upload     (Guard)  nobody_reads
+# lets the application run ahead of a closed window        operators: 65 MB a stream          run_ahead
+# visits each stream for each frame, and takes 1,000       pages with many streams            priority_frames
+# takes any number of resets, and executes what was reset  everyone, in a flood      146      resets, reset_before
+# accepts more connections than it has file descriptors    everyone, in a flood               file_descriptors
+# keeps connections of clients that left, take nothing,    operators: open files              client_closed, idle_again
+#   never send a whole head, or have no stream left                                           takes_nothing, never_ends
+# ends the streams of a client that says GOAWAY            clients behind proxies             goaway
+# leaves a response open that the application gave up      clients that wait                  given_up_open
+# dies of a path or method that is not ASCII               siblings of the request            strange_request
+# reads no further behind an HTTP/1.1 request              workers without a client           sent_more
+# loses the frames of a task that is cancelled at its lock siblings of the stream             its_frames
+# logs tracebacks of nonsense, and of closing TLS          operators                 202, 264 nonsense_in, abrupt
+# waits for ever at SIGTERM, or cuts what runs             everyone, at a restart    308, 374 stop_drains, signalled
+# takes unknown settings in silence                        operators with a typo              unknown_key
 
 
 class GuardedH2Protocol(H2Protocol):
@@ -2590,22 +2589,18 @@ class GuardedH2Protocol(H2Protocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._settings: Settings = cast(Any, self.config).settings
-        self._peer = peer_at(self.client, self._settings)
+        self._peer = peer_at(self.client, cast(Any, self.config).settings)
         self.stream_buffers: Any = weakref.WeakValueDictionary()  # forgets each at once: nothing is buffered
         # Hypercorn's priority tree takes 1,000 streams, and visits each at every step.
         calls = ("insert_stream", "reprioritize", "block", "unblock")
         self.priority: Any = SimpleNamespace(**dict.fromkeys(calls, lambda *_, **__: None))
-        # A client that says GOAWAY gets what it has asked for (RFC 9113 6.8); h2 takes it for the end.
-        http2, frames = self.connection, self.connection._frame_dispatch_table
-        end = frames[GoAwayFrame]
-        frames[GoAwayFrame] = lambda said: ([], []) if http2.open_inbound_streams and not said.error_code else end(said)
+        # A client that says GOAWAY gets what it has asked for and closes the connection itself (RFC 9113 6.8).
+        self.connection._frame_dispatch_table[GoAwayFrame] = lambda frame: ([], [])
 
     async def send_task(self) -> None:
         """Not needed."""
 
     async def _handle_events(self, events: list[FrameEvent]) -> None:
-        reset = {event.stream_id for event in events if isinstance(event, StreamReset)}
         for number, event in enumerate(events):
             if number % 4 == 0:
                 async with self._peer.turn:
@@ -2614,15 +2609,10 @@ class GuardedH2Protocol(H2Protocol):
                 break
             asked = [value for name, value in getattr(event, "headers", ()) if name in (b":method", b":path")]
             match event:
-                case RequestReceived() if event.stream_id in reset:
-                    pass  # it is not executed
-                case RequestReceived() if self.context.terminated.is_set():
-                    # A client asks again elsewhere; Hypercorn would leave it a connection that may have no streams.
-                    self.connection.close_connection(last_stream_id=max(0, event.stream_id - 2))
-                    await self._flush()
-                    await self.send(Closed())
-                case RequestReceived() if self._peer.is_full:
-                    await self._reset(event.stream_id, ErrorCodes.REFUSED_STREAM)
+                case RequestReceived() if self.connection._stream_closed_by(event.stream_id):
+                    pass  # it was reset since and is not executed
+                case RequestReceived() if self._peer.is_full or self.context.terminated.is_set():
+                    await self._reset(event.stream_id, ErrorCodes.REFUSED_STREAM)  # which says: ask again elsewhere
                 case RequestReceived() if b"CONNECT" in asked or not b"".join(asked).isascii():
                     await self._reset(event.stream_id, ErrorCodes.PROTOCOL_ERROR)  # Hypercorn would raise
                 case DataReceived() if event.stream_id not in self.streams:
@@ -2639,9 +2629,9 @@ class GuardedH2Protocol(H2Protocol):
             await self.send(Updated(idle=True))  # Hypercorn says so only after a response
 
     async def _reset(self, stream_id: int, code: ErrorCodes) -> None:
-        with contextlib.suppress(ProtocolError):  # it is closed already
+        with contextlib.suppress(ProtocolError):  # it is closed already, which was counted
             self.connection.reset_stream(stream_id, code)
-        await self._handle_events([StreamReset(stream_id=stream_id)])  # it counts as the client's do
+            await self._handle_events([StreamReset(stream_id=stream_id)])  # it counts as the client's do
 
     async def stream_send(self, event: StreamEvent) -> None:
         stream_id = event.stream_id
@@ -2654,18 +2644,14 @@ class GuardedH2Protocol(H2Protocol):
                     await self._send_in_frames(stream_id, event.data)
                 await self._flush()
             elif isinstance(event, EndBody):
-                with contextlib.suppress(ProtocolError):  # its client has reset it, which counts already
-                    self.connection.end_stream(stream_id)
+                self.connection.end_stream(stream_id)
                 await self._flush()
                 self.streams.pop(stream_id, None)
+            elif isinstance(event, StreamClosed) and stream_id in self.streams:  # the application gave it up
+                await self._reset(stream_id, ErrorCodes.CANCEL)
             else:
-                if isinstance(event, StreamClosed) and stream_id in self.streams:  # the application gave it up
-                    await self._reset(stream_id, ErrorCodes.CANCEL)
                 await super().stream_send(event)
-        except ProtocolError:
-            pass  # the stream or the connection was closed in the meantime
-        except TimeoutError:
-            log.info("a stream was reset: its client took nothing for %g s", self._settings.token_timeout)
+        except (ProtocolError, TimeoutError):  # it was closed in the meantime, or its client takes nothing
             await self._reset(stream_id, ErrorCodes.CANCEL)
 
     async def _send_in_frames(self, stream_id: int, data: bytes) -> None:
@@ -2677,7 +2663,7 @@ class GuardedH2Protocol(H2Protocol):
                 rest = rest[size:]
                 continue
             await self._flush()
-            async with asyncio.timeout(self._settings.token_timeout):
+            async with asyncio.timeout(cast(Any, self.config).settings.token_timeout):
                 while stream_id in self.streams and window(stream_id) <= 0:
                     await self.has_data.clear()
                     await self.has_data.wait()
@@ -2688,16 +2674,15 @@ class GuardedH11Protocol(H11Protocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        connection, next_event = cast(Any, self.connection), self.connection.next_event
+        http1: Any = self.connection
+        extract = http1._extract_next_receive_event
         # At PAUSED, when anything follows the request, Hypercorn waits for the answer's end in the task that reads.
-        connection.next_event = lambda: h11.NEED_DATA if (event := next_event()) is h11.PAUSED else event
+        # At NEED_DATA it reads on, and h11 bounds what may follow as it bounds a head.
+        http1._extract_next_receive_event = lambda: h11.NEED_DATA if (event := extract()) is h11.PAUSED else event
 
     async def handle(self, event: ConnectionEvent) -> None:
         await super().handle(event)
-        unread = len(self.connection.trailing_data[0])
-        if unread > self.config.h11_max_incomplete_size:
-            await self.send(Closed())
-        elif unread and self.stream is None:
+        if self.connection.trailing_data[0] and self.stream is None:
             await self.send(Updated(idle=True))  # the next head has begun
 
     async def _maybe_recycle(self) -> None:
@@ -2735,15 +2720,14 @@ class Listener(socket.socket):
             limit = hard
         # The rest of the file descriptors is for the engine, the parsers and files.
         self._bounds = settings.max_connections_per_client, limit - min(256, limit // 4)
-        self._settings, self._accepted = settings, 0
+        self._settings = settings
         with contextlib.suppress(OSError, AttributeError, OverflowError):  # Linux alone has it, for TCP alone
             # Connections inherit it: the kernel ends one whose client takes nothing of what waits for it.
             self.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(settings.token_timeout * 1000))
 
     def accept(self) -> tuple[socket.socket, Any]:
-        self._accepted += 1
-        if self._accepted % 16 == 0:
-            raise BlockingIOError  # those that were ended are closed first
+        if len(peer_of("").connections) > self._bounds[1]:
+            raise BlockingIOError  # one that was ended is closed first
         accepted, address = super().accept()
         connection = Connection(fileno=accepted.detach())
         connection.peers = peer_at(address, self._settings), peer_of("")
@@ -2760,11 +2744,10 @@ class GuardedTCPServer(TCPServer):
     """Hypercorn's connection, which is forgotten as soon as its client has left, and not after keep_alive_timeout."""
 
     async def run(self) -> None:
-        if not (accepted := self.writer.get_extra_info("socket")):
-            return  # its client left while TLS began
-        self._connection: Connection = accepted._sock  # TLS forgets it when it is lost
         try:
-            await super().run()
+            if accepted := self.writer.get_extra_info("socket"):  # which is gone if its client left while TLS began
+                self._connection: Connection = accepted._sock  # TLS forgets it when it is lost
+                await super().run()
         except* OSError:
             pass  # closing TLS raises it when the client takes no part
         except* Exception as errors:
@@ -2772,9 +2755,7 @@ class GuardedTCPServer(TCPServer):
             log.debug(described(errors.exceptions[0]))
 
     async def _idle_timeout(self) -> None:
-        """Not needed, since `serve_until_drained` ends idle connections, but for one that comes when all are ended."""
-        if self.context.terminated.is_set():
-            await self._initiate_server_close()
+        """Not needed: `serve_until_drained` ends idle connections."""
 
     async def protocol_send(self, event: ConnectionEvent) -> None:
         try:
@@ -2784,8 +2765,7 @@ class GuardedTCPServer(TCPServer):
                     self.writer.write(event.data)
                 await self.writer.drain()
             elif isinstance(event, Closed):
-                await self.protocol.handle(event)
-                await self._close()
+                await self._initiate_server_close()
             else:
                 config, http = cast(Any, self.config), cast(Any, self.protocol).protocol
                 # The first head is to come, or over HTTP/1.1 another one has begun.
@@ -2793,8 +2773,6 @@ class GuardedTCPServer(TCPServer):
                 patience = config.settings.head_timeout if has_begun else config.keep_alive_timeout
                 ends_at = min(self._connection.ends_at, time.monotonic() + patience)
                 self._connection.ends_at = ends_at if cast(Updated, event).idle else math.inf
-                if self.context.terminated.is_set():  # nobody looks any more
-                    self.loop.call_later(0.1, self._connection.end)
         except OSError:
             await self.protocol.handle(Closed())
 
@@ -2815,7 +2793,6 @@ def set_up(config: Config, guard: Guard) -> None:
 async def serve_until_drained(app: Any, config: Config, *, sockets: Any = None, shutdown_trigger: Any = None) -> None:
     """Replaces Hypercorn's `worker_serve`: a stop drains first, and until then everything goes on being served.
 
-    Meanwhile it ends connections that were idle for too long, and gives free memory back.
     The `hypercorn` command's worker process is signalled too by Ctrl-C and by systemd, which signal a process group.
     """
     guard = app.app if isinstance(app.app, Guard) else None  # another app is served as well
@@ -2824,16 +2801,20 @@ async def serve_until_drained(app: Any, config: Config, *, sockets: Any = None, 
     sockets = sockets or config.create_sockets()
     for several in (sockets.secure_sockets, sockets.insecure_sockets):
         several[:] = [Listener(plain, cast(Any, config).settings) for plain in several]
-    loop = asyncio.get_running_loop()
-    is_own_process = not shutdown_trigger or isinstance(shutdown_trigger, partial)  # the `hypercorn` command's
-    asked = asyncio.ensure_future((shutdown_trigger or asyncio.Event().wait)())
-    for sign in (signal.SIGTERM, signal.SIGINT) if is_own_process else ():
-        loop.add_signal_handler(sign, asked.cancel)
+    connections, loop = peer_of("").connections, asyncio.get_running_loop()
+
+    def end(idle_until: float) -> None:
+        """End the connections that may be idle until this time at most: all of them, where it is infinite."""
+        for connection in [one for one in connections if one.ends_at <= idle_until]:
+            connection.end()
 
     async def drained() -> None:
+        asked = asyncio.ensure_future((shutdown_trigger or asyncio.Event().wait)())
+        is_own_process = not shutdown_trigger or isinstance(shutdown_trigger, partial)  # the `hypercorn` command's
+        for sign in (signal.SIGTERM, signal.SIGINT) if is_own_process else ():
+            loop.add_signal_handler(sign, asked.cancel)
         while not (await asyncio.wait({asked}, timeout=SWEEP_INTERVAL))[0]:
-            for connection in [one for one in peer_of("").connections if one.ends_at < time.monotonic()]:
-                connection.end()
+            end(time.monotonic())
             if time.monotonic() % TRIM_INTERVAL < 2 * SWEEP_INTERVAL:  # one look may come late
                 with contextlib.suppress(AttributeError, OSError, TypeError):  # another libc
                     ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what a flood made it take until it is asked
@@ -2841,13 +2822,10 @@ async def serve_until_drained(app: Any, config: Config, *, sockets: Any = None, 
             loop.call_later(0.5, signal.signal, signal.SIGINT, signal.SIG_DFL)
         if guard:
             await guard.queue.drain()
-        for connection in peer_of("").connections:  # Python 3.12 and later wait for each without end
-            loop.call_later(0.1 if connection.ends_at < math.inf else 4, connection.end)
+        loop.call_later(0.1, end, sys.maxsize)  # those that are idle then
+        loop.call_later(4, end, math.inf)  # Python 3.12 and later wait for each without end
 
-    try:
-        await worker_serve(app, config, sockets=sockets, shutdown_trigger=drained)
-    finally:
-        asked.cancel()
+    await worker_serve(app, config, sockets=sockets, shutdown_trigger=drained)
 
 
 def mend_hypercorn() -> None:

@@ -292,10 +292,11 @@ async def test_the_streams_of_a_client_that_says_goaway_finish() -> None:
         assert (await events_of(connection, stream))[-1]["data"]["type"] == "final"
 
 
-async def test_goaway_with_an_error_ends_the_streams() -> None:
-    async with serving(script=SLOW) as service, await service.connect() as connection:
-        await token(connection, await connection.request("POST", "/generate/stream", body=COURSE))
-        await connection.send_raw(frame(7, 0, b"\0" * 7 + b"\2"))
+async def test_the_streams_of_a_client_that_says_goaway_and_closes_end() -> None:
+    async with serving(script=SLOW) as service:
+        async with await service.connect() as connection:
+            await token(connection, await connection.request("POST", "/generate/stream", body=COURSE))
+            await connection.send_raw(frame(7, 0, b"\0" * 7 + b"\2"))
         await service.idle()
 
 

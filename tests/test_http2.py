@@ -492,18 +492,38 @@ async def test_what_is_sent_over_a_tls_connection_that_is_lost_raises_nothing() 
             await served.protocol_send(event)
 
 
-async def test_a_stop_ends_what_becomes_idle_and_what_comes_after_it() -> None:
-    async with serving(script=SLOW, drain_timeout=0.1) as service, await service.connect() as connection:
+async def test_a_stop_ends_idle_connections_and_those_that_nobody_has_used() -> None:
+    async with serving(script=SLOW, drain_timeout=0.1) as service:
+        used, connection = await service.connect(), await service.connect()
+        assert (await used.response(await used.request("GET", "/livez"))).status == 200
         stream = await connection.request("POST", "/generate", body=COURSE)
         await eventually(lambda: service.queue.running, what="a generation")
-        (served,) = served_connections()
+        reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
+        stopped = time.monotonic()
+    assert time.monotonic() - stopped < 1
+    assert (await connection.response(stream)).status == 503
+    assert await asyncio.wait_for(reader.read(), 1) == b""
+    writer.close()
+    for one in (used, connection):
+        await asyncio.wait_for(one.closed.wait(), 1)
+        await one.abort()
+
+
+async def test_a_stop_ends_a_connection_that_stays_busy_soon() -> None:
+    async with serving(drain_timeout=0.1) as service:
+        connection = await service.connect(initial_window=0)
+        await connection.headers(await connection.request("GET", "/livez"))  # its body fits no window
+        stopped = time.monotonic()
+    assert 3 < time.monotonic() - stopped < 5
+    await connection.abort()
+
+
+async def test_a_request_that_comes_when_all_is_drained_is_refused_so_that_it_may_be_asked_elsewhere() -> None:
+    async with serving() as service, await service.connect() as connection:
+        (served,) = await eventually(served_connections)
         await served.context.terminated.set()
-        late, writer = await asyncio.open_connection("127.0.0.1", service.port)
-        assert await asyncio.wait_for(late.read(), 1) == b""
-        writer.close()
-        service.queue.end(*service.queue.running, dccapi.Cancelled())
-        assert (await connection.response(stream)).status == 503
-        await asyncio.wait_for(connection.closed.wait(), 1)
+        answer = await connection.response(await connection.request("GET", "/livez"))
+        assert answer.reset_code == h2.errors.ErrorCodes.REFUSED_STREAM
 
 
 async def test_a_tls_client_that_takes_no_part_in_closing_leaves_a_clean_log(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -559,11 +579,17 @@ async def test_an_http1_client_that_sent_more_and_left_frees_everything(path: st
         await eventually(lambda: connections() == 0, what="the end of the connection")
 
 
-async def test_an_http1_client_that_sends_more_and_more_is_disconnected() -> None:
+@pytest.mark.parametrize("head_is_out", [False, True])
+async def test_an_http1_client_that_sends_more_and_more_is_disconnected(head_is_out: bool) -> None:
     async with serving(script=SLOW) as service:
         reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
-        writer.write(b"GET /generate/stream?content=knots HTTP/1.1\r\nHost: x\r\n\r\n")
-        await reader.readuntil(b"token")
+        if head_is_out:
+            writer.write(b"GET /generate/stream?content=knots HTTP/1.1\r\nHost: x\r\n\r\n")
+            await reader.readuntil(b"token")
+        else:
+            body = b'{"content": "knots"}'
+            writer.write(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+            await service.engine.wait_for_calls(1)
         writer.write(b"x" * 200_000)
         with contextlib.suppress(ConnectionError):
             await asyncio.wait_for(reader.read(), 2)
@@ -667,6 +693,7 @@ async def plain_hypercorn(app: Any, monkeypatch: pytest.MonkeyPatch) -> AsyncIte
     listening = socket.create_server(("127.0.0.1", 0))
     port = listening.getsockname()[1]
     config = dccapi.Config.from_mapping(bind=[f"fd://{listening.detach()}"], errorlog=None, graceful_timeout=0.1)
+    dccapi.peer_of.cache_clear()
     stop = asyncio.Event()
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
     server = asyncio.create_task(hypercorn.asyncio.serve(app, config, shutdown_trigger=stop.wait))

@@ -2184,7 +2184,9 @@ class Api:
                 raise BodyTooLarge(f"A field may have {limit} bytes here.") from None
             raise invalid({("body",): f"is no form with one file: {error.detail}"}) from None
         except OSError as error:
-            raise no_room(error) from None
+            told = f"a document cannot be kept in the directory for temporary files: {error.strerror}"
+            warn_once(told, time.monotonic() // 60)
+            raise QueueFull("The service has no room for a document of this size now. Try again later.") from None
 
     async def credentials(self, request: Request) -> Response:
         return as_json(build_credential(await json_body(request)))
@@ -2364,12 +2366,6 @@ def warn_once(text: str, period: float) -> None:
     log.warning(text)
 
 
-def no_room(error: OSError) -> QueueFull:
-    """What a client is told where a body or a document cannot be written to TMPDIR, which the log says."""
-    warn_once(f"a body cannot be kept in the directory for temporary files: {error.strerror}", time.monotonic() // 60)
-    return QueueFull("The service has no room for a body of this size now. Try again later, or send less.")
-
-
 class Guard:
     """Outermost ASGI layer, and the innermost before the routes: `create_app` puts CORS and errors between them."""
 
@@ -2395,6 +2391,8 @@ class Guard:
         self._check_site(scope, headers, is_proxied)
         if len(scope["query_string"]) > 32 * 2**10:  # bytes; Hypercorn refuses headers over 64 KiB
             raise UriTooLong
+        if headers.get("content-encoding", "identity").lower() != "identity":
+            raise UnsupportedMediaType("Send it without Content-Encoding.", headers={"accept-encoding": "identity"})
         # X-Forwarded-For counts behind a proxy in TRUSTED_PROXIES alone; the client is its last address that is none.
         hops = re.findall(r"[^,\s]+", ",".join(headers.getlist("x-forwarded-for")))
         while hops and _is_proxy(address, settings):
@@ -2428,12 +2426,11 @@ class Guard:
 
 
 class Exchange:
-    """One request, whose body is read within bounds and which ends when its client leaves, and its response."""
+    """One request, of which all is taken within bounds and which ends when its client leaves, and its response."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, settings: Settings) -> None:
         self._scope, self._receive, self._send, self._settings = scope, receive, send, settings
         self._peer, self._headers = peer_at(scope.get("client"), settings), Headers(scope=scope)
-        self._is_http1 = scope["http_version"].startswith("1")
         # Each path stands under /api/v1 as well, and may have a slash at its end.
         path = "/" + scope["path"].removeprefix(scope.get("root_path", "")).removeprefix("/api/v1/").strip("/")
         scope["path"] = scope.get("root_path", "") + path
@@ -2442,106 +2439,91 @@ class Exchange:
         id = given if re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given) else uuid.uuid4().hex
         scope["state"] = {"request_id": id, "path": path, "media_type": media_type}
         self._limit = settings.max_upload_bytes if media_type == FORM or path == "/extract" else settings.max_body_bytes
-        # In memory only while it is no larger than an ordinary one.
-        self._body = tempfile.SpooledTemporaryFile(settings.max_body_bytes)  # noqa: SIM115 - `run` closes it
-        self._arrived = asyncio.Event()  # the body is there, or the reason why it is refused
-        self._refusal: ApiError | None = None
-        self._is_over, self._end = False, "no response"
+        # The body, of which each piece but the last is as large as an ordinary body, or why it is refused.
+        self._pieces = asyncio.Queue[bytes | ApiError]()
+        self._held = 0
+        self._arrived = asyncio.Event()  # all of the body, whether it is wanted or not
+        self._has_begun = self._is_over = False  # the response
 
     async def run(self, app: ASGIApp) -> None:
-        scope, started = self._scope, time.monotonic()
-        cost = REQUEST_COST + sum(len(name) + len(value) for name, value in scope["headers"])
-        self._peer.hold(cost)
+        self._hold(REQUEST_COST + sum(len(name) + len(value) for name, value in self._scope["headers"]))
+        watch = asyncio.create_task(self._watch(cast(asyncio.Task[Any], asyncio.current_task())))
         try:
-            async with asyncio.TaskGroup() as group:
-                watch = group.create_task(self._watch())
-                if self._is_http1:
-                    # h11 closes a connection whose request was not read to its end, and the answer is lost with it.
-                    await self._arrived.wait()
-                await app(scope, self.receive, self.send)
-                watch.cancel()
-        except* ClientDisconnect as left:
-            self._end = "the client left"
-            traceback.clear_frames(left.__traceback__)  # they would hold each other, and the course
+            await app(self._scope, self.receive, self.send)
         finally:
-            self._peer.hold(-cost)
-            with contextlib.suppress(OSError):  # there was no room for its last bytes
-                self._body.close()
-            # The pattern of the path, and no query: either may hold a course or a key put there by mistake.
-            path = scope["route"].path if "route" in scope else "a path that is not known"
-            took = time.monotonic() - started
-            log.debug(f"{scope['method']} {path} over HTTP/{scope['http_version']}: {self._end} after {took:.3f} s")
+            watch.cancel()
+            self._hold(-self._held)
 
-    async def _watch(self) -> None:
-        """Take all that the client sends, or Hypercorn would stop reading. Raises ClientDisconnect when it leaves."""
+    def _hold(self, size: int) -> None:
+        self._held += size
+        self._peer.hold(size)
+
+    async def _watch(self, answering: asyncio.Task[Any]) -> None:
+        """Take all that the client sends, or Hypercorn would stop reading, and stop answering when it leaves."""
         with contextlib.suppress(ClientDisconnect):
-            self._refusal = await self._take_body()
-            self._arrived.set()  # which, unlike a future, wakes requests in the order in which their bodies came
+            await self._take_body()
+            self._arrived.set()
             while (await self._receive())["type"] != "http.disconnect":
                 pass
         # Hypercorn says so after every response too, while it tidies up in the last `send`: that must not be cancelled.
         if not self._is_over:
-            raise ClientDisconnect
+            answering.cancel()
 
-    async def _take_body(self) -> ApiError | None:
-        """Read the body within its bounds, over HTTP/1.1 one that is refused as well. Returns why it is refused."""
-        most, size = self._settings.max_body_bytes, 0  # `most`: what `_body` has in memory
-        refusal = self._keep(b"", int(self._headers.get("content-length", 0)))
-        if refusal and not self._is_http1:
-            return refusal
+    async def _take_body(self) -> None:
+        """Put the body into `_pieces`. What is refused, or comes when the answer has begun, is taken and forgotten."""
+        settings, piece, size = self._settings, bytearray(), 0
+        is_refused = self._refuses(int(self._headers.get("content-length", 0)))
         try:
-            async with asyncio.timeout(self._settings.body_timeout) as deadline:
+            async with asyncio.timeout(settings.body_timeout) as deadline:
                 async for chunk in Request(self._scope, self._receive).stream():
-                    before, size = size, size + len(chunk)
-                    refusal = refusal or self._keep(chunk, size)
-                    self._peer.hold(min(size, most) - min(before, most))
-                    if not refusal and before // most < size // most:  # an upload goes on
-                        deadline.reschedule(asyncio.get_running_loop().time() + self._settings.body_timeout)
-                    if refusal and (not self._is_http1 or size > 16 * self._limit):
+                    size += len(chunk)
+                    is_refused = is_refused or self._has_begun or self._refuses(size)
+                    if size > 16 * self._limit:
                         break
-            self._body.seek(0)
+                    if not is_refused:
+                        self._hold(len(chunk))
+                        piece += chunk
+                    if len(piece) >= settings.max_body_bytes:  # an upload goes on
+                        self._pieces.put_nowait(bytes(piece))
+                        piece.clear()
+                        deadline.reschedule(asyncio.get_running_loop().time() + settings.body_timeout)
         except TimeoutError:
-            refusal = refusal or BodyTimeout()
-        except OSError as error:
-            refusal = refusal or no_room(error)
-        finally:
-            self._peer.hold(-min(size, most))
-        return refusal
+            self._pieces.put_nowait(BodyTimeout())
+        self._pieces.put_nowait(bytes(piece))
 
-    def _keep(self, chunk: bytes, size: int) -> ApiError | None:
-        """Keep a piece of a body that has this size so far, or was said to have. Returns why it is refused."""
-        if self._headers.get("content-encoding", "identity").strip().lower() != "identity":
-            return UnsupportedMediaType("Send it without Content-Encoding.", headers={"accept-encoding": "identity"})
+    def _refuses(self, size: int) -> bool:
+        """Whether a body that has this size so far, or was said to have, is refused; `_pieces` has the reason."""
         if size > self._limit:
             taken = f"This is larger than the {self._limit} bytes ({self._limit / 2**20:.2g} MB) that are taken here."
-            return BodyTooLarge(f"{taken} Send less; /docs/api.md says how documents are sent.")
+            self._pieces.put_nowait(BodyTooLarge(f"{taken} Send less; /docs/api.md says how documents are sent."))
+            return True
         if self._peer.is_full:
-            return QueueFull("Too many requests have arrived in part. Send each at once.")
-        try:
-            self._body.write(chunk)
-        except OSError as error:
-            return no_room(error)
-        return None
+            self._pieces.put_nowait(QueueFull("Too many requests have arrived in part. Send each at once."))
+        return self._peer.is_full
 
     async def receive(self) -> Message:
-        """The body once it is there, in pieces. Raises why it was refused."""
-        await self._arrived.wait()
-        if self._refusal:
-            raise self._refusal
-        if self._body.closed:  # a FileResponse listens on
-            await asyncio.Event().wait()  # for ever: disconnection arrives as cancellation
-        chunk = self._body.read(self._settings.max_body_bytes)
-        if not chunk:
-            self._body.close()  # a generation may wait long
-        return {"type": "http.request", "body": chunk, "more_body": bool(chunk)}
+        """The body, in pieces as they come. Raises why it is refused."""
+        piece = await self._pieces.get()
+        if isinstance(piece, ApiError):
+            raise piece
+        self._hold(-len(piece))
+        return {"type": "http.request", "body": piece, "more_body": len(piece) >= self._settings.max_body_bytes}
 
     async def send(self, message: Message) -> None:
+        scope = self._scope
         if message["type"] == "http.response.start":
-            self._end, state, headers = str(message["status"]), self._scope["state"], MutableHeaders(scope=message)
-            for name, value in {"x-request-id": state["request_id"], **DEFAULT_HEADERS}.items():
+            self._has_begun = True
+            if scope["http_version"] != "2":
+                # h11 closes a connection whose request was not read to its end, and the answer is lost with it.
+                await self._arrived.wait()
+            headers = MutableHeaders(scope=message)
+            for name, value in {"x-request-id": scope["state"]["request_id"], **DEFAULT_HEADERS}.items():
                 headers.setdefault(name, value)
-            if ignored := state.get("ignored", ())[:20]:
+            if ignored := scope["state"].get("ignored", ())[:20]:
                 headers["x-ignored-fields"] = ", ".join(quote(name[:64]) for name in ignored)
+            # The pattern of the path, and no query: either may hold a course or a key put there by mistake.
+            path = scope["route"].path if "route" in scope else "a path that is not known"
+            log.debug(f"{scope['method']} {path} over HTTP/{scope['http_version']}: {message['status']}")
         elif not message.get("more_body"):
             self._is_over = True
         await self._send(message)

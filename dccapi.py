@@ -28,6 +28,7 @@ import asyncio
 import contextlib
 import ctypes
 import hashlib
+import io
 import ipaddress
 import json
 import logging
@@ -79,7 +80,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from pydantic import BaseModel, Field, PositiveInt, ValidationError, ValidationInfo
 from pydantic.functional_validators import AfterValidator, BeforeValidator, field_validator, model_validator
 from pydantic_settings import BaseSettings
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.exceptions import ExceptionMiddleware
@@ -252,7 +253,6 @@ class IdempotencyConflict(ApiError, status=409, text="This Idempotency-Key came 
 class BodyTooLarge(ApiError, status=413, text="The body is too large. Send less, or the document as a file."): ...
 class ContentTooLong(ApiError, status=413, text="The content does not fit the model's context. Shorten it."):
     condense_to = 0  # words that fit, where the client wants the course condensed and they are enough
-class UriTooLong(ApiError, status=414, text="The query is too long. POST long content to /generate/stream."): ...
 class UnsupportedMediaType(ApiError, status=415, text="Send JSON or multipart/form-data; /docs/api.md shows both."): ...
 class DocumentBroken(ApiError, status=422, text="The document is damaged or too complex to read. Send its text."): ...
 class DocumentEncrypted(ApiError, status=422, text="The document is protected by a password. Send it without."): ...
@@ -2042,8 +2042,7 @@ class Api:
             ("/livez", "GET", as_json({"status": "alive"})),
             ("/readyz", "GET", self.readyz),
             ("/metrics", "GET", self.metrics),
-            ("/", "GET", self.index),
-            ("/demo /docs /openapi.json /page/{file} /docs/{file}", "GET", self.file),
+            ("/ /demo /docs /openapi.json /page/{file} /docs/{file}", "GET", self.file),
         ]
         return [Route(path, run, methods=verbs.split()) for paths, verbs, run in rows for path in paths.split()]
 
@@ -2139,10 +2138,9 @@ class Api:
         if known and not isinstance(known.outcome, ApiError):  # after a failure a retry is a new try
             state.generation = known
             return body, known
-        # Priority (RFC 9218), from 0 to 7; one that cannot be read is none.
-        priority = re.search(r"(?:^|[,\s])u=([0-7])(?![^,;\s])", request.headers.get("priority", ""))
-        urgency = int(priority[1]) if priority else 3
-        state.generation = generation = queue.submit(state.client, state.request_id, urgency)
+        # Priority (RFC 9218), from 0 to 7; one that cannot be read is none, which is 3.
+        urgency = [*re.findall(r"(?:^|[,\s])u=([0-7])(?![^,;\s])", request.headers.get("priority", "")), 3][0]
+        state.generation = generation = queue.submit(state.client, state.request_id, int(urgency))
         if key is not None:
             queue.keys[owner] = fingerprint, generation
         try:
@@ -2159,7 +2157,7 @@ class Api:
     async def _document(self, request: Request) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """The fields of a form, and what the document in its part `file` says. Any other body is the document."""
         client, limit = request.state.client, self.settings.max_body_bytes
-        fields, name, media_type = dict[str, Any](), "", ""
+        fields, name, media_type = dict[str, Any](), "", request.headers.get("content-type", "")
         try:
             with self.queue.reading(client), tempfile.NamedTemporaryFile(prefix="dccapi-") as file:
                 if request.state.media_type == FORM:
@@ -2168,12 +2166,10 @@ class Api:
                         if (part := fields.pop("file", None)) is None:
                             return fields, None
                         if isinstance(part, str):  # sent without the name of a file
-                            file.write(part.encode())
-                        else:
-                            name, media_type = part.filename or "", part.content_type or ""
-                            await asyncio.to_thread(shutil.copyfileobj, part.file, file)
+                            part = UploadFile(io.BytesIO(part.encode()))
+                        name, media_type = part.filename or "", part.content_type or ""
+                        await asyncio.to_thread(shutil.copyfileobj, part.file, file)
                 else:
-                    media_type = request.headers.get("content-type", "")
                     async for chunk in request.stream():
                         file.write(chunk)
                 file.flush()
@@ -2272,17 +2268,13 @@ class Api:
         missing = f"The engine has no model {self.settings.model}. Create it, or set MODEL_NAME to one it has."
         return available, None if self.engine.has_model(available) else ModelMissing(missing)
 
-    async def index(self, request: Request) -> Response:
-        """The demo page to a browser, the paths to others."""
-        if "text/html" in request.headers.get("accept", ""):
-            return await self.file(request)
-        names = ("generate", "generate/stream", "health", "readyz", "metrics", "demo", "docs", "openapi.json")
-        links = {name: f"{request.state.prefix}/{name}" for name in names}
-        return as_json({"name": "dccapi", "version": __version__, "links": links})
-
     async def file(self, request: Request) -> Response:
         """A page or a part of one, the OpenAPI document, or a document of ours as plain text, which browsers show."""
         path = request.state.path
+        if path == "/" and "text/html" not in request.headers.get("accept", ""):
+            names = ("generate", "generate/stream", "health", "readyz", "metrics", "demo", "docs", "openapi.json")
+            links = {name: f"{request.state.prefix}/{name}" for name in names}
+            return as_json({"name": "dccapi", "version": __version__, "links": links})
         file = FILES.get(path)
         if file is None or not file.is_file():
             raise NotFound(f"This installation lacks {file.name}; the repository has it." if file else "")
@@ -2299,17 +2291,18 @@ def as_json(document: Any, status: int = 200, headers: Mapping[str, str] = {}, k
 
 
 async def json_body(request: Request) -> dict[str, Any]:
-    """The body as a JSON object. Raises UnsupportedMediaType, InvalidJson, InvalidRequest, or what `Exchange` does."""
-    # A browser's `fetch` without headers sends JSON as text/plain, so that is JSON where it reads as JSON.
-    is_json = re.fullmatch(r"(application/json|.+\+json)?", request.state.media_type)
-    if not is_json and request.state.media_type != "text/plain":
-        raise UnsupportedMediaType
+    """The body as a JSON object, whatever its type is said to be: a browser's `fetch` says text/plain, curl a form.
+
+    Raises UnsupportedMediaType, InvalidJson, InvalidRequest, or what `Exchange` does.
+    """
     try:
         body = b"".join([chunk async for chunk in request.stream()])  # `request.body()` would keep it
         document = orjson.loads(body.removeprefix(b"\xef\xbb\xbf"))  # a byte-order mark
     except orjson.JSONDecodeError as error:
+        if not re.fullmatch(r"(application/json|.+\+json)?", request.state.media_type):
+            raise UnsupportedMediaType from None
         place = f"It is none from line {error.lineno}, column {error.colno} on."
-        raise (InvalidJson(f"{InvalidJson.text} {place}") if is_json else UnsupportedMediaType) from None
+        raise InvalidJson(f"{InvalidJson.text} {place}") from None
     if not isinstance(document, dict):
         raise invalid({("body",): "must be a JSON object"})
     return document
@@ -2334,10 +2327,6 @@ class Peer:
     @property
     def is_full(self) -> bool:
         return self.held > MAX_HELD_OF_ONE or peer_of("").held > MAX_HELD
-
-    def hold(self, size: int) -> None:
-        self.held += size
-        peer_of("").held += size
 
     def spend(self, allowance: tuple[float, float]) -> bool:
         """Count one of RESETS or WRONG_KEYS. Whether it was allowed."""
@@ -2389,8 +2378,6 @@ class Guard:
         prefix = is_proxied and re.fullmatch(r"((/[\w.~%-]+)+)/?", headers.get("x-forwarded-prefix", ""), re.ASCII)
         state["prefix"] = prefix[1] if prefix else scope.get("root_path", "").rstrip("/")
         self._check_site(scope, headers, is_proxied)
-        if len(scope["query_string"]) > 32 * 2**10:  # bytes; Hypercorn refuses headers over 64 KiB
-            raise UriTooLong
         if headers.get("content-encoding", "identity").lower() != "identity":
             raise UnsupportedMediaType("Send it without Content-Encoding.", headers={"accept-encoding": "identity"})
         # X-Forwarded-For counts behind a proxy in TRUSTED_PROXIES alone; the client is its last address that is none.
@@ -2456,7 +2443,8 @@ class Exchange:
 
     def _hold(self, size: int) -> None:
         self._held += size
-        self._peer.hold(size)
+        for peer in (self._peer, peer_of("")):
+            peer.held += size
 
     async def _watch(self, answering: asyncio.Task[Any]) -> None:
         """Take all that the client sends, or Hypercorn would stop reading, and stop answering when it leaves."""

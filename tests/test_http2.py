@@ -341,11 +341,9 @@ async def test_every_response_ends_its_stream_large_ones_too() -> None:
                 assert (await connection.response(await connection.request(method, path))).ended
 
 
-async def test_a_query_that_is_too_long_is_refused_with_a_way_out() -> None:
+async def test_a_query_is_taken_up_to_the_length_of_a_head() -> None:
     async with serving() as service, await service.connect() as connection:
         answer = await connection.response(await connection.request("GET", "/generate/stream?content=" + "x" * 40_000))
-        assert (answer.status, answer.json()["error_code"]) == (414, "uri_too_long")
-        answer = await connection.response(await connection.request("GET", "/generate/stream?content=" + "x" * 20_000))
         assert answer.status == 200
 
 

@@ -2117,18 +2117,15 @@ class Api:
         elif not re.fullmatch(r"[\x21-\x7e]{1,255}", key):
             raise invalid({("header", "Idempotency-Key"): "must be 1 to 255 visible characters"})
 
-        query, document, is_text, state.ignored = dict(request.query_params), None, True, []
-        if request.method == "GET":
-            fields: dict[str, Any] = query
-        elif state.media_type == FORM:
-            fields, document = await self._document(request)
+        query, document, state.ignored = dict(request.query_params), None, []
+        if request.method == "POST" and state.media_type != FORM:
+            body = model.read(await json_body(request), state.ignored)
         else:
-            fields, is_text = await json_body(request), False
-        if is_text:
+            fields, document = (query, None) if request.method == "GET" else await self._document(request)
             for name in {"badge", "badge_configuration"} & fields.keys():  # their texts are JSON
                 with contextlib.suppress(ValueError):  # what is none is left to the validation
                     fields[name] = orjson.loads(fields[name])
-        body = model.read(fields, state.ignored, strict=False if is_text else None)
+            body = model.read(fields, state.ignored, strict=False)
         body = body.model_copy(update=StreamOptions.read(query).model_dump(exclude_unset=True))
 
         owner, fingerprint = (state.client, key), body.fingerprint()
@@ -2180,8 +2177,7 @@ class Api:
                 raise BodyTooLarge(f"A field may have {limit} bytes here.") from None
             raise invalid({("body",): f"is no form with one file: {error.detail}"}) from None
         except OSError as error:
-            told = f"a document cannot be kept in the directory for temporary files: {error.strerror}"
-            warn_once(told, time.monotonic() // 60)
+            warn_once(f"a document has no room among temporary files: {error.strerror}", time.monotonic() // 60)
             raise QueueFull("The service has no room for a document of this size now. Try again later.") from None
 
     async def credentials(self, request: Request) -> Response:
@@ -2291,10 +2287,7 @@ def as_json(document: Any, status: int = 200, headers: Mapping[str, str] = {}, k
 
 
 async def json_body(request: Request) -> dict[str, Any]:
-    """The body as a JSON object, whatever its type is said to be: a browser's `fetch` says text/plain, curl a form.
-
-    Raises UnsupportedMediaType, InvalidJson, InvalidRequest, or what `Exchange` does.
-    """
+    """The body as a JSON object, whatever its type is said to be: a browser's `fetch` says text/plain, curl a form."""
     try:
         body = b"".join([chunk async for chunk in request.stream()])  # `request.body()` would keep it
         document = orjson.loads(body.removeprefix(b"\xef\xbb\xbf"))  # a byte-order mark
@@ -2433,7 +2426,8 @@ class Exchange:
         self._has_begun = self._is_over = False  # the response
 
     async def run(self, app: ASGIApp) -> None:
-        self._hold(REQUEST_COST + sum(len(name) + len(value) for name, value in self._scope["headers"]))
+        heads = sum(len(name) + len(value) for name, value in self._scope["headers"])
+        self._hold(REQUEST_COST + heads + len(self._scope["query_string"]))
         watch = asyncio.create_task(self._watch(cast(asyncio.Task[Any], asyncio.current_task())))
         try:
             await app(self._scope, self.receive, self.send)
@@ -2498,9 +2492,8 @@ class Exchange:
         return {"type": "http.request", "body": piece, "more_body": len(piece) >= self._settings.max_body_bytes}
 
     async def send(self, message: Message) -> None:
-        scope = self._scope
         if message["type"] == "http.response.start":
-            self._has_begun = True
+            scope, self._has_begun = self._scope, True
             if scope["http_version"] != "2":
                 # h11 closes a connection whose request was not read to its end, and the answer is lost with it.
                 await self._arrived.wait()

@@ -2271,9 +2271,9 @@ class Api:
             names = ("generate", "generate/stream", "health", "readyz", "metrics", "demo", "docs", "openapi.json")
             links = {name: f"{request.state.prefix}/{name}" for name in names}
             return as_json({"name": "dccapi", "version": __version__, "links": links})
-        file = FILES.get(path)
-        if file is None or not file.is_file():
-            raise NotFound(f"This installation lacks {file.name}; the repository has it." if file else "")
+        file = FILES.get(path, HERE)
+        if not file.is_file():
+            raise NotFound
         if path != "/" and file.suffix == ".html" and request.scope["raw_path"].endswith(b"/"):
             return Response(status_code=308, headers={"location": f"..{path}"})  # a page names its parts beside itself
         # Asked for each time and whole, so that a page and its parts are of one version.
@@ -2315,7 +2315,7 @@ class Peer:
         self.held = 0  # bytes of requests
         self.turn = asyncio.Lock()  # of an HTTP/2 connection in the middle of what it has received
         self._share = 1 if address else 8
-        self._left: dict[tuple[float, float], tuple[float, float]] = {}  # of each allowance, and when it was counted
+        self._whole_at: dict[tuple[float, float], float] = {}  # when nothing of an allowance will be spent any more
 
     @property
     def is_full(self) -> bool:
@@ -2325,10 +2325,9 @@ class Peer:
         """Count one of RESETS or WRONG_KEYS. Whether it was allowed."""
         at_once, per_second = (self._share * bound for bound in allowance)
         now = time.monotonic()
-        left, counted_at = self._left.get(allowance, (at_once, now))
-        left = min(at_once, left + (now - counted_at) * per_second)
-        self._left[allowance] = max(left - 1, 0), now
-        return left >= 1
+        whole_at = max(now, self._whole_at.get(allowance, 0)) + 1 / per_second
+        self._whole_at[allowance] = min(whole_at, now + at_once / per_second)
+        return whole_at <= self._whole_at[allowance]
 
 
 peer_of = lru_cache(10_000)(Peer)

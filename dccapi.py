@@ -2117,11 +2117,11 @@ class Api:
         elif not re.fullmatch(r"[\x21-\x7e]{1,255}", key):
             raise invalid({("header", "Idempotency-Key"): "must be 1 to 255 visible characters"})
 
-        query, document, state.ignored = dict(request.query_params), None, []
+        query, document, state.ignored = dict(request.query_params), dict[str, Any](), []
         if request.method == "POST" and state.media_type != FORM:
             body = model.read(await json_body(request), state.ignored)
         else:
-            fields, document = (query, None) if request.method == "GET" else await self._document(request)
+            fields, document = (query, document) if request.method == "GET" else await self._document(request)
             for name in {"badge", "badge_configuration"} & fields.keys():  # their texts are JSON
                 with contextlib.suppress(ValueError):  # what is none is left to the validation
                     fields[name] = orjson.loads(fields[name])
@@ -2144,14 +2144,14 @@ class Api:
             read = await self.readers.ask("text", state.client, content=body.content)
             if not re.search(VISIBLE, read["text"]):
                 raise invalid({("content",): "must hold text that can be seen, not only markup"})
-            course = Course(**read | {"notes": [*(document["notes"] if document else ()), *read["notes"]]})
+            course = Course(**read | {"notes": [*document.get("notes", ()), *read["notes"]]})
             queue.ready(generation, build_prompt(body, course, self.system_prompt, self.engine.defaults))
         except BaseException as error:
             queue.end(generation, error if isinstance(error, ApiError) else Cancelled())
             raise
         return body, generation
 
-    async def _document(self, request: Request) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    async def _document(self, request: Request) -> tuple[dict[str, Any], dict[str, Any]]:
         """The fields of a form, and what the document in its part `file` says. Any other body is the document."""
         client, limit = request.state.client, self.settings.max_body_bytes
         fields, name, media_type = dict[str, Any](), "", request.headers.get("content-type", "")
@@ -2161,7 +2161,7 @@ class Api:
                     async with request.form(max_files=1, max_fields=64, max_part_size=limit) as form:
                         fields = dict(form)
                         if (part := fields.pop("file", None)) is None:
-                            return fields, None
+                            return fields, {}
                         if isinstance(part, str):  # sent without the name of a file
                             part = UploadFile(io.BytesIO(part.encode()))
                         name, media_type = part.filename or "", part.content_type or ""
@@ -2185,7 +2185,7 @@ class Api:
 
     async def extract(self, request: Request) -> Response:
         _, document = await self._document(request)
-        if document is None:
+        if not document:
             raise invalid({("file",): "is missing; send the document in it"})
         return as_json(document)
 
@@ -2366,7 +2366,6 @@ class Guard:
         settings, state, headers = self.settings, scope["state"], Headers(scope=scope)
         address, path = (scope.get("client") or ("unknown",))[0], state["path"]
         is_proxied = _is_proxy(address, settings)
-        # What the path has before it where clients ask.
         prefix = is_proxied and re.fullmatch(r"((/[\w.~%-]+)+)/?", headers.get("x-forwarded-prefix", ""), re.ASCII)
         state["prefix"] = prefix[1] if prefix else scope.get("root_path", "").rstrip("/")
         self._check_site(scope, headers, is_proxied)

@@ -28,6 +28,7 @@ import asyncio
 import contextlib
 import ctypes
 import hashlib
+import io
 import ipaddress
 import json
 import logging
@@ -79,7 +80,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from pydantic import BaseModel, Field, PositiveInt, ValidationError, ValidationInfo
 from pydantic.functional_validators import AfterValidator, BeforeValidator, field_validator, model_validator
 from pydantic_settings import BaseSettings
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.exceptions import ExceptionMiddleware
@@ -252,7 +253,6 @@ class IdempotencyConflict(ApiError, status=409, text="This Idempotency-Key came 
 class BodyTooLarge(ApiError, status=413, text="The body is too large. Send less, or the document as a file."): ...
 class ContentTooLong(ApiError, status=413, text="The content does not fit the model's context. Shorten it."):
     condense_to = 0  # words that fit, where the client wants the course condensed and they are enough
-class UriTooLong(ApiError, status=414, text="The query is too long. POST long content to /generate/stream."): ...
 class UnsupportedMediaType(ApiError, status=415, text="Send JSON or multipart/form-data; /docs/api.md shows both."): ...
 class DocumentBroken(ApiError, status=422, text="The document is damaged or too complex to read. Send its text."): ...
 class DocumentEncrypted(ApiError, status=422, text="The document is protected by a password. Send it without."): ...
@@ -2026,8 +2026,7 @@ class Api:
             ("/livez", "GET", as_json({"status": "alive"})),
             ("/readyz", "GET", self.readyz),
             ("/metrics", "GET", self.metrics),
-            ("/", "GET", self.index),
-            ("/demo /docs /openapi.json /page/{file} /docs/{file}", "GET", self.file),
+            ("/ /demo /docs /openapi.json /page/{file} /docs/{file}", "GET", self.file),
         ]
         return [Route(path, run, methods=verbs.split()) for paths, verbs, run in rows for path in paths.split()]
 
@@ -2102,18 +2101,15 @@ class Api:
         elif not re.fullmatch(r"[\x21-\x7e]{1,255}", key):
             raise invalid({("header", "Idempotency-Key"): "must be 1 to 255 visible characters"})
 
-        query, document, is_text, state.ignored = dict(request.query_params), None, True, []
-        if request.method == "GET":
-            fields: dict[str, Any] = query
-        elif state.media_type == FORM:
-            fields, document = await self._document(request)
+        query, document, state.ignored = dict(request.query_params), dict[str, Any](), []
+        if request.method == "POST" and state.media_type != FORM:
+            body = model.read(await json_body(request), state.ignored)
         else:
-            fields, is_text = await json_body(request), False
-        if is_text:
+            fields, document = (query, document) if request.method == "GET" else await self._document(request)
             for name in {"badge", "badge_configuration"} & fields.keys():  # their texts are JSON
                 with contextlib.suppress(ValueError):  # what is none is left to the validation
                     fields[name] = orjson.loads(fields[name])
-        body = model.read(fields, state.ignored, strict=False if is_text else None)
+            body = model.read(fields, state.ignored, strict=False)
         body = body.model_copy(update=StreamOptions.read(query).model_dump(exclude_unset=True))
 
         owner, fingerprint = (state.client, key), body.fingerprint()
@@ -2123,41 +2119,38 @@ class Api:
         if known and not isinstance(known.outcome, ApiError):  # after a failure a retry is a new try
             state.generation = known
             return body, known
-        # Priority (RFC 9218), from 0 to 7; one that cannot be read is none.
-        priority = re.search(r"(?:^|[,\s])u=([0-7])(?![^,;\s])", request.headers.get("priority", ""))
-        urgency = int(priority[1]) if priority else 3
-        state.generation = generation = queue.submit(state.client, state.request_id, urgency)
+        # Priority (RFC 9218), from 0 to 7; one that cannot be read is none, which is 3.
+        urgency = [*re.findall(r"(?:^|[,\s])u=([0-7])(?![^,;\s])", request.headers.get("priority", "")), 3][0]
+        state.generation = generation = queue.submit(state.client, state.request_id, int(urgency))
         if key is not None:
             queue.keys[owner] = fingerprint, generation
         try:
             read = await self.readers.ask("text", state.client, content=body.content)
             if not re.search(VISIBLE, read["text"]):
                 raise invalid({("content",): "must hold text that can be seen, not only markup"})
-            course = Course(**read | {"notes": [*(document["notes"] if document else ()), *read["notes"]]})
+            course = Course(**read | {"notes": [*document.get("notes", ()), *read["notes"]]})
             queue.ready(generation, build_prompt(body, course, self.system_prompt, self.engine.defaults))
         except BaseException as error:
             queue.end(generation, error if isinstance(error, ApiError) else Cancelled())
             raise
         return body, generation
 
-    async def _document(self, request: Request) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    async def _document(self, request: Request) -> tuple[dict[str, Any], dict[str, Any]]:
         """The fields of a form, and what the document in its part `file` says. Any other body is the document."""
         client, limit = request.state.client, self.settings.max_body_bytes
-        fields, name, media_type = dict[str, Any](), "", ""
+        fields, name, media_type = dict[str, Any](), "", request.headers.get("content-type", "")
         try:
             with self.queue.reading(client), tempfile.NamedTemporaryFile(prefix="dccapi-") as file:
                 if request.state.media_type == FORM:
                     async with request.form(max_files=1, max_fields=64, max_part_size=limit) as form:
                         fields = dict(form)
                         if (part := fields.pop("file", None)) is None:
-                            return fields, None
+                            return fields, {}
                         if isinstance(part, str):  # sent without the name of a file
-                            file.write(part.encode())
-                        else:
-                            name, media_type = part.filename or "", part.content_type or ""
-                            await asyncio.to_thread(shutil.copyfileobj, part.file, file)
+                            part = UploadFile(io.BytesIO(part.encode()))
+                        name, media_type = part.filename or "", part.content_type or ""
+                        await asyncio.to_thread(shutil.copyfileobj, part.file, file)
                 else:
-                    media_type = request.headers.get("content-type", "")
                     async for chunk in request.stream():
                         file.write(chunk)
                 file.flush()
@@ -2168,14 +2161,15 @@ class Api:
                 raise BodyTooLarge(f"A field may have {limit} bytes here.") from None
             raise invalid({("body",): f"is no form with one file: {error.detail}"}) from None
         except OSError as error:
-            raise no_room(error) from None
+            warn_once(f"a document has no room among temporary files: {error.strerror}", time.monotonic() // 60)
+            raise QueueFull("The service has no room for a document of this size now. Try again later.") from None
 
     async def credentials(self, request: Request) -> Response:
         return as_json(build_credential(await json_body(request)))
 
     async def extract(self, request: Request) -> Response:
         _, document = await self._document(request)
-        if document is None:
+        if not document:
             raise invalid({("file",): "is missing; send the document in it"})
         return as_json(document)
 
@@ -2254,20 +2248,16 @@ class Api:
         missing = f"The engine has no model {self.settings.model}. Create it, or set MODEL_NAME to one it has."
         return available, None if self.engine.has_model(available) else ModelMissing(missing)
 
-    async def index(self, request: Request) -> Response:
-        """The demo page to a browser, the paths to others."""
-        if "text/html" in request.headers.get("accept", ""):
-            return await self.file(request)
-        names = ("generate", "generate/stream", "health", "readyz", "metrics", "demo", "docs", "openapi.json")
-        links = {name: f"{request.state.prefix}/{name}" for name in names}
-        return as_json({"name": "dccapi", "version": __version__, "links": links})
-
     async def file(self, request: Request) -> Response:
         """A page or a part of one, the OpenAPI document, or a document of ours as plain text, which browsers show."""
         path = request.state.path
-        file = FILES.get(path)
-        if file is None or not file.is_file():
-            raise NotFound(f"This installation lacks {file.name}; the repository has it." if file else "")
+        if path == "/" and "text/html" not in request.headers.get("accept", ""):
+            names = ("generate", "generate/stream", "health", "readyz", "metrics", "demo", "docs", "openapi.json")
+            links = {name: f"{request.state.prefix}/{name}" for name in names}
+            return as_json({"name": "dccapi", "version": __version__, "links": links})
+        file = FILES.get(path, HERE)
+        if not file.is_file():
+            raise NotFound
         if path != "/" and file.suffix == ".html" and request.scope["raw_path"].endswith(b"/"):
             return Response(status_code=308, headers={"location": f"..{path}"})  # a page names its parts beside itself
         # Asked for each time and whole, so that a page and its parts are of one version.
@@ -2281,17 +2271,15 @@ def as_json(document: Any, status: int = 200, headers: Mapping[str, str] = {}, k
 
 
 async def json_body(request: Request) -> dict[str, Any]:
-    """The body as a JSON object. Raises UnsupportedMediaType, InvalidJson, InvalidRequest, or what `Exchange` does."""
-    # A browser's `fetch` without headers sends JSON as text/plain, so that is JSON where it reads as JSON.
-    is_json = re.fullmatch(r"(application/json|.+\+json)?", request.state.media_type)
-    if not is_json and request.state.media_type != "text/plain":
-        raise UnsupportedMediaType
+    """The body as a JSON object, whatever its type is said to be: a browser's `fetch` says text/plain, curl a form."""
     try:
         body = b"".join([chunk async for chunk in request.stream()])  # `request.body()` would keep it
         document = orjson.loads(body.removeprefix(b"\xef\xbb\xbf"))  # a byte-order mark
     except orjson.JSONDecodeError as error:
+        if not re.fullmatch(r"(application/json|.+\+json)?", request.state.media_type):
+            raise UnsupportedMediaType from None
         place = f"It is none from line {error.lineno}, column {error.colno} on."
-        raise (InvalidJson(f"{InvalidJson.text} {place}") if is_json else UnsupportedMediaType) from None
+        raise InvalidJson(f"{InvalidJson.text} {place}") from None
     if not isinstance(document, dict):
         raise invalid({("body",): "must be a JSON object"})
     return document
@@ -2311,24 +2299,19 @@ class Peer:
         self.held = 0  # bytes of requests
         self.turn = asyncio.Lock()  # of an HTTP/2 connection in the middle of what it has received
         self._share = 1 if address else 8
-        self._left: dict[tuple[float, float], tuple[float, float]] = {}  # of each allowance, and when it was counted
+        self._whole_at: dict[tuple[float, float], float] = {}  # when nothing of an allowance will be spent any more
 
     @property
     def is_full(self) -> bool:
         return self.held > MAX_HELD_OF_ONE or peer_of("").held > MAX_HELD
 
-    def hold(self, size: int) -> None:
-        self.held += size
-        peer_of("").held += size
-
     def spend(self, allowance: tuple[float, float]) -> bool:
         """Count one of RESETS or WRONG_KEYS. Whether it was allowed."""
         at_once, per_second = (self._share * bound for bound in allowance)
         now = time.monotonic()
-        left, counted_at = self._left.get(allowance, (at_once, now))
-        left = min(at_once, left + (now - counted_at) * per_second)
-        self._left[allowance] = max(left - 1, 0), now
-        return left >= 1
+        whole_at = max(now, self._whole_at.get(allowance, 0)) + 1 / per_second
+        self._whole_at[allowance] = min(whole_at, now + at_once / per_second)
+        return whole_at <= self._whole_at[allowance]
 
 
 peer_of = lru_cache(10_000)(Peer)
@@ -2346,12 +2329,6 @@ def peer_at(client: object, settings: Settings) -> Peer:
 def warn_once(text: str, period: float) -> None:
     """One line for each period, which its number stands for, of what may happen a thousand times a second."""
     log.warning(text)
-
-
-def no_room(error: OSError) -> QueueFull:
-    """What a client is told where a body or a document cannot be written to TMPDIR, which the log says."""
-    warn_once(f"a body cannot be kept in the directory for temporary files: {error.strerror}", time.monotonic() // 60)
-    return QueueFull("The service has no room for a body of this size now. Try again later, or send less.")
 
 
 class Guard:
@@ -2373,12 +2350,11 @@ class Guard:
         settings, state, headers = self.settings, scope["state"], Headers(scope=scope)
         address, path = (scope.get("client") or ("unknown",))[0], state["path"]
         is_proxied = _is_proxy(address, settings)
-        # What the path has before it where clients ask.
         prefix = is_proxied and re.fullmatch(r"((/[\w.~%-]+)+)/?", headers.get("x-forwarded-prefix", ""), re.ASCII)
         state["prefix"] = prefix[1] if prefix else scope.get("root_path", "").rstrip("/")
         self._check_site(scope, headers, is_proxied)
-        if len(scope["query_string"]) > 32 * 2**10:  # bytes; Hypercorn refuses headers over 64 KiB
-            raise UriTooLong
+        if headers.get("content-encoding", "identity").lower() != "identity":
+            raise UnsupportedMediaType("Send it without Content-Encoding.", headers={"accept-encoding": "identity"})
         # X-Forwarded-For counts behind a proxy in TRUSTED_PROXIES alone; the client is its last address that is none.
         hops = re.findall(r"[^,\s]+", ",".join(headers.getlist("x-forwarded-for")))
         while hops and _is_proxy(address, settings):
@@ -2412,12 +2388,11 @@ class Guard:
 
 
 class Exchange:
-    """One request, whose body is read within bounds and which ends when its client leaves, and its response."""
+    """One request, of which all is taken within bounds and which ends when its client leaves, and its response."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, settings: Settings) -> None:
         self._scope, self._receive, self._send, self._settings = scope, receive, send, settings
         self._peer, self._headers = peer_at(scope.get("client"), settings), Headers(scope=scope)
-        self._is_http1 = scope["http_version"].startswith("1")
         # Each path stands under /api/v1 as well, and may have a slash at its end.
         path = "/" + scope["path"].removeprefix(scope.get("root_path", "")).removeprefix("/api/v1/").strip("/")
         scope["path"] = scope.get("root_path", "") + path
@@ -2426,106 +2401,92 @@ class Exchange:
         id = given if re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given) else uuid.uuid4().hex
         scope["state"] = {"request_id": id, "path": path, "media_type": media_type}
         self._limit = settings.max_upload_bytes if media_type == FORM or path == "/extract" else settings.max_body_bytes
-        # In memory only while it is no larger than an ordinary one.
-        self._body = tempfile.SpooledTemporaryFile(settings.max_body_bytes)  # noqa: SIM115 - `run` closes it
-        self._arrived = asyncio.Event()  # the body is there, or the reason why it is refused
-        self._refusal: ApiError | None = None
-        self._is_over, self._end = False, "no response"
+        # The body, of which each piece but the last is as large as an ordinary body, or why it is refused.
+        self._pieces = asyncio.Queue[bytes | ApiError]()
+        self._held = 0
+        self._arrived = asyncio.Event()  # all of the body, whether it is wanted or not
+        self._has_begun = self._is_over = False  # the response
 
     async def run(self, app: ASGIApp) -> None:
-        scope, started = self._scope, time.monotonic()
-        cost = REQUEST_COST + sum(len(name) + len(value) for name, value in scope["headers"])
-        self._peer.hold(cost)
+        heads = sum(len(name) + len(value) for name, value in self._scope["headers"])
+        self._hold(REQUEST_COST + heads + len(self._scope["query_string"]))
+        watch = asyncio.create_task(self._watch(cast(asyncio.Task[Any], asyncio.current_task())))
         try:
-            async with asyncio.TaskGroup() as group:
-                watch = group.create_task(self._watch())
-                if self._is_http1:
-                    # h11 closes a connection whose request was not read to its end, and the answer is lost with it.
-                    await self._arrived.wait()
-                await app(scope, self.receive, self.send)
-                watch.cancel()
-        except* ClientDisconnect as left:
-            self._end = "the client left"
-            traceback.clear_frames(left.__traceback__)  # they would hold each other, and the course
+            await app(self._scope, self.receive, self.send)
         finally:
-            self._peer.hold(-cost)
-            with contextlib.suppress(OSError):  # there was no room for its last bytes
-                self._body.close()
-            # The pattern of the path, and no query: either may hold a course or a key put there by mistake.
-            path = scope["route"].path if "route" in scope else "a path that is not known"
-            took = time.monotonic() - started
-            log.debug(f"{scope['method']} {path} over HTTP/{scope['http_version']}: {self._end} after {took:.3f} s")
+            watch.cancel()
+            self._hold(-self._held)
 
-    async def _watch(self) -> None:
-        """Take all that the client sends, or Hypercorn would stop reading. Raises ClientDisconnect when it leaves."""
+    def _hold(self, size: int) -> None:
+        self._held += size
+        for peer in (self._peer, peer_of("")):
+            peer.held += size
+
+    async def _watch(self, answering: asyncio.Task[Any]) -> None:
+        """Take all that the client sends, or Hypercorn would stop reading, and stop answering when it leaves."""
         with contextlib.suppress(ClientDisconnect):
-            self._refusal = await self._take_body()
-            self._arrived.set()  # which, unlike a future, wakes requests in the order in which their bodies came
+            await self._take_body()
+            self._arrived.set()
             while (await self._receive())["type"] != "http.disconnect":
                 pass
         # Hypercorn says so after every response too, while it tidies up in the last `send`: that must not be cancelled.
         if not self._is_over:
-            raise ClientDisconnect
+            answering.cancel()
 
-    async def _take_body(self) -> ApiError | None:
-        """Read the body within its bounds, over HTTP/1.1 one that is refused as well. Returns why it is refused."""
-        most, size = self._settings.max_body_bytes, 0  # `most`: what `_body` has in memory
-        refusal = self._keep(b"", int(self._headers.get("content-length", 0)))
-        if refusal and not self._is_http1:
-            return refusal
+    async def _take_body(self) -> None:
+        """Put the body into `_pieces`. What is refused, or comes when the answer has begun, is taken and forgotten."""
+        settings, piece, size = self._settings, bytearray(), 0
+        is_refused = self._refuses(int(self._headers.get("content-length", 0)))
         try:
-            async with asyncio.timeout(self._settings.body_timeout) as deadline:
+            async with asyncio.timeout(settings.body_timeout) as deadline:
                 async for chunk in Request(self._scope, self._receive).stream():
-                    before, size = size, size + len(chunk)
-                    refusal = refusal or self._keep(chunk, size)
-                    self._peer.hold(min(size, most) - min(before, most))
-                    if not refusal and before // most < size // most:  # an upload goes on
-                        deadline.reschedule(asyncio.get_running_loop().time() + self._settings.body_timeout)
-                    if refusal and (not self._is_http1 or size > 16 * self._limit):
+                    size += len(chunk)
+                    is_refused = is_refused or self._has_begun or self._refuses(size)
+                    if size > 16 * self._limit:
                         break
-            self._body.seek(0)
+                    if not is_refused:
+                        self._hold(len(chunk))
+                        piece += chunk
+                    if len(piece) >= settings.max_body_bytes:  # an upload goes on
+                        self._pieces.put_nowait(bytes(piece))
+                        piece.clear()
+                        deadline.reschedule(asyncio.get_running_loop().time() + settings.body_timeout)
         except TimeoutError:
-            refusal = refusal or BodyTimeout()
-        except OSError as error:
-            refusal = refusal or no_room(error)
-        finally:
-            self._peer.hold(-min(size, most))
-        return refusal
+            self._pieces.put_nowait(BodyTimeout())
+        self._pieces.put_nowait(bytes(piece))
 
-    def _keep(self, chunk: bytes, size: int) -> ApiError | None:
-        """Keep a piece of a body that has this size so far, or was said to have. Returns why it is refused."""
-        if self._headers.get("content-encoding", "identity").strip().lower() != "identity":
-            return UnsupportedMediaType("Send it without Content-Encoding.", headers={"accept-encoding": "identity"})
+    def _refuses(self, size: int) -> bool:
+        """Whether a body that has this size so far, or was said to have, is refused; `_pieces` has the reason."""
         if size > self._limit:
             taken = f"This is larger than the {self._limit} bytes ({self._limit / 2**20:.2g} MB) that are taken here."
-            return BodyTooLarge(f"{taken} Send less; /docs/api.md says how documents are sent.")
+            self._pieces.put_nowait(BodyTooLarge(f"{taken} Send less; /docs/api.md says how documents are sent."))
+            return True
         if self._peer.is_full:
-            return QueueFull("Too many requests have arrived in part. Send each at once.")
-        try:
-            self._body.write(chunk)
-        except OSError as error:
-            return no_room(error)
-        return None
+            self._pieces.put_nowait(QueueFull("Too many requests have arrived in part. Send each at once."))
+        return self._peer.is_full
 
     async def receive(self) -> Message:
-        """The body once it is there, in pieces. Raises why it was refused."""
-        await self._arrived.wait()
-        if self._refusal:
-            raise self._refusal
-        if self._body.closed:  # a FileResponse listens on
-            await asyncio.Event().wait()  # for ever: disconnection arrives as cancellation
-        chunk = self._body.read(self._settings.max_body_bytes)
-        if not chunk:
-            self._body.close()  # a generation may wait long
-        return {"type": "http.request", "body": chunk, "more_body": bool(chunk)}
+        """The body, in pieces as they come. Raises why it is refused."""
+        piece = await self._pieces.get()
+        if isinstance(piece, ApiError):
+            raise piece
+        self._hold(-len(piece))
+        return {"type": "http.request", "body": piece, "more_body": len(piece) >= self._settings.max_body_bytes}
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self._end, state, headers = str(message["status"]), self._scope["state"], MutableHeaders(scope=message)
-            for name, value in {"x-request-id": state["request_id"], **DEFAULT_HEADERS}.items():
+            scope, self._has_begun = self._scope, True
+            if scope["http_version"] != "2":
+                # h11 closes a connection whose request was not read to its end, and the answer is lost with it.
+                await self._arrived.wait()
+            headers = MutableHeaders(scope=message)
+            for name, value in {"x-request-id": scope["state"]["request_id"], **DEFAULT_HEADERS}.items():
                 headers.setdefault(name, value)
-            if ignored := state.get("ignored", ())[:20]:
+            if ignored := scope["state"].get("ignored", ())[:20]:
                 headers["x-ignored-fields"] = ", ".join(quote(name[:64]) for name in ignored)
+            # The pattern of the path, and no query: either may hold a course or a key put there by mistake.
+            path = scope["route"].path if "route" in scope else "a path that is not known"
+            log.debug(f"{scope['method']} {path} over HTTP/{scope['http_version']}: {message['status']}")
         elif not message.get("more_body"):
             self._is_over = True
         await self._send(message)

@@ -273,6 +273,14 @@ async def test_responses_carry_security_headers() -> None:
             assert headers["referrer-policy"] == "no-referrer"
 
 
+async def test_what_reads_as_json_is_json_whatever_its_type_is_said_to_be() -> None:
+    async with serving() as service:
+        body = json.dumps(COURSE).encode()
+        headers = [("content-type", "application/x-www-form-urlencoded")]  # as `curl -d` says
+        assert (await ask(service, body, headers=headers)).status == 200
+        problem_in(await ask(service, body[:-1], headers=headers), 415, "unsupported_media_type")
+
+
 # --- OpenAPI ---
 
 
@@ -365,7 +373,7 @@ async def test_the_openapi_document_is_true(tmp_path: Path) -> None:
                 # Bytes may be a document of any kind, or none.
                 '[[operations]]\ninclude-path = "/extract"\n'
                 '[operations.checks.positive_data_acceptance]\nexpected-statuses = ["2xx", "413", "415", "422"]\n'
-                # A query over 32 KiB is refused before it is read.
+                # What is refused before it is read has another status than what is not valid.
                 '[checks.negative_data_rejection]\nexpected-statuses = ["4xx"]\n'
             )
             schemathesis = await asyncio.create_subprocess_exec(

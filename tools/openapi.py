@@ -651,7 +651,7 @@ def operation(one: Operation, schemas: dict[str, Any], examples: Examples) -> di
 
 
 def responses(one: Operation, schemas: dict[str, Any], examples: Examples) -> dict[str, Any]:
-    problems = ["403", "414", *one.problems.split()]
+    problems = ["403", *one.problems.split()]
     problems += ["400", "408", "413", "415", "422"] if one.body else []
     problems += ["404"] if "{id}" in one.path else []
     problems += ["401"] if one.path not in dccapi.OPEN_PATHS else []

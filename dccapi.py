@@ -103,6 +103,7 @@ MAX_FINISHED, MAX_FINISHED_BYTES = 256, 64 * 2**20  # generations that are remem
 READERS = 4  # processes at most, of about 40 MB each; they are started when they are needed
 OVERTAKEN_AFTER = 0.5  # seconds that the queue waits for a course to be read
 TEXT_TIMEOUT, DOCUMENT_TIMEOUT = 15, 45  # seconds by the clock; `reader` bounds those of the processor to 5 and 15
+MAX_ANSWER = 2**26  # bytes of what one of them answers
 MAX_LINE = 4 * 2**20  # of an engine's answer; Ollama's last line carries the context, about 6 bytes a token
 MAX_OUTPUT_CHARS = 2**18  # of one generation: 4,096 tokens of 64 characters
 MAX_BLANK_RUN = 200  # white space in a row; models loop on it under `format` (ollama 2577)
@@ -977,19 +978,18 @@ class Readers:
                 reader: Any = self._idle.pop() if self._idle else await _started("-m", "reader", cwd=HERE)
                 try:
                     question = orjson.dumps({"task": task, **arguments}, default=os.path.abspath)
-                    reader.stdin.write(len(question).to_bytes(8) + question)
+                    reader.stdin.write(question + b"\n")
                     await reader.stdin.drain()
-                    size = int.from_bytes(await reader.stdout.readexactly(8))
-                    answer = cast(dict[str, Any], orjson.loads(await reader.stdout.readexactly(size)))
+                    answer: dict[str, Any] = orjson.loads(await reader.stdout.readline())
                     self._idle.append(reader)
                 except BaseException as raised:  # it has not finished the task
                     await _killed(reader)
-                    if isinstance(raised, OSError | EOFError):
+                    if isinstance(raised, OSError | ValueError):
                         log.error("a process that reads has ended with %s", reader.returncode)
                     raise
         except TimeoutError:
             raise DocumentTooSlow from None
-        except (OSError, EOFError, ValueError):  # it ran into its limits
+        except (OSError, ValueError):  # it ran into its limits
             raise DocumentBroken from None
         if error := DOCUMENT_ERRORS.get(answer.get("error", "")):
             raise error(answer.get("detail", ""))
@@ -1004,24 +1004,19 @@ async def _started(*arguments: str, cwd: Path | None = None) -> asyncio.subproce
     """A Python process of ours. Reaching the end of its stdin ends it, also after we were killed.
 
     Ctrl-C and SIGTERM are ours to answer, since running generations finish first. So it has a session of its own, and
-    inherits that SIGTERM, which systemd sends to all processes of a service, is blocked.
+    ignores SIGTERM itself, which systemd sends to all processes of a service.
     """
-    pipe, nowhere = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
-        return await asyncio.create_subprocess_exec(
-            *(sys.executable, *arguments), stdin=pipe, stdout=pipe, stderr=nowhere, cwd=cwd, start_new_session=True
-        )
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    command, pipe, nowhere = [sys.executable, *arguments], asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
+    return await asyncio.create_subprocess_exec(
+        *command, stdin=pipe, stdout=pipe, stderr=nowhere, limit=MAX_ANSWER, cwd=cwd, start_new_session=True
+    )
 
 
 async def _killed(process: asyncio.subprocess.Process) -> None:
-    with contextlib.suppress(ProcessLookupError):
+    with contextlib.suppress(ProcessLookupError, ChildProcessError):
         process.kill()
-    await process.wait()
-    with contextlib.suppress(ChildProcessError):  # process 1 of a container inherits what this one has started
-        await asyncio.to_thread(os.waitpid, -process.pid, 0)
+        await process.wait()
+        await asyncio.to_thread(os.waitpid, -process.pid, 0)  # process 1 of a container inherits what it has started
 
 
 # ---- Generations ----------------------------------------------------------------------------------------------------
@@ -1088,30 +1083,30 @@ class Writer:
 
     async def write(self, generation: Generation) -> Answer:
         """Ask the engine, again with less of the course where it does not fit, once more where a title is refused."""
-        prompt, spent, joint, is_first = cast(Prompt, generation.prompt), list[Usage](), "{", True
+        prompt, spent, joint = cast(Prompt, generation.prompt), list[Usage](), "{"
         sieve = self._sieve(prompt)
         institution = " ".join(_tidied(prompt.request.option("institution") or "").split())
         while True:
             draft = Draft(prompt.kept, institution, sieve)
-            draft.title, draft.joint = partial(self._title, prompt, sieve, is_first), joint
+            draft.title, draft.joint = partial(self._title, prompt, sieve, not spent), joint
             generation.last, generation.begun = time.monotonic(), 0.0
             try:
                 if refusal := prompt.refusal(self.engine.context):
                     raise refusal
-                await self._call(generation, prompt, draft, spent)
+                spent.append(await self._call(generation, prompt, draft))
             except ContentTooLong as error:
                 prompt = await self._condensed(prompt, error, generation)
                 continue
             if not draft.refused:
                 return await self._answer(generation, cast(Badge, draft.badge), prompt, spent)
-            joint, is_first = draft.joint, False
+            joint = draft.joint
             prompt = replace(prompt, user=f"{prompt.user}\n{TITLE_AGAIN}")
 
-    async def _call(self, generation: Generation, prompt: Prompt, draft: Draft, spent: list[Usage]) -> None:
+    async def _call(self, generation: Generation, prompt: Prompt, draft: Draft) -> Usage:
         """One engine call: log what each piece of text adds to the badge; stop an engine that writes without end.
 
-        An empty piece is a sign of life: the model thinks. A call whose title is refused is broken off.
-        Raises ContentTooLong and other ApiErrors.
+        An empty piece is a sign of life: the model thinks. A call whose title is refused is broken off, which says
+        nothing of what it has read. Raises ContentTooLong and other ApiErrors.
         """
         now, feed, most_tokens = time.monotonic, draft.feed, prompt.sampling["max_tokens"]
         count = size = blank = 0
@@ -1119,7 +1114,7 @@ class Writer:
         async with contextlib.aclosing(self.engine.stream(prompt)) as pieces:
             async for piece in pieces:
                 if isinstance(piece, Usage):
-                    spent.append(piece)
+                    usage = piece
                     break
                 generation.last = now()
                 generation.begun = generation.begun or generation.last
@@ -1130,24 +1125,23 @@ class Writer:
                     generation.append(text)
                 count += 1
                 if draft.refused:
-                    spent.append(Usage(0, count, "stop"))
-                    return
+                    return Usage(0, count, "stop")
                 size += len(piece)
                 blank = blank + len(piece) if piece.isspace() else 0
                 # Eight pieces a token: some servers send their text letter by letter.
                 if blank > MAX_BLANK_RUN or size > MAX_OUTPUT_CHARS or count > 8 * most_tokens:
                     if not draft.badge:
                         raise InvalidModelOutput(LOOPS)
-                    spent.append(Usage(0, min(count, most_tokens), "length"))
+                    usage = Usage(0, min(count, most_tokens), "length")
                     break
-        usage, limit = spent[-1], self.engine.context
-        reached_limit = usage.finish_reason == "length"
+        reached_limit, limit = usage.finish_reason == "length", self.engine.context
         try:
             generation.append(draft.finish(cut=reached_limit))
         except InvalidModelOutput:
             if reached_limit and limit and usage.prompt_tokens + usage.completion_tokens >= limit - 1:
                 raise too_long(prompt, limit, usage.prompt_tokens) from None
             raise InvalidModelOutput(CUT_OFF if reached_limit else "") from None
+        return usage
 
     def _sieve(self, prompt: Prompt) -> Sieve:
         """What leaves out repetitions; with small models also what the course does not bear, for which it has words."""
@@ -1172,41 +1166,35 @@ class Writer:
         request, course, grounds = prompt.request, prompt.course, prompt.course.grounds
         options = [*request.options.values()]
         is_wanted = isinstance(request, RegenerateRequest) and not grounds["has_orders"]
+        is_empty = PLACEHOLDER.fullmatch(title)
         # A person who asked for another title looks at it; in another language, or of a very short course, there is
-        # nothing to compare it with.
+        # nothing to compare it with. A large model gives an example first.
         if is_wanted or request.language not in (None, course.language) or word_count(course.text[:1000]) < 8:
             return title
-        own = " ".join(NOT_TEXT.sub("", grounds["title"]).split())
-        if not PLACEHOLDER.fullmatch(title):
-            if review.title_is_from_course(title, grounds, options) and sieve.bears(title):
-                return own if sieve.prefers(own, title) else sieve.as_title(title)
-        elif not sieve.course:
+        if is_empty and not sieve.course:
             return title
+        own = " ".join(NOT_TEXT.sub("", grounds["title"]).split())
+        if not is_empty and review.title_is_from_course(title, grounds, options) and sieve.bears(title):
+            return own if sieve.prefers(own, title) else sieve.as_title(title)
         if is_first:
             return None
-        # The beginning of a text without a heading is a poor title, though better than what no course has.
-        is_ordered = grounds["has_orders"] or review.title_is_ordered(title, grounds, options)
-        is_title = len(own) <= review.HEADLINE or sieve.course or is_ordered
-        return own if is_title and not PLACEHOLDER.fullmatch(own) else title
+        return title if PLACEHOLDER.fullmatch(own) else own
 
     async def _condensed(self, prompt: Prompt, error: ContentTooLong, generation: Generation) -> Prompt:
         """The prompt for as much of the course as fits. Raises `error` where that is not wanted or cannot help."""
         if generation.log or not error.condense_to:
             raise error
-        course, content, fits = prompt.course, prompt.request.content, error.condense_to
+        whole, fits = cast(Prompt, generation.prompt), error.condense_to
+        course, content = whole.course, whole.request.content
         content = course.text if "</" in content else content  # Markdown still has its headings
-        length = {"words": fits, "characters": len(content) * fits // word_count(content)}
-        try:
-            cut = await self.readers.ask("condense", generation.client, content=content, **length)
-        except ApiError:
-            raise error from None
+        characters = len(content) * fits // word_count(content)
+        cut = await self.readers.ask("condense", generation.client, content=content, words=fits, characters=characters)
         said = f"The course was too long for the model, which has read {cut['words_kept']} of {cut['words']} words."
         note = {"code": "condensed", "field": "content", "text": ", ".join(cut["left_out"]), "message": said}
-        course = course._replace(notes=(*(one for one in course.notes if one["code"] != "condensed"), note))
-        shorter = build_prompt(prompt.request, course._replace(text=cut["text"]), prompt.system, self.engine.defaults)
+        shorter = build_prompt(whole.request, course._replace(text=cut["text"]), whole.system, self.engine.defaults)
         if shorter.words >= prompt.words:
             raise error
-        return replace(shorter, course=course)
+        return replace(shorter, course=course._replace(notes=[*course.notes, note]))
 
     async def _answer(self, generation: Generation, badge: Badge, prompt: Prompt, spent: list[Usage]) -> Answer:
         """The badge as an Achievement, reviewed, with its skills and what it took."""
@@ -1244,26 +1232,22 @@ class Metrics:
         ProcessCollector(registry=registry)
         names = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model")
 
-        def histogram(name: str, help: str, buckets: Sequence[float], *labels: str) -> partial[Histogram]:
+        def histogram(name: str, help: str, *labels: str, buckets: Sequence[float] = SECONDS) -> partial[Histogram]:
             made = Histogram(name, help, [*names, *labels], buckets=buckets, registry=registry)
             return partial(made.labels, "generate_content", settings.engine, settings.model)
 
-        self.duration = histogram(
-            "gen_ai_server_request_duration_seconds", "Of generations that ran", SECONDS, "error_type"
-        )
-        self.first = histogram("gen_ai_server_time_to_first_token_seconds", "From the call to the first token", SECONDS)
-        self.each = histogram("gen_ai_server_time_per_output_token_seconds", "Between later tokens", SECONDS)
-        self.tokens = histogram("gen_ai_client_token_usage", "Of a finished generation", TOKENS, "gen_ai_token_type")
-        self.wait = histogram("dccapi_queue_wait_seconds", "From admission to the engine call", SECONDS)
+        self.duration = histogram("gen_ai_server_request_duration_seconds", "Of generations that ran", "error_type")
+        self.first = histogram("gen_ai_server_time_to_first_token_seconds", "From the call to the first token")
+        self.each = histogram("gen_ai_server_time_per_output_token_seconds", "Between later tokens")
+        self.tokens = histogram("gen_ai_client_token_usage", "Of a badge", "gen_ai_token_type", buckets=TOKENS)
+        self.wait = histogram("dccapi_queue_wait_seconds", "From admission to the engine call")
         ended = "Ended generations: succeeded, cancelled or an error_code; `key` is the name of the client's API key"
         self.generations = Counter("dccapi_generations", ended, ["outcome", "key"], registry=registry)
         self.rejections = Counter("dccapi_rejections", "Refused without a generation", ["reason"], registry=registry)
         gauge = partial(Gauge, registry=registry)
         self.engine_up = gauge("dccapi_engine_up", "1 if the engine answers and has the model")
         gauge("dccapi_queue_depth", "Generations that wait").set_function(lambda: len(queue.waiting))
-        gauge("dccapi_queue_limit", "How many may wait").set(settings.max_queue)
         gauge("dccapi_active_generations", "Generations that are written").set_function(lambda: len(queue.running))
-        gauge("dccapi_workers", "How many can be written at a time").set(settings.workers)
 
 
 class GenerationQueue:
@@ -1508,9 +1492,8 @@ def described(error: BaseException) -> str:
 # ---- Views of a generation ------------------------------------------------------------------------------------------
 
 EVENT_STREAM_HEADERS = {"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"}
-# What `EventEncoder.event` makes of a token, in one go: its id, the JSON of its text, and the text so far, escaped.
-TOKEN = b'id: %b.%d\ndata: {"type":"token","content":%b,"done":false}\n\n'
-TOKEN_SO_FAR = b'id: %b.%d\ndata: {"type":"token","content":%b,"accumulated":"%b","done":false}\n\n'
+# What `EventEncoder.event` makes of a token, in one go: its id, the JSON of its text, and the member `accumulated`.
+TOKEN = b'id: %b.%d\ndata: {"type":"token","content":%b,%b"done":false}\n\n'
 
 
 def one_line(data: Any) -> bytes:
@@ -1523,13 +1506,14 @@ class EventEncoder:
     """Turns the log of a generation into Server-Sent Events (contract 3.3), from after event number `seen`.
 
     An event's id says how much of the log its reader has: `queue` and `partial` events, which are no part of the log,
-    carry that of the token before them. The escaped text so far grows in place: JSON escapes character by character.
+    carry that of the token before them. The text so far grows in place: JSON escapes character by character.
     """
 
     def __init__(self, generation: Generation, options: StreamOptions, seen: int = 0) -> None:
         self.seen, self.ended = seen, False
         self.generation, self._options = generation, options
-        self._escaped = bytearray(one_line("".join(generation.log[:seen]))[1:-1])
+        said = b'"accumulated":%b,' % one_line("".join(generation.log[:seen]))
+        self._so_far: Any = bytearray(said if options.accumulated else b"")
         self._partial: dict[str, Any] = {}
         self._name = generation.id.encode()
 
@@ -1544,11 +1528,9 @@ class EventEncoder:
         while self.seen < len(log) and size < MAX_WRITE:
             content = one_line(log[self.seen])
             self.seen += 1
-            if self._options.accumulated:
-                self._escaped += content[1:-1]
-                parts.append(TOKEN_SO_FAR % (self._name, self.seen, content, cast(bytes, self._escaped)))
-            else:
-                parts.append(TOKEN % (self._name, self.seen, content))
+            if self._so_far:
+                self._so_far[-2:] = content[1:-1] + b'",'
+            parts.append(TOKEN % (self._name, self.seen, content, self._so_far))
             size += len(parts[-1])
         if parts and self._options.partial:
             badge = pydantic_core.from_json("".join(log[: self.seen]), allow_partial="trailing-strings")
@@ -1982,6 +1964,7 @@ class EmbeddedEngine(Engine):
 
 def serve_embedded(path: str, context: str, slots: str, name: str) -> None:
     """The child process of EmbeddedEngine: llama.cpp's OpenAI API on a free loopback port until stdin ends."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     say = partial(print, file=os.fdopen(os.dup(1), "w"), flush=True)
     os.dup2(2, 1)  # what libraries print goes to stderr
     try:

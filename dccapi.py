@@ -977,20 +977,17 @@ class Readers:
                 self._idle = [one for one in self._idle if one.returncode is None]  # the kernel may have killed one
                 reader: Any = self._idle.pop() if self._idle else await _started("-m", "reader", cwd=HERE)
                 try:
-                    question = orjson.dumps({"task": task, **arguments}, default=os.path.abspath)
-                    reader.stdin.write(question + b"\n")
-                    await reader.stdin.drain()
-                    answer: dict[str, Any] = orjson.loads(await reader.stdout.readline())
+                    reader.stdin.write(orjson.dumps({"task": task, **arguments}, default=os.path.abspath) + b"\n")
+                    if not (line := await reader.stdout.readline()).endswith(b"\n"):  # it ran into its limits
+                        log.error("a process that reads has ended with %s", await reader.wait())
+                        raise DocumentBroken
                     self._idle.append(reader)
-                except BaseException as raised:  # it has not finished the task
+                except BaseException:  # it has not finished the task
                     await _killed(reader)
-                    if isinstance(raised, OSError | ValueError):
-                        log.error("a process that reads has ended with %s", reader.returncode)
                     raise
         except TimeoutError:
             raise DocumentTooSlow from None
-        except (OSError, ValueError):  # it ran into its limits
-            raise DocumentBroken from None
+        answer: dict[str, Any] = orjson.loads(line)
         if error := DOCUMENT_ERRORS.get(answer.get("error", "")):
             raise error(answer.get("detail", ""))
         return answer
@@ -1210,7 +1207,7 @@ class Writer:
         try:
             async with asyncio.timeout(TEXT_TIMEOUT):  # also for a reader, while documents of others take them all
                 found = await self.readers.ask("review", generation.client, **draft, **asked)
-        except (ApiError, TimeoutError) as error:  # a review never fails a request
+        except (ApiError, OSError) as error:  # a review never fails a request
             log.warning("a draft could not be reviewed: %s", type(error).__name__)
             found = {}
         return {
@@ -1515,12 +1512,12 @@ class EventEncoder:
         said = b'"accumulated":%b,' % one_line("".join(generation.log[:seen]))
         self._so_far: Any = bytearray(said if options.accumulated else b"")
         self._partial: dict[str, Any] = {}
-        self._name = generation.id.encode()
+        self._id = generation.id.encode()
 
-    def event(self, data: dict[str, Any], name: str = "") -> bytes:
-        """One event (WHATWG HTML 9.2.6): a name only where given, one line of JSON."""
-        head = f"event: {name}\n" if name else ""
-        return b"%bid: %b.%d\ndata: %b\n\n" % (head.encode(), self._name, self.seen, one_line(data))
+    def event(self, kind: str, data: dict[str, Any]) -> bytes:
+        """One event (WHATWG HTML 9.2.6): one line of JSON, and a name where it is no part of the log."""
+        name = f"event: {kind}\n" if kind in ("queue", "partial") else ""
+        return b"%bid: %b.%d\ndata: %b\n\n" % (name.encode(), self._id, self.seen, one_line({"type": kind, **data}))
 
     def pending(self) -> bytes:
         """The events not encoded yet, up to the one that passes MAX_WRITE."""
@@ -1530,22 +1527,22 @@ class EventEncoder:
             self.seen += 1
             if self._so_far:
                 self._so_far[-2:] = content[1:-1] + b'",'
-            parts.append(TOKEN % (self._name, self.seen, content, self._so_far))
+            parts.append(TOKEN % (self._id, self.seen, content, self._so_far))
             size += len(parts[-1])
         if parts and self._options.partial:
             badge = pydantic_core.from_json("".join(log[: self.seen]), allow_partial="trailing-strings")
             if badge and badge != self._partial:
                 self._partial = badge
-                parts.append(self.event({"type": "partial", "badge": badge}, "partial"))
+                parts.append(self.event("partial", {"badge": badge}))
         if self.seen == len(log) and (outcome := self.generation.outcome):
             self.seen, self.ended = len(log) + 1, True
             if isinstance(outcome, dict):
-                data = {"type": "final", "content": outcome["response"], **outcome}
-                del data["response"]
+                rest = {name: part for name, part in outcome.items() if name != "response"}
+                parts.append(self.event("final", {"content": outcome["response"], **rest}))
             else:
-                data = {"type": "error", "content": outcome.detail, "error": outcome.detail}
-                data |= {"error_code": outcome.code, "request_id": self.generation.request_id, **outcome.members}
-            parts.append(self.event(data))
+                told = {"content": outcome.detail, "error": outcome.detail, "error_code": outcome.code}
+                told |= {"request_id": self.generation.request_id, **outcome.members}
+                parts.append(self.event("error", told))
         return b"".join(parts)
 
 
@@ -1566,8 +1563,9 @@ async def event_stream(
                 timer.callback(asyncio.get_running_loop().call_later(heartbeat, changed.set).cancel)
             if generation.position != position and generation.outcome is None:
                 position = generation.position
-                place = {"position": position, "estimated_wait": queue.estimated_wait(position)}
-                chunk += encoder.event({"type": "queue", **place}, "queue")
+                chunk += encoder.event(
+                    "queue", {"position": position, "estimated_wait": queue.estimated_wait(position)}
+                )
             chunk += encoder.pending()
             if chunk:
                 await send({"type": "http.response.body", "body": chunk, "more_body": not encoder.ended})

@@ -989,7 +989,7 @@ class Readers:
             raise DocumentTooSlow from None
         answer: dict[str, Any] = orjson.loads(line)
         if error := DOCUMENT_ERRORS.get(answer.get("error", "")):
-            raise error(answer.get("detail", ""))
+            raise error(answer["detail"])
         return answer
 
     async def stop(self) -> None:
@@ -1003,10 +1003,9 @@ async def _started(*arguments: str, cwd: Path | None = None) -> asyncio.subproce
     Ctrl-C and SIGTERM are ours to answer, since running generations finish first. So it has a session of its own, and
     ignores SIGTERM itself, which systemd sends to all processes of a service.
     """
-    command, pipe, nowhere = [sys.executable, *arguments], asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
-    return await asyncio.create_subprocess_exec(
-        *command, stdin=pipe, stdout=pipe, stderr=nowhere, limit=MAX_ANSWER, cwd=cwd, start_new_session=True
-    )
+    pipe, nowhere = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
+    streams: Any = {"stdin": pipe, "stdout": pipe, "stderr": nowhere, "limit": MAX_ANSWER}
+    return await asyncio.create_subprocess_exec(sys.executable, *arguments, cwd=cwd, start_new_session=True, **streams)
 
 
 async def _killed(process: asyncio.subprocess.Process) -> None:
@@ -1102,8 +1101,8 @@ class Writer:
     async def _call(self, generation: Generation, prompt: Prompt, draft: Draft) -> Usage:
         """One engine call: log what each piece of text adds to the badge; stop an engine that writes without end.
 
-        An empty piece is a sign of life: the model thinks. A call whose title is refused is broken off, which says
-        nothing of what it has read. Raises ContentTooLong and other ApiErrors.
+        An empty piece is a sign of life: the model thinks. A call whose title is refused is broken off.
+        Raises ContentTooLong and other ApiErrors.
         """
         now, feed, most_tokens = time.monotonic, draft.feed, prompt.sampling["max_tokens"]
         count = size = blank = 0
@@ -1163,12 +1162,11 @@ class Writer:
         request, course, grounds = prompt.request, prompt.course, prompt.course.grounds
         options = [*request.options.values()]
         is_wanted = isinstance(request, RegenerateRequest) and not grounds["has_orders"]
+        is_translated = request.language not in (None, course.language)
         is_empty = PLACEHOLDER.fullmatch(title)
         # A person who asked for another title looks at it; in another language, or of a very short course, there is
-        # nothing to compare it with. A large model gives an example first.
-        if is_wanted or request.language not in (None, course.language) or word_count(course.text[:1000]) < 8:
-            return title
-        if is_empty and not sieve.course:
+        # nothing to compare it with; large models write an example before the badge.
+        if is_wanted or is_translated or word_count(course.text[:1000]) < 8 or (is_empty and not sieve.course):
             return title
         own = " ".join(NOT_TEXT.sub("", grounds["title"]).split())
         if not is_empty and review.title_is_from_course(title, grounds, options) and sieve.bears(title):
@@ -1203,7 +1201,7 @@ class Writer:
         index = self.settings.skills_index if "skills" in prompt.schema["properties"] else None
         draft = {"badge": badge.model_dump(), "skills": tags, "course": course.text, "notes": course.notes}
         asked = {"options": [*options.values()], "wanted_language": request.language, "tone": tone, "index": index}
-        generation.timer.cancel()  # the engine has done its part: its deadlines count no more
+        generation.timer.cancel()  # the engine's deadlines count no more
         try:
             async with asyncio.timeout(TEXT_TIMEOUT):  # also for a reader, while documents of others take them all
                 found = await self.readers.ask("review", generation.client, **draft, **asked)
@@ -1217,7 +1215,7 @@ class Writer:
             "usage": {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written},
             "finish_reason": last.finish_reason,
             "request_id": generation.request_id,
-            "review": found or None,  # null where the draft could not be reviewed
+            "review": found or None,
         }
 
 
@@ -1244,7 +1242,9 @@ class Metrics:
         gauge = partial(Gauge, registry=registry)
         self.engine_up = gauge("dccapi_engine_up", "1 if the engine answers and has the model")
         gauge("dccapi_queue_depth", "Generations that wait").set_function(lambda: len(queue.waiting))
+        gauge("dccapi_queue_limit", "How many may wait").set(settings.max_queue)
         gauge("dccapi_active_generations", "Generations that are written").set_function(lambda: len(queue.running))
+        gauge("dccapi_workers", "How many can be written at a time").set(settings.workers)
 
 
 class GenerationQueue:
@@ -1489,8 +1489,8 @@ def described(error: BaseException) -> str:
 # ---- Views of a generation ------------------------------------------------------------------------------------------
 
 EVENT_STREAM_HEADERS = {"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"}
-# What `EventEncoder.event` makes of a token, in one go: its id, the JSON of its text, and the member `accumulated`.
-TOKEN = b'id: %b.%d\ndata: {"type":"token","content":%b,%b"done":false}\n\n'
+# A token as `EventEncoder.event` would make it: its id, the JSON of its text, the member `accumulated` and its end.
+TOKEN = b'id: %b.%d\ndata: {"type":"token","content":%b,%b%b"done":false}\n\n'
 
 
 def one_line(data: Any) -> bytes:
@@ -1509,8 +1509,9 @@ class EventEncoder:
     def __init__(self, generation: Generation, options: StreamOptions, seen: int = 0) -> None:
         self.seen, self.ended = seen, False
         self.generation, self._options = generation, options
-        said = b'"accumulated":%b,' % one_line("".join(generation.log[:seen]))
+        said = b'"accumulated":"%b' % one_line("".join(generation.log[:seen]))[1:-1]
         self._so_far: Any = bytearray(said if options.accumulated else b"")
+        self._end = b'",' if options.accumulated else b""
         self._partial: dict[str, Any] = {}
         self._id = generation.id.encode()
 
@@ -1526,8 +1527,8 @@ class EventEncoder:
             content = one_line(log[self.seen])
             self.seen += 1
             if self._so_far:
-                self._so_far[-2:] = content[1:-1] + b'",'
-            parts.append(TOKEN % (self._id, self.seen, content, self._so_far))
+                self._so_far += content[1:-1]
+            parts.append(TOKEN % (self._id, self.seen, content, self._so_far, self._end))
             size += len(parts[-1])
         if parts and self._options.partial:
             badge = pydantic_core.from_json("".join(log[: self.seen]), allow_partial="trailing-strings")
@@ -1545,34 +1546,28 @@ class EventEncoder:
                 parts.append(self.event("error", told))
         return b"".join(parts)
 
-
-async def event_stream(
-    queue: GenerationQueue, encoder: EventEncoder, grace: float, scope: Scope, receive: Receive, send: Send
-) -> None:
-    """A generation as `text/event-stream`: queue positions, tokens, the end, and a comment with each heartbeat."""
-    generation, position, beat, next_beat = encoder.generation, -1, b"retry: 1000\n\n", 0.0
-    heartbeat = queue.settings.heartbeat * 0.9  # so that a busy moment does not make one late
-    with queue.following(generation, grace) as changed, contextlib.ExitStack() as timer:
-        await send({"type": "http.response.start", "status": 200, "headers": Headers(EVENT_STREAM_HEADERS).raw})
-        while True:
-            changed.clear()
-            chunk = b""
-            if (now := time.monotonic()) >= next_beat:
-                chunk, beat, next_beat = beat, b": heartbeat\n\n", now + heartbeat
-                timer.close()  # the next would else outlive a short stream
-                timer.callback(asyncio.get_running_loop().call_later(heartbeat, changed.set).cancel)
-            if generation.position != position and generation.outcome is None:
-                position = generation.position
-                chunk += encoder.event(
-                    "queue", {"position": position, "estimated_wait": queue.estimated_wait(position)}
-                )
-            chunk += encoder.pending()
-            if chunk:
-                await send({"type": "http.response.body", "body": chunk, "more_body": not encoder.ended})
-            if encoder.ended:
-                return
-            # Where there is more, others have their turn first.
-            await (changed.wait() if len(chunk) < MAX_WRITE else asyncio.sleep(0))
+    async def stream(self, queue: GenerationQueue, grace: float, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send what comes as `text/event-stream`, with queue positions, and a comment with each heartbeat."""
+        generation, position, beat, next_beat = self.generation, -1, b"retry: 1000\n\n", 0.0
+        heartbeat = queue.settings.heartbeat * 0.9  # so that a busy moment does not make one late
+        with queue.following(generation, grace) as changed, contextlib.ExitStack() as timer:
+            await send({"type": "http.response.start", "status": 200, "headers": Headers(EVENT_STREAM_HEADERS).raw})
+            while not self.ended:
+                changed.clear()
+                chunk = b""
+                if (now := time.monotonic()) >= next_beat:
+                    chunk, beat, next_beat = beat, b": heartbeat\n\n", now + heartbeat
+                    timer.close()  # the next would else outlive a short stream
+                    timer.callback(asyncio.get_running_loop().call_later(heartbeat, changed.set).cancel)
+                if generation.position != position and generation.outcome is None:
+                    position = generation.position
+                    place = {"position": position, "estimated_wait": queue.estimated_wait(position)}
+                    chunk += self.event("queue", place)
+                chunk += self.pending()
+                if chunk:
+                    await send({"type": "http.response.body", "body": chunk, "more_body": not self.ended})
+                # Where there is more, others have their turn first.
+                await (asyncio.sleep(0) if len(chunk) >= MAX_WRITE or self.ended else changed.wait())
 
 
 # ---- Engines --------------------------------------------------------------------------------------------------------
@@ -2038,7 +2033,7 @@ class Api:
             headers |= {"location": path, "preference-applied": "respond-async"}
             return as_json({"id": generation.id, "status": generation.state, "events": f"{path}/events"}, 202, headers)
         if body.stream or "text/event-stream" in request.headers.get("accept", "").lower():
-            return partial(event_stream, self.queue, EventEncoder(generation, body), 0)
+            return partial(EventEncoder(generation, body).stream, self.queue, 0)
         with self.queue.following(generation) as changed:
             while (outcome := generation.outcome) is None:
                 changed.clear()
@@ -2082,7 +2077,7 @@ class Api:
         else:
             options, generation = await self._submitted(request, GenerateRequest)
         grace = 0 if is_post else self.settings.resume_grace
-        return partial(event_stream, self.queue, EventEncoder(generation, options, seen), grace)
+        return partial(EventEncoder(generation, options, seen).stream, self.queue, grace)
 
     def _known(self, request: Request, of_anyone: bool = False) -> Generation:
         generation = self.queue.known.get(request.path_params["id"])

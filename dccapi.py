@@ -45,6 +45,7 @@ import time
 import traceback
 import uuid
 import weakref
+from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -956,15 +957,14 @@ DOCUMENT_ERRORS = {error.code: error for error in ApiError.__subclasses__() if e
 
 
 class Readers:
-    """Processes that run `reader`: documents and markup to plain text, long courses to shorter ones, reviews.
+    """Processes that run `reader`: a document can be made to take minutes and gigabytes.
 
-    A document can be made to take minutes and gigabytes, so none is read in the service. A process that is too slow, or
-    whose client leaves, is killed; the next task starts another. One client has half of them at most for courses that
-    are to be queued, and half for drafts that are being written.
+    One that is too slow, or whose client leaves, is killed; the next task starts another. One client has half of them
+    at most for courses that are to be queued, and half for drafts that are being written.
     """
 
     def __init__(self) -> None:
-        self._idle: list[asyncio.subprocess.Process] = []
+        self._idle: list[Process] = []
         self._free = asyncio.Semaphore(READERS)
         self._shares = weakref.WeakValueDictionary[tuple[str, bool], asyncio.Semaphore]()
 
@@ -988,8 +988,8 @@ class Readers:
         except TimeoutError:
             raise DocumentTooSlow from None
         answer: dict[str, Any] = orjson.loads(line)
-        if error := DOCUMENT_ERRORS.get(answer.get("error", "")):
-            raise error(answer["detail"])
+        if "error" in answer:
+            raise DOCUMENT_ERRORS[answer["error"]](answer["detail"])
         return answer
 
     async def stop(self) -> None:
@@ -997,18 +997,17 @@ class Readers:
             await _killed(self._idle.pop())
 
 
-async def _started(*arguments: str, cwd: Path | None = None) -> asyncio.subprocess.Process:
+async def _started(*arguments: str, cwd: Path | None = None) -> Process:
     """A Python process of ours. Reaching the end of its stdin ends it, also after we were killed.
 
     Ctrl-C and SIGTERM are ours to answer, since running generations finish first. So it has a session of its own, and
     ignores SIGTERM itself, which systemd sends to all processes of a service.
     """
-    pipe, nowhere = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
-    streams: Any = {"stdin": pipe, "stdout": pipe, "stderr": nowhere, "limit": MAX_ANSWER}
+    streams: Any = {"stdin": PIPE, "stdout": PIPE, "stderr": DEVNULL, "limit": MAX_ANSWER}
     return await asyncio.create_subprocess_exec(sys.executable, *arguments, cwd=cwd, start_new_session=True, **streams)
 
 
-async def _killed(process: asyncio.subprocess.Process) -> None:
+async def _killed(process: Process) -> None:
     with contextlib.suppress(ProcessLookupError, ChildProcessError):
         process.kill()
         await process.wait()
@@ -1101,8 +1100,7 @@ class Writer:
     async def _call(self, generation: Generation, prompt: Prompt, draft: Draft) -> Usage:
         """One engine call: log what each piece of text adds to the badge; stop an engine that writes without end.
 
-        An empty piece is a sign of life: the model thinks. A call whose title is refused is broken off.
-        Raises ContentTooLong and other ApiErrors.
+        An empty piece is a sign of life: the model thinks. Raises ContentTooLong and other ApiErrors.
         """
         now, feed, most_tokens = time.monotonic, draft.feed, prompt.sampling["max_tokens"]
         count = size = blank = 0
@@ -1130,19 +1128,19 @@ class Writer:
                         raise InvalidModelOutput(LOOPS)
                     usage = Usage(0, min(count, most_tokens), "length")
                     break
-        reached_limit, limit = usage.finish_reason == "length", self.engine.context
+        is_cut, limit = usage.finish_reason == "length", self.engine.context
         try:
-            generation.append(draft.finish(cut=reached_limit))
+            generation.append(draft.finish(is_cut))
         except InvalidModelOutput:
-            if reached_limit and limit and usage.prompt_tokens + usage.completion_tokens >= limit - 1:
+            if is_cut and limit and usage.prompt_tokens + usage.completion_tokens >= limit - 1:
                 raise too_long(prompt, limit, usage.prompt_tokens) from None
-            raise InvalidModelOutput(CUT_OFF if reached_limit else "") from None
+            raise InvalidModelOutput(CUT_OFF if is_cut else "") from None
         return usage
 
     def _sieve(self, prompt: Prompt) -> Sieve:
         """What leaves out repetitions; with small models also what the course does not bear, for which it has words."""
         request, course = prompt.request, prompt.course
-        asked = f"{prompt.system}\n{prompt.user.rpartition(chr(10))[2]}"
+        asked = f"{prompt.system}\n{prompt.user.splitlines()[-1]}"
         markup = EVERY_MARKUP if self.engine.sifts else MARKUP
         sieve = partial(Sieve, request=asked, markup=None if EVERY_MARKUP.search(course.text) else markup)
         # Of a short course hardly a sentence would be left.
@@ -1157,19 +1155,18 @@ class Writer:
         """The title for the one that the model wrote; None where the model is to be asked for another.
 
         A course may hold instructions to the model, which small models follow. So the first title that has no word of
-        the course is refused, and instead of the next one the course's own is taken, where it has one.
+        the course is refused, and instead of the next one the course's own is taken.
         """
         request, course, grounds = prompt.request, prompt.course, prompt.course.grounds
-        options = [*request.options.values()]
         is_wanted = isinstance(request, RegenerateRequest) and not grounds["has_orders"]
         is_translated = request.language not in (None, course.language)
-        is_empty = PLACEHOLDER.fullmatch(title)
+        is_title = not PLACEHOLDER.fullmatch(title)
         # A person who asked for another title looks at it; in another language, or of a very short course, there is
         # nothing to compare it with; large models write an example before the badge.
-        if is_wanted or is_translated or word_count(course.text[:1000]) < 8 or (is_empty and not sieve.course):
+        if is_wanted or is_translated or word_count(course.text[:1000]) < 8 or not (is_title or sieve.course):
             return title
         own = " ".join(NOT_TEXT.sub("", grounds["title"]).split())
-        if not is_empty and review.title_is_from_course(title, grounds, options) and sieve.bears(title):
+        if is_title and review.title_is_from_course(title, grounds, request.options.values()) and sieve.bears(title):
             return own if sieve.prefers(own, title) else sieve.as_title(title)
         if is_first:
             return None
@@ -1236,8 +1233,7 @@ class Metrics:
         self.each = histogram("gen_ai_server_time_per_output_token_seconds", "Between later tokens")
         self.tokens = histogram("gen_ai_client_token_usage", "Of a badge", "gen_ai_token_type", buckets=TOKENS)
         self.wait = histogram("dccapi_queue_wait_seconds", "From admission to the engine call")
-        ended = "Ended generations: succeeded, cancelled or an error_code; `key` is the name of the client's API key"
-        self.generations = Counter("dccapi_generations", ended, ["outcome", "key"], registry=registry)
+        self.generations = Counter("dccapi_generations", "Ended generations", ["outcome", "key"], registry=registry)
         self.rejections = Counter("dccapi_rejections", "Refused without a generation", ["reason"], registry=registry)
         gauge = partial(Gauge, registry=registry)
         self.engine_up = gauge("dccapi_engine_up", "1 if the engine answers and has the model")

@@ -1147,8 +1147,8 @@ class Writer:
         is_short = word_count(course.text) < (FEWEST_OF_TINY if self.engine.is_tiny else FEWEST_TO_SIFT)
         if is_short or not self.engine.sifts or request.language not in (None, course.language):
             return sieve()
-        lists = {name: part for name, part in prompt.schema["properties"].items() if "items" in part}
-        counts = {name: (part["minItems"], part["maxItems"]) for name, part in lists.items()}
+        fields = prompt.schema["properties"].items()
+        counts = {name: (part["minItems"], part["maxItems"]) for name, part in fields if "items" in part}
         return sieve(course.text, course.language, [*request.options.values()], counts, is_tiny=self.engine.is_tiny)
 
     def _title(self, prompt: Prompt, sieve: Sieve, is_first: bool, title: str) -> str | None:

@@ -993,8 +993,7 @@ class Readers:
         return answer
 
     async def stop(self) -> None:
-        while self._idle:
-            await _killed(self._idle.pop())
+        await asyncio.gather(*map(_killed, self._idle))
 
 
 async def _started(*arguments: str, cwd: Path | None = None) -> Process:

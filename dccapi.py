@@ -2181,7 +2181,7 @@ class Api:
         index = self.settings.skills_index
         try:
             answer = await self.readers.ask("frameworks", "", path=index) if index else {}
-        except ApiError:
+        except (ApiError, OSError):
             answer = {"fault": "SKILLS_INDEX: it cannot be read in time, or takes too much memory"}
         if "fault" in answer:
             warn_once(f"badges get no alignments: {answer['fault']}", time.monotonic() // 3600)

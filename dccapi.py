@@ -46,6 +46,7 @@ import time
 import traceback
 import uuid
 import weakref
+from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -104,6 +105,7 @@ MAX_FINISHED, MAX_FINISHED_BYTES = 256, 64 * 2**20  # generations that are remem
 READERS = 4  # processes at most, of about 40 MB each; they are started when they are needed
 OVERTAKEN_AFTER = 0.5  # seconds that the queue waits for a course to be read
 TEXT_TIMEOUT, DOCUMENT_TIMEOUT = 15, 45  # seconds by the clock; `reader` bounds those of the processor to 5 and 15
+MAX_ANSWER = 2**26  # bytes of what one of them answers
 MAX_LINE = 4 * 2**20  # of an engine's answer; Ollama's last line carries the context, about 6 bytes a token
 MAX_OUTPUT_CHARS = 2**18  # of one generation: 4,096 tokens of 64 characters
 MAX_BLANK_RUN = 200  # white space in a row; models loop on it under `format` (ollama 2577)
@@ -955,15 +957,14 @@ DOCUMENT_ERRORS = {error.code: error for error in ApiError.__subclasses__() if e
 
 
 class Readers:
-    """Processes that run `reader`: documents and markup to plain text, long courses to shorter ones, reviews.
+    """Processes that run `reader`: a document can be made to take minutes and gigabytes.
 
-    A document can be made to take minutes and gigabytes, so none is read in the service. A process that is too slow, or
-    whose client leaves, is killed; the next task starts another. One client has half of them at most for courses that
-    are to be queued, and half for drafts that are being written.
+    One that is too slow, or whose client leaves, is killed; the next task starts another. One client has half of them
+    at most for courses that are to be queued, and half for drafts that are being written.
     """
 
     def __init__(self) -> None:
-        self._idle: list[asyncio.subprocess.Process] = []
+        self._idle: list[Process] = []
         self._free = asyncio.Semaphore(READERS)
         self._shares = weakref.WeakValueDictionary[tuple[str, bool], asyncio.Semaphore]()
 
@@ -976,52 +977,40 @@ class Readers:
                 self._idle = [one for one in self._idle if one.returncode is None]  # the kernel may have killed one
                 reader: Any = self._idle.pop() if self._idle else await _started("-m", "reader", cwd=HERE)
                 try:
-                    question = orjson.dumps({"task": task, **arguments}, default=os.path.abspath)
-                    reader.stdin.write(len(question).to_bytes(8) + question)
-                    await reader.stdin.drain()
-                    size = int.from_bytes(await reader.stdout.readexactly(8))
-                    answer = cast(dict[str, Any], orjson.loads(await reader.stdout.readexactly(size)))
+                    reader.stdin.write(orjson.dumps({"task": task, **arguments}, default=os.path.abspath) + b"\n")
+                    if not (line := await reader.stdout.readline()).endswith(b"\n"):  # it ran into its limits
+                        log.error("a process that reads has ended with %s", await reader.wait())
+                        raise DocumentBroken
                     self._idle.append(reader)
-                except BaseException as raised:  # it has not finished the task
+                except BaseException:  # it has not finished the task
                     await _killed(reader)
-                    if isinstance(raised, OSError | EOFError):
-                        log.error("a process that reads has ended with %s", reader.returncode)
                     raise
         except TimeoutError:
             raise DocumentTooSlow from None
-        except (OSError, EOFError, ValueError):  # it ran into its limits
-            raise DocumentBroken from None
-        if error := DOCUMENT_ERRORS.get(answer.get("error", "")):
-            raise error(answer.get("detail", ""))
+        answer: dict[str, Any] = orjson.loads(line)
+        if "error" in answer:
+            raise DOCUMENT_ERRORS[answer["error"]](answer["detail"])
         return answer
 
     async def stop(self) -> None:
-        while self._idle:
-            await _killed(self._idle.pop())
+        await asyncio.gather(*map(_killed, self._idle))
 
 
-async def _started(*arguments: str, cwd: Path | None = None) -> asyncio.subprocess.Process:
+async def _started(*arguments: str, cwd: Path | None = None) -> Process:
     """A Python process of ours. Reaching the end of its stdin ends it, also after we were killed.
 
     Ctrl-C and SIGTERM are ours to answer, since running generations finish first. So it has a session of its own, and
-    inherits that SIGTERM, which systemd sends to all processes of a service, is blocked.
+    ignores SIGTERM itself, which systemd sends to all processes of a service.
     """
-    pipe, nowhere = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
-        return await asyncio.create_subprocess_exec(
-            *(sys.executable, *arguments), stdin=pipe, stdout=pipe, stderr=nowhere, cwd=cwd, start_new_session=True
-        )
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    streams: Any = {"stdin": PIPE, "stdout": PIPE, "stderr": DEVNULL, "limit": MAX_ANSWER}
+    return await asyncio.create_subprocess_exec(sys.executable, *arguments, cwd=cwd, start_new_session=True, **streams)
 
 
-async def _killed(process: asyncio.subprocess.Process) -> None:
-    with contextlib.suppress(ProcessLookupError):
+async def _killed(process: Process) -> None:
+    with contextlib.suppress(ProcessLookupError, ChildProcessError):
         process.kill()
-    await process.wait()
-    with contextlib.suppress(ChildProcessError):  # process 1 of a container inherits what this one has started
-        await asyncio.to_thread(os.waitpid, -process.pid, 0)
+        await process.wait()
+        await asyncio.to_thread(os.waitpid, -process.pid, 0)  # process 1 of a container inherits what it has started
 
 
 # ---- Generations ----------------------------------------------------------------------------------------------------
@@ -1088,30 +1077,29 @@ class Writer:
 
     async def write(self, generation: Generation) -> Answer:
         """Ask the engine, again with less of the course where it does not fit, once more where a title is refused."""
-        prompt, spent, joint, is_first = cast(Prompt, generation.prompt), list[Usage](), "{", True
+        prompt, spent, joint = cast(Prompt, generation.prompt), list[Usage](), "{"
         sieve = self._sieve(prompt)
         institution = " ".join(_tidied(prompt.request.option("institution") or "").split())
         while True:
             draft = Draft(prompt.kept, institution, sieve)
-            draft.title, draft.joint = partial(self._title, prompt, sieve, is_first), joint
+            draft.title, draft.joint = partial(self._title, prompt, sieve, not spent), joint
             generation.last, generation.begun = time.monotonic(), 0.0
             try:
                 if refusal := prompt.refusal(self.engine.context):
                     raise refusal
-                await self._call(generation, prompt, draft, spent)
+                spent.append(await self._call(generation, prompt, draft))
             except ContentTooLong as error:
                 prompt = await self._condensed(prompt, error, generation)
                 continue
             if not draft.refused:
                 return await self._answer(generation, cast(Badge, draft.badge), prompt, spent)
-            joint, is_first = draft.joint, False
+            joint = draft.joint
             prompt = replace(prompt, user=f"{prompt.user}\n{TITLE_AGAIN}")
 
-    async def _call(self, generation: Generation, prompt: Prompt, draft: Draft, spent: list[Usage]) -> None:
+    async def _call(self, generation: Generation, prompt: Prompt, draft: Draft) -> Usage:
         """One engine call: log what each piece of text adds to the badge; stop an engine that writes without end.
 
-        An empty piece is a sign of life: the model thinks. A call whose title is refused is broken off.
-        Raises ContentTooLong and other ApiErrors.
+        An empty piece is a sign of life: the model thinks. Raises ContentTooLong and other ApiErrors.
         """
         now, feed, most_tokens = time.monotonic, draft.feed, prompt.sampling["max_tokens"]
         count = size = blank = 0
@@ -1119,7 +1107,7 @@ class Writer:
         async with contextlib.aclosing(self.engine.stream(prompt)) as pieces:
             async for piece in pieces:
                 if isinstance(piece, Usage):
-                    spent.append(piece)
+                    usage = piece
                     break
                 generation.last = now()
                 generation.begun = generation.begun or generation.last
@@ -1130,83 +1118,74 @@ class Writer:
                     generation.append(text)
                 count += 1
                 if draft.refused:
-                    spent.append(Usage(0, count, "stop"))
-                    return
+                    return Usage(0, count, "stop")
                 size += len(piece)
                 blank = blank + len(piece) if piece.isspace() else 0
                 # Eight pieces a token: some servers send their text letter by letter.
                 if blank > MAX_BLANK_RUN or size > MAX_OUTPUT_CHARS or count > 8 * most_tokens:
                     if not draft.badge:
                         raise InvalidModelOutput(LOOPS)
-                    spent.append(Usage(0, min(count, most_tokens), "length"))
+                    usage = Usage(0, min(count, most_tokens), "length")
                     break
-        usage, limit = spent[-1], self.engine.context
-        reached_limit = usage.finish_reason == "length"
+        is_cut, limit = usage.finish_reason == "length", self.engine.context
         try:
-            generation.append(draft.finish(cut=reached_limit))
+            generation.append(draft.finish(is_cut))
         except InvalidModelOutput:
-            if reached_limit and limit and usage.prompt_tokens + usage.completion_tokens >= limit - 1:
+            if is_cut and limit and usage.prompt_tokens + usage.completion_tokens >= limit - 1:
                 raise too_long(prompt, limit, usage.prompt_tokens) from None
-            raise InvalidModelOutput(CUT_OFF if reached_limit else "") from None
+            raise InvalidModelOutput(CUT_OFF if is_cut else "") from None
+        return usage
 
     def _sieve(self, prompt: Prompt) -> Sieve:
         """What leaves out repetitions; with small models also what the course does not bear, for which it has words."""
         request, course = prompt.request, prompt.course
-        asked = f"{prompt.system}\n{prompt.user.rpartition(chr(10))[2]}"
+        asked = f"{prompt.system}\n{prompt.user.splitlines()[-1]}"
         markup = EVERY_MARKUP if self.engine.sifts else MARKUP
         sieve = partial(Sieve, request=asked, markup=None if EVERY_MARKUP.search(course.text) else markup)
         # Of a short course hardly a sentence would be left.
         is_short = word_count(course.text) < (FEWEST_OF_TINY if self.engine.is_tiny else FEWEST_TO_SIFT)
         if is_short or not self.engine.sifts or request.language not in (None, course.language):
             return sieve()
-        lists = {name: part for name, part in prompt.schema["properties"].items() if "items" in part}
-        counts = {name: (part["minItems"], part["maxItems"]) for name, part in lists.items()}
+        fields = prompt.schema["properties"].items()
+        counts = {name: (part["minItems"], part["maxItems"]) for name, part in fields if "items" in part}
         return sieve(course.text, course.language, [*request.options.values()], counts, is_tiny=self.engine.is_tiny)
 
     def _title(self, prompt: Prompt, sieve: Sieve, is_first: bool, title: str) -> str | None:
         """The title for the one that the model wrote; None where the model is to be asked for another.
 
         A course may hold instructions to the model, which small models follow. So the first title that has no word of
-        the course is refused, and instead of the next one the course's own is taken, where it has one.
+        the course is refused, and instead of the next one the course's own is taken.
         """
         request, course, grounds = prompt.request, prompt.course, prompt.course.grounds
-        options = [*request.options.values()]
         is_wanted = isinstance(request, RegenerateRequest) and not grounds["has_orders"]
+        is_translated = request.language not in (None, course.language)
+        is_title = not PLACEHOLDER.fullmatch(title)
         # A person who asked for another title looks at it; in another language, or of a very short course, there is
-        # nothing to compare it with.
-        if is_wanted or request.language not in (None, course.language) or word_count(course.text[:1000]) < 8:
+        # nothing to compare it with; large models write an example before the badge.
+        if is_wanted or is_translated or word_count(course.text[:1000]) < 8 or not (is_title or sieve.course):
             return title
         own = " ".join(NOT_TEXT.sub("", grounds["title"]).split())
-        if not PLACEHOLDER.fullmatch(title):
-            if review.title_is_from_course(title, grounds, options) and sieve.bears(title):
-                return own if sieve.prefers(own, title) else sieve.as_title(title)
-        elif not sieve.course:
-            return title
+        if is_title and review.title_is_from_course(title, grounds, request.options.values()) and sieve.bears(title):
+            return own if sieve.prefers(own, title) else sieve.as_title(title)
         if is_first:
             return None
-        # The beginning of a text without a heading is a poor title, though better than what no course has.
-        is_ordered = grounds["has_orders"] or review.title_is_ordered(title, grounds, options)
-        is_title = len(own) <= review.HEADLINE or sieve.course or is_ordered
-        return own if is_title and not PLACEHOLDER.fullmatch(own) else title
+        return title if PLACEHOLDER.fullmatch(own) else own
 
     async def _condensed(self, prompt: Prompt, error: ContentTooLong, generation: Generation) -> Prompt:
         """The prompt for as much of the course as fits. Raises `error` where that is not wanted or cannot help."""
         if generation.log or not error.condense_to:
             raise error
-        course, content, fits = prompt.course, prompt.request.content, error.condense_to
+        whole, fits = cast(Prompt, generation.prompt), error.condense_to
+        course, content = whole.course, whole.request.content
         content = course.text if "</" in content else content  # Markdown still has its headings
-        length = {"words": fits, "characters": len(content) * fits // word_count(content)}
-        try:
-            cut = await self.readers.ask("condense", generation.client, content=content, **length)
-        except ApiError:
-            raise error from None
+        characters = len(content) * fits // word_count(content)
+        cut = await self.readers.ask("condense", generation.client, content=content, words=fits, characters=characters)
         said = f"The course was too long for the model, which has read {cut['words_kept']} of {cut['words']} words."
         note = {"code": "condensed", "field": "content", "text": ", ".join(cut["left_out"]), "message": said}
-        course = course._replace(notes=(*(one for one in course.notes if one["code"] != "condensed"), note))
-        shorter = build_prompt(prompt.request, course._replace(text=cut["text"]), prompt.system, self.engine.defaults)
+        shorter = build_prompt(whole.request, course._replace(text=cut["text"]), whole.system, self.engine.defaults)
         if shorter.words >= prompt.words:
             raise error
-        return replace(shorter, course=course)
+        return replace(shorter, course=course._replace(notes=[*course.notes, note]))
 
     async def _answer(self, generation: Generation, badge: Badge, prompt: Prompt, spent: list[Usage]) -> Answer:
         """The badge as an Achievement, reviewed, with its skills and what it took."""
@@ -1218,11 +1197,11 @@ class Writer:
         index = self.settings.skills_index if "skills" in prompt.schema["properties"] else None
         draft = {"badge": badge.model_dump(), "skills": tags, "course": course.text, "notes": course.notes}
         asked = {"options": [*options.values()], "wanted_language": request.language, "tone": tone, "index": index}
-        generation.timer.cancel()  # the engine has done its part: its deadlines count no more
+        generation.timer.cancel()  # the engine's deadlines count no more
         try:
             async with asyncio.timeout(TEXT_TIMEOUT):  # also for a reader, while documents of others take them all
                 found = await self.readers.ask("review", generation.client, **draft, **asked)
-        except (ApiError, TimeoutError) as error:  # a review never fails a request
+        except (ApiError, OSError) as error:  # a review never fails a request
             log.warning("a draft could not be reviewed: %s", type(error).__name__)
             found = {}
         return {
@@ -1232,7 +1211,7 @@ class Writer:
             "usage": {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written},
             "finish_reason": last.finish_reason,
             "request_id": generation.request_id,
-            "review": found or None,  # null where the draft could not be reviewed
+            "review": found or None,
         }
 
 
@@ -1244,19 +1223,16 @@ class Metrics:
         ProcessCollector(registry=registry)
         names = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model")
 
-        def histogram(name: str, help: str, buckets: Sequence[float], *labels: str) -> partial[Histogram]:
+        def histogram(name: str, help: str, *labels: str, buckets: Sequence[float] = SECONDS) -> partial[Histogram]:
             made = Histogram(name, help, [*names, *labels], buckets=buckets, registry=registry)
             return partial(made.labels, "generate_content", settings.engine, settings.model)
 
-        self.duration = histogram(
-            "gen_ai_server_request_duration_seconds", "Of generations that ran", SECONDS, "error_type"
-        )
-        self.first = histogram("gen_ai_server_time_to_first_token_seconds", "From the call to the first token", SECONDS)
-        self.each = histogram("gen_ai_server_time_per_output_token_seconds", "Between later tokens", SECONDS)
-        self.tokens = histogram("gen_ai_client_token_usage", "Of a finished generation", TOKENS, "gen_ai_token_type")
-        self.wait = histogram("dccapi_queue_wait_seconds", "From admission to the engine call", SECONDS)
-        ended = "Ended generations: succeeded, cancelled or an error_code; `key` is the name of the client's API key"
-        self.generations = Counter("dccapi_generations", ended, ["outcome", "key"], registry=registry)
+        self.duration = histogram("gen_ai_server_request_duration_seconds", "Of generations that ran", "error_type")
+        self.first = histogram("gen_ai_server_time_to_first_token_seconds", "From the call to the first token")
+        self.each = histogram("gen_ai_server_time_per_output_token_seconds", "Between later tokens")
+        self.tokens = histogram("gen_ai_client_token_usage", "Of a badge", "gen_ai_token_type", buckets=TOKENS)
+        self.wait = histogram("dccapi_queue_wait_seconds", "From admission to the engine call")
+        self.generations = Counter("dccapi_generations", "Ended generations", ["outcome", "key"], registry=registry)
         self.rejections = Counter("dccapi_rejections", "Refused without a generation", ["reason"], registry=registry)
         gauge = partial(Gauge, registry=registry)
         self.engine_up = gauge("dccapi_engine_up", "1 if the engine answers and has the model")
@@ -1508,9 +1484,8 @@ def described(error: BaseException) -> str:
 # ---- Views of a generation ------------------------------------------------------------------------------------------
 
 EVENT_STREAM_HEADERS = {"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"}
-# What `EventEncoder.event` makes of a token, in one go: its id, the JSON of its text, and the text so far, escaped.
-TOKEN = b'id: %b.%d\ndata: {"type":"token","content":%b,"done":false}\n\n'
-TOKEN_SO_FAR = b'id: %b.%d\ndata: {"type":"token","content":%b,"accumulated":"%b","done":false}\n\n'
+# A token as `EventEncoder.event` would make it: its id, the JSON of its text, the member `accumulated` and its end.
+TOKEN = b'id: %b.%d\ndata: {"type":"token","content":%b,%b%b"done":false}\n\n'
 
 
 def one_line(data: Any) -> bytes:
@@ -1523,20 +1498,22 @@ class EventEncoder:
     """Turns the log of a generation into Server-Sent Events (contract 3.3), from after event number `seen`.
 
     An event's id says how much of the log its reader has: `queue` and `partial` events, which are no part of the log,
-    carry that of the token before them. The escaped text so far grows in place: JSON escapes character by character.
+    carry that of the token before them. The text so far grows in place: JSON escapes character by character.
     """
 
     def __init__(self, generation: Generation, options: StreamOptions, seen: int = 0) -> None:
         self.seen, self.ended = seen, False
         self.generation, self._options = generation, options
-        self._escaped = bytearray(one_line("".join(generation.log[:seen]))[1:-1])
+        said = b'"accumulated":"%b' % one_line("".join(generation.log[:seen]))[1:-1]
+        self._so_far: Any = bytearray(said if options.accumulated else b"")
+        self._end = b'",' if options.accumulated else b""
         self._partial: dict[str, Any] = {}
-        self._name = generation.id.encode()
+        self._id = generation.id.encode()
 
-    def event(self, data: dict[str, Any], name: str = "") -> bytes:
-        """One event (WHATWG HTML 9.2.6): a name only where given, one line of JSON."""
-        head = f"event: {name}\n" if name else ""
-        return b"%bid: %b.%d\ndata: %b\n\n" % (head.encode(), self._name, self.seen, one_line(data))
+    def event(self, kind: str, data: dict[str, Any]) -> bytes:
+        """One event (WHATWG HTML 9.2.6): one line of JSON, and a name where it is no part of the log."""
+        name = f"event: {kind}\n" if kind in ("queue", "partial") else ""
+        return b"%bid: %b.%d\ndata: %b\n\n" % (name.encode(), self._id, self.seen, one_line({"type": kind, **data}))
 
     def pending(self) -> bytes:
         """The events not encoded yet, up to the one that passes MAX_WRITE."""
@@ -1544,55 +1521,48 @@ class EventEncoder:
         while self.seen < len(log) and size < MAX_WRITE:
             content = one_line(log[self.seen])
             self.seen += 1
-            if self._options.accumulated:
-                self._escaped += content[1:-1]
-                parts.append(TOKEN_SO_FAR % (self._name, self.seen, content, cast(bytes, self._escaped)))
-            else:
-                parts.append(TOKEN % (self._name, self.seen, content))
+            if self._so_far:
+                self._so_far += content[1:-1]
+            parts.append(TOKEN % (self._id, self.seen, content, self._so_far, self._end))
             size += len(parts[-1])
         if parts and self._options.partial:
             badge = pydantic_core.from_json("".join(log[: self.seen]), allow_partial="trailing-strings")
             if badge and badge != self._partial:
                 self._partial = badge
-                parts.append(self.event({"type": "partial", "badge": badge}, "partial"))
+                parts.append(self.event("partial", {"badge": badge}))
         if self.seen == len(log) and (outcome := self.generation.outcome):
             self.seen, self.ended = len(log) + 1, True
             if isinstance(outcome, dict):
-                data = {"type": "final", "content": outcome["response"], **outcome}
-                del data["response"]
+                rest = {name: part for name, part in outcome.items() if name != "response"}
+                parts.append(self.event("final", {"content": outcome["response"], **rest}))
             else:
-                data = {"type": "error", "content": outcome.detail, "error": outcome.detail}
-                data |= {"error_code": outcome.code, "request_id": self.generation.request_id, **outcome.members}
-            parts.append(self.event(data))
+                told = {"content": outcome.detail, "error": outcome.detail, "error_code": outcome.code}
+                told |= {"request_id": self.generation.request_id, **outcome.members}
+                parts.append(self.event("error", told))
         return b"".join(parts)
 
-
-async def event_stream(
-    queue: GenerationQueue, encoder: EventEncoder, grace: float, scope: Scope, receive: Receive, send: Send
-) -> None:
-    """A generation as `text/event-stream`: queue positions, tokens, the end, and a comment with each heartbeat."""
-    generation, position, beat, next_beat = encoder.generation, -1, b"retry: 1000\n\n", 0.0
-    heartbeat = queue.settings.heartbeat * 0.9  # so that a busy moment does not make one late
-    with queue.following(generation, grace) as changed, contextlib.ExitStack() as timer:
-        await send({"type": "http.response.start", "status": 200, "headers": Headers(EVENT_STREAM_HEADERS).raw})
-        while True:
-            changed.clear()
-            chunk = b""
-            if (now := time.monotonic()) >= next_beat:
-                chunk, beat, next_beat = beat, b": heartbeat\n\n", now + heartbeat
-                timer.close()  # the next would else outlive a short stream
-                timer.callback(asyncio.get_running_loop().call_later(heartbeat, changed.set).cancel)
-            if generation.position != position and generation.outcome is None:
-                position = generation.position
-                place = {"position": position, "estimated_wait": queue.estimated_wait(position)}
-                chunk += encoder.event({"type": "queue", **place}, "queue")
-            chunk += encoder.pending()
-            if chunk:
-                await send({"type": "http.response.body", "body": chunk, "more_body": not encoder.ended})
-            if encoder.ended:
-                return
-            # Where there is more, others have their turn first.
-            await (changed.wait() if len(chunk) < MAX_WRITE else asyncio.sleep(0))
+    async def stream(self, queue: GenerationQueue, grace: float, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send what comes as `text/event-stream`, with queue positions, and a comment with each heartbeat."""
+        generation, position, beat, next_beat = self.generation, -1, b"retry: 1000\n\n", 0.0
+        heartbeat = queue.settings.heartbeat * 0.9  # so that a busy moment does not make one late
+        with queue.following(generation, grace) as changed, contextlib.ExitStack() as timer:
+            await send({"type": "http.response.start", "status": 200, "headers": Headers(EVENT_STREAM_HEADERS).raw})
+            while not self.ended:
+                changed.clear()
+                chunk = b""
+                if (now := time.monotonic()) >= next_beat:
+                    chunk, beat, next_beat = beat, b": heartbeat\n\n", now + heartbeat
+                    timer.close()  # the next would else outlive a short stream
+                    timer.callback(asyncio.get_running_loop().call_later(heartbeat, changed.set).cancel)
+                if generation.position != position and generation.outcome is None:
+                    position = generation.position
+                    place = {"position": position, "estimated_wait": queue.estimated_wait(position)}
+                    chunk += self.event("queue", place)
+                chunk += self.pending()
+                if chunk:
+                    await send({"type": "http.response.body", "body": chunk, "more_body": not self.ended})
+                # Where there is more, others have their turn first.
+                await (asyncio.sleep(0) if len(chunk) >= MAX_WRITE or self.ended else changed.wait())
 
 
 # ---- Engines --------------------------------------------------------------------------------------------------------
@@ -1966,6 +1936,7 @@ class EmbeddedEngine(Engine):
 
 def serve_embedded(path: str, context: str, slots: str, name: str) -> None:
     """The child process of EmbeddedEngine: llama.cpp's OpenAI API on a free loopback port until stdin ends."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     say = partial(print, file=os.fdopen(os.dup(1), "w"), flush=True)
     os.dup2(2, 1)  # what libraries print goes to stderr
     try:
@@ -2040,7 +2011,7 @@ class Api:
             headers |= {"location": path, "preference-applied": "respond-async"}
             return as_json({"id": generation.id, "status": generation.state, "events": f"{path}/events"}, 202, headers)
         if body.stream or "text/event-stream" in request.headers.get("accept", "").lower():
-            return partial(event_stream, self.queue, EventEncoder(generation, body), 0)
+            return partial(EventEncoder(generation, body).stream, self.queue, 0)
         with self.queue.following(generation) as changed:
             while (outcome := generation.outcome) is None:
                 changed.clear()
@@ -2084,7 +2055,7 @@ class Api:
         else:
             options, generation = await self._submitted(request, GenerateRequest)
         grace = 0 if is_post else self.settings.resume_grace
-        return partial(event_stream, self.queue, EventEncoder(generation, options, seen), grace)
+        return partial(EventEncoder(generation, options, seen).stream, self.queue, grace)
 
     def _known(self, request: Request, of_anyone: bool = False) -> Generation:
         generation = self.queue.known.get(request.path_params["id"])
@@ -2188,7 +2159,7 @@ class Api:
         index = self.settings.skills_index
         try:
             answer = await self.readers.ask("frameworks", "", path=index) if index else {}
-        except ApiError:
+        except (ApiError, OSError):
             answer = {"fault": "SKILLS_INDEX: it cannot be read in time, or takes too much memory"}
         if "fault" in answer:
             warn_once(f"badges get no alignments: {answer['fault']}", time.monotonic() // 3600)

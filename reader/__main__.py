@@ -1,8 +1,8 @@
 """The program that reads for the service. Documents can be made to take minutes and gigabytes, so none is read there.
 
-`python -m reader` reads JSON from stdin, each behind its length in eight bytes, `{"task": one of TASKS, ...its
-arguments}`, and writes JSON to stdout in the same way: what the task returns, or `{"error", "detail"}`. It ends when
-stdin does. Its memory, its processor time, its files and its network are limited.
+`python -m reader` reads lines of JSON from stdin, `{"task": one of TASKS, ...its arguments}`, and writes one for each
+to stdout: what the task returns, or `{"error", "detail"}`. It ends when stdin does, and not by SIGTERM, which is the
+service's to answer. Its memory, its processor time, its files and its network are limited.
 """
 
 from __future__ import annotations
@@ -165,11 +165,13 @@ def _refuse(event: str, _: object) -> None:
 
 
 def main() -> None:
-    """Reads requests from stdin, writes answers to stdout, each behind its length in eight bytes, until EOF."""
+    """Reads requests from stdin, writes answers to stdout, each a line, until EOF."""
     _confine()
-    while head := sys.stdin.buffer.read(8):
-        answer = answered(orjson.loads(sys.stdin.buffer.read(int.from_bytes(head))))
-        sys.stdout.buffer.write(len(answer).to_bytes(8) + answer)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for line in sys.stdin.buffer:
+        answer = answered(orjson.loads(line))
+        # A document that has taken its process over may write anything, but not the answer to the next request.
+        sys.stdout.buffer.write(answer.replace(b"\n", b" ") + b"\n")
         sys.stdout.buffer.flush()
 
 

@@ -39,16 +39,14 @@ class Child:
     def send(self, task: str, **arguments: Any) -> None:
         request = orjson.dumps({"task": task, **arguments})
         assert self.process.stdin is not None
-        self.process.stdin.write(len(request).to_bytes(8) + request)
+        self.process.stdin.write(request + b"\n")
         self.process.stdin.flush()
 
     def ask(self, task: str, **arguments: Any) -> Any:
         self.send(task, **arguments)
         assert self.process.stdout is not None
-        head = self.process.stdout.read(8)
-        if len(head) < 8:
-            return {"died": self.process.wait()}
-        return orjson.loads(self.process.stdout.read(int.from_bytes(head)))
+        answer = self.process.stdout.readline()
+        return orjson.loads(answer) if answer else {"died": self.process.wait()}
 
     def peak(self) -> int:
         """The most memory that it had, in bytes."""

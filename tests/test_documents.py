@@ -507,6 +507,16 @@ async def test_a_process_that_is_killed_takes_that_of_its_document_along(tmp_pat
         await eventually(lambda: not Path(f"/proc/{reading}").exists())
 
 
+def test_a_document_that_takes_its_process_over_answers_no_other_request(tmp_path: Path) -> None:
+    said = 'b\'{"content": 1}\\n{"text": "of another"}\\n\''
+    changed_reader(tmp_path, "__main__.py", "answer = orjson.dumps(result_of(request))", f"answer = {said}")
+    with child(tmp_path) as running:
+        running.send("document", path="/")
+        assert running.process.stdout
+        assert running.process.stdout.readline().count(b"of another") == 1
+        assert running.ask("text", content="Knots")["text"] == "Knots"
+
+
 SAMPLES = [path.read_bytes() for path in sorted((HERE / "tests/documents").iterdir())]
 SAMPLES.append(pptx((shape("Knots", "title") + shape("a\n  b", "body"), "Notes of the slide")))
 ANSWERS = {"", BROKEN, ENCRYPTED, SLOW, NO_TEXT, UNSUPPORTED}

@@ -335,9 +335,12 @@ JSON_VALUES = st.recursive(
 def test_an_event_is_read_back_as_it_was_written(data: dict[str, Any], id: str, seen: int) -> None:
     parser = testkit.SseParser()
     encoder = dccapi.EventEncoder(dccapi.Generation("client", "request", id=id), dccapi.StreamOptions(), seen)
-    written = encoder.event(data, "queue") + encoder.event(data)
+    written = encoder.event("queue", data) + encoder.event("final", data)
     events = [event for number in range(len(written)) for event in parser.feed(written[number : number + 1])]
-    assert events == [{"id": f"{id}.{seen}", "event": name, "data": data} for name in ("queue", "message")]
+    kinds = {"queue": "queue", "message": "final"}
+    assert events == [
+        {"id": f"{id}.{seen}", "event": name, "data": {"type": kind} | data} for name, kind in kinds.items()
+    ]
     assert written.decode().splitlines() == written.decode().split("\n")[:-1], "as httpx reads lines"
 
 

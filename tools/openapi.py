@@ -461,8 +461,7 @@ def events(seen: int, outcome: dccapi.Answer | dccapi.ApiError) -> str:
     """The events of a generation after those that its reader has seen."""
     generation = dccapi.Generation("", REQUEST_ID, id=ID, log=['{"badge_name": "Kn', "ots"], outcome=outcome)
     encoder = dccapi.EventEncoder(generation, dccapi.StreamOptions(partial=True), seen)
-    queue = {"type": "queue", "position": 3, "estimated_wait": 12.5}
-    position = b"" if seen else encoder.event(queue, "queue")
+    position = b"" if seen else encoder.event("queue", {"position": 3, "estimated_wait": 12.5})
     return (position + encoder.pending()).decode()
 
 

@@ -101,6 +101,7 @@ log = logging.getLogger("dccapi")
 
 MAX_FINISHED, MAX_FINISHED_BYTES = 256, 64 * 2**20  # generations that are remembered (contract 3.6)
 READERS = 4  # processes at most, of about 40 MB each; they are started when they are needed
+OVERTAKEN_AFTER = 0.5  # seconds that the queue waits for a course to be read
 TEXT_TIMEOUT, DOCUMENT_TIMEOUT = 15, 45  # seconds by the clock; `reader` bounds those of the processor to 5 and 15
 MAX_LINE = 4 * 2**20  # of an engine's answer; Ollama's last line carries the context, about 6 bytes a token
 MAX_OUTPUT_CHARS = 2**18  # of one generation: 4,096 tokens of 64 characters
@@ -1044,10 +1045,7 @@ class Usage(NamedTuple):
 
 @dataclass(eq=False)
 class Generation:
-    """One badge that was asked for: the log of what came of it, and its times by the event loop's clock.
-
-    `log` only grows, until there is an `outcome`, the last event. Followers read it, each woken by an Event of its own.
-    """
+    """One badge that was asked for: the log of what came of it, for any number of followers, and its times."""
 
     client: str
     request_id: str
@@ -1055,11 +1053,11 @@ class Generation:
     prompt: Prompt | None = None  # once its course is read, until it has ended
     id: str = field(default_factory=lambda: secrets.token_urlsafe(16))
     log: list[str] = field(default_factory=list)  # pieces of the badge's JSON; event n is log[n - 1]
-    outcome: Answer | ApiError | None = None
+    outcome: Answer | ApiError | None = None  # the last event, after which nothing changes
     state: Literal["queued", "running", "succeeded", "failed", "cancelled"] = "queued"
-    position: int = 0  # in the queue, from 1; 0 = running or done
+    position: int = 0  # in the queue, from 1; 0 = running, done, or next as soon as its course is read
     followers: set[asyncio.Event] = field(default_factory=set)  # also who may come back; without any it is cancelled
-    timer: asyncio.TimerHandle = field(init=False)  # of its deadlines, then of its keep
+    timer: asyncio.TimerHandle = field(init=False)  # of its being overtaken, then of its deadlines, then of its keep
     created: float = field(default_factory=time.monotonic)
     started: float = 0.0  # 0 = it never left the queue
     begun: float = 0.0  # the first sign of life of its engine call: a token, or a thought
@@ -1315,7 +1313,8 @@ class GenerationQueue:
         generation = Generation(client, request_id, urgency)
         self.known[generation.id] = generation
         self.waiting[generation] = None
-        generation.position = sum(other.urgency <= urgency for other in self.waiting)
+        generation.position = max(0, sum(other.urgency <= urgency for other in self.waiting) - self._idle_workers)
+        generation.timer = self._loop.call_later(OVERTAKEN_AFTER, self._dispatch)
         return generation
 
     def ready(self, generation: Generation, prompt: Prompt) -> None:
@@ -1360,8 +1359,7 @@ class GenerationQueue:
         generation.outcome, generation.state, generation.position = outcome, "succeeded", 0
         generation.wake()
         generation.prompt = None  # it holds the course, which no view needs
-        if generation.started:
-            generation.timer.cancel()
+        generation.timer.cancel()
         if isinstance(outcome, ApiError):
             generation.state = "cancelled" if isinstance(outcome, Cancelled) else "failed"
             outcome.__traceback__ = outcome.__cause__ = outcome.__context__ = None  # their frames hold the course
@@ -1374,17 +1372,25 @@ class GenerationQueue:
 
     @property
     def full(self) -> bool:
-        return len([*self.documents, *self.running, *self.waiting]) >= self.settings.workers + self.settings.max_queue
+        return len(self.waiting) + len(self.documents) >= self.settings.max_queue + self._idle_workers
+
+    @property
+    def _idle_workers(self) -> int:
+        return self.settings.workers - len(self.running)
 
     def estimated_wait(self, position: int) -> float:
         """Seconds until the generation at this position runs, from the measured service time."""
         return round(position * (self._service_time or 20) / self.settings.workers, 1)  # 20 s until one is measured
 
+    def _next(self) -> Generation | None:
+        """The next in order, read or not; each eighth time the oldest, however urgent: a catalogue gets on as well."""
+        order = self.waiting if self._starts % 8 == 7 else sorted(self.waiting, key=lambda one: one.urgency)
+        # One whose course takes long to read is overtaken, but not by what came at the same moment.
+        return next((one for one in order if one.prompt or time.monotonic() - one.created < OVERTAKEN_AFTER), None)
+
     def _dispatch(self) -> None:
         """The queue has changed: start what waits while workers are idle, and tell the rest their positions soon."""
-        while len(self.running) < self.settings.workers and (ready := [one for one in self.waiting if one.prompt]):
-            # Each eighth turn is the oldest's, however urgent others are: a catalogue gets on as well.
-            generation = ready[0] if self._starts % 8 == 7 else min(ready, key=lambda one: one.urgency)
+        while self._idle_workers and (generation := self._next()) and generation.prompt:
             del self.waiting[generation]
             self._starts += 1
             generation.state, generation.position, generation.started = "running", 0, time.monotonic()
@@ -1396,8 +1402,8 @@ class GenerationQueue:
 
     def _tell(self) -> None:
         self._telling = None
-        for position, generation in enumerate(sorted(self.waiting, key=lambda one: one.urgency), 1):
-            generation.position = position
+        for number, generation in enumerate(sorted(self.waiting, key=lambda one: one.urgency), 1):
+            generation.position = max(0, number - self._idle_workers)  # they take the first at once
             generation.wake()
 
     def _expire(self, generation: Generation) -> None:

@@ -482,16 +482,6 @@ async def test_each_eighth_place_goes_to_the_oldest() -> None:
         assert [int(generation.request_id) for generation in order] == [0, 2, 3, 4, 5, 6, 7, 1, 8, 9]
 
 
-async def test_a_course_that_is_still_read_is_overtaken() -> None:
-    prompt = dccapi.build_prompt(dccapi.GenerateRequest(**COURSE), dccapi.Course(COURSE["content"]), "", {})
-    async with serving(script=SLOW, max_concurrent_requests=1) as service:
-        unread, read = (service.queue.submit("a client", "request") for _ in range(2))
-        service.queue.ready(read, prompt)
-        assert [unread.state, read.state] == ["queued", "running"]
-        service.queue.end(unread, dccapi.Cancelled())
-        service.queue.end(read, dccapi.Cancelled())
-
-
 async def test_a_document_that_is_read_at_a_stop_is_still_answered() -> None:
     async with serving() as service:
         with service.queue.reading("a client"):

@@ -1062,7 +1062,7 @@ class Generation:
     started: float = 0.0  # 0 = it never left the queue
     begun: float = 0.0  # the first sign of life of its engine call: a token, or a thought
     last: float = 0.0  # the last one; before the first one, when the engine was asked
-    beside: int = 0  # the most prompts of ours that the engine had to read at the same time
+    allowance: float = 0.0  # seconds that other prompts add to its deadlines, which the engine has to read as well
 
     def append(self, piece: str) -> None:
         self.log.append(piece)
@@ -1297,23 +1297,21 @@ class GenerationQueue:
             await asyncio.sleep(0.1)  # these calls are closed, and the last events leave
 
     def check_admission(self, client: str) -> None:
-        """Raise what `submit` would raise for this client now."""
+        """Raise ShuttingDown, TooManyRequests or QueueFull where this client may not ask now."""
         if self.draining:
             raise ShuttingDown
         active = [*self.documents, *(one.client for one in [*self.running, *self.waiting])].count(client)
         if active >= self.settings.max_per_client:
-            told = f"You have {active} generations in flight, the most that are allowed. Wait for one, or cancel one."
-            raise TooManyRequests(told, self.estimated_wait(1))
+            raise TooManyRequests(f"You have {active} generations in flight, the most allowed. Wait, or cancel one.")
         if self.full:
             raise QueueFull(retry_after=self.estimated_wait(len(self.waiting) + 1))
 
     def submit(self, client: str, request_id: str, urgency: int = 3) -> Generation:
-        """Give a generation its place, before its course is read. Raises ShuttingDown, TooManyRequests or QueueFull."""
+        """Give a generation its place, before its course is read. Raises what `check_admission` does."""
         self.check_admission(client)
         generation = Generation(client, request_id, urgency)
         self.known[generation.id] = generation
         self.waiting[generation] = None
-        generation.position = max(0, sum(other.urgency <= urgency for other in self.waiting) - self._idle_workers)
         generation.timer = self._loop.call_later(OVERTAKEN_AFTER, self._dispatch)
         return generation
 
@@ -1372,11 +1370,7 @@ class GenerationQueue:
 
     @property
     def full(self) -> bool:
-        return len(self.waiting) + len(self.documents) >= self.settings.max_queue + self._idle_workers
-
-    @property
-    def _idle_workers(self) -> int:
-        return self.settings.workers - len(self.running)
+        return len([*self.documents, *self.waiting, *self.running]) >= self.settings.max_queue + self.settings.workers
 
     def estimated_wait(self, position: int) -> float:
         """Seconds until the generation at this position runs, from the measured service time."""
@@ -1390,7 +1384,7 @@ class GenerationQueue:
 
     def _dispatch(self) -> None:
         """The queue has changed: start what waits while workers are idle, and tell the rest their positions soon."""
-        while self._idle_workers and (generation := self._next()) and generation.prompt:
+        while len(self.running) < self.settings.workers and (generation := self._next()) and generation.prompt:
             del self.waiting[generation]
             self._starts += 1
             generation.state, generation.position, generation.started = "running", 0, time.monotonic()
@@ -1398,12 +1392,14 @@ class GenerationQueue:
             call.add_done_callback(partial(self._closed, generation))
             generation.timer = self._loop.call_later(0, self._expire, generation)
             generation.wake()
+        idle = self.settings.workers - len(self.running)  # they take the first at once
+        for number, generation in enumerate(sorted(self.waiting, key=lambda one: one.urgency), 1 - idle):
+            generation.position = max(0, number)
         self._telling = self._telling or self._loop.call_later(len(self.waiting) / 2000, self._tell)
 
     def _tell(self) -> None:
         self._telling = None
-        for number, generation in enumerate(sorted(self.waiting, key=lambda one: one.urgency), 1):
-            generation.position = max(0, number - self._idle_workers)  # they take the first at once
+        for generation in self.waiting:
             generation.wake()
 
     def _expire(self, generation: Generation) -> None:
@@ -1414,15 +1410,14 @@ class GenerationQueue:
         """
         settings, now = self.settings, time.monotonic()
         being_read = sum(not other.begun for other in self.running if other is not generation)
-        generation.beside = max(generation.beside, being_read)
-        allowance = settings.first_token_timeout * generation.beside
-        due = generation.last + settings.first_token_timeout + allowance
+        generation.allowance = max(generation.allowance, being_read * settings.first_token_timeout)
+        due = generation.last + settings.first_token_timeout + generation.allowance
         limit = "FIRST_TOKEN_TIMEOUT allows to begin. Try again later, or with less content."
         if generation.begun:
             generation.last = now if being_read else generation.last
             due = generation.last + settings.token_timeout
             limit = "TOKEN_TIMEOUT allows between two tokens. Try again later."
-        last = generation.started + settings.generation_timeout + allowance
+        last = generation.started + settings.generation_timeout + generation.allowance
         if last < due:
             due, limit = last, "GENERATION_TIMEOUT allows to finish. Try again later, or with a lower max_tokens."
         if due <= now:
@@ -1460,14 +1455,13 @@ class GenerationQueue:
         if generation.started:
             metrics.wait().observe(fields["queue_seconds"])
             metrics.duration(error).observe(fields["seconds"])
-        if begun:
+        if usage:
             fields["first_token_seconds"] = round(begun - started, 3)
             metrics.first().observe(fields["first_token_seconds"])
-        if usage:
-            fields["prompt_tokens"] = usage["prompt_tokens"]
             metrics.tokens("input").observe(usage["prompt_tokens"])
             metrics.tokens("output").observe(tokens)
-            metrics.each().observe((generation.last - begun) / max(1, tokens - 1))
+            if tokens > 1:
+                metrics.each().observe((generation.last - begun) / (tokens - 1))
             self._service_time += (now - started - self._service_time) * (0.2 if self._service_time else 1)
         fields |= {"tokens": tokens, "finish_reason": error or answer["finish_reason"]}
         told = " ".join(f"{name}={value}" for name, value in fields.items())

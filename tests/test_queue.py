@@ -472,14 +472,14 @@ async def test_each_eighth_place_goes_to_the_oldest() -> None:
     prompt = dccapi.build_prompt(dccapi.GenerateRequest(**COURSE), dccapi.Course(COURSE["content"]), "", {})
     async with serving(script=SLOW, max_concurrent_requests=1) as service:
         queue = service.queue
-        submitted = [queue.submit("a client", str(number), urgency) for number, urgency in enumerate([3, 6, *[1] * 8])]
+        submitted = [queue.submit("a client", str(number), urgency) for number, urgency in enumerate([6, *[1] * 8])]
         for generation in submitted:
             queue.ready(generation, prompt)
         while queue.running:
             queue.end(*queue.running, dccapi.Cancelled())
             await eventually(lambda: all(running.outcome is None for running in queue.running))
         order = sorted(submitted, key=lambda generation: generation.started)
-        assert [int(generation.request_id) for generation in order] == [0, 2, 3, 4, 5, 6, 7, 1, 8, 9]
+        assert [int(generation.request_id) for generation in order] == [1, 2, 3, 4, 5, 6, 7, 0, 8]
 
 
 async def test_a_document_that_is_read_at_a_stop_is_still_answered() -> None:

@@ -1061,8 +1061,8 @@ class Generation:
     created: float = field(default_factory=time.monotonic)
     started: float = 0.0  # 0 = it never left the queue
     begun: float = 0.0  # the first sign of life of its engine call: a token, or a thought
-    last: float = 0.0  # the last one; before the first one, when the engine was asked
-    allowance: float = 0.0  # seconds that other prompts add to its deadlines, which the engine has to read as well
+    last: float = 0.0  # the last one, or when silence last did not count; first, when the engine was asked
+    allowance: float = 0.0  # seconds that prompts which are read beside it add to its deadlines
 
     def append(self, piece: str) -> None:
         self.log.append(piece)
@@ -1297,7 +1297,7 @@ class GenerationQueue:
             await asyncio.sleep(0.1)  # these calls are closed, and the last events leave
 
     def check_admission(self, client: str) -> None:
-        """Raise ShuttingDown, TooManyRequests or QueueFull where this client may not ask now."""
+        """Raise ShuttingDown, TooManyRequests or QueueFull."""
         if self.draining:
             raise ShuttingDown
         active = [*self.documents, *(one.client for one in [*self.running, *self.waiting])].count(client)
@@ -1351,7 +1351,7 @@ class GenerationQueue:
     def end(self, generation: Generation, outcome: Answer | ApiError) -> None:
         """End a generation now, wherever it is; its engine call is closed. One that has ended stays as it is."""
         call = self.running.get(generation)
-        if generation.outcome is not None or (call and not call.cancel()):  # what its call has just come to, counts
+        if generation.outcome is not None or (call and not call.cancel()):  # what a call has come to counts
             return
         self.waiting.pop(generation, None)
         generation.outcome, generation.state, generation.position = outcome, "succeeded", 0

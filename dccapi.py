@@ -1021,6 +1021,7 @@ TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 LOOPS = "The language model wrote without end and was stopped. Try again, with another seed or a higher repeat_penalty."
 UNFINISHED = "The language model ended without finishing. Try again, with another seed or a lower temperature."
 CUT_OFF = "The language model reached max_tokens before the badge was complete. Try again with more max_tokens."
+STAYS = asyncio.Event()  # the follower who never leaves: one, however often an `Idempotency-Key` comes again
 
 
 class Usage(NamedTuple):
@@ -1031,24 +1032,17 @@ class Usage(NamedTuple):
     finish_reason: Literal["stop", "length"]
 
 
-STAYS = asyncio.Event()  # the follower who never leaves: one, however often an `Idempotency-Key` comes again
-
-
 @dataclass(eq=False)
 class Generation:
-    """One badge that was asked for: the log of what came of it, and its times by the event loop's clock.
-
-    `log` only grows, until there is an `outcome`. Event n is `log[n - 1]`, the last one the outcome. Any number of
-    followers read it, each at its own pace; they are woken by an asyncio.Event of their own.
-    """
+    """One badge that was asked for: the log of what came of it, for any number of followers, and its times."""
 
     client: str
     request_id: str
     urgency: int = 3  # RFC 9218: the lower number first
     prompt: Prompt | None = None  # once its course is read, until it has ended
     id: str = field(default_factory=lambda: secrets.token_urlsafe(16))
-    log: list[str] = field(default_factory=list)  # pieces of the badge's JSON, as they are written
-    outcome: Answer | ApiError | None = None
+    log: list[str] = field(default_factory=list)  # pieces of the badge's JSON; event n is log[n - 1]
+    outcome: Answer | ApiError | None = None  # the last event, after which nothing changes
     state: Literal["queued", "running", "succeeded", "failed", "cancelled"] = "queued"
     position: int = 0  # in the queue, from 1; 0 = running, done, or next as soon as its course is read
     followers: set[asyncio.Event] = field(default_factory=set)  # also who may come back; without any it is cancelled
@@ -1056,9 +1050,8 @@ class Generation:
     created: float = field(default_factory=time.monotonic)
     started: float = 0.0  # 0 = it never left the queue
     begun: float = 0.0  # the first sign of life of its engine call: a token, or a thought
-    last: float = 0.0  # the last one; before the first one, when the engine was asked
-    first_token: float = 0.0
-    beside: int = 0  # prompts of ours that the engine had to read at the same time
+    last: float = 0.0  # the last one, or when silence last did not count; first, when the engine was asked
+    allowance: float = 0.0  # seconds that prompts which are read beside it add to its deadlines
 
     def append(self, piece: str) -> None:
         self.log.append(piece)
@@ -1113,7 +1106,6 @@ class Writer:
                 generation.begun = generation.begun or generation.last
                 if not piece:
                     continue
-                generation.first_token = generation.first_token or generation.last
                 if text := feed(piece[:MAX_OUTPUT_CHARS]):
                     generation.append(text)
                 count += 1
@@ -1251,14 +1243,13 @@ class GenerationQueue:
         self.running: dict[Generation, asyncio.Task[Answer]] = {}  # a worker each, until the engine call is closed
         self.draining = False
         self.waiting: dict[Generation, None] = {}  # in order of arrival
-        self.reading_clients: list[str] = []  # an entry for each document that is read without a generation
+        self.documents: list[str] = []  # the client of each one that is read without a generation
         self._starts = 0
         self.known: dict[str, Generation] = {}
         self._finished: dict[Generation, int] = {}  # and about how many bytes it keeps
         self.keys: dict[tuple[str, str | None], tuple[bytes, Generation]] = {}  # by client and `Idempotency-Key`
         self._service_time = 0.0  # of a generation, in seconds; the newest count most
-        self._read_until = 0.0  # when the engine had read the last prompt of an ended call
-        self._telling: asyncio.TimerHandle | None = None
+        self._telling: asyncio.TimerHandle | None = None  # a thousand are told twice a second: each is a write
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -1282,31 +1273,27 @@ class GenerationQueue:
             await asyncio.sleep(0.1)  # these calls are closed, and the last events leave
 
     def check_admission(self, client: str) -> None:
-        """Raise what `submit` would raise for this client now."""
-        most = self.settings.max_per_client
-        active = [*self.reading_clients, *(one.client for one in [*self.running, *self.waiting])].count(client)
+        """Raise ShuttingDown, TooManyRequests or QueueFull."""
         if self.draining:
             raise ShuttingDown
-        if active >= most:
-            told = f"You have {active} generations in flight; {most} are allowed. Wait for one to finish or cancel one."
-            raise TooManyRequests(told, retry_after=self.estimated_wait(1))
+        active = [*self.documents, *(one.client for one in [*self.running, *self.waiting])].count(client)
+        if active >= self.settings.max_per_client:
+            raise TooManyRequests(f"You have {active} generations in flight, the most allowed. Wait, or cancel one.")
         if self.full:
             raise QueueFull(retry_after=self.estimated_wait(len(self.waiting) + 1))
 
     def submit(self, client: str, request_id: str, urgency: int = 3) -> Generation:
-        """Give a generation its place, before its course is read. Raises ShuttingDown, TooManyRequests or QueueFull."""
+        """Give a generation its place, before its course is read. Raises what `check_admission` does."""
         self.check_admission(client)
         generation = Generation(client, request_id, urgency)
         self.known[generation.id] = generation
         self.waiting[generation] = None
-        generation.position = max(0, sum(other.urgency <= urgency for other in self.waiting) - self._idle_workers)
         generation.timer = self._loop.call_later(OVERTAKEN_AFTER, self._dispatch)
         return generation
 
     def ready(self, generation: Generation, prompt: Prompt) -> None:
         """Its course is read. Raises ContentTooLong where that cannot fit, nor be condensed."""
-        error = prompt.refusal(self.engine.context)
-        if error and not error.condense_to:
+        if (error := prompt.refusal(self.engine.context)) and not error.condense_to:
             raise error
         if generation.outcome is None:  # it may have been ended meanwhile
             generation.prompt = prompt
@@ -1316,11 +1303,11 @@ class GenerationQueue:
     def reading(self, client: str) -> Iterator[None]:
         """A document is read without a generation; it counts as one in flight."""
         self.check_admission(client)
-        self.reading_clients.append(client)
+        self.documents.append(client)
         try:
             yield
         finally:
-            self.reading_clients.remove(client)
+            self.documents.remove(client)
 
     @contextlib.contextmanager
     def following(self, generation: Generation, grace: float = 0) -> Iterator[asyncio.Event]:
@@ -1337,141 +1324,122 @@ class GenerationQueue:
         if not generation.followers:
             self.end(generation, Cancelled())
 
-    def end(self, generation: Generation, reason: ApiError) -> None:
+    def end(self, generation: Generation, outcome: Answer | ApiError) -> None:
         """End a generation now, wherever it is; its engine call is closed. One that has ended stays as it is."""
-        task = self.running.get(generation)
-        if generation.outcome is None and (task is None or task.cancel()):
-            self.waiting.pop(generation, None)
-            self._finish(generation, reason)
-            self._dispatch()
-
-    @property
-    def full(self) -> bool:
-        return len(self.waiting) + len(self.reading_clients) >= self.settings.max_queue + self._idle_workers
-
-    @property
-    def _idle_workers(self) -> int:
-        return self.settings.workers - len(self.running)
-
-    def estimated_wait(self, position: int) -> float:
-        """Seconds until the generation at this position runs, from the measured service time."""
-        return round(position * (self._service_time or 20) / self.settings.workers, 1)  # 20 s until one is measured
-
-    def _next(self) -> Generation | None:
-        """The next in order, read or not; each eighth time the oldest, however urgent: a catalogue gets on as well.
-
-        One whose course takes long to read is overtaken, but not by what came at the same moment.
-        """
-        order = self.waiting if self._starts % 8 == 7 else sorted(self.waiting, key=lambda one: one.urgency)
-        return next((one for one in order if one.prompt or time.monotonic() - one.created < OVERTAKEN_AFTER), None)
-
-    def _dispatch(self) -> None:
-        """The queue has changed: start what waits while workers are idle, and tell the rest their positions soon."""
-        while self._idle_workers and (generation := self._next()) and generation.prompt:
-            del self.waiting[generation]
-            self._starts += 1
-            generation.state, generation.position, generation.started = "running", 0, time.monotonic()
-            being_read = [other for other in self.running if not other.begun]
-            generation.beside = len(being_read)
-            for other in being_read:
-                other.beside += 1
-            task = self._loop.create_task(self.writer.write(generation), name=f"call {generation.id[:8]}")
-            task.add_done_callback(partial(self._closed, generation))
-            self.running[generation] = task
-            generation.timer = self._loop.call_later(0, self._expire, generation)
-            generation.wake()
-        if self._telling is None:  # a thousand are told twice a second, since each is a write
-            self._telling = self._loop.call_later(len(self.waiting) / 2000, self._tell)
-
-    def _tell(self) -> None:
-        self._telling = None
-        for number, generation in enumerate(sorted(self.waiting, key=lambda one: one.urgency), 1):
-            generation.position = max(0, number - self._idle_workers)  # they take the first at once
-            generation.wake()
-
-    def _expire(self, generation: Generation) -> None:
-        """End an engine call when a deadline passes. Tokens set no timer: they are too many.
-
-        A CPU reads prompts one after another or in turns, and writes next to nothing meanwhile. So each prompt that is
-        read beside this one adds FIRST_TOKEN_TIMEOUT, and while one is read no silence counts.
-        """
-        settings, now = self.settings, time.monotonic()
-        allowance = settings.first_token_timeout * min(generation.beside, settings.workers - 1)
-        end = generation.started + settings.generation_timeout + allowance
-        last = end, "GENERATION_TIMEOUT allows to finish. Try again later, or with a lower max_tokens."
-        first = generation.last + settings.first_token_timeout + allowance
-        sooner = first, "FIRST_TOKEN_TIMEOUT allows to begin. Try again later, or with less content."
-        if generation.begun:
-            others = [other.begun or now for other in self.running if other is not generation]
-            silence = max([generation.last, self._read_until, *others]) + settings.token_timeout
-            sooner = silence, "TOKEN_TIMEOUT allows between two tokens. Try again later."
-        due, allowed = min(last, sooner)
-        if due <= now:
-            told = f"The language model took longer than {allowed}"
-            self.end(generation, EngineTimeout(told, retry_after=self.estimated_wait(1)))
-        else:  # after the first token the next deadline may be earlier, but not earlier than TOKEN_TIMEOUT
-            generation.timer = self._loop.call_at(min(due, now + settings.token_timeout), self._expire, generation)
-
-    def _closed(self, generation: Generation, task: asyncio.Task[Answer]) -> None:
-        """An engine call is closed, which frees its worker. An unforeseen exception is told as an engine error."""
-        self._read_until = max(self._read_until, generation.begun or time.monotonic())
-        outcome = ShuttingDown() if task.cancelled() else task.exception() or task.result()
-        if not isinstance(outcome, dict | ApiError):
-            log.error("generation %s failed: %s", generation.id[:8], described(outcome))
-            outcome = EngineError()
-        del self.running[generation]
-        self._loop.call_soon(self._dispatch)  # so that a fault of what follows keeps no worker from the next
-        if generation.outcome is None:
-            self._finish(generation, outcome)
-
-    def _finish(self, generation: Generation, outcome: Answer | ApiError) -> None:
-        now = time.monotonic()
-        generation.outcome, generation.position = outcome, 0
+        call = self.running.get(generation)
+        if generation.outcome is not None or (call and not call.cancel()):  # what a call has come to counts
+            return
+        self.waiting.pop(generation, None)
+        generation.outcome, generation.state, generation.position = outcome, "succeeded", 0
         generation.wake()
         generation.prompt = None  # it holds the course, which no view needs
         generation.timer.cancel()
-        if isinstance(outcome, dict):
-            generation.state, newest = "succeeded", now - generation.started - self._service_time
-            self._service_time += newest * (0.2 if self._service_time else 1)
-        else:
+        if isinstance(outcome, ApiError):
             generation.state = "cancelled" if isinstance(outcome, Cancelled) else "failed"
             outcome.__traceback__ = outcome.__cause__ = outcome.__context__ = None  # their frames hold the course
         generation.timer = self._loop.call_later(self.settings.result_ttl, self._forget, generation)
         self._finished[generation] = 4096 + 2 * sum(map(sys.getsizeof, generation.log))  # the answer repeats the text
         while len(self._finished) > MAX_FINISHED or sum(self._finished.values()) > MAX_FINISHED_BYTES:
             self._forget(next(iter(self._finished)))
-        self._record(generation, outcome, now)
+        self._record(generation, outcome)
+        self._dispatch()
+
+    @property
+    def full(self) -> bool:
+        return len([*self.documents, *self.waiting, *self.running]) >= self.settings.max_queue + self.settings.workers
+
+    def estimated_wait(self, position: int) -> float:
+        """Seconds until the generation at this position runs, from the measured service time."""
+        return round(position * (self._service_time or 20) / self.settings.workers, 1)  # 20 s until one is measured
+
+    def _next(self) -> Generation | None:
+        """The next in order, read or not; each eighth time the oldest, however urgent: a catalogue gets on as well."""
+        order = self.waiting if self._starts % 8 == 7 else sorted(self.waiting, key=lambda one: one.urgency)
+        # One whose course takes long to read is overtaken, but not by what came at the same moment.
+        return next((one for one in order if one.prompt or time.monotonic() - one.created < OVERTAKEN_AFTER), None)
+
+    def _dispatch(self) -> None:
+        """The queue has changed: start what waits while workers are idle, and tell the rest their positions soon."""
+        while len(self.running) < self.settings.workers and (generation := self._next()) and generation.prompt:
+            del self.waiting[generation]
+            self._starts += 1
+            generation.state, generation.position, generation.started = "running", 0, time.monotonic()
+            call = self.running[generation] = self._loop.create_task(self.writer.write(generation))
+            call.add_done_callback(partial(self._closed, generation))
+            generation.timer = self._loop.call_later(0, self._expire, generation)
+            generation.wake()
+        idle = self.settings.workers - len(self.running)  # they take the first at once
+        for number, generation in enumerate(sorted(self.waiting, key=lambda one: one.urgency), 1 - idle):
+            generation.position = max(0, number)
+        self._telling = self._telling or self._loop.call_later(len(self.waiting) / 2000, self._tell)
+
+    def _tell(self) -> None:
+        self._telling = None
+        for generation in self.waiting:
+            generation.wake()
+
+    def _expire(self, generation: Generation) -> None:
+        """End an engine call that is past a deadline, or look again later. Tokens set no timer: they are too many.
+
+        A CPU reads prompts one after another or in turns, and writes next to nothing meanwhile. So each prompt that is
+        read beside this one adds FIRST_TOKEN_TIMEOUT, and while one is read no silence counts.
+        """
+        settings, now = self.settings, time.monotonic()
+        being_read = sum(not other.begun for other in self.running if other is not generation)
+        generation.allowance = max(generation.allowance, being_read * settings.first_token_timeout)
+        due = generation.last + settings.first_token_timeout + generation.allowance
+        limit = "FIRST_TOKEN_TIMEOUT allows to begin. Try again later, or with less content."
+        if generation.begun:
+            generation.last = now if being_read else generation.last
+            due = generation.last + settings.token_timeout
+            limit = "TOKEN_TIMEOUT allows between two tokens. Try again later."
+        last = generation.started + settings.generation_timeout + generation.allowance
+        if last < due:
+            due, limit = last, "GENERATION_TIMEOUT allows to finish. Try again later, or with a lower max_tokens."
+        if due <= now:
+            self.end(generation, EngineTimeout(f"The language model took longer than {limit}", self.estimated_wait(1)))
+        else:  # soon enough to see which prompts are read meanwhile
+            generation.timer = self._loop.call_at(min(due, now + settings.token_timeout / 4), self._expire, generation)
+
+    def _closed(self, generation: Generation, call: asyncio.Task[Answer]) -> None:
+        """An engine call is closed, which frees its worker. An unforeseen exception is told as an engine error."""
+        del self.running[generation]
+        self._loop.call_soon(self._dispatch)  # so that a fault of what follows keeps no worker from the next
+        outcome = ShuttingDown() if call.cancelled() else call.exception() or call.result()
+        if not isinstance(outcome, dict | ApiError):
+            log.error("generation %s failed: %s", generation.id[:8], described(outcome))
+            outcome = EngineError()
+        self.end(generation, outcome)
 
     def _forget(self, generation: Generation) -> None:
         generation.timer.cancel()
         del self._finished[generation], self.known[generation.id]
         self.keys = {key: known for key, known in self.keys.items() if known[1] is not generation}
 
-    def _record(self, generation: Generation, outcome: Answer | ApiError, now: float) -> None:
+    def _record(self, generation: Generation, outcome: Answer | ApiError) -> None:
         """Log and count what a generation came to."""
-        settings, metrics, started, first = self.settings, self.metrics, generation.started, generation.first_token
-        code, answer = (outcome.code, {}) if isinstance(outcome, ApiError) else ("", outcome)
+        settings, metrics, now = self.settings, self.metrics, time.monotonic()
+        started, begun = generation.started or now, generation.begun
+        error, answer = (outcome.code, {}) if isinstance(outcome, ApiError) else ("", outcome)
         usage = answer.get("usage", {})
-        written = usage.get("completion_tokens", len(generation.log))
-        queue_seconds, seconds = (started or now) - generation.created, now - (started or now)
-        name = generation.id[:8]  # the whole of it opens its events to who has no key
-        fields: dict[str, Any] = {"request_id": generation.request_id, "state": generation.state, "generation": name}
+        tokens = usage.get("completion_tokens", len(generation.log))
+        # The whole id would open its events to who has no key.
+        fields: dict[str, Any] = {"request_id": generation.request_id, "generation": generation.id[:8]}
         fields |= {"engine": settings.engine, "model": settings.model, "client": generation.client}
-        fields |= {"queue_seconds": round(queue_seconds, 3), "seconds": round(seconds, 3)}
-        metrics.generations.labels(code or "succeeded", generation.client if settings.keys else "").inc()
-        if started:
-            metrics.wait().observe(queue_seconds)
-            metrics.duration(code).observe(seconds)
-        if first:
-            fields["first_token_seconds"] = round(first - started, 3)
-            metrics.first().observe(first - started)
+        fields |= {"queue_seconds": round(started - generation.created, 3), "seconds": round(now - started, 3)}
+        metrics.generations.labels(error or "succeeded", generation.client if settings.keys else "").inc()
+        if generation.started:
+            metrics.wait().observe(fields["queue_seconds"])
+            metrics.duration(error).observe(fields["seconds"])
         if usage:
-            fields["prompt_tokens"] = usage["prompt_tokens"]
+            fields["first_token_seconds"] = round(begun - started, 3)
+            metrics.first().observe(fields["first_token_seconds"])
             metrics.tokens("input").observe(usage["prompt_tokens"])
-            metrics.tokens("output").observe(written)
-            if written > 1:
-                metrics.each().observe((generation.last - first) / (written - 1))
-        fields |= {"tokens": written, "finish_reason": code or answer["finish_reason"]}
+            metrics.tokens("output").observe(tokens)
+            if tokens > 1:
+                metrics.each().observe((generation.last - begun) / (tokens - 1))
+            self._service_time += (now - started - self._service_time) * (0.2 if self._service_time else 1)
+        fields |= {"tokens": tokens, "finish_reason": error or answer["finish_reason"]}
         told = " ".join(f"{name}={value}" for name, value in fields.items())
         log.info(f"generation {told}", extra={"fields": {"message": "generation", **fields}})
 

@@ -625,6 +625,19 @@ async def test_a_badge_lives_while_the_engine_reads_other_courses() -> None:
         assert (await connection.response(reading)).status == 200
 
 
+async def test_a_badge_lives_on_after_a_client_has_left_whose_course_was_read_beside_it() -> None:
+    script = Script(pieces=split(badge_json(), 2), delay=1.5)
+    async with serving(script=script, token_timeout=1.2) as service, await service.connect() as connection:
+        writing = await connection.request("POST", "/generate", body=COURSE)
+        await service.engine.wait_for_calls(1)
+        service.engine.script = lambda body, index: Script(gate=asyncio.Event())
+        reading = await connection.request("POST", "/generate", body=COURSE)
+        await service.engine.wait_for_calls(2)
+        await asyncio.sleep(0.9)
+        connection.reset(reading)
+        assert (await connection.response(writing)).status == 200
+
+
 async def test_prompts_that_are_read_at_once_wait_for_each_other() -> None:
     async with (
         serving(

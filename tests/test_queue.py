@@ -472,29 +472,25 @@ async def test_two_thousand_generations_half_of_them_abandoned_leave_nothing() -
 
 
 async def test_each_eighth_place_goes_to_the_oldest() -> None:
-    settings = dccapi.Settings(max_concurrent_requests=1)
-    queue = dccapi.GenerationQueue(settings, dccapi.OllamaEngine(settings), dccapi.Readers())
-    await queue.start()
-    try:
-        queue.running[dccapi.Generation("a", "0")] = None  # the worker is busy
-        prompt = dccapi.build_prompt(dccapi.GenerateRequest(**COURSE), dccapi.Course(COURSE["content"]), "", {})
-        oldest, urgent = queue.submit("a", "1", 6), queue.submit("b", "2", 1)
-        for generation in (oldest, urgent):
+    prompt = dccapi.build_prompt(dccapi.GenerateRequest(**COURSE), dccapi.Course(COURSE["content"]), "", {})
+    async with serving(script=SLOW, max_concurrent_requests=1) as service:
+        queue = service.queue
+        submitted = [queue.submit("a client", str(number), urgency) for number, urgency in enumerate([6, *[1] * 8])]
+        for generation in submitted:
             queue.ready(generation, prompt)
-        assert queue._next() is urgent
-        queue._starts = 7
-        assert queue._next() is oldest
-        queue.running.clear()
-    finally:
-        await queue.stop()
+        while queue.running:
+            queue.end(*queue.running, dccapi.Cancelled())
+            await eventually(lambda: all(running.outcome is None for running in queue.running))
+        order = sorted(submitted, key=lambda generation: generation.started)
+        assert [int(generation.request_id) for generation in order] == [1, 2, 3, 4, 5, 6, 7, 0, 8]
 
 
 async def test_a_document_that_is_read_at_a_stop_is_still_answered() -> None:
     async with serving() as service:
         with service.queue.reading("a client"):
-            assert service.queue.reading_clients == ["a client"]
+            assert service.queue.documents == ["a client"]
             await service.queue.drain()
-        assert service.queue.reading_clients == []
+        assert service.queue.documents == []
 
 
 async def test_a_document_that_is_read_holds_up_no_generation() -> None:

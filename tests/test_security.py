@@ -416,7 +416,7 @@ async def test_a_generation_that_succeeded_as_it_was_cancelled_has_succeeded_for
         assert len(service.engine.calls) == 1
 
 
-@pytest.mark.parametrize("place", ["_expire", "_finish", "_record"])
+@pytest.mark.parametrize("place", ["_expire", "end", "_record"])
 async def test_a_worker_survives_a_fault_of_its_bookkeeping(place: str) -> None:
     async with serving(max_concurrent_requests=1) as service:
         method, faults = getattr(service.queue, place), iter([True])

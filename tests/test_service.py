@@ -273,12 +273,14 @@ async def test_responses_carry_security_headers() -> None:
             assert headers["referrer-policy"] == "no-referrer"
 
 
-async def test_what_reads_as_json_is_json_whatever_its_type_is_said_to_be() -> None:
+async def test_json_that_curl_sends_as_a_form_is_taken_and_json_of_other_types_is_not() -> None:
     async with serving() as service:
         body = json.dumps(COURSE).encode()
         headers = [("content-type", "application/x-www-form-urlencoded")]  # as `curl -d` says
         assert (await ask(service, body, headers=headers)).status == 200
         problem_in(await ask(service, body[:-1], headers=headers), 415, "unsupported_media_type")
+        xml = [("content-type", "application/xml")]
+        problem_in(await ask(service, body, headers=xml), 415, "unsupported_media_type")
 
 
 # --- OpenAPI ---

@@ -582,18 +582,17 @@ _CLOSES, _OPENS = _TAGS.replace("~", "/") + "|" + _ENDS, _TAGS.replace("~", "") 
 MARK = re.compile(rf"(?i)(?P<closes>{_CLOSES})|(?P<opens>{_OPENS})|\{{(?=\s*\")|(?P<begun>\{{\s*\Z)")
 LONGEST_MARK = 64
 MAX_WASTED = 2**19  # characters of the objects of one text that are read and are no badge: they may lie in each other
-MAX_DEPTH = 8  # of objects around the badge
 NOT_PROSE = re.compile(r"[\W_]*+(?:json)?+[\W_]*+", re.I)  # before an object: nothing, or the fence of a code block
 BULLET = re.compile(r"\A\s*(?:[-*•·.]\s+)?")
-FULL_STOP = re.compile(r"(?<=[^\s.!?…])[.!?。！？।]\Z")
-PLAIN = re.compile(r'[^"\\<&]+\Z')
+PLAIN = re.compile(r'[^"\\<&]*[^"\\<& ]\Z')
 # Of a JSON text: the next mark, or the first character of a number or a word. Commas do not matter.
 AHEAD = re.compile(r'[\s,]++|(?<=[^\s,:"\[\]{}])[^\s,:"\[\]{}]++|([^\s,])')
-BRACES = re.compile(r"[\s,{]++|(?=([^\s,{]))")  # at the beginning of an object, which some models open twice
-# Of a JSON string: its end, a run of characters, or an escape sequence once it is whole, both halves of a pair.
-_HIGH, _LOW = r"\\u[dD][89abAB][\da-fA-F]{2}", r"\\u[dD][c-fC-F][\da-fA-F]{2}"
-_BEGUN = rf"(?:\\(?:u[\da-fA-F]{{0,3}})?|{_HIGH}(?:\\(?:u[\da-fA-F]{{0,3}})?)?)\Z"
-CHARACTERS = re.compile(rf'(?s)("|[^"\\]+|(?!{_BEGUN})(?:{_HIGH}{_LOW}|\\u[\da-fA-F]{{4}}|\\.))')
+# Of a JSON string: its end, a run of characters, or an escape sequence once it is whole, both halves of a pair; each
+# with the white space before it. So that at the end of a text is left out, as is what is longer than any text has.
+_BLANK, _HIGH = r"(?:\s|\\[nrt])", r"(?:\\u[dD][89abAB][\da-fA-F]{2})?"
+_BEGUN = rf"{_HIGH}(?:\\(?:u[\da-fA-F]{{0,3}})?)?\Z"
+_SHOWN = rf'{_BLANK}{{0,200}}+(?:[^"\\\s]|(?!{_BEGUN})(?:{_HIGH}\\u[\da-fA-F]{{4}}|\\.))'
+CHARACTERS = re.compile(rf'(?s)("|[^"\\]*[^"\\\s]|{_SHOWN})|{_BLANK}++(?=")|{_BLANK}{{200,}}+')
 NOT_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 FEWEST_TO_SIFT, FEWEST_OF_TINY = 40, 12  # words of a course; a tiny model's own sentences are worth less
 
@@ -624,7 +623,7 @@ class Draft:
         self._text, self._at = "", 0  # of the model, and how far it is read
         self._plain: list[str] = []  # pieces that are read and said, but not put together yet: tokens are many
         self._wasted = 0  # characters of objects that were no badge
-        self._said = ""  # what is written of a text
+        self._said = self._stop = ""  # what is written of a text, and a full stop that waits for what follows
         self._is_told = False  # whether the object that was read last is told as it is written
         self._is_plain = self._has_told = self._has_ended = self._is_cut = False
         self._run = self._document()
@@ -632,7 +631,7 @@ class Draft:
     def feed(self, piece: str) -> str:
         """What this piece of the model's text adds to the JSON of the badge. Raises InvalidModelOutput."""
         # Most pieces are like this: there is nothing to decode, to trim or to end in them.
-        if self._is_plain and piece.isprintable() and piece[-1:] != " " and PLAIN.match(piece):
+        if self._is_plain and piece.isprintable() and PLAIN.match(piece):
             self._plain.append(piece)
             return piece if self._is_told else ""
         said = "".join(self._plain)
@@ -680,7 +679,7 @@ class Draft:
         self._is_told = not self._has_told and self._place != "prose"
         self._tell(self.joint + orjson.dumps(self._kept).decode()[1:-1], ", " if self._kept else "")
         with contextlib.suppress(InvalidModelOutput):
-            yield from self._object({name: name for name in Badge.model_fields})
+            yield from self._object()
         try:
             self.badge = Badge.model_validate(self._fields)
             self.badge._tags = tuple(NOT_TEXT.sub("", self._sieve.bare(tag)) for tag in self._tags)
@@ -690,25 +689,26 @@ class Draft:
             if self._wasted > MAX_WASTED:
                 raise InvalidModelOutput from None
 
-    def _object(self, names: Mapping[str, str], depth: int = 0) -> Iterator[bool]:
-        """The rest of an object; `names` has the fields of the badge by the keys that they have in it."""
-        yield from self._next(BRACES)
-        while (mark := (yield from self._next(AHEAD))) == '"':
-            key = yield from self._string()
-            if (yield from self._next(AHEAD)) != ":":
-                break
-            name, first = names.get(key, ""), (yield from self._next(AHEAD))
-            if first == "{" and depth < MAX_DEPTH and (name == "criteria" or self._fields == self._kept):
-                # Where no field came before it, the badge may be in there.
-                yield from self._object({"narrative": name} if name == "criteria" else names, depth + 1)
-            elif name and name not in self._fields:
+    def _object(self) -> Iterator[bool]:
+        """The rest of an object. Where no field came before it, the badge may be in an object of its own in there."""
+        depth = 1
+        while depth:
+            mark = yield from self._next(AHEAD)
+            if mark == "}" or self._text.startswith("{{", self._at - 2):  # some models write each brace twice
+                depth += -1 if mark == "}" else 1
+                continue
+            key = (yield from self._string()) if mark == '"' else ""
+            if mark != '"' or (yield from self._next(AHEAD)) != ":":
+                self._at -= 1  # a mark of thoughts may begin there
+                raise InvalidModelOutput
+            name, first = "criteria" if key == "narrative" else key, (yield from self._next(AHEAD))
+            if first == "{" and (name == "criteria" or self._fields == self._kept):
+                depth += 1
+            elif name in Badge.model_fields and name not in self._fields:
                 yield from self._field(name, first)
             else:
-                are_tags = first == "[" and re.fullmatch("tags?|skills", key)
+                are_tags = first == "[" and key in ("skills", "tags")
                 yield from self._strings(first, self._tags if are_tags else [])
-        if mark != "}":
-            self._at -= 1  # a mark of thoughts may begin there
-            raise InvalidModelOutput
 
     def _field(self, name: str, first: str) -> Iterator[bool]:
         """A text, or a list of texts, of the badge."""
@@ -736,28 +736,26 @@ class Draft:
             raise InvalidModelOutput
         if name == "badge_description" and self._institution:
             mention = rf"(?<!\w){re.escape(self._institution.casefold())}(?!\w)"  # MIT is not in "submit"
-            if not re.search(mention, f"{self._fields.get('badge_name')} {self._said}".casefold()):
+            if not re.search(mention, f"{self._fields.get('badge_name')} {self._said}{self._stop}".casefold()):
                 self._write(f" ({self._institution})")
         self._write(self._stop)
         self._tell(closing, ", ")
         self._fields[name] = {"narrative": self._said} if name == "criteria" else self._said
 
     def _string(self, write: bool = False) -> Generator[bool, None, str]:
-        """The rest of a string: written, trimmed, as it comes, or else returned; "" where a token limit cut it."""
-        text = ""  # all of it, or what is not written yet: white space before more text, and markup until it ends
+        """The rest of a string: written as it comes, or else returned; "" where a token limit cut it."""
+        text = ""  # all of it, or of one that is written the markup that has not ended
         while (part := (yield from self._next(CHARACTERS, bool(write and self._said and not text)))) not in ("", '"'):
-            if part[0] == "\\":
+            if "\\" in part:
                 with contextlib.suppress(ValueError):  # a backslash that escapes nothing stays
-                    part = json.loads(f'"{part}"')  # which takes half a surrogate pair as well
+                    part = json.loads(f'"{part}"', strict=False)  # which takes half a surrogate pair as well
             text += part
             if write:
                 at = self._sieve.unfinished(text)
-                bare = self._sieve.bare(text[:at])
-                said = bare.rstrip()
-                self._write(said if self._said else said.lstrip())
-                text = bare[len(said) :][:MAX_BLANK_RUN] + text[at:]
+                bare, text = self._sieve.bare(text[:at]), text[at:]
+                self._write(bare if self._said else bare.lstrip())
         if write:
-            self._write(text.rstrip())
+            self._write(text)
         return text if part else ""
 
     def _strings(self, mark: str, texts: list[str], name: str = "") -> Iterator[bool]:
@@ -766,7 +764,7 @@ class Draft:
         while True:
             depth += (mark in "[{") - (mark in "]}")
             if mark == '"':
-                text = BULLET.sub("", (yield from self._string())).rstrip()
+                text = BULLET.sub("", (yield from self._string()))
                 if depth == 1 and text:
                     texts.append(text)
                     if name:
@@ -789,12 +787,12 @@ class Draft:
                 if self._is_cut and self.badge is None:
                     return "" if pattern is CHARACTERS else "]"
                 raise InvalidModelOutput
-            yield is_plain and self._at == len(self._text)  # else an escape sequence has begun
+            yield is_plain and self._at == len(self._text)  # else white space or an escape sequence has begun
 
     def _add(self, name: str, text: str) -> None:
-        """One text of a list. The full stop of a sentence waits, since an institution may come before it."""
+        """One text of a list. Its full stop waits, since an institution may come before it."""
         if text:
-            rest = FULL_STOP.sub("", text)
+            rest = text.rstrip(".!?。！？।")
             bullet, joint = ("- ", "\n") if name == "criteria" else ("", " ")
             self._write(self._stop + (joint if self._said else "") + bullet + rest)
             self._stop = text[len(rest) :]

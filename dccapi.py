@@ -482,12 +482,12 @@ class Prompt:
         """About as many as it has."""
         return max(self.words * 4 // 3, len((self.system + self.user).encode()) // 4)
 
-    def refusal(self, context: int | None) -> ContentTooLong | None:
-        """Why it is not sent: it cannot fit, or it leaves an answer no room and can be condensed."""
+    def check(self, context: int | None) -> None:
+        """Raise ContentTooLong where it cannot fit, and where it leaves an answer no room but can be condensed."""
         if context and self.tokens > context - min(self.sampling["max_tokens"], context // 4):
             error = too_long(self, context)
-            return error if self.words > context or error.condense_to else None
-        return None
+            if self.words > context or error.condense_to:
+                raise error
 
 
 def build_prompt(request: GenerateRequest, course: Course, system: str, defaults: Mapping[str, Any]) -> Prompt:
@@ -535,8 +535,8 @@ def skills_in(tags: Sequence[str], prompt: Prompt) -> list[str]:
     names = [" ".join(tag.split()).strip(" .,;:-*•") for tag in tags if len(tag) <= 80 and len(tag.split()) <= 6]
     if request.language in (None, course.language):
         names = [name for name in names if review.title_is_from_course(name, course.grounds, options)]
-    spelled = {name.casefold(): name for name in reversed(names)}  # as it was spelled first
-    return [spelled[key] for key in dict.fromkeys(map(str.casefold, names))][:8] if request.skills else []
+    each = reversed({name.casefold(): name for name in reversed(names)}.values())  # as it was spelled first
+    return [*each][:8] if request.skills else []
 
 
 def too_long(prompt: Prompt, limit: int | None, tokens: int | None = None, answer: int | None = None) -> ContentTooLong:
@@ -547,22 +547,21 @@ def too_long(prompt: Prompt, limit: int | None, tokens: int | None = None, answe
     """
     instructions, words = len(prompt.system.encode()) // 4, word_count(prompt.user.partition("</course>")[0]) - 1
     about, tokens = "" if tokens else "about ", tokens or max(prompt.tokens, (limit or 0) + 1)
-    has = f"The request has {about}{tokens} tokens"
-    members: dict[str, Any] = {"prompt_tokens": tokens, "content_words": words}
-    advice = "Shorten the content, or write a badge for each part of the course."
+    has, advice = f"The request has {about}{tokens} tokens", "or write a badge for each part of the course."
+    figures: dict[str, Any] = {"prompt_tokens": tokens, "content_words": words}
     if not limit:
-        return ContentTooLong(f"{has}, more than the model's context holds. {advice}", **members)
+        return ContentTooLong(f"{has}, more than the model's context holds. Shorten the content, {advice}", **figures)
     room = max(0, limit - min(answer or limit, limit // 4) - instructions)  # a quarter for the answer
     fits = min(words * 3 // 4, room * 3 // 4, words * room // max(1, tokens - instructions))
-    advice = advice.replace("content", f"content to about {fits} words")
-    if not fits:
-        advice = "Its operator has to give it a larger context: the instructions alone take most of this one."
+    advice = f"Shorten the content to about {fits} words, {advice}"
     if answer and tokens <= limit:
         has += f" and asks for up to {answer} more"
-        if limit - tokens >= limit // 4:
-            fits, advice = words, f"Lower max_tokens to {limit - tokens}."
+    if answer and limit - tokens >= limit // 4:
+        fits, advice = words, f"Lower max_tokens to {limit - tokens}."
+    elif not fits:
+        advice = "Its operator has to give it a larger context: the instructions alone take most of this one."
     detail = f"{has}; the model's context holds {limit}, its instructions and its answer included. {advice}"
-    error = ContentTooLong(detail, context_tokens=limit, content_words_that_fit=fits, **members)
+    error = ContentTooLong(detail, context_tokens=limit, content_words_that_fit=fits, **figures)
     error.condense_to = fits if fits >= FEWEST_WORDS and prompt.request.long_content == "condense" else 0
     return error
 
@@ -583,8 +582,8 @@ MARK = re.compile(rf"(?i)(?P<closes>{_CLOSES})|(?P<opens>{_OPENS})|\{{(?=\s*\")|
 LONGEST_MARK = 64
 MAX_WASTED = 2**19  # characters of the objects of one text that are read and are no badge: they may lie in each other
 NOT_PROSE = re.compile(r"[\W_]*+(?:json)?+[\W_]*+", re.I)  # before an object: nothing, or the fence of a code block
-BULLET = re.compile(r"\A\s*(?:[-*•·.]\s+)?")
-PLAIN = re.compile(r'[^"\\<&]*[^"\\<& ]\Z')
+BULLET = re.compile(r"\A[-*•·.]\s+")
+PLAIN = re.compile(r'[^"\\]*[^"\\ ]\Z')
 # Of a JSON text: the next mark, or the first character of a number or a word. Commas do not matter.
 AHEAD = re.compile(r'[\s,]++|(?<=[^\s,:"\[\]{}])[^\s,:"\[\]{}]++|([^\s,])')
 # Of a JSON string: its end, a run of characters, or an escape sequence once it is whole, both halves of a pair; each
@@ -603,14 +602,12 @@ class Draft:
     Sans I/O: generators read the text. Where they need more of it, they yield whether a piece may be taken as it is.
 
     What is returned is, put together, the JSON of the badge: the fields that are `kept`, then those that the model
-    writes, in its order. Texts are trimmed; a list of sentences becomes a paragraph, a list of items a Markdown list.
-    An institution that is not mentioned is appended to the description: small models forget it. Commas, other fields,
-    objects around the badge, and what follows its last field do not matter.
+    writes, in its order. A list of sentences becomes a paragraph, a list of items a Markdown list. An institution that
+    is not mentioned is appended to the description: small models forget it.
 
-    An object that comes first, or after the thoughts, is told as it is written. One that stands behind prose may be
-    an idea within thoughts whose opening mark is missing (DeepSeek-R1's template writes that mark itself), so it is
-    told at the end. The badge is the one that was told whole, unless thoughts end behind it, or else the last whole one
-    after the thoughts.
+    An object that comes first, or after the thoughts, is told as it is written. One behind prose may be an idea within
+    thoughts without an opening mark (DeepSeek-R1's template writes that mark itself), so it is told at the end. The
+    badge is the one that was told whole, unless thoughts end behind it, or else the last whole one after the thoughts.
     """
 
     def __init__(self, kept: Mapping[str, Any] = {}, institution: str = "", sieve: Sieve | None = None) -> None:
@@ -707,8 +704,7 @@ class Draft:
             elif name in Badge.model_fields and name not in self._fields:
                 yield from self._field(name, first)
             else:
-                are_tags = first == "[" and key in ("skills", "tags")
-                yield from self._strings(first, self._tags if are_tags else [])
+                yield from self._strings(first, self._tags if first == "[" and key in ("skills", "tags") else [])
 
     def _field(self, name: str, first: str) -> Iterator[bool]:
         """A text, or a list of texts, of the badge."""
@@ -743,19 +739,16 @@ class Draft:
         self._fields[name] = {"narrative": self._said} if name == "criteria" else self._said
 
     def _string(self, write: bool = False) -> Generator[bool, None, str]:
-        """The rest of a string: written as it comes, or else returned; "" where a token limit cut it."""
-        text = ""  # all of it, or of one that is written the markup that has not ended
-        while (part := (yield from self._next(CHARACTERS, bool(write and self._said and not text)))) not in ("", '"'):
+        """The rest of a string, trimmed, which may be written as it comes; "" where a token limit cut it."""
+        text = ""
+        while (part := (yield from self._next(CHARACTERS, bool(write and text)))) not in ("", '"'):
             if "\\" in part:
                 with contextlib.suppress(ValueError):  # a backslash that escapes nothing stays
                     part = json.loads(f'"{part}"', strict=False)  # which takes half a surrogate pair as well
+            part = part if text else part.lstrip()
             text += part
             if write:
-                at = self._sieve.unfinished(text)
-                bare, text = self._sieve.bare(text[:at]), text[at:]
-                self._write(bare if self._said else bare.lstrip())
-        if write:
-            self._write(text)
+                self._write(part)
         return text if part else ""
 
     def _strings(self, mark: str, texts: list[str], name: str = "") -> Iterator[bool]:
@@ -905,16 +898,17 @@ def check_request(request: dict[str, Any]) -> None:
 def build_credential(request: dict[str, Any]) -> dict[str, Any]:
     """An unsigned OpenBadgeCredential; null is the same as not given. Raises InvalidRequest."""
     try:
-        request = orjson.loads(orjson.dumps([request]))[0]  # a copy, as deep as the credential
+        orjson.dumps([request])  # as deep as the credential
     except TypeError:
         raise invalid({(): "has more than 250 levels"}) from None
-    request = {name: value for name, value in request.items() if value is not None}
-    request.setdefault("valid_from", datetime.now(UTC).isoformat(timespec="seconds"))
-    for part in (request, request.get("issuer")):
-        if isinstance(part, dict) and isinstance(image := part.get("image"), str | dict):
-            part["image"] = {"type": "Image", **({"id": image} if isinstance(image, str) else image)}
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    request = {"valid_from": now} | {name: value for name, value in request.items() if value is not None}
     check_request(request)
-    get: Callable[..., Any] = _tidied(request).get
+    request = _tidied(request)
+    for part in (request, request["issuer"]):
+        if image := part.get("image"):
+            part["image"] = {"type": "Image", **({"id": image} if isinstance(image, str) else image)}
+    get: Callable[..., Any] = request.get
     badge = get("badge")
     achievement = build_achievement(badge) if badge else {"achievementType": "Badge", **get("achievement")}
     contexts = set(achievement.pop("@context", [])) & set(open_badges()[0]["$defs"]["ExtraContext"]["enum"])
@@ -1089,8 +1083,7 @@ class Writer:
             draft.title, draft.joint = partial(self._title, prompt, sieve, is_first), joint
             generation.last, generation.begun = time.monotonic(), 0.0
             try:
-                if refusal := prompt.refusal(self.engine.context):
-                    raise refusal
+                prompt.check(self.engine.context)
                 await self._call(generation, prompt, draft, spent)
             except ContentTooLong as error:
                 prompt = await self._condensed(prompt, error, generation)
@@ -1322,9 +1315,11 @@ class GenerationQueue:
 
     def ready(self, generation: Generation, prompt: Prompt) -> None:
         """Its course is read. Raises ContentTooLong where that cannot fit, nor be condensed."""
-        error = prompt.refusal(self.engine.context)
-        if error and not error.condense_to:
-            raise error
+        try:
+            prompt.check(self.engine.context)
+        except ContentTooLong as error:
+            if not error.condense_to:
+                raise
         if generation.outcome is None:  # it may have been ended meanwhile
             generation.prompt = prompt
             self._dispatch()

@@ -857,12 +857,10 @@ def _told(error: Any, schema: dict[str, Any]) -> dict[Place, str]:
     """Where an error of the validator is and what to do. A description in the schema that begins with Must says it."""
     kind, place = error.kind, tuple(error.instance_path)
     rule = reduce(getitem, error.schema_path[:-1], schema).get("description", "")
-    if kind.name == "required":
-        place = (*place, kind.property)
     if rule.startswith("Must "):
         return {place: rule.replace("Must", "must", 1)}
     if kind.name == "required":
-        return {place: "is missing"}
+        return {(*place, kind.property): "is missing"}
     if kind.name == "type":
         return {place: "must be a list" if kind.types == ["array"] else "must be an object"}
     # unevaluatedProperties: JSON-LD has no name for it; additionalProperties: nothing else may stand there
@@ -877,11 +875,8 @@ def check_request(request: dict[str, Any]) -> None:
         # A value may have several faults, and each takes the validator about 20 microseconds.
         if orjson.dumps(request, option=orjson.OPT_INDENT_2).count(b"\n") > MAX_VALUES_TOLD:
             raise invalid({(): "has a fault, and too many values to tell where: send a part of it"})
-        faults: dict[Place, str] = {}
-        for error in validator.iter_errors(request):
-            for place, text in _told(error, schema).items():
-                faults.setdefault(place, text)
-        raise invalid(faults)
+        faults = [fault for error in validator.iter_errors(request) for fault in _told(error, schema).items()]
+        raise invalid(dict(reversed(faults)))  # of one place the first is told
     end = request.get("valid_until")
     if end and datetime.fromisoformat(end) <= datetime.fromisoformat(request["valid_from"]):
         raise invalid({("valid_until",): "must be after valid_from, which is now when it is not given"})

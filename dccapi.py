@@ -538,10 +538,9 @@ def skills_in(tags: Sequence[str], prompt: Prompt) -> list[str]:
 
 
 def too_long(prompt: Prompt, limit: int | None, tokens: int | None = None, answer: int | None = None) -> ContentTooLong:
-    """The 413 with its figures, which agree with each other.
+    """The 413 with its figures, which agree with each other: the engine's own, where it gave any.
 
-    `limit` is what the context holds, `tokens` what the prompt has and `answer` what was to be written: the engine's
-    own figures where it gave any. Without them the prompt's tokens are estimated, as more than the context holds.
+    `limit` is what the context holds, `tokens` what the prompt has (estimated without it), `answer` what is to follow.
     """
     instructions, words = len(prompt.system.encode()) // 4, word_count(prompt.user.partition("</course>")[0]) - 1
     about, tokens = "" if tokens else "about ", tokens or max(prompt.tokens, (limit or 0) + 1)
@@ -580,7 +579,6 @@ MARK = re.compile(rf"(?i)(?P<closes>{_CLOSES})|(?P<opens>{_OPENS})|\{{(?=\s*\")|
 LONGEST_MARK = 64
 MAX_WASTED = 2**19  # characters of the objects of one text that are read and are no badge: they may lie in each other
 NOT_PROSE = re.compile(r"[\W_]*+(?:json)?+[\W_]*+", re.I)  # before an object: nothing, or the fence of a code block
-BULLET = re.compile(r"\A[-*•·.]\s+")
 PLAIN = re.compile(r'[^"\\]*[^"\\ ]\Z')
 # Of a JSON text: the next mark, or the first character of a number or a word. Commas do not matter.
 AHEAD = re.compile(r'[\s,]++|(?<=[^\s,:"\[\]{}])[^\s,:"\[\]{}]++|([^\s,])')
@@ -755,7 +753,7 @@ class Draft:
         while True:
             depth += (mark in "[{") - (mark in "]}")
             if mark == '"':
-                text = BULLET.sub("", (yield from self._string()))
+                text = re.sub(r"\A[-*•·.]\s+", "", (yield from self._string()))
                 if depth == 1 and text:
                     texts.append(text)
                     if name:
@@ -790,9 +788,7 @@ class Draft:
             self._before.append((name, text))
 
     def _write(self, text: str) -> None:
-        text = text.replace("\r\n", "\n")
-        if NOT_TEXT.search(text):
-            raise InvalidModelOutput
+        text = NOT_TEXT.sub("", text)
         self._said += text
         self._tell(orjson.dumps(text)[1:-1].decode(), self.joint)
 

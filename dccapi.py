@@ -622,7 +622,7 @@ class Draft:
         self._run = self._document()
 
     def feed(self, piece: str) -> str:
-        """What this piece of the model's text adds to the JSON of the badge. Raises InvalidModelOutput."""
+        """What this piece of the model's text adds to the JSON of the badge."""
         # Most pieces are like this: there is nothing to decode, to trim or to end in them.
         if self._is_plain and piece.isprintable() and PLAIN.match(piece):
             self._plain.append(piece)
@@ -645,7 +645,7 @@ class Draft:
 
     def _document(self) -> Iterator[bool]:
         """Read every object that may be the badge, until one was told whole."""
-        while True:
+        while self._wasted < MAX_WASTED:
             mark = MARK.search(self._text, self._at)
             end = mark.start() if mark else max(self._at, len(self._text) - LONGEST_MARK)
             if self._place == "start" and not self._has_told and not NOT_PROSE.fullmatch(self._text, self._at, end):
@@ -679,8 +679,6 @@ class Draft:
         except ValidationError:  # a field is missing, or the name is too long
             self._is_told = False
             self._wasted, self._at = self._wasted + self._at - start + LONGEST_MARK, start
-            if self._wasted > MAX_WASTED:
-                raise InvalidModelOutput from None
 
     def _object(self) -> Iterator[bool]:
         """The rest of an object. Where no field came before it, the badge may be in an object of its own in there."""

@@ -582,8 +582,8 @@ NOT_PROSE = re.compile(r"[\W_]*+(?:json)?+[\W_]*+", re.I)  # before an object: n
 PLAIN = re.compile(r'[^"\\]*[^"\\ ]\Z')
 # Of a JSON text: the next mark, or the first character of a number or a word. Commas do not matter.
 AHEAD = re.compile(r'[\s,]++|(?<=[^\s,:"\[\]{}])[^\s,:"\[\]{}]++|([^\s,])')
-# Of a JSON string: its end, a run of characters, or an escape sequence once it is whole, both halves of a pair; each
-# with the white space before it. So that at the end of a text is left out, as is what is longer than any text has.
+# Of a JSON string: its end, a run of characters, or an escape sequence once it is whole, both halves of a pair. White
+# space is read with what follows it, so none ends a text, and from 200 characters on it is left out.
 _BLANK, _HIGH = r"(?:\s|\\[nrt])", r"(?:\\u[dD][89abAB][\da-fA-F]{2})?"
 _BEGUN = rf"{_HIGH}(?:\\(?:u[\da-fA-F]{{0,3}})?)?\Z"
 _SHOWN = rf'{_BLANK}{{0,200}}+(?:[^"\\\s]|(?!{_BEGUN})(?:{_HIGH}\\u[\da-fA-F]{{4}}|\\.))'
@@ -667,7 +667,6 @@ class Draft:
         start = self._at
         self._fields: dict[str, Any] = {**self._kept}
         self._tags: list[str] = []
-        # What a list may not repeat: the field and the text.
         self._before = [(name, str(text)) for name, text in self._kept.items() if name == "badge_name"]
         self._is_told = not self._has_told and self._place != "prose"
         self._tell(self.joint + orjson.dumps(self._kept).decode()[1:-1], ", " if self._kept else "")
@@ -685,7 +684,7 @@ class Draft:
         depth = 1
         while depth:
             mark = yield from self._next(AHEAD)
-            if mark == "}" or self._text.startswith("{{", self._at - 2):  # some models write each brace twice
+            if mark == "}" or (mark == "{" and self._text[self._at - 2] == "{"):  # some models write each brace twice
                 depth += -1 if mark == "}" else 1
                 continue
             key = (yield from self._string()) if mark == '"' else ""
@@ -914,8 +913,7 @@ def build_credential(request: dict[str, Any]) -> dict[str, Any]:
             "achievement": achievement | {name: value for name, value in given.items() if value},
         },
     }
-    # Indented: it is to fit however it is laid out.
-    text = orjson.dumps(credential, option=orjson.OPT_INDENT_2)
+    text = orjson.dumps(credential, option=orjson.OPT_INDENT_2)  # it is to fit however it is laid out
     if len(text) > MAX_CREDENTIAL_BYTES:
         raise invalid({(): f"the credential has {len(text)} bytes, at most {MAX_CREDENTIAL_BYTES} are allowed"})
     if b"{{" in text or b"}}" in text:

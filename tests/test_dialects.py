@@ -714,7 +714,7 @@ async def test_no_log_line_holds_text_of_a_course_or_of_a_model(engine: type[Scr
                 statuses[fault] = (await ask(service, body)).status
                 await watch(service, body)
             await service.idle()
-    assert statuses.pop("a good badge with odd tags") == 200
+    assert statuses.pop("a good badge with odd tags") == statuses.pop("half characters") == 200
     assert not {fault: status for fault, status in statuses.items() if status not in (413, 502, 503)}
     assert len(lines) > 100
     assert not [line for line in lines if MARKER[:12] in line]

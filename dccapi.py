@@ -3,7 +3,8 @@
 A course description is posted; a badge name, description and earning criteria come back: as JSON, as Server-Sent Events
 token by token, or later, from the URL of an asynchronous generation. One file, served by Hypercorn over HTTP/2 (TLS and
 cleartext) and HTTP/1.1, in front of Ollama, an OpenAI-compatible server, or llama.cpp in a child process. Documents and
-markup are read, and drafts reviewed, by child processes that run the package `reader`.
+markup are read, and drafts reviewed, by child processes that run the package `reader`. "Hypercorn 0.18, mended" has a
+table of what is patched there, why, and which test tells when a patch may go.
 
 Routes, each under /api/v1 and at the root:
 
@@ -17,8 +18,6 @@ Routes, each under /api/v1 and at the root:
     GET          /skills                                  skills of ESCO and O*NET, where there is an index
     GET          /health, /livez, /readyz, /metrics       state
     GET          /, /demo, /docs, /openapi.json           the demo page, the documentation
-
-Where Hypercorn is mended, why, and which test tells when a patch may go: the table under "Hypercorn 0.18, mended".
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ import argparse
 import asyncio
 import contextlib
 import ctypes
-import hashlib
 import ipaddress
 import json
 import logging
@@ -122,6 +120,7 @@ _URL = r"https?://([^\s/?#]*@)?([^\s/?#@:\[\]]+|\[[0-9a-f:]+\])(:\d{1,5})?(/[^\s
 Url = Annotated[str, Field(pattern=rf"^({_URL})?$"), AfterValidator(lambda url: url.rstrip("/"))]
 _ORIGIN = r"(\*|[a-z][a-z0-9+.-]*://(?:[a-z0-9_.-]+|\[[0-9a-f:.]+\])(?::[0-9]+)?)"
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Networks = BeforeValidator(lambda text: [ipaddress.ip_network(one, False) for one in re.findall(r"[^\s,]+", text)])
 
 
 class Settings(BaseSettings, frozen=True, env_ignore_empty=True):
@@ -159,7 +158,7 @@ class Settings(BaseSettings, frozen=True, env_ignore_empty=True):
     allowed_origins: str = Field("", pattern=rf"(?i)^[\s,]*({_ORIGIN}(/[^\s,*]*)?([\s,]+|$))*$")
     api_keys: str = Field("", repr=False)
     api_keys_file: Path | None = None
-    trusted_proxies: str = ""
+    trusted_proxies: Annotated[Any, Networks] = ""  # a list of them
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], BeforeValidator(str.upper)] = "INFO"
     log_format: Annotated[Literal["text", "json"], BeforeValidator(str.lower)] = "text"
 
@@ -178,7 +177,7 @@ class Settings(BaseSettings, frozen=True, env_ignore_empty=True):
             raise ValueError("OPENAI_BASE_URL is needed with ENGINE=openai, for example http://localhost:8080/v1")
         if self.engine == "embedded" and self.model_path is None:
             raise ValueError("MODEL_PATH is needed with ENGINE=embedded: the path of a GGUF file (`make model`)")
-        self.keys, self.proxies  # noqa: B018 - parsed here so that a malformed one stops the start
+        self.keys  # noqa: B018 - parsed here so that a malformed one stops the start
         return self
 
     @property
@@ -207,13 +206,6 @@ class Settings(BaseSettings, frozen=True, env_ignore_empty=True):
         origins = re.findall(rf"(?:^|[\s,]){_ORIGIN}", self.allowed_origins.lower())
         patterns = [re.escape(re.sub(r"^(http:.*):80$|^(https:.*):443$", r"\1\2", origin)) for origin in origins]
         return ".*" if "*" in origins else "|".join(patterns) or LOOPBACK_PAGE
-
-    @cached_property
-    def proxies(self) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
-        try:
-            return [ipaddress.ip_network(one, strict=False) for one in re.findall(r"[^\s,]+", self.trusted_proxies)]
-        except ValueError as error:
-            raise ValueError(f"TRUSTED_PROXIES: {error}") from None
 
 
 # ---- Errors ---------------------------------------------------------------------------------------------------------
@@ -330,7 +322,6 @@ OTHER_NAMES = {"course_input": "content", "user_prompt": "custom_instructions"}
 MISTAKEN = dict.fromkeys(("text", "course", "course_text", "course_description", "description", "input"), "content")
 # One character that can be seen: neither control nor space nor format character.
 VISIBLE = r"[^\x00-\x20\x7f-\xa0\xad\u1680\u2000-\u200f\u2028-\u202f\u205f-\u206f\u3000\ufeff]"
-LanguageTag = Annotated[str, Field(pattern=r"^[A-Za-z]{2,3}(-[A-Za-z0-9]{1,8})*$")]
 AnyCase = BeforeValidator(lambda value: value.strip().title() if isinstance(value, str) else value)
 IfVisible = AfterValidator(lambda text: text if text and re.search(VISIBLE, text) else None)
 # JSON has one kind of number: 30.0 is an integer.
@@ -405,7 +396,7 @@ class GenerateRequest(StreamOptions, BadgeOptions):
     repeat_penalty: float = Field(1.02, ge=0, le=2, allow_inf_nan=False)
     seed: Annotated[int | None, Whole] = Field(None, ge=-(2**53), le=2**53)
     badge_configuration: BadgeOptions | None = Field(None, description="Another place for the options.")
-    language: LanguageTag | None = Field(None, description="Of the badge (BCP 47); else the course's.")
+    language: str | None = Field(None, pattern=r"^[A-Za-z]{2,3}(-[A-Za-z0-9]{1,8})*$", description="Else the course's.")
     long_content: Literal["condense", "refuse"] = Field("condense", description="What is done if it does not fit.")
     skills: bool = Field(True, description="Name the skills that the badge stands for.")
     course_id: str | None = Field(None, max_length=200, description="With institute_url, fixes the achievement's id.")
@@ -419,10 +410,6 @@ class GenerateRequest(StreamOptions, BadgeOptions):
         """What was said of the badge besides the course: the options that have a title, their name in the prompt."""
         titled = [name for name, option in BadgeOptions.model_fields.items() if option.title]
         return {name: value for name in titled if (value := self.option(name))}
-
-    def fingerprint(self) -> bytes:
-        """What an `Idempotency-Key` stands for: the fields, not how they are delivered."""
-        return hashlib.sha256(self.model_dump_json(exclude={*StreamOptions.model_fields}).encode()).digest()
 
 
 class RegenerateRequest(GenerateRequest):
@@ -1279,7 +1266,7 @@ class GenerationQueue:
         self._starts = 0
         self.known: dict[str, Generation] = {}
         self._finished: dict[Generation, int] = {}  # and about how many bytes it keeps
-        self.keys: dict[tuple[str, str | None], tuple[bytes, Generation]] = {}  # by client and `Idempotency-Key`
+        self.keys: dict[tuple[str, str | None], tuple[int, Generation]] = {}  # by client and `Idempotency-Key`
         self._service_time = 0.0  # of a generation, in seconds; the newest count most
         self._read_until = 0.0  # when the engine had read the last prompt of an ended call
         self._telling: asyncio.TimerHandle | None = None
@@ -2132,7 +2119,8 @@ class Api:
         body = model.read(fields, state.ignored, strict=False if is_text else None)
         body = body.model_copy(update=StreamOptions.read(query).model_dump(exclude_unset=True))
 
-        owner, fingerprint = (state.client, key), body.fingerprint()
+        # The key stands for the fields, however they are delivered.
+        owner, fingerprint = (state.client, key), hash(body.model_dump_json(exclude={*StreamOptions.model_fields}))
         before, known = queue.keys.get(owner, (fingerprint, None))
         if before != fingerprint:
             raise IdempotencyConflict
@@ -2562,7 +2550,7 @@ async def as_problem(request: Request, raised: Exception) -> Response:
 
 
 def _is_proxy(address: str, settings: Settings) -> bool:
-    return (ip := _ip(address)) is not None and any(ip in network for network in settings.proxies)
+    return (ip := _ip(address)) is not None and any(ip in network for network in settings.trusted_proxies)
 
 
 def _ip(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

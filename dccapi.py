@@ -108,7 +108,6 @@ MAX_WRITE = 128 * 2**10  # bytes, behind which an event stream's write ends; so 
 # So many at once, and after them so many a second. Of resets as nghttp2 (nghttp2_option_set_stream_reset_rate_limit).
 RESETS, WRONG_KEYS = (1000, 33), (20, 20 / 60)
 MAX_HELD, MAX_HELD_OF_ONE = 48 * 2**20, 24 * 2**20  # bytes of requests under way or arriving: of all, of one address
-REQUEST_COST = 16 * 2**10  # bytes that a request takes besides what was sent
 SWEEP_INTERVAL = 0.5  # seconds between two looks at the connections that have been idle for too long
 TRIM_INTERVAL = 30  # seconds, after which free memory is given back
 LOOPBACK_PAGE = r"https?://(?:(?:[\w-]+\.)*localhost|127(?:\.\d{1,3}){3}|\[::1\])(?::\d+)?"
@@ -158,16 +157,16 @@ class Settings(BaseSettings, frozen=True, env_ignore_empty=True):
     allowed_origins: str = Field("", pattern=rf"(?i)^[\s,]*({_ORIGIN}(/[^\s,*]*)?([\s,]+|$))*$")
     api_keys: str = Field("", repr=False)
     api_keys_file: Path | None = None
-    trusted_proxies: Annotated[Any, Networks] = ""  # a list of them
+    trusted_proxies: Annotated[Any, Networks] = ""  # a list of them, in which 10.0.0.1/8 is 10.0.0.0/8
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], BeforeValidator(str.upper)] = "INFO"
     log_format: Annotated[Literal["text", "json"], BeforeValidator(str.lower)] = "text"
 
     @field_validator("system_prompt_file", "model_path", "api_keys_file")
     @classmethod
     def _readable_file(cls, value: Path | None, info: ValidationInfo) -> Path | None:
-        if value is not None and (os.path.isdir(value) or not os.access(value, os.R_OK)):
+        if value and (value.is_dir() or not os.access(value, os.R_OK)):
             raise ValueError(f"names no file that can be read: {value}")
-        if value is not None and info.field_name != "model_path":
+        if value and info.field_name != "model_path":
             value.read_text("utf-8")  # UnicodeDecodeError is a ValueError
         return value
 
@@ -293,7 +292,7 @@ def in_words(fault: Mapping[str, Any]) -> str:
 def invalid(faults: Mapping[Place, str], types: Mapping[Place, str] = {}, extra: Sequence[str] = ()) -> InvalidRequest:
     """Every fault of a request, by the place of its field, and what its `extra` fields, not known here, look like."""
     told = [f"{'.'.join(map(str, place)) or 'the request'} {message}" for place, message in faults.items()]
-    for name in extra:
+    for name in extra[:20]:  # a body can hold ten thousands, and each takes its time
         last = name.rpartition(".")[2]
         if meant := get_close_matches(MISTAKEN.get(last, last), GenerateRequest.model_fields, 1, 0.7):
             told.append(f"{name} is not known here, {meant[0]} is")
@@ -322,6 +321,7 @@ OTHER_NAMES = {"course_input": "content", "user_prompt": "custom_instructions"}
 MISTAKEN = dict.fromkeys(("text", "course", "course_text", "course_description", "description", "input"), "content")
 # One character that can be seen: neither control nor space nor format character.
 VISIBLE = r"[^\x00-\x20\x7f-\xa0\xad\u1680\u2000-\u200f\u2028-\u202f\u205f-\u206f\u3000\ufeff]"
+LanguageTag = Annotated[str, Field(pattern=r"^[A-Za-z]{2,3}(-[A-Za-z0-9]{1,8})*$")]
 AnyCase = BeforeValidator(lambda value: value.strip().title() if isinstance(value, str) else value)
 IfVisible = AfterValidator(lambda text: text if text and re.search(VISIBLE, text) else None)
 # JSON has one kind of number: 30.0 is an integer.
@@ -351,8 +351,7 @@ class Fields(BaseModel, frozen=True):
             return data
         if info.context is not None:
             place = "" if issubclass(cls, GenerateRequest) else "badge_configuration."
-            odd = [name for name in data if name not in cls.model_fields and name not in OTHER_NAMES]
-            info.context.extend(place + name for name in odd)
+            info.context.extend(place + one for one in data if one not in cls.model_fields and one not in OTHER_NAMES)
         empty = {name for name, part in data.items() if isinstance(part, str) and part.casefold() in NOT_GIVEN}
         given = {name: part for name, part in data.items() if part is not None and name not in empty}
         return {OTHER_NAMES.get(name, name): part for name, part in given.items()} | given
@@ -396,7 +395,7 @@ class GenerateRequest(StreamOptions, BadgeOptions):
     repeat_penalty: float = Field(1.02, ge=0, le=2, allow_inf_nan=False)
     seed: Annotated[int | None, Whole] = Field(None, ge=-(2**53), le=2**53)
     badge_configuration: BadgeOptions | None = Field(None, description="Another place for the options.")
-    language: str | None = Field(None, pattern=r"^[A-Za-z]{2,3}(-[A-Za-z0-9]{1,8})*$", description="Else the course's.")
+    language: LanguageTag | None = Field(None, description="Of the badge (BCP 47); else the course's.")
     long_content: Literal["condense", "refuse"] = Field("condense", description="What is done if it does not fit.")
     skills: bool = Field(True, description="Name the skills that the badge stands for.")
     course_id: str | None = Field(None, max_length=200, description="With institute_url, fixes the achievement's id.")
@@ -2438,7 +2437,7 @@ class Exchange:
 
     async def run(self, app: ASGIApp) -> None:
         scope, started = self._scope, time.monotonic()
-        cost = REQUEST_COST + sum(len(name) + len(value) for name, value in scope["headers"])
+        cost = 16 * 2**10 + sum(len(name) + len(value) for name, value in scope["headers"])  # bytes that it takes
         self._peer.hold(cost)
         try:
             async with asyncio.TaskGroup() as group:

@@ -44,7 +44,6 @@ import traceback
 import uuid
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from difflib import get_close_matches
@@ -2049,7 +2048,7 @@ class Api:
                 changed.clear()
                 await changed.wait()
         if isinstance(outcome, ApiError):
-            raise copy(outcome)  # raised, it would keep the request
+            return await as_problem(request, outcome)  # raised, it would keep the request
         return as_json(outcome, headers=headers)
 
     async def generation(self, request: Request) -> Response:

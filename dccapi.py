@@ -3,7 +3,8 @@
 A course description is posted; a badge name, description and earning criteria come back: as JSON, as Server-Sent Events
 token by token, or later, from the URL of an asynchronous generation. One file, served by Hypercorn over HTTP/2 (TLS and
 cleartext) and HTTP/1.1, in front of Ollama, an OpenAI-compatible server, or llama.cpp in a child process. Documents and
-markup are read, and drafts reviewed, by child processes that run the package `reader`.
+markup are read, and drafts reviewed, by child processes that run the package `reader`. "Hypercorn 0.18, mended" has a
+table of what is patched there, why, and which test tells when a patch may go.
 
 Routes, each under /api/v1 and at the root:
 
@@ -17,8 +18,6 @@ Routes, each under /api/v1 and at the root:
     GET          /skills                                  skills of ESCO and O*NET, where there is an index
     GET          /health, /livez, /readyz, /metrics       state
     GET          /, /demo, /docs, /openapi.json           the demo page, the documentation
-
-Where Hypercorn is mended, why, and which test tells when a patch may go: the table under "Hypercorn 0.18, mended".
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ import argparse
 import asyncio
 import contextlib
 import ctypes
-import hashlib
 import io
 import ipaddress
 import json
@@ -48,7 +46,6 @@ import uuid
 import weakref
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from difflib import get_close_matches
@@ -80,7 +77,7 @@ from openapi_ui_bundles import swagger_ui
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from pydantic import BaseModel, Field, PositiveInt, ValidationError, ValidationInfo
 from pydantic.functional_validators import AfterValidator, BeforeValidator, field_validator, model_validator
-from pydantic_settings import BaseSettings
+from pydantic_settings import BaseSettings, NoDecode
 from starlette.datastructures import Headers, MutableHeaders, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -113,7 +110,6 @@ MAX_WRITE = 128 * 2**10  # bytes, behind which an event stream's write ends; so 
 # So many at once, and after them so many a second. Of resets as nghttp2 (nghttp2_option_set_stream_reset_rate_limit).
 RESETS, WRONG_KEYS = (1000, 33), (20, 20 / 60)
 MAX_HELD, MAX_HELD_OF_ONE = 48 * 2**20, 24 * 2**20  # bytes of requests under way or arriving: of all, of one address
-REQUEST_COST = 16 * 2**10  # bytes that a request takes besides what was sent
 SWEEP_INTERVAL = 0.5  # seconds between two looks at the connections that have been idle for too long
 TRIM_INTERVAL = 30  # seconds, after which free memory is given back
 LOOPBACK_PAGE = r"https?://(?:(?:[\w-]+\.)*localhost|127(?:\.\d{1,3}){3}|\[::1\])(?::\d+)?"
@@ -125,6 +121,7 @@ _URL = r"https?://([^\s/?#]*@)?([^\s/?#@:\[\]]+|\[[0-9a-f:]+\])(:\d{1,5})?(/[^\s
 Url = Annotated[str, Field(pattern=rf"^({_URL})?$"), AfterValidator(lambda url: url.rstrip("/"))]
 _ORIGIN = r"(\*|[a-z][a-z0-9+.-]*://(?:[a-z0-9_.-]+|\[[0-9a-f:.]+\])(?::[0-9]+)?)"
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Networks = BeforeValidator(lambda text: [ipaddress.ip_network(one, False) for one in re.findall(r"[^\s,]+", text)])
 
 
 class Settings(BaseSettings, frozen=True, env_ignore_empty=True):
@@ -162,16 +159,16 @@ class Settings(BaseSettings, frozen=True, env_ignore_empty=True):
     allowed_origins: str = Field("", pattern=rf"(?i)^[\s,]*({_ORIGIN}(/[^\s,*]*)?([\s,]+|$))*$")
     api_keys: str = Field("", repr=False)
     api_keys_file: Path | None = None
-    trusted_proxies: str = ""
+    trusted_proxies: Annotated[list[Any], NoDecode, Networks] = []  # of networks: 10.0.0.1/8 is 10.0.0.0/8
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], BeforeValidator(str.upper)] = "INFO"
     log_format: Annotated[Literal["text", "json"], BeforeValidator(str.lower)] = "text"
 
     @field_validator("system_prompt_file", "model_path", "api_keys_file")
     @classmethod
     def _readable_file(cls, value: Path | None, info: ValidationInfo) -> Path | None:
-        if value is not None and (os.path.isdir(value) or not os.access(value, os.R_OK)):
+        if value and (value.is_dir() or not os.access(value, os.R_OK)):
             raise ValueError(f"names no file that can be read: {value}")
-        if value is not None and info.field_name != "model_path":
+        if value and info.field_name != "model_path":
             value.read_text("utf-8")  # UnicodeDecodeError is a ValueError
         return value
 
@@ -181,7 +178,7 @@ class Settings(BaseSettings, frozen=True, env_ignore_empty=True):
             raise ValueError("OPENAI_BASE_URL is needed with ENGINE=openai, for example http://localhost:8080/v1")
         if self.engine == "embedded" and self.model_path is None:
             raise ValueError("MODEL_PATH is needed with ENGINE=embedded: the path of a GGUF file (`make model`)")
-        self.keys, self.proxies  # noqa: B018 - parsed here so that a malformed one stops the start
+        self.keys  # noqa: B018 - parsed here so that a malformed one stops the start
         return self
 
     @property
@@ -210,13 +207,6 @@ class Settings(BaseSettings, frozen=True, env_ignore_empty=True):
         origins = re.findall(rf"(?:^|[\s,]){_ORIGIN}", self.allowed_origins.lower())
         patterns = [re.escape(re.sub(r"^(http:.*):80$|^(https:.*):443$", r"\1\2", origin)) for origin in origins]
         return ".*" if "*" in origins else "|".join(patterns) or LOOPBACK_PAGE
-
-    @cached_property
-    def proxies(self) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
-        try:
-            return [ipaddress.ip_network(one, strict=False) for one in re.findall(r"[^\s,]+", self.trusted_proxies)]
-        except ValueError as error:
-            raise ValueError(f"TRUSTED_PROXIES: {error}") from None
 
 
 # ---- Errors ---------------------------------------------------------------------------------------------------------
@@ -303,7 +293,7 @@ def in_words(fault: Mapping[str, Any]) -> str:
 def invalid(faults: Mapping[Place, str], types: Mapping[Place, str] = {}, extra: Sequence[str] = ()) -> InvalidRequest:
     """Every fault of a request, by the place of its field, and what its `extra` fields, not known here, look like."""
     told = [f"{'.'.join(map(str, place)) or 'the request'} {message}" for place, message in faults.items()]
-    for name in extra:
+    for name in extra[:20]:  # a body can hold ten thousands, and each takes its time
         last = name.rpartition(".")[2]
         if meant := get_close_matches(MISTAKEN.get(last, last), GenerateRequest.model_fields, 1, 0.7):
             told.append(f"{name} is not known here, {meant[0]} is")
@@ -362,8 +352,7 @@ class Fields(BaseModel, frozen=True):
             return data
         if info.context is not None:
             place = "" if issubclass(cls, GenerateRequest) else "badge_configuration."
-            odd = [name for name in data if name not in cls.model_fields and name not in OTHER_NAMES]
-            info.context.extend(place + name for name in odd)
+            info.context.extend(place + one for one in data if one not in cls.model_fields and one not in OTHER_NAMES)
         empty = {name for name, part in data.items() if isinstance(part, str) and part.casefold() in NOT_GIVEN}
         given = {name: part for name, part in data.items() if part is not None and name not in empty}
         return {OTHER_NAMES.get(name, name): part for name, part in given.items()} | given
@@ -421,10 +410,6 @@ class GenerateRequest(StreamOptions, BadgeOptions):
         """What was said of the badge besides the course: the options that have a title, their name in the prompt."""
         titled = [name for name, option in BadgeOptions.model_fields.items() if option.title]
         return {name: value for name in titled if (value := self.option(name))}
-
-    def fingerprint(self) -> bytes:
-        """What an `Idempotency-Key` stands for: the fields, not how they are delivered."""
-        return hashlib.sha256(self.model_dump_json(exclude={*StreamOptions.model_fields}).encode()).digest()
 
 
 class RegenerateRequest(GenerateRequest):
@@ -1221,7 +1206,7 @@ class GenerationQueue:
         self._starts = 0
         self.known: dict[str, Generation] = {}
         self._finished: dict[Generation, int] = {}  # and about how many bytes it keeps
-        self.keys: dict[tuple[str, str | None], tuple[bytes, Generation]] = {}  # by client and `Idempotency-Key`
+        self.keys: dict[tuple[str, str | None], tuple[int, Generation]] = {}  # by client and `Idempotency-Key`
         self._service_time = 0.0  # of a generation, in seconds; the newest count most
         self._telling: asyncio.TimerHandle | None = None  # a thousand are told twice a second: each is a write
 
@@ -1962,7 +1947,7 @@ class Api:
                 changed.clear()
                 await changed.wait()
         if isinstance(outcome, ApiError):
-            raise copy(outcome)  # raised, it would keep the request
+            return await as_problem(request, outcome)  # raised, it would keep the request
         return as_json(outcome, headers=headers)
 
     async def generation(self, request: Request) -> Response:
@@ -2028,7 +2013,8 @@ class Api:
             body = model.read(fields, state.ignored, strict=False)
         body = body.model_copy(update=StreamOptions.read(query).model_dump(exclude_unset=True))
 
-        owner, fingerprint = (state.client, key), body.fingerprint()
+        # The key stands for the fields, however they are delivered.
+        owner, fingerprint = (state.client, key), hash(body.model_dump_json(exclude={*StreamOptions.model_fields}))
         before, known = queue.keys.get(owner, (fingerprint, None))
         if before != fingerprint:
             raise IdempotencyConflict
@@ -2327,7 +2313,7 @@ class Exchange:
 
     async def run(self, app: ASGIApp) -> None:
         heads = sum(len(name) + len(value) for name, value in self._scope["headers"])
-        self._hold(REQUEST_COST + heads + len(self._scope["query_string"]))
+        self._hold(16 * 2**10 + heads + len(self._scope["query_string"]))  # bytes that it takes besides the body
         watch = asyncio.create_task(self._watch(cast(asyncio.Task[Any], asyncio.current_task())))
         try:
             await app(self._scope, self.receive, self.send)
@@ -2425,7 +2411,7 @@ async def as_problem(request: Request, raised: Exception) -> Response:
 
 
 def _is_proxy(address: str, settings: Settings) -> bool:
-    return (ip := _ip(address)) is not None and any(ip in network for network in settings.proxies)
+    return (ip := _ip(address)) is not None and any(ip in network for network in settings.trusted_proxies)
 
 
 def _ip(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

@@ -159,7 +159,7 @@ class Settings(BaseSettings, frozen=True, env_ignore_empty=True):
     allowed_origins: str = Field("", pattern=rf"(?i)^[\s,]*({_ORIGIN}(/[^\s,*]*)?([\s,]+|$))*$")
     api_keys: str = Field("", repr=False)
     api_keys_file: Path | None = None
-    trusted_proxies: Annotated[list[Any], NoDecode, Networks] = []  # of networks: 10.0.0.1/8 is 10.0.0.0/8
+    trusted_proxies: Annotated[Sequence[Any], NoDecode, Networks] = ""  # of networks: 10.0.0.1/8 is 10.0.0.0/8
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], BeforeValidator(str.upper)] = "INFO"
     log_format: Annotated[Literal["text", "json"], BeforeValidator(str.lower)] = "text"
 

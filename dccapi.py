@@ -547,19 +547,17 @@ def too_long(prompt: Prompt, limit: int | None, tokens: int | None = None, answe
     instructions, words = len(prompt.system.encode()) // 4, word_count(prompt.user.partition("</course>")[0]) - 1
     about, tokens = "" if tokens else "about ", tokens or max(prompt.tokens, (limit or 0) + 1)
     more = f" and asks for up to {answer} more" if answer else ""
-    has, advice = f"The request has {about}{tokens} tokens{more}", "or write a badge for each part of the course."
-    figures: dict[str, Any] = {"prompt_tokens": tokens, "content_words": words}
-    if not limit:
-        return ContentTooLong(f"{has}, more than the model's context holds. Shorten the content, {advice}", **figures)
-    room = max(0, limit - min(answer or limit, limit // 4) - instructions)  # a quarter for the answer
+    holds = limit or tokens  # less, where that is not known
+    room = max(0, holds - min(answer or holds, holds // 4) - instructions)  # a quarter for the answer
     fits = min(words * 3 // 4, room * 3 // 4, words * room // max(1, tokens - instructions))
-    advice = f"Shorten the content to about {fits} words, {advice}"
-    if answer and limit - tokens >= limit // 4:
-        fits, advice = words, f"Lower max_tokens to {limit - tokens}."
+    advice = f"Shorten the content to about {fits} words, or write a badge for each part of the course."
+    if answer and holds - tokens >= holds // 4:
+        fits, advice = words, f"Lower max_tokens to {holds - tokens}."
     elif not fits:
         advice = "Its operator has to give it a larger context: the instructions alone take most of this one."
-    detail = f"{has}; the model's context holds {limit}, its instructions and its answer included. {advice}"
-    error = ContentTooLong(detail, context_tokens=limit, content_words_that_fit=fits, **figures)
+    has = f"The request has {about}{tokens} tokens{more}; the model's context holds {limit or 'less'}"
+    figures: dict[str, Any] = {"prompt_tokens": tokens, "context_tokens": limit, "content_words_that_fit": fits}
+    error = ContentTooLong(f"{has}, its instructions and its answer included. {advice}", content_words=words, **figures)
     error.condense_to = fits if fits >= FEWEST_WORDS and prompt.request.long_content == "condense" else 0
     return error
 
@@ -572,11 +570,12 @@ PLACEHOLDER = re.compile(
 # What marks a model's thoughts in its text: the tags of DeepSeek-R1, Qwen3, Seed, Magistral, Kimi, Command A and
 # OpenThinker, and the channels of gpt-oss, whose marks some servers strip ("assistantfinal"). Also where a JSON object
 # begins, `{"`, and where one may have begun: a `{` at the end.
-_TAGS = r"<~(?:seed:)?(?:think|thinking|thoughts?|reasoning)>|\[~THINK\]|◁~think▷"
+_TAG = r"</?(?:seed:)?(?:think|thinking|thoughts?|reasoning)>|\[/?THINK\]|◁/?think▷"
 _STARTS = r"<\|(?:begin_of_thought|start_thinking)\|>|<\|channel\|?>\s*(?:analysis|commentary|thought)"
 _ENDS = r"<\|end_(?:of_thought|thinking)\|>|<\|channel\|?>\s*final|assistantfinal|<channel\|>"
-_CLOSES, _OPENS = _TAGS.replace("~", "/") + "|" + _ENDS, _TAGS.replace("~", "") + "|" + _STARTS
-MARK = re.compile(rf"(?i)(?P<closes>{_CLOSES})|(?P<opens>{_OPENS})|\{{(?=\s*\")|(?P<begun>\{{\s*\Z)")
+MARK = re.compile(
+    rf'(?i)(?P<closes>(?=./)(?:{_TAG})|{_ENDS})|(?P<opens>{_TAG}|{_STARTS})|\{{(?=\s*")|(?P<begun>\{{\s*\Z)'
+)
 LONGEST_MARK = 64
 MAX_WASTED = 2**19  # characters of the objects of one text that are read and are no badge: they may lie in each other
 NOT_PROSE = re.compile(r"[\W_]*+(?:json)?+[\W_]*+", re.I)  # before an object: nothing, or the fence of a code block

@@ -569,13 +569,11 @@ PLACEHOLDER = re.compile(
 )
 # What marks a model's thoughts in its text: the tags of DeepSeek-R1, Qwen3, Seed, Magistral, Kimi, Command A and
 # OpenThinker, and the channels of gpt-oss, whose marks some servers strip ("assistantfinal"). Also where a JSON object
-# begins, `{"`, and where one may have begun: a `{` at the end.
+# begins, `{"`, or may have begun: a `{` at the end.
 _TAG = r"</?(?:seed:)?(?:think|thinking|thoughts?|reasoning)>|\[/?THINK\]|◁/?think▷"
 _STARTS = r"<\|(?:begin_of_thought|start_thinking)\|>|<\|channel\|?>\s*(?:analysis|commentary|thought)"
 _ENDS = r"<\|end_(?:of_thought|thinking)\|>|<\|channel\|?>\s*final|assistantfinal|<channel\|>"
-MARK = re.compile(
-    rf'(?i)(?P<closes>(?=./)(?:{_TAG})|{_ENDS})|(?P<opens>{_TAG}|{_STARTS})|\{{(?=\s*")|(?P<begun>\{{\s*\Z)'
-)
+MARK = re.compile(rf'(?i)(?P<closes>(?=./)(?:{_TAG})|{_ENDS})|(?P<opens>{_TAG}|{_STARTS})|\{{\s*+(?="|\Z)')
 LONGEST_MARK = 64
 MAX_WASTED = 2**19  # characters of the objects of one text that are read and are no badge: they may lie in each other
 NOT_PROSE = re.compile(r"[\W_]*+(?:json)?+[\W_]*+", re.I)  # before an object: nothing, or the fence of a code block
@@ -651,14 +649,14 @@ class Draft:
             if self._place == "start" and not self._has_told and not NOT_PROSE.fullmatch(self._text, self._at, end):
                 self._place = "prose"
             self._at = mark.end() if mark else end
-            if mark is None or mark["begun"]:
-                self._text, self._at = self._text[end:], 0
-                yield False
-            elif mark["closes"]:
+            if mark and mark["closes"]:
                 self.badge = self.badge if self._place == "thoughts" else None  # it was an idea
                 self._place = "answer"
-            elif mark["opens"]:
+            elif mark and mark["opens"]:
                 self._place = "thoughts"
+            elif self._at == len(self._text) or not mark:
+                self._text, self._at = self._text[end:], 0
+                yield False
             elif self._place != "thoughts" and not (self.badge and self._is_told):
                 yield from self._candidate()
 

@@ -922,7 +922,7 @@ class Readers:
     """Processes that run `reader`: a document can be made to take minutes and gigabytes.
 
     One that is too slow, or whose client leaves, is killed; the next task starts another. One client has half of them
-    at most for courses that are to be queued, and half for drafts that are being written.
+    at most for courses that are to be queued, and half for drafts, since for those a worker waits already.
     """
 
     def __init__(self) -> None:
@@ -932,7 +932,6 @@ class Readers:
 
     async def ask(self, task: str, client: str, **arguments: Any) -> dict[str, Any]:
         """What `reader` answers to a task, or the error that it names."""
-        # A worker waits for these, so they do not wait behind its client's courses that are not in a worker yet.
         share = self._shares.setdefault((client, task in ("condense", "review")), asyncio.Semaphore(READERS // 2))
         try:
             async with share, self._free, asyncio.timeout(DOCUMENT_TIMEOUT if task == "document" else TEXT_TIMEOUT):

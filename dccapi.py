@@ -520,8 +520,8 @@ def skills_in(tags: Sequence[str], prompt: Prompt) -> list[str]:
     names = [" ".join(tag.split()).strip(" .,;:-*•") for tag in tags if len(tag) <= 80 and len(tag.split()) <= 6]
     if request.language in (None, course.language):
         names = [name for name in names if review.title_is_from_course(name, course.grounds, options)]
-    each = reversed({name.casefold(): name for name in reversed(names)}.values())  # as it was spelled first
-    return [*each][:8] if request.skills else []
+    each = {name.casefold(): name for name in reversed(names) if re.search(r"\w", name)}  # as it was spelled first
+    return [*reversed(each.values())][:8] if request.skills else []
 
 
 def too_long(prompt: Prompt, limit: int | None, tokens: int | None = None, answer: int | None = None) -> ContentTooLong:
@@ -531,21 +531,18 @@ def too_long(prompt: Prompt, limit: int | None, tokens: int | None = None, answe
     """
     instructions, words = len(prompt.system.encode()) // 4, word_count(prompt.user.partition("</course>")[0]) - 1
     about, tokens = "" if tokens else "about ", tokens or max(prompt.tokens, (limit or 0) + 1)
-    has, advice = f"The request has {about}{tokens} tokens", "or write a badge for each part of the course."
-    figures: dict[str, Any] = {"prompt_tokens": tokens, "content_words": words}
-    if not limit:
-        return ContentTooLong(f"{has}, more than the model's context holds. Shorten the content, {advice}", **figures)
-    room = max(0, limit - min(answer or limit, limit // 4) - instructions)  # a quarter for the answer
+    more = f" and asks for up to {answer} more" if answer else ""
+    holds = limit or tokens  # less, where that is not known
+    room = max(0, holds - min(answer or holds, holds // 4) - instructions)  # a quarter for the answer
     fits = min(words * 3 // 4, room * 3 // 4, words * room // max(1, tokens - instructions))
-    advice = f"Shorten the content to about {fits} words, {advice}"
-    if answer and tokens <= limit:
-        has += f" and asks for up to {answer} more"
-    if answer and limit - tokens >= limit // 4:
-        fits, advice = words, f"Lower max_tokens to {limit - tokens}."
+    advice = f"Shorten the content to about {fits} words, or write a badge for each part of the course."
+    if answer and holds - tokens >= holds // 4:
+        fits, advice = words, f"Lower max_tokens to {holds - tokens}."
     elif not fits:
         advice = "Its operator has to give it a larger context: the instructions alone take most of this one."
-    detail = f"{has}; the model's context holds {limit}, its instructions and its answer included. {advice}"
-    error = ContentTooLong(detail, context_tokens=limit, content_words_that_fit=fits, **figures)
+    has = f"The request has {about}{tokens} tokens{more}; the model's context holds {limit or 'less'}"
+    figures: dict[str, Any] = {"prompt_tokens": tokens, "context_tokens": limit, "content_words_that_fit": fits}
+    error = ContentTooLong(f"{has}, its instructions and its answer included. {advice}", content_words=words, **figures)
     error.condense_to = fits if fits >= FEWEST_WORDS and prompt.request.long_content == "condense" else 0
     return error
 
@@ -557,12 +554,11 @@ PLACEHOLDER = re.compile(
 )
 # What marks a model's thoughts in its text: the tags of DeepSeek-R1, Qwen3, Seed, Magistral, Kimi, Command A and
 # OpenThinker, and the channels of gpt-oss, whose marks some servers strip ("assistantfinal"). Also where a JSON object
-# begins, `{"`, and where one may have begun: a `{` at the end.
-_TAGS = r"<~(?:seed:)?(?:think|thinking|thoughts?|reasoning)>|\[~THINK\]|◁~think▷"
+# begins, `{"`, or may have begun: a `{` at the end.
+_TAG = r"</?(?:seed:)?(?:think|thinking|thoughts?|reasoning)>|\[/?THINK\]|◁/?think▷"
 _STARTS = r"<\|(?:begin_of_thought|start_thinking)\|>|<\|channel\|?>\s*(?:analysis|commentary|thought)"
 _ENDS = r"<\|end_(?:of_thought|thinking)\|>|<\|channel\|?>\s*final|assistantfinal|<channel\|>"
-_CLOSES, _OPENS = _TAGS.replace("~", "/") + "|" + _ENDS, _TAGS.replace("~", "") + "|" + _STARTS
-MARK = re.compile(rf"(?i)(?P<closes>{_CLOSES})|(?P<opens>{_OPENS})|\{{(?=\s*\")|(?P<begun>\{{\s*\Z)")
+MARK = re.compile(rf'(?i)(?P<closes>(?=./)(?:{_TAG})|{_ENDS})|(?P<opens>{_TAG}|{_STARTS})|\{{\s*+(?="|\Z)')
 LONGEST_MARK = 64
 MAX_WASTED = 2**19  # characters of the objects of one text that are read and are no badge: they may lie in each other
 NOT_PROSE = re.compile(r"[\W_]*+(?:json)?+[\W_]*+", re.I)  # before an object: nothing, or the fence of a code block
@@ -638,14 +634,14 @@ class Draft:
             if self._place == "start" and not self._has_told and not NOT_PROSE.fullmatch(self._text, self._at, end):
                 self._place = "prose"
             self._at = mark.end() if mark else end
-            if mark is None or mark["begun"]:
-                self._text, self._at = self._text[end:], 0
-                yield False
-            elif mark["closes"]:
+            if mark and mark["closes"]:
                 self.badge = self.badge if self._place == "thoughts" else None  # it was an idea
                 self._place = "answer"
-            elif mark["opens"]:
+            elif mark and mark["opens"]:
                 self._place = "thoughts"
+            elif self._at == len(self._text) or not mark:
+                self._text, self._at = self._text[end:], 0
+                yield False
             elif self._place != "thoughts" and not (self.badge and self._is_told):
                 yield from self._candidate()
 
@@ -805,14 +801,10 @@ def _tidied(node: Any) -> Any:
         return [_tidied(item) for item in node]
     if isinstance(node, dict) and "proof" not in node:
         return {name: _tidied(value) for name, value in node.items() if name not in ("inLanguage", "awardedDate")}
-    if not isinstance(node, str):
-        return node
-    return re.sub(r"([{}])(?=\1)", r"\1 ", NOT_TEXT.sub("", node.replace("\r\n", "\n")))
+    return re.sub(r"([{}])(?=\1)", r"\1 ", NOT_TEXT.sub("", node)) if isinstance(node, str) else node
 
 
-def build_achievement(
-    badge: Mapping[str, Any], request: GenerateRequest | None = None, tags: Sequence[str] = (), alignments: Any = ()
-) -> dict[str, Any]:
+def build_achievement(badge: dict[str, Any], request: GenerateRequest | None = None, **terms: Any) -> dict[str, Any]:
     """The badge in Open Badges terms, with what the request knows. A bad URL does not cost the badge."""
     url, name = ((request and request.option(option)) or "" for option in ("institute_url", "institution"))
     course_id = request.course_id if request and url else None
@@ -827,8 +819,7 @@ def build_achievement(
         "criteria": badge["criteria"],
         "achievementType": "Badge",
         "creator": creator if is_url else None,
-        "tag": [tag for tag in dict.fromkeys(tags) if re.search(VISIBLE, tag)],
-        "alignment": [*alignments],
+        **terms,
     }
     return {term: _tidied(value) for term, value in achievement.items() if value}
 
@@ -843,8 +834,7 @@ def _told(error: Any, schema: dict[str, Any]) -> dict[Place, str]:
         return {(*place, kind.property): "is missing"}
     if kind.name == "type":
         return {place: "must be a list" if kind.types == ["array"] else "must be an object"}
-    # unevaluatedProperties: JSON-LD has no name for it; additionalProperties: nothing else may stand there
-    hint = ", or name it by a URI" if kind.name == "unevaluatedProperties" else ""
+    hint = ", or name it by a URI" if kind.name == "unevaluatedProperties" else ""  # which is a name in JSON-LD
     return dict.fromkeys(((*place, name) for name in kind.unexpected), f"is not known here; leave it out{hint}")
 
 
@@ -852,12 +842,15 @@ def check_request(request: dict[str, Any]) -> None:
     """Raises InvalidRequest, which names every fault."""
     schema, validator = open_badges()
     faults: dict[Place, str] = {}
-    if not validator.is_valid(request):
-        # A value may have several faults, and each takes the validator about 20 microseconds.
-        if orjson.dumps(request, option=orjson.OPT_INDENT_2).count(b"\n") > MAX_VALUES_TOLD:
-            raise invalid({(): "has a fault, and too many values to tell where: send a part of it"})
-        for error in validator.iter_errors(request):
-            faults = _told(error, schema) | faults  # of one place the first is told
+    try:
+        values = orjson.dumps([request], option=orjson.OPT_INDENT_2).count(b"\n")  # as deep as the credential
+    except TypeError:
+        raise invalid({(): "has more than 250 levels"}) from None
+    # A value may have several faults, and each takes the validator about 20 microseconds.
+    if values > MAX_VALUES_TOLD and not validator.is_valid(request):
+        raise invalid({(): "has a fault, and too many values to tell where: send a part of it"})
+    for error in validator.iter_errors(request):
+        faults = _told(error, schema) | faults  # of one place the first is told
     start, end = ("" if (name,) in faults else request.get(name) for name in ("valid_from", "valid_until"))
     if start and end and datetime.fromisoformat(end) <= datetime.fromisoformat(start):
         faults["valid_until",] = "must be after valid_from, which is now when it is not given"
@@ -873,10 +866,6 @@ def check_request(request: dict[str, Any]) -> None:
 
 def build_credential(request: dict[str, Any]) -> dict[str, Any]:
     """An unsigned OpenBadgeCredential; null is the same as not given. Raises InvalidRequest."""
-    try:
-        orjson.dumps([request])  # as deep as the credential
-    except TypeError:
-        raise invalid({(): "has more than 250 levels"}) from None
     now = datetime.now(UTC).isoformat(timespec="seconds")
     request = {"valid_from": now} | {name: value for name, value in request.items() if value is not None}
     check_request(request)
@@ -913,14 +902,12 @@ def build_credential(request: dict[str, Any]) -> dict[str, Any]:
 
 # ---- Readers: child processes that read documents and review drafts -------------------------------------------------
 
-DOCUMENT_ERRORS = {error.code: error for error in ApiError.__subclasses__() if error.status in (415, 422)}
-
 
 class Readers:
     """Processes that run `reader`: a document can be made to take minutes and gigabytes.
 
     One that is too slow, or whose client leaves, is killed; the next task starts another. One client has half of them
-    at most for courses that are to be queued, and half for drafts that are being written.
+    at most for courses that are to be queued, and half for drafts, since for those a worker waits already.
     """
 
     def __init__(self) -> None:
@@ -929,8 +916,7 @@ class Readers:
         self._shares = weakref.WeakValueDictionary[tuple[str, bool], asyncio.Semaphore]()
 
     async def ask(self, task: str, client: str, **arguments: Any) -> dict[str, Any]:
-        """What `reader` answers to a task. Raises one of DOCUMENT_ERRORS."""
-        # A worker waits for these, so they do not wait behind its client's courses that are not in a worker yet.
+        """What `reader` answers to a task, or the error that it names."""
         share = self._shares.setdefault((client, task in ("condense", "review")), asyncio.Semaphore(READERS // 2))
         try:
             async with share, self._free, asyncio.timeout(DOCUMENT_TIMEOUT if task == "document" else TEXT_TIMEOUT):
@@ -949,7 +935,8 @@ class Readers:
             raise DocumentTooSlow from None
         answer: dict[str, Any] = orjson.loads(line)
         if "error" in answer:
-            raise DOCUMENT_ERRORS[answer["error"]](answer["detail"])
+            known = {error.code: error for error in ApiError.__subclasses__() if error.status in (415, 422)}
+            raise known[answer["error"]](answer["detail"])
         return answer
 
     async def stop(self) -> None:
@@ -1155,9 +1142,10 @@ class Writer:
         except (ApiError, OSError) as error:  # a review never fails a request
             log.warning("a draft could not be reviewed: %s", type(error).__name__)
             found = {}
+        achievement = build_achievement(badge.model_dump(), request, tag=tags, alignment=found.pop("alignment", ()))
         return {
             "response": draft["badge"],
-            "achievement": build_achievement(badge.model_dump(), request, tags, found.pop("alignment", ())),
+            "achievement": achievement,
             "model": self.settings.model,
             "usage": {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written},
             "finish_reason": last.finish_reason,

@@ -133,7 +133,7 @@ def test_the_achievement_of_a_generation_is_valid_and_says_what_the_request_know
             "badge_configuration": {"institution": "Harbour {{School}}", "institute_url": "https://h.edu"},
         }
     )
-    document = dccapi.build_achievement(BADGE, request, ["knots", "", "ropes", "knots"])
+    document = dccapi.build_achievement(BADGE, request, tag=["knots", "ropes"], alignment=[])
     assert judge.judge(document, "achievement", checks=checks)["valid"]
     assert list(document)[:6] == ["@context", "id", "type", "name", "description", "criteria"]
     assert document["creator"] == {
@@ -141,6 +141,7 @@ def test_the_achievement_of_a_generation_is_valid_and_says_what_the_request_know
     }  # fmt: skip
     assert document["tag"] == ["knots", "ropes"]
     assert document["achievementType"] == "Badge"
+    assert "alignment" not in document
 
 
 def test_an_achievement_says_nothing_that_is_not_known() -> None:
@@ -610,3 +611,9 @@ def test_any_valid_achievement_is_taken_and_any_other_refused(judge: Any, data: 
         assert re.fullmatch(r"(must|is|has) [^\\^$\[\]]+", fault["msg"])
     if not told:
         assert judge.judge(credential(**other), "credential", checks=ALL_CHECKS)["errors"] == []
+
+
+def test_skills_are_named_once_as_they_were_spelled_first() -> None:
+    request = dccapi.GenerateRequest(content="Knots", language="fr")
+    prompt = dccapi.build_prompt(request, dccapi.Course("Knots", "en"), "", {})
+    assert dccapi.skills_in(["Nœuds ", "…", "\u200b", "nœuds", "• C++."], prompt) == ["Nœuds", "C++"]

@@ -346,6 +346,16 @@ async def test_a_short_course_with_too_many_max_tokens_is_not_told_to_be_shorter
     assert "horten" not in detail
 
 
+async def test_a_course_is_condensed_also_where_a_server_refuses_it_without_figures() -> None:
+    engine, status, error, _, _ = TOO_LONG["a proxy"]
+    refusal, course = Script(status=status, error=error), "Climbers tie knots and check them. " * 200
+    async with serving(engine(), lambda body, index: refusal if index < 2 else Script()) as service:
+        answer = await writes(service, {"content": course})
+        sizes = [len(str(call.body["messages"]).split()) for call in service.engine.calls]
+    assert sizes[0] > sizes[1] > sizes[2]
+    assert "condensed" in {note["code"] for note in answer["review"]["notes"]}
+
+
 REFUSED_PARTS: dict[str, tuple[int, Any]] = {  # status and error of a server that does not take the part
     "stream_options": (400, {"message": "Unrecognized request argument supplied: stream_options"}),
     "max_tokens": (400, {"message": "Unsupported parameter: 'max_tokens' is not supported with this model. Use "

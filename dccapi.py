@@ -562,7 +562,7 @@ MARK = re.compile(rf'(?i)(?P<closes>(?=./)(?:{_TAG})|{_ENDS})|(?P<opens>{_TAG}|{
 LONGEST_MARK = 64
 MAX_WASTED = 2**19  # characters of the objects of one text that are read and are no badge: they may lie in each other
 NOT_PROSE = re.compile(r"[\W_]*+(?:json)?+[\W_]*+", re.I)  # before an object: nothing, or the fence of a code block
-PLAIN = re.compile(r'[^"\\]*[^"\\ ]\Z')
+PLAIN = re.compile(r'[^"\\<&]*[^"\\<& ]\Z')
 # Of a JSON text: the next mark, or the first character of a number or a word. Commas do not matter.
 AHEAD = re.compile(r'[\s,]++|(?<=[^\s,:"\[\]{}])[^\s,:"\[\]{}]++|([^\s,])')
 # Of a JSON string: its end, a run of characters, or an escape sequence once it is whole, both halves of a pair. White
@@ -716,15 +716,19 @@ class Draft:
 
     def _string(self, write: bool = False) -> Generator[bool, None, str]:
         """The rest of a string, trimmed, which may be written as it comes; "" where a token limit cut it."""
-        text = ""
-        while (part := (yield from self._next(CHARACTERS, bool(write and text)))) not in ("", '"'):
+        text = rest = ""  # all of it, and what is not written yet, since markup may have begun there
+        while (part := (yield from self._next(CHARACTERS, bool(write and text and not rest)))) not in ("", '"'):
             if "\\" in part:
                 with contextlib.suppress(ValueError):  # a backslash that escapes nothing stays
                     part = json.loads(f'"{part}"', strict=False)  # which takes half a surrogate pair as well
             part = part if text else part.lstrip()
-            text += part
-            if write:
-                self._write(part)
+            text, rest = text + part, rest + part
+            if write and not re.search("[<&]", rest):
+                self._write(rest)
+                rest = ""
+        if write:
+            said = self._sieve.bare(rest).rstrip()
+            self._write(said if self._said else said.lstrip())
         return text if part else ""
 
     def _strings(self, mark: str, texts: list[str], name: str = "") -> Iterator[bool]:

@@ -98,18 +98,24 @@ CLEAN = ["Ties", "knots of", '"three"', "kinds; 3 < 4, R&D, <harness> and more"]
 
 
 @pure
-@given(size=st.integers(1, 60))
-def test_markup_is_taken_out_of_sentences_and_items(size: int) -> None:
-    tokens, badge = written(Sieve(markup=EVERY_MARKUP), [SPOILT], ["Coils <i>a</i> rope.<br>"], size)
+@given(size=st.integers(1, 60), is_list=st.booleans())
+def test_markup_is_taken_out_of_texts_however_they_come(size: int, is_list: bool) -> None:
+    texts = [SPOILT, "Coils <i>a</i> rope.<br>"]
+    tokens, badge = written(Sieve(markup=EVERY_MARKUP), *([[text] for text in texts] if is_list else texts), size)
     assert json.loads(tokens) == badge
     assert badge["badge_description"].split() == " ".join(CLEAN).split()
-    assert badge["criteria"]["narrative"] == "- Coils a rope."
+    assert badge["criteria"]["narrative"].removeprefix("- ") == "Coils a rope."
+
+
+@pytest.mark.parametrize("end", ["a<b", "a <", "a &am", "a <br", "a <b", "a < b"])
+def test_what_only_begins_like_markup_stays(end: str) -> None:
+    _, badge = written(Sieve(), f"Ties {end}", ["Ties"], 1)
+    assert badge["badge_description"] == f"Ties {end}"
 
 
 def test_of_other_models_only_breaks_and_blocks_are_taken_out() -> None:
-    assert parse_badge(badge_json(name="Rope<br>Work")).badge_name == "Rope Work"
-    _, badge = written(Sieve(), ["<pre>Ties a <b>knot</b></pre>"], ["Ties"])
-    assert badge["badge_description"] == "Ties a <b>knot</b>"
+    badge = parse_badge(badge_json(name="Rope<br>Work", description="<pre>Ties a <b>knot</b></pre>"))
+    assert (badge.badge_name, badge.badge_description) == ("Rope Work", "Ties a <b>knot</b>")
 
 
 def test_a_course_about_markup_keeps_it() -> None:

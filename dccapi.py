@@ -967,9 +967,10 @@ async def _started(*arguments: str, cwd: Path | None = None) -> Process:
 
 
 async def _killed(process: Process) -> None:
-    with contextlib.suppress(ProcessLookupError, ChildProcessError):
+    with contextlib.suppress(ProcessLookupError):
         process.kill()
-        await process.wait()
+    await process.wait()
+    with contextlib.suppress(ChildProcessError):
         await asyncio.to_thread(os.waitpid, -process.pid, 0)  # process 1 of a container inherits what it has started
 
 

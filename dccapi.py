@@ -1637,9 +1637,9 @@ class Engine:
 
     async def _response(self, prompt: Prompt) -> aiohttp.ClientResponse:
         """The response with the answer. Refused parts of the request are left out, from then on where that helps."""
-        without = self._without
+        without, may_repeat = self._without, self._known
         while True:
-            if not (was_known := self._known):
+            if not self._known:
                 self.remark = ""
                 with contextlib.suppress(Exception):  # it is silent, or says nonsense
                     await self.introduce()
@@ -1652,8 +1652,9 @@ class Engine:
                 raise EngineTimeout("The engine takes no connection in CONNECT_TIMEOUT. Try again later.", 5) from error
             except aiohttp.ClientConnectionError as error:  # without a byte of an answer
                 self._known = False  # another server may be started in its place
-                if not was_known:
+                if not may_repeat:
                     raise EngineUnreachable from error
+                may_repeat = False
                 # It was closed in the pool (aiohttp 6138), or with its server; others are out of there in a moment.
                 await asyncio.sleep(0.05)
                 continue

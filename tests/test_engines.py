@@ -337,6 +337,18 @@ async def test_a_call_that_ends_without_an_answer_is_made_once_more_at_most() ->
         assert len(service.engine.calls) == 3
 
 
+async def test_a_call_is_made_once_more_at_most_beside_others_too() -> None:
+    script = [Script(), *[Script(first_delay=0.3, drop_after=0)] * 9]
+    async with serving(script=lambda body, index: script[index]) as service, await service.connect() as connection:
+        await writes(service)
+        first = await connection.request("POST", "/generate", body=COURSE)
+        await eventually(lambda: len(service.engine.calls) == 2 and service.engine.calls[1].ended)
+        second = await connection.request("POST", "/generate", body=COURSE)  # which finds its server there
+        for stream in (first, second):
+            assert (await connection.response(stream)).status == 503
+        assert len(service.engine.calls) == 4
+
+
 async def test_a_child_that_dies_with_a_call_is_replaced_by_the_next(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

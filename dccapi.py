@@ -1040,7 +1040,7 @@ class Writer:
             generation.last, generation.begun = time.monotonic(), 0.0
             try:
                 prompt.check(self.engine.context)
-                spent.append(await self._call(generation, prompt, draft))
+                await self._call(generation, prompt, draft, spent)
             except ContentTooLong as error:
                 prompt = await self._condensed(prompt, error, generation)
                 continue
@@ -1049,7 +1049,7 @@ class Writer:
             joint = draft.joint
             prompt = replace(prompt, user=f"{prompt.user}\n{TITLE_AGAIN}")
 
-    async def _call(self, generation: Generation, prompt: Prompt, draft: Draft) -> Usage:
+    async def _call(self, generation: Generation, prompt: Prompt, draft: Draft, spent: list[Usage]) -> None:
         """One engine call: log what each piece of text adds to the badge; stop an engine that writes without end.
 
         An empty piece is a sign of life: the model thinks. Raises ContentTooLong and other ApiErrors.
@@ -1070,7 +1070,8 @@ class Writer:
                     generation.append(text)
                 count += 1
                 if draft.refused:
-                    return Usage(0, count, "stop")
+                    spent.append(Usage(0, count, "stop"))
+                    return
                 size += len(piece)
                 blank = blank + len(piece) if piece.isspace() else 0
                 # Eight pieces a token: some servers send their text letter by letter.
@@ -1079,6 +1080,7 @@ class Writer:
                         raise InvalidModelOutput(LOOPS)
                     usage = Usage(0, min(count, most_tokens), "length")
                     break
+        spent.append(usage)
         is_cut, limit = usage.finish_reason == "length", self.engine.context
         try:
             generation.append(draft.finish(is_cut))
@@ -1086,7 +1088,6 @@ class Writer:
             if is_cut and limit and usage.prompt_tokens + usage.completion_tokens >= limit - 1:
                 raise too_long(prompt, limit, usage.prompt_tokens) from None
             raise InvalidModelOutput(CUT_OFF if is_cut else "") from None
-        return usage
 
     def _sieve(self, prompt: Prompt) -> Sieve:
         """What leaves out repetitions; with small models also what the course does not bear, for which it has words."""

@@ -473,6 +473,13 @@ async def test_a_count_below_the_number_of_words_says_nothing(engine: type[Scrip
         assert (await writes(service, LONG))["usage"]["prompt_tokens"] == 9
 
 
+async def test_a_call_whose_thoughts_fill_the_context_is_in_the_sum_of_what_its_badge_took() -> None:
+    thinks = Script(["<think>", *["So "] * 142], prompt_eval_count=2000, done_reason="length")
+    async with serving(script=lambda body, index: Script() if index else thinks, num_ctx=2144) as service:
+        usage = (await writes(service, {"content": "knots " * 1000}))["usage"]
+    assert usage == {"prompt_tokens": 2467, "completion_tokens": 143 + len(badge_pieces()), "total_tokens": 2677}
+
+
 async def test_ollamas_context_error_is_a_413_with_the_figures() -> None:
     script = Script(status=400, error="the input length exceeds the context length")
     async with serving(script=script, num_ctx=2048) as service:

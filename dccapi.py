@@ -1363,7 +1363,8 @@ class GenerationQueue:
         if due <= now:
             self.end(generation, EngineTimeout(f"The language model took longer than {limit}", self.estimated_wait(1)))
         else:  # soon enough to see which prompts are read meanwhile
-            generation.timer = self._loop.call_at(min(due, now + settings.token_timeout / 4), self._expire, generation)
+            soon = now + min(settings.token_timeout, settings.first_token_timeout) / 4
+            generation.timer = self._loop.call_at(min(due, soon), self._expire, generation)
 
     def _closed(self, generation: Generation, call: asyncio.Task[Answer]) -> None:
         """An engine call is closed, which frees its worker. An unforeseen exception is told as an engine error."""

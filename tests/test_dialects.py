@@ -654,6 +654,15 @@ async def test_prompts_that_are_read_at_once_wait_for_each_other() -> None:
         assert int(response.headers["retry-after"]) >= 1
 
 
+async def test_a_prompt_waits_for_a_short_one_that_was_read_beside_it() -> None:
+    script = lambda body, index: Script(first_delay=0.3 if index else 1)  # noqa: E731
+    async with serving(script=script, first_token_timeout=0.7) as service, await service.connect() as connection:
+        first = await connection.request("POST", "/generate", body=COURSE)
+        await service.engine.wait_for_calls(1)
+        second = await connection.request("POST", "/generate", body=COURSE)
+        assert {(await connection.response(stream)).status for stream in (first, second)} == {200}
+
+
 @pytest.mark.slow
 @pytest.mark.alone
 async def test_an_engine_that_is_stuck_ends_within_its_bounds() -> None:

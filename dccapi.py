@@ -1349,12 +1349,13 @@ class GenerationQueue:
         read beside this one adds FIRST_TOKEN_TIMEOUT, and while one is read no silence counts.
         """
         settings, now = self.settings, time.monotonic()
+        soon = now + min(settings.token_timeout, settings.first_token_timeout) / 4  # until then one may be read still
         being_read = sum(not other.begun for other in self.running if other is not generation)
         generation.allowance = max(generation.allowance, being_read * settings.first_token_timeout)
         due = generation.last + settings.first_token_timeout + generation.allowance
         limit = "FIRST_TOKEN_TIMEOUT allows to begin. Try again later, or with less content."
         if generation.begun:
-            generation.last = now if being_read else generation.last
+            generation.last = soon if being_read else generation.last
             due = generation.last + settings.token_timeout
             limit = "TOKEN_TIMEOUT allows between two tokens. Try again later."
         last = generation.started + settings.generation_timeout + generation.allowance
@@ -1363,7 +1364,6 @@ class GenerationQueue:
         if due <= now:
             self.end(generation, EngineTimeout(f"The language model took longer than {limit}", self.estimated_wait(1)))
         else:  # soon enough to see which prompts are read meanwhile
-            soon = now + min(settings.token_timeout, settings.first_token_timeout) / 4
             generation.timer = self._loop.call_at(min(due, soon), self._expire, generation)
 
     def _closed(self, generation: Generation, call: asyncio.Task[Answer]) -> None:

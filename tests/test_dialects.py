@@ -638,6 +638,16 @@ async def test_a_badge_lives_on_after_a_client_has_left_whose_course_was_read_be
         assert (await connection.response(writing)).status == 200
 
 
+async def test_silence_counts_from_when_a_course_is_read_that_was_read_beside_it() -> None:
+    writes = Script(pieces=split(badge_json(), 2), delay=2)
+    script = lambda body, index: Script(first_delay=0.85) if index else writes  # noqa: E731
+    async with serving(script=script, token_timeout=1.2) as service, await service.connect() as connection:
+        writing = await connection.request("POST", "/generate", body=COURSE)
+        await service.engine.wait_for_calls(1)
+        assert (await connection.response(await connection.request("POST", "/generate", body=COURSE))).status == 200
+        assert (await connection.response(writing)).status == 200
+
+
 async def test_prompts_that_are_read_at_once_wait_for_each_other() -> None:
     async with (
         serving(

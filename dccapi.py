@@ -1351,13 +1351,14 @@ class GenerationQueue:
         settings, now = self.settings, time.monotonic()
         soon = now + min(settings.token_timeout, settings.first_token_timeout) / 4  # until then one may be read still
         being_read = sum(not other.begun for other in self.running if other is not generation)
-        generation.allowance = max(generation.allowance, being_read * settings.first_token_timeout)
-        due = generation.last + settings.first_token_timeout + generation.allowance
-        limit = "FIRST_TOKEN_TIMEOUT allows to begin. Try again later, or with less content."
         if generation.begun:
             generation.last = soon if being_read else generation.last
             due = generation.last + settings.token_timeout
             limit = "TOKEN_TIMEOUT allows between two tokens. Try again later."
+        else:
+            generation.allowance = max(generation.allowance, being_read * settings.first_token_timeout)
+            due = generation.last + settings.first_token_timeout + generation.allowance
+            limit = "FIRST_TOKEN_TIMEOUT allows to begin. Try again later, or with less content."
         last = generation.started + settings.generation_timeout + generation.allowance
         if last < due:
             due, limit = last, "GENERATION_TIMEOUT allows to finish. Try again later, or with a lower max_tokens."

@@ -20,6 +20,7 @@ from service import (
     ENGINES,
     HERE,
     MARKER,
+    SLOW,
     Service,
     ask,
     error_in,
@@ -671,6 +672,16 @@ async def test_a_prompt_waits_for_a_short_one_that_was_read_beside_it() -> None:
         await service.engine.wait_for_calls(1)
         second = await connection.request("POST", "/generate", body=COURSE)
         assert {(await connection.response(stream)).status for stream in (first, second)} == {200}
+
+
+async def test_a_badge_that_is_written_without_end_is_ended_whatever_is_read_beside_it() -> None:
+    script = lambda body, index: Script(first_delay=0.3) if index else SLOW  # noqa: E731
+    waits = {"token_timeout": 0.4, "generation_timeout": 0.8}
+    async with serving(script=script, **waits) as service, await service.connect() as connection:
+        writing = await connection.request("POST", "/generate", body=COURSE)
+        await service.engine.wait_for_calls(1)
+        assert (await connection.response(await connection.request("POST", "/generate", body=COURSE))).status == 200
+        assert "GENERATION_TIMEOUT" in (await connection.response(writing, 2)).json()["detail"]
 
 
 @pytest.mark.slow

@@ -958,9 +958,10 @@ async def _started(*arguments: str, cwd: Path | None = None) -> Process:
 
 
 async def _killed(process: Process) -> None:
-    with contextlib.suppress(ProcessLookupError, ChildProcessError):
+    with contextlib.suppress(ProcessLookupError):
         process.kill()
-        await process.wait()
+    await process.wait()
+    with contextlib.suppress(ChildProcessError):
         await asyncio.to_thread(os.waitpid, -process.pid, 0)  # process 1 of a container inherits what it has started
 
 
@@ -1030,7 +1031,7 @@ class Writer:
             generation.last, generation.begun = time.monotonic(), 0.0
             try:
                 prompt.check(self.engine.context)
-                spent.append(await self._call(generation, prompt, draft))
+                await self._call(generation, prompt, draft, spent)
             except ContentTooLong as error:
                 prompt = await self._condensed(prompt, error, generation)
                 continue
@@ -1039,7 +1040,7 @@ class Writer:
             joint = draft.joint
             prompt = replace(prompt, user=f"{prompt.user}\n{TITLE_AGAIN}")
 
-    async def _call(self, generation: Generation, prompt: Prompt, draft: Draft) -> Usage:
+    async def _call(self, generation: Generation, prompt: Prompt, draft: Draft, spent: list[Usage]) -> None:
         """One engine call: log what each piece of text adds to the badge; stop an engine that writes without end.
 
         An empty piece is a sign of life: the model thinks. Raises ContentTooLong and other ApiErrors.
@@ -1060,7 +1061,8 @@ class Writer:
                     generation.append(text)
                 count += 1
                 if draft.refused:
-                    return Usage(0, count, "stop")
+                    spent.append(Usage(0, count, "stop"))
+                    return
                 size += len(piece)
                 blank = blank + len(piece) if piece.isspace() else 0
                 # Eight pieces a token: some servers send their text letter by letter.
@@ -1069,6 +1071,7 @@ class Writer:
                         raise InvalidModelOutput(LOOPS)
                     usage = Usage(0, min(count, most_tokens), "length")
                     break
+        spent.append(usage)
         is_cut, limit = usage.finish_reason == "length", self.engine.context
         try:
             generation.append(draft.finish(is_cut))
@@ -1076,7 +1079,6 @@ class Writer:
             if is_cut and limit and usage.prompt_tokens + usage.completion_tokens >= limit - 1:
                 raise too_long(prompt, limit, usage.prompt_tokens) from None
             raise InvalidModelOutput(CUT_OFF if is_cut else "") from None
-        return usage
 
     def _sieve(self, prompt: Prompt) -> Sieve:
         """What leaves out repetitions; with small models also what the course does not bear, for which it has words."""
@@ -1339,21 +1341,23 @@ class GenerationQueue:
         read beside this one adds FIRST_TOKEN_TIMEOUT, and while one is read no silence counts.
         """
         settings, now = self.settings, time.monotonic()
+        soon = now + min(settings.token_timeout, settings.first_token_timeout) / 4  # until then one may be read still
         being_read = sum(not other.begun for other in self.running if other is not generation)
-        generation.allowance = max(generation.allowance, being_read * settings.first_token_timeout)
-        due = generation.last + settings.first_token_timeout + generation.allowance
-        limit = "FIRST_TOKEN_TIMEOUT allows to begin. Try again later, or with less content."
         if generation.begun:
-            generation.last = now if being_read else generation.last
+            generation.last = soon if being_read else generation.last
             due = generation.last + settings.token_timeout
             limit = "TOKEN_TIMEOUT allows between two tokens. Try again later."
+        else:
+            generation.allowance = max(generation.allowance, being_read * settings.first_token_timeout)
+            due = generation.last + settings.first_token_timeout + generation.allowance
+            limit = "FIRST_TOKEN_TIMEOUT allows to begin. Try again later, or with less content."
         last = generation.started + settings.generation_timeout + generation.allowance
         if last < due:
             due, limit = last, "GENERATION_TIMEOUT allows to finish. Try again later, or with a lower max_tokens."
         if due <= now:
             self.end(generation, EngineTimeout(f"The language model took longer than {limit}", self.estimated_wait(1)))
         else:  # soon enough to see which prompts are read meanwhile
-            generation.timer = self._loop.call_at(min(due, now + settings.token_timeout / 4), self._expire, generation)
+            generation.timer = self._loop.call_at(min(due, soon), self._expire, generation)
 
     def _closed(self, generation: Generation, call: asyncio.Task[Answer]) -> None:
         """An engine call is closed, which frees its worker. An unforeseen exception is told as an engine error."""
@@ -1628,9 +1632,9 @@ class Engine:
 
     async def _response(self, prompt: Prompt) -> aiohttp.ClientResponse:
         """The response with the answer. Refused parts of the request are left out, from then on where that helps."""
-        without = self._without
+        without, may_repeat = self._without, self._known
         while True:
-            if not (was_known := self._known):
+            if not self._known:
                 self.remark = ""
                 with contextlib.suppress(Exception):  # it is silent, or says nonsense
                     await self.introduce()
@@ -1643,8 +1647,9 @@ class Engine:
                 raise EngineTimeout("The engine takes no connection in CONNECT_TIMEOUT. Try again later.", 5) from error
             except aiohttp.ClientConnectionError as error:  # without a byte of an answer
                 self._known = False  # another server may be started in its place
-                if not was_known:
+                if not may_repeat:
                     raise EngineUnreachable from error
+                may_repeat = False
                 # It was closed in the pool (aiohttp 6138), or with its server; others are out of there in a moment.
                 await asyncio.sleep(0.05)
                 continue

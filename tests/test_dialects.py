@@ -20,6 +20,7 @@ from service import (
     ENGINES,
     HERE,
     MARKER,
+    SLOW,
     Service,
     ask,
     error_in,
@@ -648,6 +649,16 @@ async def test_a_badge_lives_on_after_a_client_has_left_whose_course_was_read_be
         assert (await connection.response(writing)).status == 200
 
 
+async def test_silence_counts_from_when_a_course_is_read_that_was_read_beside_it() -> None:
+    writes = Script(pieces=split(badge_json(), 2), delay=2)
+    script = lambda body, index: Script(first_delay=0.85) if index else writes  # noqa: E731
+    async with serving(script=script, token_timeout=1.2) as service, await service.connect() as connection:
+        writing = await connection.request("POST", "/generate", body=COURSE)
+        await service.engine.wait_for_calls(1)
+        assert (await connection.response(await connection.request("POST", "/generate", body=COURSE))).status == 200
+        assert (await connection.response(writing)).status == 200
+
+
 async def test_prompts_that_are_read_at_once_wait_for_each_other() -> None:
     async with (
         serving(
@@ -662,6 +673,25 @@ async def test_prompts_that_are_read_at_once_wait_for_each_other() -> None:
         told = problem_in(response, 504, "engine_timeout")["detail"]
         assert "FIRST_TOKEN_TIMEOUT" in told
         assert int(response.headers["retry-after"]) >= 1
+
+
+async def test_a_prompt_waits_for_a_short_one_that_was_read_beside_it() -> None:
+    script = lambda body, index: Script(first_delay=0.3 if index else 1)  # noqa: E731
+    async with serving(script=script, first_token_timeout=0.7) as service, await service.connect() as connection:
+        first = await connection.request("POST", "/generate", body=COURSE)
+        await service.engine.wait_for_calls(1)
+        second = await connection.request("POST", "/generate", body=COURSE)
+        assert {(await connection.response(stream)).status for stream in (first, second)} == {200}
+
+
+async def test_a_badge_that_is_written_without_end_is_ended_whatever_is_read_beside_it() -> None:
+    script = lambda body, index: Script(first_delay=0.3) if index else SLOW  # noqa: E731
+    waits = {"token_timeout": 0.4, "generation_timeout": 0.8}
+    async with serving(script=script, **waits) as service, await service.connect() as connection:
+        writing = await connection.request("POST", "/generate", body=COURSE)
+        await service.engine.wait_for_calls(1)
+        assert (await connection.response(await connection.request("POST", "/generate", body=COURSE))).status == 200
+        assert "GENERATION_TIMEOUT" in (await connection.response(writing, 2)).json()["detail"]
 
 
 @pytest.mark.slow

@@ -1857,7 +1857,7 @@ class EmbeddedEngine(Engine):
         return f"{said}/v1"
 
     async def _supervise(self) -> None:
-        """Start the child, and another a second after its end, or some seconds after one that could not start."""
+        """Start the child, and another when it has ended or could not start."""
         arguments = self.settings.model_path, self.settings.num_ctx, self.settings.workers, self.settings.model
         while True:
             try:
@@ -1873,10 +1873,8 @@ class EmbeddedEngine(Engine):
                 self._said = asyncio.Future[str]()  # who asks now waits for the next one
                 said = f"its process ended with {await self._child.wait()}"
             log.error("the embedded engine is started again: %s", said)
-            if self._said.done():
-                await asyncio.sleep(5)  # what kept it from starting seldom passes at once
-                self._said = asyncio.Future[str]()
-            await asyncio.sleep(1)
+            await asyncio.sleep(2)
+            self._said = asyncio.Future[str]() if self._said.done() else self._said
 
 
 def serve_embedded(path: str, context: str, slots: str, name: str) -> None:

@@ -1922,7 +1922,7 @@ class Api:
 
     def __init__(self, settings: Settings, queue: GenerationQueue) -> None:
         self.settings, self.queue, self.engine, self.readers = settings, queue, queue.engine, queue.readers
-        self._probe: asyncio.Task[list[str]] | None = None
+        self._probe: asyncio.Future[tuple[list[str] | BaseException]] | None = None
         self.system_prompt = settings.system_prompt_file.read_text("utf-8").strip()
 
     def routes(self) -> list[Route]:
@@ -2150,13 +2150,10 @@ class Api:
     async def _state(self) -> tuple[list[str], ApiError | None]:
         """The engine's models, and why no badge could be written now. Probes at the same time share one question."""
         if self._probe is None or self._probe.done():
-            self._probe = asyncio.create_task(self.engine.models())
-            # Whoever asked may have left, and asyncio logs an exception that nobody takes.
-            self._probe.add_done_callback(lambda probe: probe.cancelled() or probe.exception())
-        try:
-            available = await asyncio.shield(self._probe)
-        except ApiError as error:
-            return [], error
+            self._probe = asyncio.gather(self.engine.models(), return_exceptions=True)
+        (available,) = await asyncio.shield(self._probe)
+        if isinstance(available, BaseException):
+            return [], cast(ApiError, available)
         if self.queue.draining:
             return available, ShuttingDown()
         missing = f"The engine has no model {self.settings.model}. Create it, or set MODEL_NAME to one it has."

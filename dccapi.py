@@ -1539,7 +1539,8 @@ FINISHED = {"stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete",
 CUT = {"length", "max_tokens", "max_length", "max_output_tokens", "model_length"}
 SAMPLING = ("max_tokens", "seed", "temperature", "top_p", "top_k", "repeat_penalty", "repetition_penalty")
 # The rest of what a refusal may mean; 502 and 504 are said by a balancer that has no engine to ask.
-REFUSALS = {404: ModelMissing, 429: QueueFull, 502: EngineUnreachable, 503: QueueFull, 504: EngineUnreachable}
+BUSY: Callable[..., ApiError] = partial(QueueFull, "The engine is busy, or loads the model. Try again in a moment.")
+REFUSALS = {404: ModelMissing, 429: BUSY, 502: EngineUnreachable, 503: BUSY, 504: EngineUnreachable}
 RECORD = re.compile(rb"(?:data:|error:)?\s*(\{.*|\[DONE\])")  # a line with one: alone (Ollama), or in an event
 
 

@@ -1566,8 +1566,7 @@ class Engine:
         self.settings = settings
         self.base_url, self.key = settings.openai_base_url, settings.openai_api_key.strip()
         self.context: int | None = None  # tokens that its context holds, as far as that is known
-        self.remark = ""  # what an operator should know of it
-        self._known = False  # whether the server has said what it is, and nothing is known against it
+        self.remark: str | None = None  # what is known against the server; None where it has not said what it is
         self._without: frozenset[str] = frozenset()  # parts that the server has refused, and is not sent again
 
     async def start(self) -> None:
@@ -1654,11 +1653,11 @@ class Engine:
         """The response with the answer. Refused parts of the request are left out, from then on where that helps."""
         without = self._without
         while True:
-            if not (was_known := self._known):
-                self.remark = ""
+            if not (was_known := self.remark == ""):
+                self.remark = None
                 with contextlib.suppress(Exception):  # it is silent, or says nonsense
                     await self.introduce()
-                    self._known = not self.remark
+                    self.remark = self.remark or ""
             parts = self.body(prompt, without).items()
             body = {name: part for name, part in parts if part is not None and name not in without}
             try:
@@ -1666,7 +1665,7 @@ class Engine:
             except TimeoutError as error:
                 raise EngineTimeout("The engine takes no connection in CONNECT_TIMEOUT. Try again later.", 5) from error
             except aiohttp.ClientConnectionError as error:  # without a byte of an answer
-                self._known = False  # another server may be started in its place
+                self.remark = None  # another server may be started in its place
                 if not was_known:
                     raise EngineUnreachable from error
                 # It was closed in the pool (aiohttp 6138), or with its server; others are out of there in a moment.
@@ -1705,11 +1704,9 @@ class Engine:
         cannot = re.search(CANNOT_RUN, message)
         if cannot or status in (401, 403):
             fault = f"cannot run it ({cannot[0]})" if cannot else "does not take the service's key"
-            self._known, self.remark = False, f"The language model's server {fault}. Its operator has to mend that."
+            self.remark = f"The language model's server {fault}. Its operator has to mend that."
             return EngineError(self.remark)
-        self._known = self._known and status != 404  # the model may be made anew
-        if status == 503 and "loading model" in message.lower():  # llama-server
-            return EngineUnreachable("The language model is being loaded. Try again in a moment.")
+        self.remark = None if status == 404 else self.remark  # the model may be made anew
         return REFUSALS[status]() if status in REFUSALS else None
 
     async def ask(self, path: str, body: dict[str, Any] | None = None) -> tuple[int, bytes]:

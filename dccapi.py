@@ -93,6 +93,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from reader import review
 from reader.condense import word_count
 from reader.sieve import EVERY_MARKUP, LABEL, MARKUP, Sieve
+from reader.skills import frameworks
 
 __version__ = "0.2.0"
 HERE = Path(__file__).resolve().parent
@@ -1922,6 +1923,8 @@ class Api:
         self.settings, self.queue, self.engine, self.readers = settings, queue, queue.engine, queue.readers
         self._probe: asyncio.Future[tuple[list[str] | BaseException]] | None = None
         self.system_prompt = settings.system_prompt_file.read_text("utf-8").strip()
+        # The `frameworks` of the index of skills, or the `fault` for which it cannot be read.
+        self.index = frameworks(str(settings.skills_index)) if settings.skills_index else {}
 
     def routes(self) -> list[Route]:
         """The paths of contract 3 with their methods. `Exchange` takes /api/v1 away, Starlette adds HEAD to GET."""
@@ -2095,22 +2098,11 @@ class Api:
             raise NotFound("No index of skills can be read. Its operator runs `make skills`; /health says more.")
         return as_json(answer["skills"])
 
-    async def frameworks(self) -> dict[str, Any]:
-        """The `frameworks` of the index of skills, or the `fault` for which it cannot be read, which is logged too."""
-        index = self.settings.skills_index
-        try:
-            answer = await self.readers.ask("frameworks", "", path=index) if index else {}
-        except (ApiError, OSError):
-            answer = {"fault": "SKILLS_INDEX: it cannot be read in time, or takes too much memory"}
-        if "fault" in answer:
-            warn_once(f"badges get no alignments: {answer['fault']}", time.monotonic() // 3600)
-        return answer
-
     async def health(self, request: Request) -> Response:
         """Engine, model and queue (contract 3.5); 503 when no badge could be written now."""
         settings, queue = self.settings, self.queue
         available, error = await self._state()
-        index, context = await self.frameworks(), self.engine.context or 0
+        context = self.engine.context or 0
         # The tokens that instructions and an answer leave for a course, about three words in four.
         room = max(0, context - min(1024, context // 4) - len(self.system_prompt.encode()) // 4 - 200)
         state = {
@@ -2130,9 +2122,9 @@ class Api:
             "queue_status": "full" if queue.full else "busy" if queue.waiting else "ready",
             "multiplexing_enabled": settings.enable_multiplexing,
             "version": __version__,
-            "error": error.detail if error else self.engine.remark or index.get("fault"),
+            "error": error.detail if error else self.engine.remark or self.index.get("fault"),
             "content_words_that_fit": room * 3 // 4 if context else None,
-            "skills": index.get("frameworks"),
+            "skills": self.index.get("frameworks"),
         }
         return as_json(state, 503 if error else 200)
 
@@ -2730,7 +2722,8 @@ def create_app(settings: Settings) -> Guard:
         logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", handlers=[handler])
         log.setLevel(settings.log_level)
         await queue.start()
-        await api.frameworks()
+        if "fault" in api.index:
+            log.warning(f"badges get no alignments: {api.index['fault']}")
         what = f"{settings.workers} workers, queue {settings.max_queue}, on {', '.join(guard.addresses)}"
         log.info(f"dccapi {__version__}: engine {settings.engine}, model {settings.model}, {what}, HTTP/2 on")
         if not settings.keys and not all(re.fullmatch(LOCAL_ADDRESS, address) for address in guard.addresses):

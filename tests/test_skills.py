@@ -196,6 +196,10 @@ async def test_a_bad_index_is_told_and_costs_no_badge(
         problem_in(await ask(service, None, "/skills?q=python", "GET"), 404, "not_found")
 
 
+def test_an_index_that_cannot_be_looked_for_is_told_too() -> None:
+    assert "too long" in skills.frameworks("x" * 5000)["fault"]
+
+
 async def test_an_index_that_goes_away_costs_no_badge(index: str, tmp_path: Path) -> None:
     path = tmp_path / "skills.sqlite"
     shutil.copy(index, path)

@@ -1822,7 +1822,7 @@ class EmbeddedEngine(Engine):
 
     remedy = "The service's log says why; it is started again and again."
     # SmolLM2-135M loops at the contract's 1.02: without this, the bounds and DRY, half of the real courses had no end.
-    defaults: Mapping[str, Any] = {"repeat_penalty": 1.12}
+    defaults: Mapping[str, Any] = {"repeat_penalty": 1.12, "dry_multiplier": 0.8, "dry_allowed_length": 3}
     sifts = True
     _child: Any = None  # that was started last
 
@@ -1832,8 +1832,7 @@ class EmbeddedEngine(Engine):
         bounds: dict[str, Any] = {name: {"items": {"type": "string", "maxLength": n}} for name, n in longest.items()}
         bounds["badge_name"] = {"pattern": r'^[^<>"\\{}]{3,80}$'}  # a title, not the course's delimiter
         properties = {name: part | bounds[name] for name, part in prompt.schema["properties"].items()}
-        body = super().body(replace(prompt, schema=prompt.schema | {"properties": properties}), without)
-        return body | {"dry_multiplier": 0.8, "dry_allowed_length": 3}
+        return super().body(replace(prompt, schema=prompt.schema | {"properties": properties}), without)
 
     async def start(self) -> None:
         self.is_tiny = cast(Path, self.settings.model_path).stat().st_size < 400e6  # 500 million parameters in 4 bits

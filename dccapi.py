@@ -90,6 +90,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from reader import review
 from reader.condense import word_count
 from reader.sieve import EVERY_MARKUP, LABEL, MARKUP, Sieve
+from reader.skills import frameworks
 
 __version__ = "0.2.0"
 HERE = Path(__file__).resolve().parent
@@ -1520,7 +1521,8 @@ FINISHED = {"stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete",
 CUT = {"length", "max_tokens", "max_length", "max_output_tokens", "model_length"}
 SAMPLING = ("max_tokens", "seed", "temperature", "top_p", "top_k", "repeat_penalty", "repetition_penalty")
 # The rest of what a refusal may mean; 502 and 504 are said by a balancer that has no engine to ask.
-REFUSALS = {404: ModelMissing, 429: QueueFull, 502: EngineUnreachable, 503: QueueFull, 504: EngineUnreachable}
+BUSY: Callable[..., ApiError] = partial(QueueFull, "The engine is busy, or loads the model. Try again in a moment.")
+REFUSALS = {404: ModelMissing, 429: BUSY, 502: EngineUnreachable, 503: BUSY, 504: EngineUnreachable}
 RECORD = re.compile(rb"(?:data:|error:)?\s*(\{.*|\[DONE\])")  # a line with one: alone (Ollama), or in an event
 
 
@@ -1546,8 +1548,7 @@ class Engine:
         self.settings = settings
         self.base_url, self.key = settings.openai_base_url, settings.openai_api_key.strip()
         self.context: int | None = None  # tokens that its context holds, as far as that is known
-        self.remark = ""  # what an operator should know of it
-        self._known = False  # whether the server has said what it is, and nothing is known against it
+        self.remark: str | None = None  # what is known against the server; None where it has not said what it is
         self._without: frozenset[str] = frozenset()  # parts that the server has refused, and is not sent again
 
     async def start(self) -> None:
@@ -1632,13 +1633,13 @@ class Engine:
 
     async def _response(self, prompt: Prompt) -> aiohttp.ClientResponse:
         """The response with the answer. Refused parts of the request are left out, from then on where that helps."""
-        without, may_repeat = self._without, self._known
+        without, may_repeat = self._without, self.remark == ""
         while True:
-            if not self._known:
-                self.remark = ""
+            if self.remark != "":
+                self.remark = None
                 with contextlib.suppress(Exception):  # it is silent, or says nonsense
                     await self.introduce()
-                    self._known = not self.remark
+                    self.remark = self.remark or ""
             parts = self.body(prompt, without).items()
             body = {name: part for name, part in parts if part is not None and name not in without}
             try:
@@ -1646,7 +1647,7 @@ class Engine:
             except TimeoutError as error:
                 raise EngineTimeout("The engine takes no connection in CONNECT_TIMEOUT. Try again later.", 5) from error
             except aiohttp.ClientConnectionError as error:  # without a byte of an answer
-                self._known = False  # another server may be started in its place
+                self.remark = None  # another server may be started in its place
                 if not may_repeat:
                     raise EngineUnreachable from error
                 may_repeat = False
@@ -1686,11 +1687,9 @@ class Engine:
         cannot = re.search(CANNOT_RUN, message)
         if cannot or status in (401, 403):
             fault = f"cannot run it ({cannot[0]})" if cannot else "does not take the service's key"
-            self._known, self.remark = False, f"The language model's server {fault}. Its operator has to mend that."
+            self.remark = f"The language model's server {fault}. Its operator has to mend that."
             return EngineError(self.remark)
-        self._known = self._known and status != 404  # the model may be made anew
-        if status == 503 and "loading model" in message.lower():  # llama-server
-            return EngineUnreachable("The language model is being loaded. Try again in a moment.")
+        self.remark = None if status == 404 else self.remark  # the model may be made anew
         return REFUSALS[status]() if status in REFUSALS else None
 
     async def ask(self, path: str, body: dict[str, Any] | None = None) -> tuple[int, bytes]:
@@ -1805,7 +1804,7 @@ class EmbeddedEngine(Engine):
 
     remedy = "The service's log says why; it is started again and again."
     # SmolLM2-135M loops at the contract's 1.02: without this, the bounds and DRY, half of the real courses had no end.
-    defaults: Mapping[str, Any] = {"repeat_penalty": 1.12}
+    defaults: Mapping[str, Any] = {"repeat_penalty": 1.12, "dry_multiplier": 0.8, "dry_allowed_length": 3}
     sifts = True
     _child: Any = None  # that was started last
 
@@ -1815,8 +1814,7 @@ class EmbeddedEngine(Engine):
         bounds: dict[str, Any] = {name: {"items": {"type": "string", "maxLength": n}} for name, n in longest.items()}
         bounds["badge_name"] = {"pattern": r'^[^<>"\\{}]{3,80}$'}  # a title, not the course's delimiter
         properties = {name: part | bounds[name] for name, part in prompt.schema["properties"].items()}
-        body = super().body(replace(prompt, schema=prompt.schema | {"properties": properties}), without)
-        return body | {"dry_multiplier": 0.8, "dry_allowed_length": 3}
+        return super().body(replace(prompt, schema=prompt.schema | {"properties": properties}), without)
 
     async def start(self) -> None:
         self.is_tiny = cast(Path, self.settings.model_path).stat().st_size < 400e6  # 500 million parameters in 4 bits
@@ -1839,7 +1837,7 @@ class EmbeddedEngine(Engine):
         return f"{said}/v1"
 
     async def _supervise(self) -> None:
-        """Start the child, and another a second after its end, or some seconds after one that could not start."""
+        """Start the child, and another when it has ended or could not start."""
         arguments = self.settings.model_path, self.settings.num_ctx, self.settings.workers, self.settings.model
         while True:
             try:
@@ -1855,10 +1853,8 @@ class EmbeddedEngine(Engine):
                 self._said = asyncio.Future[str]()  # who asks now waits for the next one
                 said = f"its process ended with {await self._child.wait()}"
             log.error("the embedded engine is started again: %s", said)
-            if self._said.done():
-                await asyncio.sleep(5)  # what kept it from starting seldom passes at once
-                self._said = asyncio.Future[str]()
-            await asyncio.sleep(1)
+            await asyncio.sleep(2)
+            self._said = asyncio.Future[str]() if self._said.done() else self._said
 
 
 def serve_embedded(path: str, context: str, slots: str, name: str) -> None:
@@ -1906,8 +1902,10 @@ class Api:
 
     def __init__(self, settings: Settings, queue: GenerationQueue) -> None:
         self.settings, self.queue, self.engine, self.readers = settings, queue, queue.engine, queue.readers
-        self._probe: asyncio.Task[list[str]] | None = None
+        self._probe: asyncio.Future[tuple[list[str] | BaseException]] | None = None
         self.system_prompt = settings.system_prompt_file.read_text("utf-8").strip()
+        # The `frameworks` of the index of skills, or the `fault` for which it cannot be read.
+        self.index = frameworks(str(settings.skills_index)) if settings.skills_index else {}
 
     def routes(self) -> list[Route]:
         """The paths of contract 3 with their methods. `Exchange` takes /api/v1 away, Starlette adds HEAD to GET."""
@@ -2082,22 +2080,11 @@ class Api:
             raise NotFound("No index of skills can be read. Its operator runs `make skills`; /health says more.")
         return as_json(answer["skills"])
 
-    async def frameworks(self) -> dict[str, Any]:
-        """The `frameworks` of the index of skills, or the `fault` for which it cannot be read, which is logged too."""
-        index = self.settings.skills_index
-        try:
-            answer = await self.readers.ask("frameworks", "", path=index) if index else {}
-        except (ApiError, OSError):
-            answer = {"fault": "SKILLS_INDEX: it cannot be read in time, or takes too much memory"}
-        if "fault" in answer:
-            warn_once(f"badges get no alignments: {answer['fault']}", time.monotonic() // 3600)
-        return answer
-
     async def health(self, request: Request) -> Response:
         """Engine, model and queue (contract 3.5); 503 when no badge could be written now."""
         settings, queue = self.settings, self.queue
         available, error = await self._state()
-        index, context = await self.frameworks(), self.engine.context or 0
+        context = self.engine.context or 0
         # The tokens that instructions and an answer leave for a course, about three words in four.
         room = max(0, context - min(1024, context // 4) - len(self.system_prompt.encode()) // 4 - 200)
         state = {
@@ -2117,9 +2104,9 @@ class Api:
             "queue_status": "full" if queue.full else "busy" if queue.waiting else "ready",
             "multiplexing_enabled": settings.enable_multiplexing,
             "version": __version__,
-            "error": error.detail if error else self.engine.remark or index.get("fault"),
+            "error": error.detail if error else self.engine.remark or self.index.get("fault"),
             "content_words_that_fit": room * 3 // 4 if context else None,
-            "skills": index.get("frameworks"),
+            "skills": self.index.get("frameworks"),
         }
         return as_json(state, 503 if error else 200)
 
@@ -2135,13 +2122,10 @@ class Api:
     async def _state(self) -> tuple[list[str], ApiError | None]:
         """The engine's models, and why no badge could be written now. Probes at the same time share one question."""
         if self._probe is None or self._probe.done():
-            self._probe = asyncio.create_task(self.engine.models())
-            # Whoever asked may have left, and asyncio logs an exception that nobody takes.
-            self._probe.add_done_callback(lambda probe: probe.cancelled() or probe.exception())
-        try:
-            available = await asyncio.shield(self._probe)
-        except ApiError as error:
-            return [], error
+            self._probe = asyncio.gather(self.engine.models(), return_exceptions=True)
+        (available,) = await asyncio.shield(self._probe)
+        if isinstance(available, BaseException):
+            return [], cast(ApiError, available)
         if self.queue.draining:
             return available, ShuttingDown()
         missing = f"The engine has no model {self.settings.model}. Create it, or set MODEL_NAME to one it has."
@@ -2720,7 +2704,8 @@ def create_app(settings: Settings) -> Guard:
         logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", handlers=[handler])
         log.setLevel(settings.log_level)
         await queue.start()
-        await api.frameworks()
+        if "fault" in api.index:
+            log.warning(f"badges get no alignments: {api.index['fault']}")
         what = f"{settings.workers} workers, queue {settings.max_queue}, on {', '.join(guard.addresses)}"
         log.info(f"dccapi {__version__}: engine {settings.engine}, model {settings.model}, {what}, HTTP/2 on")
         if not settings.keys and not all(re.fullmatch(LOCAL_ADDRESS, address) for address in guard.addresses):

@@ -488,7 +488,7 @@ async def test_a_busy_engine_is_a_503_with_its_retry_after(engine: type[Scripted
     script = Script(status=429, error="you (x) have reached your hourly usage limit", retry_after=said)
     async with serving(engine(), script) as service:
         response = await ask(service)
-        problem_in(response, 503, "queue_full")
+        assert "engine is busy" in problem_in(response, 503, "queue_full")["detail"]
         assert response.headers["retry-after"] == waits
 
 

@@ -358,7 +358,7 @@ async def test_a_child_that_dies_with_a_call_is_replaced_by_the_next(
         await dccapi.Engine.start(engine)  # without a child: at its address is another server
         monkeypatch.setattr(engine, "url", AsyncMock(return_value=url))
         monkeypatch.setattr(engine, "introduce", AsyncMock())
-        engine._known = True
+        engine.remark = ""
         prompt = dccapi.build_prompt(dccapi.GenerateRequest(**COURSE), dccapi.Course(COURSE["content"]), "", {})
         async with await engine._response(prompt) as response:
             assert response.status == 200

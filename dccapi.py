@@ -2246,7 +2246,6 @@ class Guard:
             address = hops.pop()
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = (token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")).encode("latin-1")
-        # Every key is compared, in constant time each.
         names = [name for name, key in settings.keys.items() if secrets.compare_digest(given, key)]
         state["client"] = names[0] if names else str(_ip(address) or address)
         # An EventSource cannot send a key, and nobody can guess the URL of a generation's events.
@@ -2278,7 +2277,6 @@ class Exchange:
     def __init__(self, scope: Scope, receive: Receive, send: Send, settings: Settings) -> None:
         self._scope, self._receive, self._send, self._settings = scope, receive, send, settings
         self._peer, self._headers = peer_at(scope.get("client"), settings), Headers(scope=scope)
-        # Each path stands under /api/v1 as well, and may have a slash at its end.
         path = "/" + scope["path"].removeprefix(scope.get("root_path", "")).removeprefix("/api/v1/").strip("/")
         scope["path"] = scope.get("root_path", "") + path
         media_type = self._headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -2360,18 +2358,15 @@ class Exchange:
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            scope, self._has_begun = self._scope, True
-            if scope["http_version"] != "2":
+            self._has_begun, state = True, self._scope["state"]
+            if self._scope["http_version"] != "2":
                 # h11 closes a connection whose request was not read to its end, and the answer is lost with it.
                 await self._arrived.wait()
             headers = MutableHeaders(scope=message)
-            for name, value in {"x-request-id": scope["state"]["request_id"], **DEFAULT_HEADERS}.items():
+            for name, value in {"x-request-id": state["request_id"], **DEFAULT_HEADERS}.items():
                 headers.setdefault(name, value)
-            if ignored := scope["state"].get("ignored", ())[:20]:
+            if ignored := state.get("ignored", ())[:20]:
                 headers["x-ignored-fields"] = ", ".join(quote(name[:64]) for name in ignored)
-            # The pattern of the path, and no query: either may hold a course or a key put there by mistake.
-            path = scope["route"].path if "route" in scope else "a path that is not known"
-            log.debug(f"{scope['method']} {path} over HTTP/{scope['http_version']}: {message['status']}")
         elif not message.get("more_body"):
             self._is_over = True
         await self._send(message)
@@ -2406,8 +2401,7 @@ def _ip(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 # ---- Hypercorn 0.18, mended -----------------------------------------------------------------------------------------
 
-# What it does by itself, who would notice, its issue or pull request, and the words by which `pytest -k` finds the test
-# that fails without the patch or tells when it may go.
+# What it does by itself; `pytest -k` finds the test that fails without the patch or tells when it may go.
 # it                                                       noticed by                issue    test
 # dies of DATA for a stream that was answered already      siblings of a refusal     334, 365 data_after
 # stops reading behind ten messages that nobody reads      siblings of an upload     (Guard)  nobody_reads

@@ -467,7 +467,7 @@ async def test_the_metrics_count_a_failed_generation_once_and_no_probe() -> None
 # --- Log ---
 
 
-async def test_debug_lines_name_the_route_and_never_what_was_put_into_its_address() -> None:
+async def test_debug_lines_never_hold_what_was_put_into_an_address() -> None:
     lines: list[str] = []
     with logging_into(lines):
         async with serving(log_level="DEBUG", api_keys="lms:s3cret") as service:
@@ -477,8 +477,6 @@ async def test_debug_lines_name_the_route_and_never_what_was_put_into_its_addres
             await ask(service, None, f"/generate/stream?content={MARKER}&key=s3cret", "GET")
             await ask(service, None, "/generate/s3cret", "GET", headers)
     said = "\n".join(line for line in lines if json.loads(line)["logger"] == "dccapi")
-    assert "GET /generations/{id}/events over HTTP/2: 200" in said
-    assert "GET a path that is not known over HTTP/2: 404" in said
     assert not [word for word in (MARKER, "s3cret", id) if word in said]
 
 

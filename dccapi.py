@@ -10,11 +10,9 @@ Routes, each under /api/v1 and at the root:
 
     POST         /generate, /generate-badge-suggestions   one badge as JSON; `Prefer: respond-async` gives 202
     POST, GET    the same with /stream                    the same as Server-Sent Events; GET for EventSource
-    GET, DELETE  /generations/{id}                        state and result; cancel
-    GET          /generations/{id}/events                 its events
+    GET, DELETE  /generations/{id}                        state and result; cancel; GET with /events: its events
     POST         /regenerate-field                        the badge with one field written anew
-    POST         /credentials                             an unsigned OpenBadgeCredential; no engine involved
-    POST         /extract                                 the text of a document; no engine involved
+    POST         /credentials, /extract                   an unsigned OpenBadgeCredential; a document's text: no engine
     GET          /skills                                  skills of ESCO and O*NET, where there is an index
     GET          /health, /livez, /readyz, /metrics       state
     GET          /, /demo, /docs, /openapi.json           the demo page, the documentation
@@ -2082,32 +2080,21 @@ class Api:
 
     async def health(self, request: Request) -> Response:
         """Engine, model and queue (contract 3.5); 503 when no badge could be written now."""
-        settings, queue = self.settings, self.queue
-        available, error = await self._state()
-        context = self.engine.context or 0
+        settings, queue, engine = self.settings, self.queue, self.engine
+        (available, error), context = await self._state(), engine.context or 0
         # The tokens that instructions and an answer leave for a course, about three words in four.
         room = max(0, context - min(1024, context // 4) - len(self.system_prompt.encode()) // 4 - 200)
-        state = {
-            "status": "unhealthy" if error else "healthy",
-            "engine": settings.engine,
-            "ollama_url": re.sub(r"//[^/]*@", "//", settings.ollama_url),
-            "available_models": available,
-            "target_model": settings.model,
-            "model_available": self.engine.has_model(available),
-            "model_path": str(settings.model_path) if settings.model_path else None,
-            "system_prompt_loaded": bool(self.system_prompt),
-            "system_prompt_preview": self.system_prompt[:200],
-            "active_requests": len(queue.running),
-            "max_concurrent_requests": settings.workers,
-            "queued_requests": len(queue.waiting),
-            "max_queue": settings.max_queue,
-            "queue_status": "full" if queue.full else "busy" if queue.waiting else "ready",
-            "multiplexing_enabled": settings.enable_multiplexing,
-            "version": __version__,
-            "error": error.detail if error else self.engine.remark or self.index.get("fault"),
-            "content_words_that_fit": room * 3 // 4 if context else None,
-            "skills": self.index.get("frameworks"),
-        }
+        told = error.detail if error else engine.remark or self.index.get("fault")
+        state = {"status": "unhealthy" if error else "healthy", "error": told, "version": __version__}
+        state |= {"engine": settings.engine, "ollama_url": re.sub(r"//[^/]*@", "//", settings.ollama_url)}
+        state |= {"target_model": settings.model, "model_available": engine.has_model(available)}
+        state |= {"available_models": available, "model_path": settings.model_path and str(settings.model_path)}
+        state |= {"system_prompt_loaded": bool(self.system_prompt), "system_prompt_preview": self.system_prompt[:200]}
+        state |= {"active_requests": len(queue.running), "max_concurrent_requests": settings.workers}
+        state |= {"queued_requests": len(queue.waiting), "max_queue": settings.max_queue}
+        state |= {"queue_status": "full" if queue.full else "busy" if queue.waiting else "ready"}
+        state |= {"multiplexing_enabled": settings.enable_multiplexing, "skills": self.index.get("frameworks")}
+        state |= {"content_words_that_fit": room * 3 // 4 if context else None}
         return as_json(state, 503 if error else 200)
 
     async def readyz(self, request: Request) -> Response:

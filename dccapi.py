@@ -992,7 +992,7 @@ async def _killed(process: Process) -> None:
 
 Answer = dict[str, Any]  # a finished badge as JSON (contract 3.2), as `Writer._answer` makes it
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 300, 600)
-TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
+TOKENS = [4**n for n in range(8)]
 LOOPS = "The language model wrote without end and was stopped. Try again, with another seed or a higher repeat_penalty."
 UNFINISHED = "The language model ended without finishing. Try again, with another seed or a lower temperature."
 CUT_OFF = "The language model reached max_tokens before the badge was complete. Try again with more max_tokens."
@@ -1019,7 +1019,7 @@ class Generation:
     log: list[str] = field(default_factory=list)  # pieces of the badge's JSON; event n is log[n - 1]
     outcome: Answer | ApiError | None = None  # the last event, after which nothing changes
     state: Literal["queued", "running", "succeeded", "failed", "cancelled"] = "queued"
-    position: int = 0  # in the queue, from 1; 0 = running, done, or next as soon as its course is read
+    position: int = 0  # in the queue, from 1; 0 = running or done
     followers: set[asyncio.Event] = field(default_factory=set)  # also who may come back; without any it is cancelled
     timer: asyncio.TimerHandle = field(init=False)  # of its being overtaken, then of its deadlines, then of its keep
     created: float = field(default_factory=time.monotonic)
@@ -1057,11 +1057,10 @@ class Writer:
                 spent.append(await self._call(generation, prompt, draft))
             except ContentTooLong as error:
                 prompt = await self._condensed(prompt, error, generation)
-                continue
-            if not draft.refused:
-                return await self._answer(generation, cast(Badge, draft.badge), prompt, spent)
-            joint = draft.joint
-            prompt = replace(prompt, user=f"{prompt.user}\n{TITLE_AGAIN}")
+            else:
+                if not draft.refused:
+                    return await self._answer(generation, cast(Badge, draft.badge), prompt, spent)
+                prompt, joint = replace(prompt, user=f"{prompt.user}\n{TITLE_AGAIN}"), draft.joint
 
     async def _call(self, generation: Generation, prompt: Prompt, draft: Draft) -> Usage:
         """One engine call: log what each piece of text adds to the badge; stop an engine that writes without end.
@@ -1104,17 +1103,17 @@ class Writer:
 
     def _sieve(self, prompt: Prompt) -> Sieve:
         """What leaves out repetitions; with small models also what the course does not bear, for which it has words."""
-        request, course = prompt.request, prompt.course
-        asked = f"{prompt.system}\n{prompt.user.splitlines()[-1]}"
-        markup = EVERY_MARKUP if self.engine.sifts else MARKUP
-        sieve = partial(Sieve, request=asked, markup=None if EVERY_MARKUP.search(course.text) else markup)
-        # Of a short course hardly a sentence would be left.
-        is_short = word_count(course.text) < (FEWEST_OF_TINY if self.engine.is_tiny else FEWEST_TO_SIFT)
-        if is_short or not self.engine.sifts or request.language not in (None, course.language):
-            return sieve()
-        fields = prompt.schema["properties"].items()
+        request, course, engine = prompt.request, prompt.course, self.engine
+        markup = EVERY_MARKUP if engine.sifts else MARKUP
+        markup = None if EVERY_MARKUP.search(course.text) else markup
+        fields, options = prompt.schema["properties"].items(), [*request.options.values()]
         counts = {name: (part["minItems"], part["maxItems"]) for name, part in fields if "items" in part}
-        return sieve(course.text, course.language, [*request.options.values()], counts, is_tiny=self.engine.is_tiny)
+        asked = f"{prompt.system}\n{prompt.user.splitlines()[-1]}"
+        # Of a short course hardly a sentence would be left.
+        is_long = word_count(course.text) >= (FEWEST_OF_TINY if engine.is_tiny else FEWEST_TO_SIFT)
+        is_sifted = engine.sifts and is_long and request.language in (None, course.language)
+        text = course.text if is_sifted else ""
+        return Sieve(text, course.language, options, counts, asked, markup, engine.is_tiny)
 
     def _title(self, prompt: Prompt, sieve: Sieve, is_first: bool, title: str) -> str | None:
         """The title for the one that the model wrote; None where the model is to be asked for another.
@@ -1133,9 +1132,7 @@ class Writer:
         own = " ".join(NOT_TEXT.sub("", grounds["title"]).split())
         if is_title and review.title_is_from_course(title, grounds, request.options.values()) and sieve.bears(title):
             return own if sieve.prefers(own, title) else sieve.as_title(title)
-        if is_first:
-            return None
-        return title if PLACEHOLDER.fullmatch(own) else own
+        return None if is_first else own
 
     async def _condensed(self, prompt: Prompt, error: ContentTooLong, generation: Generation) -> Prompt:
         """The prompt for as much of the course as fits. Raises `error` where that is not wanted or cannot help."""
@@ -1157,8 +1154,7 @@ class Writer:
         """The badge as an Achievement, reviewed, with its skills and what it took."""
         request, course, last = prompt.request, prompt.course, spent[-1]
         # A call that was broken off says nothing of what it has read: as much as the last one.
-        read = sum(call.prompt_tokens or last.prompt_tokens for call in spent)
-        written = sum(call.completion_tokens for call in spent)
+        read, written = last.prompt_tokens * len(spent), sum(call.completion_tokens for call in spent)
         tags, options, tone = skills_in(badge._tags, prompt), request.options, request.option("badge_tone")
         index = self.settings.skills_index if "skills" in prompt.schema["properties"] else None
         draft = {"badge": badge.model_dump(), "skills": tags, "course": course.text, "notes": course.notes}
@@ -1223,16 +1219,6 @@ class GenerationQueue:
         self._finished: dict[Generation, int] = {}  # and about how many bytes it keeps
         self.keys: dict[tuple[str, str | None], tuple[bytes, Generation]] = {}  # by client and `Idempotency-Key`
         self._service_time = 0.0  # of a generation, in seconds; the newest count most
-        self._telling: asyncio.TimerHandle | None = None  # a thousand are told twice a second: each is a write
-
-    async def start(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        await self.engine.start()
-
-    async def stop(self) -> None:
-        await self.drain()
-        await self.engine.stop()
-        await self.readers.stop()
 
     async def drain(self) -> None:
         """Admit nothing new, tell what waits, let what runs finish within `DRAIN_TIMEOUT`, tell the rest."""
@@ -1262,7 +1248,7 @@ class GenerationQueue:
         generation = Generation(client, request_id, urgency)
         self.known[generation.id] = generation
         self.waiting[generation] = None
-        generation.timer = self._loop.call_later(OVERTAKEN_AFTER, self._dispatch)
+        generation.timer = asyncio.get_running_loop().call_later(OVERTAKEN_AFTER, self._dispatch)
         return generation
 
     def ready(self, generation: Generation, prompt: Prompt) -> None:
@@ -1294,7 +1280,7 @@ class GenerationQueue:
         try:
             yield changed
         finally:
-            self._loop.call_later(grace, self._left, generation, changed)
+            asyncio.get_running_loop().call_later(grace, self._left, generation, changed)
 
     def _left(self, generation: Generation, follower: asyncio.Event) -> None:
         generation.followers.remove(follower)
@@ -1314,7 +1300,7 @@ class GenerationQueue:
         if isinstance(outcome, ApiError):
             generation.state = "cancelled" if isinstance(outcome, Cancelled) else "failed"
             outcome.__traceback__ = outcome.__cause__ = outcome.__context__ = None  # their frames hold the course
-        generation.timer = self._loop.call_later(self.settings.result_ttl, self._forget, generation)
+        generation.timer = asyncio.get_running_loop().call_later(self.settings.result_ttl, self._forget, generation)
         self._finished[generation] = 4096 + 2 * sum(map(sys.getsizeof, generation.log))  # the answer repeats the text
         while len(self._finished) > MAX_FINISHED or sum(self._finished.values()) > MAX_FINISHED_BYTES:
             self._forget(next(iter(self._finished)))
@@ -1336,24 +1322,19 @@ class GenerationQueue:
         return next((one for one in order if one.prompt or time.monotonic() - one.created < OVERTAKEN_AFTER), None)
 
     def _dispatch(self) -> None:
-        """The queue has changed: start what waits while workers are idle, and tell the rest their positions soon."""
+        """The queue has changed: start what waits while workers are idle, and tell the rest their positions."""
         while len(self.running) < self.settings.workers and (generation := self._next()) and generation.prompt:
             del self.waiting[generation]
             self._starts += 1
             generation.state, generation.position, generation.started = "running", 0, time.monotonic()
-            call = self.running[generation] = self._loop.create_task(self.writer.write(generation))
+            call = self.running[generation] = asyncio.create_task(self.writer.write(generation))
             call.add_done_callback(partial(self._closed, generation))
-            generation.timer = self._loop.call_later(0, self._expire, generation)
+            generation.timer = asyncio.get_running_loop().call_later(0, self._expire, generation)
             generation.wake()
-        idle = self.settings.workers - len(self.running)  # they take the first at once
-        for number, generation in enumerate(sorted(self.waiting, key=lambda one: one.urgency), 1 - idle):
-            generation.position = max(0, number)
-        self._telling = self._telling or self._loop.call_later(len(self.waiting) / 2000, self._tell)
-
-    def _tell(self) -> None:
-        self._telling = None
-        for generation in self.waiting:
-            generation.wake()
+        for position, generation in enumerate(sorted(self.waiting, key=lambda one: one.urgency), 1):
+            if generation.position != position:
+                generation.position = position
+                generation.wake()
 
     def _expire(self, generation: Generation) -> None:
         """End an engine call that is past a deadline, or look again later. Tokens set no timer: they are too many.
@@ -1361,7 +1342,7 @@ class GenerationQueue:
         A CPU reads prompts one after another or in turns, and writes next to nothing meanwhile. So each prompt that is
         read beside this one adds FIRST_TOKEN_TIMEOUT, and while one is read no silence counts.
         """
-        settings, now = self.settings, time.monotonic()
+        settings, now, loop = self.settings, time.monotonic(), asyncio.get_running_loop()
         being_read = sum(not other.begun for other in self.running if other is not generation)
         generation.allowance = max(generation.allowance, being_read * settings.first_token_timeout)
         due = generation.last + settings.first_token_timeout + generation.allowance
@@ -1376,12 +1357,14 @@ class GenerationQueue:
         if due <= now:
             self.end(generation, EngineTimeout(f"The language model took longer than {limit}", self.estimated_wait(1)))
         else:  # soon enough to see which prompts are read meanwhile
-            generation.timer = self._loop.call_at(min(due, now + settings.token_timeout / 4), self._expire, generation)
+            generation.timer = loop.call_at(min(due, now + settings.token_timeout / 4), self._expire, generation)
 
     def _closed(self, generation: Generation, call: asyncio.Task[Answer]) -> None:
         """An engine call is closed, which frees its worker. An unforeseen exception is told as an engine error."""
         del self.running[generation]
-        self._loop.call_soon(self._dispatch)  # so that a fault of what follows keeps no worker from the next
+        asyncio.get_running_loop().call_soon(
+            self._dispatch
+        )  # so that a fault of what follows keeps no worker from the next
         outcome = ShuttingDown() if call.cancelled() else call.exception() or call.result()
         if not isinstance(outcome, dict | ApiError):
             log.error("generation %s failed: %s", generation.id[:8], described(outcome))
@@ -1396,10 +1379,9 @@ class GenerationQueue:
     def _record(self, generation: Generation, outcome: Answer | ApiError) -> None:
         """Log and count what a generation came to."""
         settings, metrics, now = self.settings, self.metrics, time.monotonic()
-        started, begun = generation.started or now, generation.begun
+        started, first = generation.started or now, generation.begun - generation.started
         error, answer = (outcome.code, {}) if isinstance(outcome, ApiError) else ("", outcome)
-        usage = answer.get("usage", {})
-        tokens = usage.get("completion_tokens", len(generation.log))
+        tokens = answer["usage"]["completion_tokens"] if answer else len(generation.log)
         # The whole id would open its events to who has no key.
         fields: dict[str, Any] = {"request_id": generation.request_id, "generation": generation.id[:8]}
         fields |= {"engine": settings.engine, "model": settings.model, "client": generation.client}
@@ -1408,13 +1390,12 @@ class GenerationQueue:
         if generation.started:
             metrics.wait().observe(fields["queue_seconds"])
             metrics.duration(error).observe(fields["seconds"])
-        if usage:
-            fields["first_token_seconds"] = round(begun - started, 3)
-            metrics.first().observe(fields["first_token_seconds"])
-            metrics.tokens("input").observe(usage["prompt_tokens"])
+        if answer:
+            fields["first_token_seconds"] = round(first, 3)
+            metrics.first().observe(first)
+            metrics.each().observe((generation.last - generation.begun) / max(1, tokens - 1))
+            metrics.tokens("input").observe(answer["usage"]["prompt_tokens"])
             metrics.tokens("output").observe(tokens)
-            if tokens > 1:
-                metrics.each().observe((generation.last - begun) / (tokens - 1))
             self._service_time += (now - started - self._service_time) * (0.2 if self._service_time else 1)
         fields |= {"tokens": tokens, "finish_reason": error or answer["finish_reason"]}
         told = " ".join(f"{name}={value}" for name, value in fields.items())
@@ -1506,6 +1487,8 @@ class EventEncoder:
                 chunk += self.pending()
                 if chunk:
                     await send({"type": "http.response.body", "body": chunk, "more_body": not self.ended})
+                if position > 0:  # a thousand are told twice a second: each is a write
+                    await asyncio.sleep(min(len(queue.waiting) / 2000, heartbeat / 10))
                 # Where there is more, others have their turn first.
                 await (asyncio.sleep(0) if len(chunk) >= MAX_WRITE or self.ended else changed.wait())
 
@@ -2726,8 +2709,8 @@ mend_hypercorn()
 
 def create_app(settings: Settings) -> Guard:
     """The ASGI application: Guard, CORS, errors, `Guard.admit`, routes, in this order."""
-    engine = {"ollama": OllamaEngine, "openai": Engine, "embedded": EmbeddedEngine}[settings.engine]
-    queue = GenerationQueue(settings, engine(settings), Readers())
+    engine = {"ollama": OllamaEngine, "openai": Engine, "embedded": EmbeddedEngine}[settings.engine](settings)
+    queue = GenerationQueue(settings, engine, Readers())
     api = Api(settings, queue)
 
     @contextlib.asynccontextmanager
@@ -2736,7 +2719,7 @@ def create_app(settings: Settings) -> Guard:
         handler.setFormatter(JsonFormatter() if settings.log_format == "json" else None)
         logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", handlers=[handler])
         log.setLevel(settings.log_level)
-        await queue.start()
+        await engine.start()
         await api.frameworks()
         what = f"{settings.workers} workers, queue {settings.max_queue}, on {', '.join(guard.addresses)}"
         log.info(f"dccapi {__version__}: engine {settings.engine}, model {settings.model}, {what}, HTTP/2 on")
@@ -2745,7 +2728,9 @@ def create_app(settings: Settings) -> Guard:
         try:
             yield
         finally:
-            await queue.stop()
+            await queue.drain()
+            await engine.stop()
+            await queue.readers.stop()
 
     guard = Guard(Router(api.routes(), lifespan=lifespan, redirect_slashes=False), settings, queue)
     app: ASGIApp = ExceptionMiddleware(guard.admit, {Exception: as_problem, HTTPException: as_problem})

@@ -485,12 +485,12 @@ class Prompt:
         """About as many as it has."""
         return max(self.words * 4 // 3, len((self.system + self.user).encode()) // 4)
 
-    def check(self, context: int | None) -> None:
-        """Raise ContentTooLong where it cannot fit, and where it leaves an answer no room but can be condensed."""
-        if context and self.tokens > context - min(self.sampling["max_tokens"], context // 4):
-            error = too_long(self, context)
-            if self.words > context or error.condense_to:
-                raise error
+    def excess(self, context: int | None) -> ContentTooLong | None:
+        """Why it cannot be asked: it cannot fit, or it leaves an answer no room but can be condensed."""
+        if not context or self.tokens <= context - min(self.sampling["max_tokens"], context // 4):
+            return None
+        error = too_long(self, context)
+        return error if self.words > context or error.condense_to else None
 
 
 def build_prompt(request: GenerateRequest, course: Course, system: str, defaults: Mapping[str, Any]) -> Prompt:
@@ -1019,7 +1019,7 @@ class Generation:
     log: list[str] = field(default_factory=list)  # pieces of the badge's JSON; event n is log[n - 1]
     outcome: Answer | ApiError | None = None  # the last event, after which nothing changes
     state: Literal["queued", "running", "succeeded", "failed", "cancelled"] = "queued"
-    position: int = 0  # in the queue, from 1; 0 = running or done
+    position: int = 0  # in the queue, from 1; 0 = running, done, or next as soon as its course is read
     followers: set[asyncio.Event] = field(default_factory=set)  # also who may come back; without any it is cancelled
     timer: asyncio.TimerHandle = field(init=False)  # of its being overtaken, then of its deadlines, then of its keep
     created: float = field(default_factory=time.monotonic)
@@ -1053,7 +1053,8 @@ class Writer:
             draft.title, draft.joint = partial(self._title, prompt, sieve, not spent), joint
             generation.last, generation.begun = time.monotonic(), 0.0
             try:
-                prompt.check(self.engine.context)
+                if excess := prompt.excess(self.engine.context):
+                    raise excess
                 spent.append(await self._call(generation, prompt, draft))
             except ContentTooLong as error:
                 prompt = await self._condensed(prompt, error, generation)
@@ -1063,10 +1064,7 @@ class Writer:
                 prompt, joint = replace(prompt, user=f"{prompt.user}\n{TITLE_AGAIN}"), draft.joint
 
     async def _call(self, generation: Generation, prompt: Prompt, draft: Draft) -> Usage:
-        """One engine call: log what each piece of text adds to the badge; stop an engine that writes without end.
-
-        An empty piece is a sign of life: the model thinks. Raises ContentTooLong and other ApiErrors.
-        """
+        """One engine call: log what each piece adds to the badge; stop an engine that writes without end."""
         now, feed, most_tokens = time.monotonic, draft.feed, prompt.sampling["max_tokens"]
         count = size = blank = 0
         log.debug("generation %s: %d words to the engine, %s", generation.id[:8], prompt.words, prompt.sampling)
@@ -1077,7 +1075,7 @@ class Writer:
                     break
                 generation.last = now()
                 generation.begun = generation.begun or generation.last
-                if not piece:
+                if not piece:  # the model thinks
                     continue
                 if text := feed(piece[:MAX_OUTPUT_CHARS]):
                     generation.append(text)
@@ -1105,15 +1103,14 @@ class Writer:
         """What leaves out repetitions; with small models also what the course does not bear, for which it has words."""
         request, course, engine = prompt.request, prompt.course, self.engine
         markup = EVERY_MARKUP if engine.sifts else MARKUP
-        markup = None if EVERY_MARKUP.search(course.text) else markup
         fields, options = prompt.schema["properties"].items(), [*request.options.values()]
         counts = {name: (part["minItems"], part["maxItems"]) for name, part in fields if "items" in part}
         asked = f"{prompt.system}\n{prompt.user.splitlines()[-1]}"
         # Of a short course hardly a sentence would be left.
         is_long = word_count(course.text) >= (FEWEST_OF_TINY if engine.is_tiny else FEWEST_TO_SIFT)
         is_sifted = engine.sifts and is_long and request.language in (None, course.language)
-        text = course.text if is_sifted else ""
-        return Sieve(text, course.language, options, counts, asked, markup, engine.is_tiny)
+        said, kept = course.text if is_sifted else "", EVERY_MARKUP.search(course.text)
+        return Sieve(said, course.language, options, counts, asked, None if kept else markup, engine.is_tiny)
 
     def _title(self, prompt: Prompt, sieve: Sieve, is_first: bool, title: str) -> str | None:
         """The title for the one that the model wrote; None where the model is to be asked for another.
@@ -1218,7 +1215,7 @@ class GenerationQueue:
         self.known: dict[str, Generation] = {}
         self._finished: dict[Generation, int] = {}  # and about how many bytes it keeps
         self.keys: dict[tuple[str, str | None], tuple[bytes, Generation]] = {}  # by client and `Idempotency-Key`
-        self._service_time = 0.0  # of a generation, in seconds; the newest count most
+        self._service_time = 20.0  # seconds of a generation; the newest count most
 
     async def drain(self) -> None:
         """Admit nothing new, tell what waits, let what runs finish within `DRAIN_TIMEOUT`, tell the rest."""
@@ -1253,11 +1250,8 @@ class GenerationQueue:
 
     def ready(self, generation: Generation, prompt: Prompt) -> None:
         """Its course is read. Raises ContentTooLong where that cannot fit, nor be condensed."""
-        try:
-            prompt.check(self.engine.context)
-        except ContentTooLong as error:
-            if not error.condense_to:
-                raise
+        if (excess := prompt.excess(self.engine.context)) and not excess.condense_to:
+            raise excess
         if generation.outcome is None:  # it may have been ended meanwhile
             generation.prompt = prompt
             self._dispatch()
@@ -1276,20 +1270,22 @@ class GenerationQueue:
     def following(self, generation: Generation, grace: float = 0) -> Iterator[asyncio.Event]:
         """Follow a generation; when all have left it unfinished, and the grace of each is over, it is cancelled."""
         changed = asyncio.Event()
+
+        def leave() -> None:
+            generation.followers.remove(changed)
+            if not generation.followers:
+                self.end(generation, Cancelled())
+
         generation.followers.add(changed)
         try:
             yield changed
         finally:
-            asyncio.get_running_loop().call_later(grace, self._left, generation, changed)
-
-    def _left(self, generation: Generation, follower: asyncio.Event) -> None:
-        generation.followers.remove(follower)
-        if not generation.followers:
-            self.end(generation, Cancelled())
+            asyncio.get_running_loop().call_later(grace, leave)
 
     def end(self, generation: Generation, outcome: Answer | ApiError) -> None:
         """End a generation now, wherever it is; its engine call is closed. One that has ended stays as it is."""
-        call = self.running.get(generation)
+        loop, call = asyncio.get_running_loop(), self.running.get(generation)
+        loop.call_soon(self._dispatch)  # so that no fault of what follows keeps a worker from the next
         if generation.outcome is not None or (call and not call.cancel()):  # what a call has come to counts
             return
         self.waiting.pop(generation, None)
@@ -1300,12 +1296,11 @@ class GenerationQueue:
         if isinstance(outcome, ApiError):
             generation.state = "cancelled" if isinstance(outcome, Cancelled) else "failed"
             outcome.__traceback__ = outcome.__cause__ = outcome.__context__ = None  # their frames hold the course
-        generation.timer = asyncio.get_running_loop().call_later(self.settings.result_ttl, self._forget, generation)
+        generation.timer = loop.call_later(self.settings.result_ttl, self._forget, generation)
         self._finished[generation] = 4096 + 2 * sum(map(sys.getsizeof, generation.log))  # the answer repeats the text
         while len(self._finished) > MAX_FINISHED or sum(self._finished.values()) > MAX_FINISHED_BYTES:
             self._forget(next(iter(self._finished)))
         self._record(generation, outcome)
-        self._dispatch()
 
     @property
     def full(self) -> bool:
@@ -1313,7 +1308,7 @@ class GenerationQueue:
 
     def estimated_wait(self, position: int) -> float:
         """Seconds until the generation at this position runs, from the measured service time."""
-        return round(position * (self._service_time or 20) / self.settings.workers, 1)  # 20 s until one is measured
+        return round(position * self._service_time / self.settings.workers, 1)
 
     def _next(self) -> Generation | None:
         """The next in order, read or not; each eighth time the oldest, however urgent: a catalogue gets on as well."""
@@ -1331,8 +1326,9 @@ class GenerationQueue:
             call.add_done_callback(partial(self._closed, generation))
             generation.timer = asyncio.get_running_loop().call_later(0, self._expire, generation)
             generation.wake()
-        for position, generation in enumerate(sorted(self.waiting, key=lambda one: one.urgency), 1):
-            if generation.position != position:
+        idle = self.settings.workers - len(self.running)  # they take the first at once
+        for number, generation in enumerate(sorted(self.waiting, key=lambda one: one.urgency), 1 - idle):
+            if (position := max(0, number)) != generation.position:
                 generation.position = position
                 generation.wake()
 
@@ -1362,9 +1358,6 @@ class GenerationQueue:
     def _closed(self, generation: Generation, call: asyncio.Task[Answer]) -> None:
         """An engine call is closed, which frees its worker. An unforeseen exception is told as an engine error."""
         del self.running[generation]
-        asyncio.get_running_loop().call_soon(
-            self._dispatch
-        )  # so that a fault of what follows keeps no worker from the next
         outcome = ShuttingDown() if call.cancelled() else call.exception() or call.result()
         if not isinstance(outcome, dict | ApiError):
             log.error("generation %s failed: %s", generation.id[:8], described(outcome))
@@ -1396,7 +1389,7 @@ class GenerationQueue:
             metrics.each().observe((generation.last - generation.begun) / max(1, tokens - 1))
             metrics.tokens("input").observe(answer["usage"]["prompt_tokens"])
             metrics.tokens("output").observe(tokens)
-            self._service_time += (now - started - self._service_time) * (0.2 if self._service_time else 1)
+            self._service_time += (now - started - self._service_time) / 4
         fields |= {"tokens": tokens, "finish_reason": error or answer["finish_reason"]}
         told = " ".join(f"{name}={value}" for name, value in fields.items())
         log.info(f"generation {told}", extra={"fields": {"message": "generation", **fields}})
@@ -1410,8 +1403,8 @@ def described(error: BaseException) -> str:
 # ---- Views of a generation ------------------------------------------------------------------------------------------
 
 EVENT_STREAM_HEADERS = {"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"}
-# A token as `EventEncoder.event` would make it: its id, the JSON of its text, the member `accumulated` and its end.
-TOKEN = b'id: %b.%d\ndata: {"type":"token","content":%b,%b%b"done":false}\n\n'
+# A token as `EventEncoder.event` would make it: its id, the JSON of its text, the member `accumulated`.
+TOKEN = b'id: %b.%d\ndata: {"type":"token","content":%b,%b"done":false}\n\n'
 
 
 def one_line(data: Any) -> bytes:
@@ -1430,9 +1423,8 @@ class EventEncoder:
     def __init__(self, generation: Generation, options: StreamOptions, seen: int = 0) -> None:
         self.seen, self.ended = seen, False
         self.generation, self._options = generation, options
-        said = b'"accumulated":"%b' % one_line("".join(generation.log[:seen]))[1:-1]
+        said = b'"accumulated":"%b",' % one_line("".join(generation.log[:seen]))[1:-1]
         self._so_far: Any = bytearray(said if options.accumulated else b"")
-        self._end = b'",' if options.accumulated else b""
         self._partial: dict[str, Any] = {}
         self._id = generation.id.encode()
 
@@ -1448,12 +1440,12 @@ class EventEncoder:
             content = one_line(log[self.seen])
             self.seen += 1
             if self._so_far:
-                self._so_far += content[1:-1]
-            parts.append(TOKEN % (self._id, self.seen, content, self._so_far, self._end))
+                self._so_far[-2:-2] = content[1:-1]
+            parts.append(TOKEN % (self._id, self.seen, content, self._so_far))
             size += len(parts[-1])
         if parts and self._options.partial:
             badge = pydantic_core.from_json("".join(log[: self.seen]), allow_partial="trailing-strings")
-            if badge and badge != self._partial:
+            if badge != self._partial:
                 self._partial = badge
                 parts.append(self.event("partial", {"badge": badge}))
         if self.seen == len(log) and (outcome := self.generation.outcome):

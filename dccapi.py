@@ -1109,8 +1109,8 @@ class Writer:
         # Of a short course hardly a sentence would be left.
         is_long = word_count(course.text) >= (FEWEST_OF_TINY if engine.is_tiny else FEWEST_TO_SIFT)
         is_sifted = engine.sifts and is_long and request.language in (None, course.language)
-        said, kept = course.text if is_sifted else "", EVERY_MARKUP.search(course.text)
-        return Sieve(said, course.language, options, counts, asked, None if kept else markup, engine.is_tiny)
+        text, is_marked = course.text if is_sifted else "", EVERY_MARKUP.search(course.text)
+        return Sieve(text, course.language, options, counts, asked, None if is_marked else markup, engine.is_tiny)
 
     def _title(self, prompt: Prompt, sieve: Sieve, is_first: bool, title: str) -> str | None:
         """The title for the one that the model wrote; None where the model is to be asked for another.
@@ -1126,7 +1126,7 @@ class Writer:
         # nothing to compare it with; large models write an example before the badge.
         if is_wanted or is_translated or word_count(course.text[:1000]) < 8 or not (is_title or sieve.course):
             return title
-        own = " ".join(NOT_TEXT.sub("", grounds["title"]).split())
+        own: str = grounds["title"]
         if is_title and review.title_is_from_course(title, grounds, request.options.values()) and sieve.bears(title):
             return own if sieve.prefers(own, title) else sieve.as_title(title)
         return None if is_first else own
@@ -1152,10 +1152,10 @@ class Writer:
         request, course, last = prompt.request, prompt.course, spent[-1]
         # A call that was broken off says nothing of what it has read: as much as the last one.
         read, written = last.prompt_tokens * len(spent), sum(call.completion_tokens for call in spent)
-        tags, options, tone = skills_in(badge._tags, prompt), request.options, request.option("badge_tone")
+        said, tags, options = badge.model_dump(), skills_in(badge._tags, prompt), [*request.options.values()]
         index = self.settings.skills_index if "skills" in prompt.schema["properties"] else None
-        draft = {"badge": badge.model_dump(), "skills": tags, "course": course.text, "notes": course.notes}
-        asked = {"options": [*options.values()], "wanted_language": request.language, "tone": tone, "index": index}
+        draft = {"badge": said, "skills": tags, "course": course.text, "notes": course.notes, "index": index}
+        asked = {"options": options, "wanted_language": request.language, "tone": request.option("badge_tone")}
         generation.timer.cancel()  # the engine's deadlines count no more
         try:
             async with asyncio.timeout(TEXT_TIMEOUT):  # also for a reader, while documents of others take them all
@@ -1164,8 +1164,8 @@ class Writer:
             log.warning("a draft could not be reviewed: %s", type(error).__name__)
             found = {}
         return {
-            "response": draft["badge"],
-            "achievement": build_achievement(badge.model_dump(), request, tags, found.pop("alignment", ())),
+            "response": said,
+            "achievement": build_achievement(said, request, tags, found.pop("alignment", ())),
             "model": self.settings.model,
             "usage": {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written},
             "finish_reason": last.finish_reason,
@@ -1307,7 +1307,6 @@ class GenerationQueue:
         return len([*self.documents, *self.waiting, *self.running]) >= self.settings.max_queue + self.settings.workers
 
     def estimated_wait(self, position: int) -> float:
-        """Seconds until the generation at this position runs, from the measured service time."""
         return round(position * self._service_time / self.settings.workers, 1)
 
     def _next(self) -> Generation | None:
@@ -1341,15 +1340,14 @@ class GenerationQueue:
         settings, now, loop = self.settings, time.monotonic(), asyncio.get_running_loop()
         being_read = sum(not other.begun for other in self.running if other is not generation)
         generation.allowance = max(generation.allowance, being_read * settings.first_token_timeout)
-        due = generation.last + settings.first_token_timeout + generation.allowance
+        silence = settings.first_token_timeout + generation.allowance
         limit = "FIRST_TOKEN_TIMEOUT allows to begin. Try again later, or with less content."
         if generation.begun:
             generation.last = now if being_read else generation.last
-            due = generation.last + settings.token_timeout
-            limit = "TOKEN_TIMEOUT allows between two tokens. Try again later."
+            silence, limit = settings.token_timeout, "TOKEN_TIMEOUT allows between two tokens. Try again later."
+        whole = "GENERATION_TIMEOUT allows to finish. Try again later, or with a lower max_tokens."
         last = generation.started + settings.generation_timeout + generation.allowance
-        if last < due:
-            due, limit = last, "GENERATION_TIMEOUT allows to finish. Try again later, or with a lower max_tokens."
+        due, limit = min((generation.last + silence, limit), (last, whole))
         if due <= now:
             self.end(generation, EngineTimeout(f"The language model took longer than {limit}", self.estimated_wait(1)))
         else:  # soon enough to see which prompts are read meanwhile
@@ -1440,7 +1438,7 @@ class EventEncoder:
             content = one_line(log[self.seen])
             self.seen += 1
             if self._so_far:
-                self._so_far[-2:-2] = content[1:-1]
+                self._so_far[-2:-2] = content[1:-1]  # before its quote and comma
             parts.append(TOKEN % (self._id, self.seen, content, self._so_far))
             size += len(parts[-1])
         if parts and self._options.partial:
@@ -1461,7 +1459,7 @@ class EventEncoder:
 
     async def stream(self, queue: GenerationQueue, grace: float, scope: Scope, receive: Receive, send: Send) -> None:
         """Send what comes as `text/event-stream`, with queue positions, and a comment with each heartbeat."""
-        generation, position, beat, next_beat = self.generation, -1, b"retry: 1000\n\n", 0.0
+        generation, place, beat, next_beat = self.generation, -1, b"retry: 1000\n\n", 0.0
         heartbeat = queue.settings.heartbeat * 0.9  # so that a busy moment does not make one late
         with queue.following(generation, grace) as changed, contextlib.ExitStack() as timer:
             await send({"type": "http.response.start", "status": 200, "headers": Headers(EVENT_STREAM_HEADERS).raw})
@@ -1472,14 +1470,13 @@ class EventEncoder:
                     chunk, beat, next_beat = beat, b": heartbeat\n\n", now + heartbeat
                     timer.close()  # the next would else outlive a short stream
                     timer.callback(asyncio.get_running_loop().call_later(heartbeat, changed.set).cancel)
-                if generation.position != position and generation.outcome is None:
-                    position = generation.position
-                    place = {"position": position, "estimated_wait": queue.estimated_wait(position)}
-                    chunk += self.event("queue", place)
+                if generation.position != place and generation.outcome is None:
+                    place = generation.position
+                    chunk += self.event("queue", {"position": place, "estimated_wait": queue.estimated_wait(place)})
                 chunk += self.pending()
                 if chunk:
                     await send({"type": "http.response.body", "body": chunk, "more_body": not self.ended})
-                if position > 0:  # a thousand are told twice a second: each is a write
+                if place > 0:  # a thousand are told twice a second: each is a write
                     await asyncio.sleep(min(len(queue.waiting) / 2000, heartbeat / 10))
                 # Where there is more, others have their turn first.
                 await (asyncio.sleep(0) if len(chunk) >= MAX_WRITE or self.ended else changed.wait())

@@ -1401,8 +1401,8 @@ def described(error: BaseException) -> str:
 # ---- Views of a generation ------------------------------------------------------------------------------------------
 
 EVENT_STREAM_HEADERS = {"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"}
-# A token as `EventEncoder.event` would make it: its id, the JSON of its text, the member `accumulated`.
-TOKEN = b'id: %b.%d\ndata: {"type":"token","content":%b,%b"done":false}\n\n'
+# A token as `EventEncoder.event` would make it: its id, the JSON of its text, the member `accumulated` and its end.
+TOKEN = b'id: %b.%d\ndata: {"type":"token","content":%b,%b%b"done":false}\n\n'
 
 
 def one_line(data: Any) -> bytes:
@@ -1421,8 +1421,9 @@ class EventEncoder:
     def __init__(self, generation: Generation, options: StreamOptions, seen: int = 0) -> None:
         self.seen, self.ended = seen, False
         self.generation, self._options = generation, options
-        said = b'"accumulated":"%b",' % one_line("".join(generation.log[:seen]))[1:-1]
+        said = b'"accumulated":"%b' % one_line("".join(generation.log[:seen]))[1:-1]
         self._so_far: Any = bytearray(said if options.accumulated else b"")
+        self._end = b'",' if options.accumulated else b""
         self._partial: dict[str, Any] = {}
         self._id = generation.id.encode()
 
@@ -1438,8 +1439,8 @@ class EventEncoder:
             content = one_line(log[self.seen])
             self.seen += 1
             if self._so_far:
-                self._so_far[-2:-2] = content[1:-1]  # before its quote and comma
-            parts.append(TOKEN % (self._id, self.seen, content, self._so_far))
+                self._so_far += content[1:-1]
+            parts.append(TOKEN % (self._id, self.seen, content, self._so_far, self._end))
             size += len(parts[-1])
         if parts and self._options.partial:
             badge = pydantic_core.from_json("".join(log[: self.seen]), allow_partial="trailing-strings")

@@ -1102,14 +1102,15 @@ class Writer:
     def _sieve(self, prompt: Prompt) -> Sieve:
         """What leaves out repetitions; with small models also what the course does not bear, for which it has words."""
         request, course, engine = prompt.request, prompt.course, self.engine
-        markup = EVERY_MARKUP if engine.sifts else MARKUP
-        fields, options = prompt.schema["properties"].items(), [*request.options.values()]
-        counts = {name: (part["minItems"], part["maxItems"]) for name, part in fields if "items" in part}
         asked = f"{prompt.system}\n{prompt.user.splitlines()[-1]}"
+        options = [*request.options.values()]
+        fields = prompt.schema["properties"].items()
+        counts = {name: (part["minItems"], part["maxItems"]) for name, part in fields if "items" in part}
         # Of a short course hardly a sentence would be left.
         is_long = word_count(course.text) >= (FEWEST_OF_TINY if engine.is_tiny else FEWEST_TO_SIFT)
-        is_sifted = engine.sifts and is_long and request.language in (None, course.language)
-        text, is_marked = course.text if is_sifted else "", EVERY_MARKUP.search(course.text)
+        text = course.text if engine.sifts and is_long and request.language in (None, course.language) else ""
+        markup = EVERY_MARKUP if engine.sifts else MARKUP
+        is_marked = EVERY_MARKUP.search(course.text)
         return Sieve(text, course.language, options, counts, asked, None if is_marked else markup, engine.is_tiny)
 
     def _title(self, prompt: Prompt, sieve: Sieve, is_first: bool, title: str) -> str | None:

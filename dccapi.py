@@ -469,12 +469,12 @@ class Prompt:
         """About as many as it has."""
         return max(self.words * 4 // 3, len((self.system + self.user).encode()) // 4)
 
-    def check(self, context: int | None) -> None:
-        """Raise ContentTooLong where it cannot fit, and where it leaves an answer no room but can be condensed."""
-        if context and self.tokens > context - min(self.sampling["max_tokens"], context // 4):
-            error = too_long(self, context)
-            if self.words > context or error.condense_to:
-                raise error
+    def excess(self, context: int | None) -> ContentTooLong | None:
+        """Why it cannot be asked: it cannot fit, or it leaves an answer no room but can be condensed."""
+        if not context or self.tokens <= context - min(self.sampling["max_tokens"], context // 4):
+            return None
+        error = too_long(self, context)
+        return error if self.words > context or error.condense_to else None
 
 
 def build_prompt(request: GenerateRequest, course: Course, system: str, defaults: Mapping[str, Any]) -> Prompt:
@@ -968,7 +968,7 @@ async def _killed(process: Process) -> None:
 
 Answer = dict[str, Any]  # a finished badge as JSON (contract 3.2), as `Writer._answer` makes it
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 300, 600)
-TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
+TOKENS = [4**n for n in range(8)]
 LOOPS = "The language model wrote without end and was stopped. Try again, with another seed or a higher repeat_penalty."
 UNFINISHED = "The language model ended without finishing. Try again, with another seed or a lower temperature."
 CUT_OFF = "The language model reached max_tokens before the badge was complete. Try again with more max_tokens."
@@ -1029,21 +1029,18 @@ class Writer:
             draft.title, draft.joint = partial(self._title, prompt, sieve, not spent), joint
             generation.last, generation.begun = time.monotonic(), 0.0
             try:
-                prompt.check(self.engine.context)
+                if excess := prompt.excess(self.engine.context):
+                    raise excess
                 await self._call(generation, prompt, draft, spent)
             except ContentTooLong as error:
                 prompt = await self._condensed(prompt, error, generation)
-                continue
-            if not draft.refused:
-                return await self._answer(generation, cast(Badge, draft.badge), prompt, spent)
-            joint = draft.joint
-            prompt = replace(prompt, user=f"{prompt.user}\n{TITLE_AGAIN}")
+            else:
+                if not draft.refused:
+                    return await self._answer(generation, cast(Badge, draft.badge), prompt, spent)
+                prompt, joint = replace(prompt, user=f"{prompt.user}\n{TITLE_AGAIN}"), draft.joint
 
     async def _call(self, generation: Generation, prompt: Prompt, draft: Draft, spent: list[Usage]) -> None:
-        """One engine call: log what each piece of text adds to the badge; stop an engine that writes without end.
-
-        An empty piece is a sign of life: the model thinks. Raises ContentTooLong and other ApiErrors.
-        """
+        """One engine call: log what each piece adds to the badge; stop an engine that writes without end."""
         now, feed, most_tokens = time.monotonic, draft.feed, prompt.sampling["max_tokens"]
         count = size = blank = 0
         log.debug("generation %s: %d words to the engine, %s", generation.id[:8], prompt.words, prompt.sampling)
@@ -1054,7 +1051,7 @@ class Writer:
                     break
                 generation.last = now()
                 generation.begun = generation.begun or generation.last
-                if not piece:
+                if not piece:  # the model thinks
                     continue
                 if text := feed(piece[:MAX_OUTPUT_CHARS]):
                     generation.append(text)
@@ -1081,17 +1078,17 @@ class Writer:
 
     def _sieve(self, prompt: Prompt) -> Sieve:
         """What leaves out repetitions; with small models also what the course does not bear, for which it has words."""
-        request, course = prompt.request, prompt.course
+        request, course, engine = prompt.request, prompt.course, self.engine
         asked = f"{prompt.system}\n{prompt.user.splitlines()[-1]}"
-        markup = EVERY_MARKUP if self.engine.sifts else MARKUP
-        sieve = partial(Sieve, request=asked, markup=None if EVERY_MARKUP.search(course.text) else markup)
-        # Of a short course hardly a sentence would be left.
-        is_short = word_count(course.text) < (FEWEST_OF_TINY if self.engine.is_tiny else FEWEST_TO_SIFT)
-        if is_short or not self.engine.sifts or request.language not in (None, course.language):
-            return sieve()
+        options = [*request.options.values()]
         fields = prompt.schema["properties"].items()
         counts = {name: (part["minItems"], part["maxItems"]) for name, part in fields if "items" in part}
-        return sieve(course.text, course.language, [*request.options.values()], counts, is_tiny=self.engine.is_tiny)
+        # Of a short course hardly a sentence would be left.
+        is_long = word_count(course.text) >= (FEWEST_OF_TINY if engine.is_tiny else FEWEST_TO_SIFT)
+        text = course.text if engine.sifts and is_long and request.language in (None, course.language) else ""
+        markup = EVERY_MARKUP if engine.sifts else MARKUP
+        is_marked = EVERY_MARKUP.search(course.text)
+        return Sieve(text, course.language, options, counts, asked, None if is_marked else markup, engine.is_tiny)
 
     def _title(self, prompt: Prompt, sieve: Sieve, is_first: bool, title: str) -> str | None:
         """The title for the one that the model wrote; None where the model is to be asked for another.
@@ -1107,7 +1104,7 @@ class Writer:
         # nothing to compare it with; large models write an example before the badge.
         if is_wanted or is_translated or word_count(course.text[:1000]) < 8 or not (is_title or sieve.course):
             return title
-        own = " ".join(NOT_TEXT.sub("", grounds["title"]).split())
+        own: str = grounds["title"]
         if is_title and review.title_is_from_course(title, grounds, request.options.values()) and sieve.bears(title):
             return own if sieve.prefers(own, title) else sieve.as_title(title)
         if is_first:
@@ -1134,12 +1131,11 @@ class Writer:
         """The badge as an Achievement, reviewed, with its skills and what it took."""
         request, course, last = prompt.request, prompt.course, spent[-1]
         # A call that was broken off says nothing of what it has read: as much as the last one.
-        read = sum(call.prompt_tokens or last.prompt_tokens for call in spent)
-        written = sum(call.completion_tokens for call in spent)
-        tags, options, tone = skills_in(badge._tags, prompt), request.options, request.option("badge_tone")
+        read, written = last.prompt_tokens * len(spent), sum(call.completion_tokens for call in spent)
+        said, tags, options = badge.model_dump(), skills_in(badge._tags, prompt), [*request.options.values()]
         index = self.settings.skills_index if "skills" in prompt.schema["properties"] else None
-        draft = {"badge": badge.model_dump(), "skills": tags, "course": course.text, "notes": course.notes}
-        asked = {"options": [*options.values()], "wanted_language": request.language, "tone": tone, "index": index}
+        draft = {"badge": said, "skills": tags, "course": course.text, "notes": course.notes, "index": index}
+        asked = {"options": options, "wanted_language": request.language, "tone": request.option("badge_tone")}
         generation.timer.cancel()  # the engine's deadlines count no more
         try:
             async with asyncio.timeout(TEXT_TIMEOUT):  # also for a reader, while documents of others take them all
@@ -1147,10 +1143,9 @@ class Writer:
         except (ApiError, OSError) as error:  # a review never fails a request
             log.warning("a draft could not be reviewed: %s", type(error).__name__)
             found = {}
-        achievement = build_achievement(badge.model_dump(), request, tag=tags, alignment=found.pop("alignment", ()))
         return {
-            "response": draft["badge"],
-            "achievement": achievement,
+            "response": said,
+            "achievement": build_achievement(said, request, tag=tags, alignment=found.pop("alignment", ())),
             "model": self.settings.model,
             "usage": {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written},
             "finish_reason": last.finish_reason,
@@ -1200,17 +1195,7 @@ class GenerationQueue:
         self.known: dict[str, Generation] = {}
         self._finished: dict[Generation, int] = {}  # and about how many bytes it keeps
         self.keys: dict[tuple[str, str | None], tuple[int, Generation]] = {}  # by client and `Idempotency-Key`
-        self._service_time = 0.0  # of a generation, in seconds; the newest count most
-        self._telling: asyncio.TimerHandle | None = None  # a thousand are told twice a second: each is a write
-
-    async def start(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        await self.engine.start()
-
-    async def stop(self) -> None:
-        await self.drain()
-        await self.engine.stop()
-        await self.readers.stop()
+        self._service_time = 20.0  # seconds of a generation; the newest count most
 
     async def drain(self) -> None:
         """Admit nothing new, tell what waits, let what runs finish within `DRAIN_TIMEOUT`, tell the rest."""
@@ -1240,16 +1225,13 @@ class GenerationQueue:
         generation = Generation(client, request_id, urgency)
         self.known[generation.id] = generation
         self.waiting[generation] = None
-        generation.timer = self._loop.call_later(OVERTAKEN_AFTER, self._dispatch)
+        generation.timer = asyncio.get_running_loop().call_later(OVERTAKEN_AFTER, self._dispatch)
         return generation
 
     def ready(self, generation: Generation, prompt: Prompt) -> None:
         """Its course is read. Raises ContentTooLong where that cannot fit, nor be condensed."""
-        try:
-            prompt.check(self.engine.context)
-        except ContentTooLong as error:
-            if not error.condense_to:
-                raise
+        if (excess := prompt.excess(self.engine.context)) and not excess.condense_to:
+            raise excess
         if generation.outcome is None:  # it may have been ended meanwhile
             generation.prompt = prompt
             self._dispatch()
@@ -1268,20 +1250,22 @@ class GenerationQueue:
     def following(self, generation: Generation, grace: float = 0) -> Iterator[asyncio.Event]:
         """Follow a generation; when all have left it unfinished, and the grace of each is over, it is cancelled."""
         changed = asyncio.Event()
+
+        def leave() -> None:
+            generation.followers.remove(changed)
+            if not generation.followers:
+                self.end(generation, Cancelled())
+
         generation.followers.add(changed)
         try:
             yield changed
         finally:
-            self._loop.call_later(grace, self._left, generation, changed)
-
-    def _left(self, generation: Generation, follower: asyncio.Event) -> None:
-        generation.followers.remove(follower)
-        if not generation.followers:
-            self.end(generation, Cancelled())
+            asyncio.get_running_loop().call_later(grace, leave)
 
     def end(self, generation: Generation, outcome: Answer | ApiError) -> None:
         """End a generation now, wherever it is; its engine call is closed. One that has ended stays as it is."""
-        call = self.running.get(generation)
+        loop, call = asyncio.get_running_loop(), self.running.get(generation)
+        loop.call_soon(self._dispatch)  # so that no fault of what follows keeps a worker from the next
         if generation.outcome is not None or (call and not call.cancel()):  # what a call has come to counts
             return
         self.waiting.pop(generation, None)
@@ -1292,20 +1276,18 @@ class GenerationQueue:
         if isinstance(outcome, ApiError):
             generation.state = "cancelled" if isinstance(outcome, Cancelled) else "failed"
             outcome.__traceback__ = outcome.__cause__ = outcome.__context__ = None  # their frames hold the course
-        generation.timer = self._loop.call_later(self.settings.result_ttl, self._forget, generation)
+        generation.timer = loop.call_later(self.settings.result_ttl, self._forget, generation)
         self._finished[generation] = 4096 + 2 * sum(map(sys.getsizeof, generation.log))  # the answer repeats the text
         while len(self._finished) > MAX_FINISHED or sum(self._finished.values()) > MAX_FINISHED_BYTES:
             self._forget(next(iter(self._finished)))
         self._record(generation, outcome)
-        self._dispatch()
 
     @property
     def full(self) -> bool:
         return len([*self.documents, *self.waiting, *self.running]) >= self.settings.max_queue + self.settings.workers
 
     def estimated_wait(self, position: int) -> float:
-        """Seconds until the generation at this position runs, from the measured service time."""
-        return round(position * (self._service_time or 20) / self.settings.workers, 1)  # 20 s until one is measured
+        return round(position * self._service_time / self.settings.workers, 1)
 
     def _next(self) -> Generation | None:
         """The next in order, read or not; each eighth time the oldest, however urgent: a catalogue gets on as well."""
@@ -1314,24 +1296,20 @@ class GenerationQueue:
         return next((one for one in order if one.prompt or time.monotonic() - one.created < OVERTAKEN_AFTER), None)
 
     def _dispatch(self) -> None:
-        """The queue has changed: start what waits while workers are idle, and tell the rest their positions soon."""
+        """The queue has changed: start what waits while workers are idle, and tell the rest their positions."""
         while len(self.running) < self.settings.workers and (generation := self._next()) and generation.prompt:
             del self.waiting[generation]
             self._starts += 1
             generation.state, generation.position, generation.started = "running", 0, time.monotonic()
-            call = self.running[generation] = self._loop.create_task(self.writer.write(generation))
+            call = self.running[generation] = asyncio.create_task(self.writer.write(generation))
             call.add_done_callback(partial(self._closed, generation))
-            generation.timer = self._loop.call_later(0, self._expire, generation)
+            generation.timer = asyncio.get_running_loop().call_later(0, self._expire, generation)
             generation.wake()
         idle = self.settings.workers - len(self.running)  # they take the first at once
         for number, generation in enumerate(sorted(self.waiting, key=lambda one: one.urgency), 1 - idle):
-            generation.position = max(0, number)
-        self._telling = self._telling or self._loop.call_later(len(self.waiting) / 2000, self._tell)
-
-    def _tell(self) -> None:
-        self._telling = None
-        for generation in self.waiting:
-            generation.wake()
+            if (position := max(0, number)) != generation.position:
+                generation.position = position
+                generation.wake()
 
     def _expire(self, generation: Generation) -> None:
         """End an engine call that is past a deadline, or look again later. Tokens set no timer: they are too many.
@@ -1339,29 +1317,27 @@ class GenerationQueue:
         A CPU reads prompts one after another or in turns, and writes next to nothing meanwhile. So each prompt that is
         read beside this one adds FIRST_TOKEN_TIMEOUT, and while one is read no silence counts.
         """
-        settings, now = self.settings, time.monotonic()
+        settings, now, loop = self.settings, time.monotonic(), asyncio.get_running_loop()
         soon = now + min(settings.token_timeout, settings.first_token_timeout) / 4  # until then one may be read still
         being_read = sum(not other.begun for other in self.running if other is not generation)
         if generation.begun:
             generation.last = soon if being_read else generation.last
-            due = generation.last + settings.token_timeout
-            limit = "TOKEN_TIMEOUT allows between two tokens. Try again later."
+            silence, limit = settings.token_timeout, "TOKEN_TIMEOUT allows between two tokens. Try again later."
         else:
             generation.allowance = max(generation.allowance, being_read * settings.first_token_timeout)
-            due = generation.last + settings.first_token_timeout + generation.allowance
+            silence = settings.first_token_timeout + generation.allowance
             limit = "FIRST_TOKEN_TIMEOUT allows to begin. Try again later, or with less content."
+        whole = "GENERATION_TIMEOUT allows to finish. Try again later, or with a lower max_tokens."
         last = generation.started + settings.generation_timeout + generation.allowance
-        if last < due:
-            due, limit = last, "GENERATION_TIMEOUT allows to finish. Try again later, or with a lower max_tokens."
+        due, limit = min((generation.last + silence, limit), (last, whole))
         if due <= now:
             self.end(generation, EngineTimeout(f"The language model took longer than {limit}", self.estimated_wait(1)))
         else:  # soon enough to see which prompts are read meanwhile
-            generation.timer = self._loop.call_at(min(due, soon), self._expire, generation)
+            generation.timer = loop.call_at(min(due, soon), self._expire, generation)
 
     def _closed(self, generation: Generation, call: asyncio.Task[Answer]) -> None:
         """An engine call is closed, which frees its worker. An unforeseen exception is told as an engine error."""
         del self.running[generation]
-        self._loop.call_soon(self._dispatch)  # so that a fault of what follows keeps no worker from the next
         outcome = ShuttingDown() if call.cancelled() else call.exception() or call.result()
         if not isinstance(outcome, dict | ApiError):
             log.error("generation %s failed: %s", generation.id[:8], described(outcome))
@@ -1376,10 +1352,9 @@ class GenerationQueue:
     def _record(self, generation: Generation, outcome: Answer | ApiError) -> None:
         """Log and count what a generation came to."""
         settings, metrics, now = self.settings, self.metrics, time.monotonic()
-        started, begun = generation.started or now, generation.begun
+        started, first = generation.started or now, generation.begun - generation.started
         error, answer = (outcome.code, {}) if isinstance(outcome, ApiError) else ("", outcome)
-        usage = answer.get("usage", {})
-        tokens = usage.get("completion_tokens", len(generation.log))
+        tokens = answer["usage"]["completion_tokens"] if answer else len(generation.log)
         # The whole id would open its events to who has no key.
         fields: dict[str, Any] = {"request_id": generation.request_id, "generation": generation.id[:8]}
         fields |= {"engine": settings.engine, "model": settings.model, "client": generation.client}
@@ -1388,14 +1363,13 @@ class GenerationQueue:
         if generation.started:
             metrics.wait().observe(fields["queue_seconds"])
             metrics.duration(error).observe(fields["seconds"])
-        if usage:
-            fields["first_token_seconds"] = round(begun - started, 3)
-            metrics.first().observe(fields["first_token_seconds"])
-            metrics.tokens("input").observe(usage["prompt_tokens"])
+        if answer:
+            fields["first_token_seconds"] = round(first, 3)
+            metrics.first().observe(first)
+            metrics.each().observe((generation.last - generation.begun) / max(1, tokens - 1))
+            metrics.tokens("input").observe(answer["usage"]["prompt_tokens"])
             metrics.tokens("output").observe(tokens)
-            if tokens > 1:
-                metrics.each().observe((generation.last - begun) / (tokens - 1))
-            self._service_time += (now - started - self._service_time) * (0.2 if self._service_time else 1)
+            self._service_time += (now - started - self._service_time) / 4
         fields |= {"tokens": tokens, "finish_reason": error or answer["finish_reason"]}
         told = " ".join(f"{name}={value}" for name, value in fields.items())
         log.info(f"generation {told}", extra={"fields": {"message": "generation", **fields}})
@@ -1452,7 +1426,7 @@ class EventEncoder:
             size += len(parts[-1])
         if parts and self._options.partial:
             badge = pydantic_core.from_json("".join(log[: self.seen]), allow_partial="trailing-strings")
-            if badge and badge != self._partial:
+            if badge != self._partial:
                 self._partial = badge
                 parts.append(self.event("partial", {"badge": badge}))
         if self.seen == len(log) and (outcome := self.generation.outcome):
@@ -1468,7 +1442,7 @@ class EventEncoder:
 
     async def stream(self, queue: GenerationQueue, grace: float, scope: Scope, receive: Receive, send: Send) -> None:
         """Send what comes as `text/event-stream`, with queue positions, and a comment with each heartbeat."""
-        generation, position, beat, next_beat = self.generation, -1, b"retry: 1000\n\n", 0.0
+        generation, place, beat, next_beat = self.generation, -1, b"retry: 1000\n\n", 0.0
         heartbeat = queue.settings.heartbeat * 0.9  # so that a busy moment does not make one late
         with queue.following(generation, grace) as changed, contextlib.ExitStack() as timer:
             await send({"type": "http.response.start", "status": 200, "headers": Headers(EVENT_STREAM_HEADERS).raw})
@@ -1479,13 +1453,14 @@ class EventEncoder:
                     chunk, beat, next_beat = beat, b": heartbeat\n\n", now + heartbeat
                     timer.close()  # the next would else outlive a short stream
                     timer.callback(asyncio.get_running_loop().call_later(heartbeat, changed.set).cancel)
-                if generation.position != position and generation.outcome is None:
-                    position = generation.position
-                    place = {"position": position, "estimated_wait": queue.estimated_wait(position)}
-                    chunk += self.event("queue", place)
+                if generation.position != place and generation.outcome is None:
+                    place = generation.position
+                    chunk += self.event("queue", {"position": place, "estimated_wait": queue.estimated_wait(place)})
                 chunk += self.pending()
                 if chunk:
                     await send({"type": "http.response.body", "body": chunk, "more_body": not self.ended})
+                if place > 0:  # a thousand are told twice a second: each is a write
+                    await asyncio.sleep(min(len(queue.waiting) / 2000, heartbeat / 10))
                 # Where there is more, others have their turn first.
                 await (asyncio.sleep(0) if len(chunk) >= MAX_WRITE or self.ended else changed.wait())
 
@@ -2674,8 +2649,8 @@ mend_hypercorn()
 
 def create_app(settings: Settings) -> Guard:
     """The ASGI application: Guard, CORS, errors, `Guard.admit`, routes, in this order."""
-    engine = {"ollama": OllamaEngine, "openai": Engine, "embedded": EmbeddedEngine}[settings.engine]
-    queue = GenerationQueue(settings, engine(settings), Readers())
+    engine = {"ollama": OllamaEngine, "openai": Engine, "embedded": EmbeddedEngine}[settings.engine](settings)
+    queue = GenerationQueue(settings, engine, Readers())
     api = Api(settings, queue)
 
     @contextlib.asynccontextmanager
@@ -2684,7 +2659,7 @@ def create_app(settings: Settings) -> Guard:
         handler.setFormatter(JsonFormatter() if settings.log_format == "json" else None)
         logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", handlers=[handler])
         log.setLevel(settings.log_level)
-        await queue.start()
+        await engine.start()
         if "fault" in api.index:
             log.warning(f"badges get no alignments: {api.index['fault']}")
         what = f"{settings.workers} workers, queue {settings.max_queue}, on {', '.join(guard.addresses)}"
@@ -2694,7 +2669,9 @@ def create_app(settings: Settings) -> Guard:
         try:
             yield
         finally:
-            await queue.stop()
+            await queue.drain()
+            await engine.stop()
+            await queue.readers.stop()
 
     guard = Guard(Router(api.routes(), lifespan=lifespan, redirect_slashes=False), settings, queue)
     app: ASGIApp = ExceptionMiddleware(guard.admit, {Exception: as_problem, HTTPException: as_problem})

@@ -56,7 +56,6 @@ from typing import Annotated, Any, Literal, NamedTuple, Self, cast
 from urllib.parse import quote
 
 import aiohttp
-import h11
 import hypercorn.asyncio
 import orjson
 import pydantic_core
@@ -69,7 +68,6 @@ from hypercorn.config import Config
 from hypercorn.events import Closed, Event as ConnectionEvent, RawData, Updated
 from hypercorn.protocol.events import Body, EndBody, Event as StreamEvent, StreamClosed
 from hypercorn.protocol.h2 import H2Protocol
-from hypercorn.protocol.h11 import H11Protocol
 from hyperframe.frame import GoAwayFrame
 from openapi_ui_bundles import swagger_ui
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
@@ -1131,7 +1129,8 @@ class Writer:
         """The badge as an Achievement, reviewed, with its skills and what it took."""
         request, course, last = prompt.request, prompt.course, spent[-1]
         # A call that was broken off says nothing of what it has read: as much as the last one.
-        read, written = last.prompt_tokens * len(spent), sum(call.completion_tokens for call in spent)
+        read = sum(call.prompt_tokens or last.prompt_tokens for call in spent)
+        written = sum(call.completion_tokens for call in spent)
         said, tags, options = badge.model_dump(), skills_in(badge._tags, prompt), [*request.options.values()]
         index = self.settings.skills_index if "skills" in prompt.schema["properties"] else None
         draft = {"badge": said, "skills": tags, "course": course.text, "notes": course.notes, "index": index}
@@ -2376,7 +2375,6 @@ def _ip(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 # ends the streams of a client that says GOAWAY            clients behind proxies             goaway
 # leaves a response open that the application gave up      clients that wait                  given_up_open
 # dies of a path or method that is not ASCII               siblings of the request            strange_request
-# reads no further behind an HTTP/1.1 request              workers without a client           sent_more
 # loses the frames of a task that is cancelled at its lock siblings of the stream             its_frames
 # logs tracebacks of nonsense, and of closing TLS          operators                 202, 264 nonsense_in, abrupt
 # waits for ever at SIGTERM, or cuts what runs             everyone, at a restart    308, 374 stop_drains, signalled
@@ -2471,28 +2469,6 @@ class GuardedH2Protocol(H2Protocol):
                     await self.has_data.wait()
 
 
-class GuardedH11Protocol(H11Protocol):
-    """Hypercorn's HTTP/1.1 connection, which reads on while a request is answered, to see its client leave."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        http1: Any = self.connection
-        extract = http1._extract_next_receive_event
-        # At PAUSED, when anything follows the request, Hypercorn waits for the answer's end in the task that reads.
-        # At NEED_DATA it reads on, and h11 bounds what may follow as it bounds a head.
-        http1._extract_next_receive_event = lambda: h11.NEED_DATA if (event := extract()) is h11.PAUSED else event
-
-    async def handle(self, event: ConnectionEvent) -> None:
-        await super().handle(event)
-        if self.connection.trailing_data[0] and self.stream is None:
-            await self.send(Updated(idle=True))  # the next head has begun
-
-    async def _maybe_recycle(self) -> None:
-        await super()._maybe_recycle()
-        if self.connection.their_state is h11.IDLE and self.connection.trailing_data[0]:
-            self.task_group.spawn(self._handle_events)
-
-
 class Connection(socket.socket):
     """An accepted connection, which counts until it is closed."""
 
@@ -2569,10 +2545,8 @@ class GuardedTCPServer(TCPServer):
             elif isinstance(event, Closed):
                 await self._initiate_server_close()
             else:
-                config, http = cast(Any, self.config), cast(Any, self.protocol).protocol
-                # The first head is to come, or over HTTP/1.1 another one has begun.
-                has_begun = not http.keep_alive_requests or any(getattr(http.connection, "trailing_data", ()))
-                patience = config.settings.head_timeout if has_begun else config.keep_alive_timeout
+                config, is_new = cast(Any, self.config), not cast(Any, self.protocol).protocol.keep_alive_requests
+                patience = config.settings.head_timeout if is_new else config.keep_alive_timeout  # until the next head
                 ends_at = min(self._connection.ends_at, time.monotonic() + patience)
                 self._connection.ends_at = ends_at if cast(Updated, event).idle else math.inf
         except OSError:
@@ -2636,7 +2610,7 @@ def mend_hypercorn() -> None:
         raise SystemExit(f"dccapi: needs Hypercorn 0.18.0, whose faults it mends, not {found}: `make install`")
     Config.settings = Settings.model_construct()  # type: ignore[attr-defined]  # until `set_up` knows ours
     vars(hypercorn.asyncio.tcp_server).update(MAX_RECV=1024)  # bytes, after which other connections have their turn
-    vars(hypercorn.protocol).update(H2Protocol=GuardedH2Protocol, H11Protocol=GuardedH11Protocol)
+    vars(hypercorn.protocol).update(H2Protocol=GuardedH2Protocol)
     vars(hypercorn.asyncio.run).update(TCPServer=GuardedTCPServer, worker_serve=serve_until_drained)
     vars(hypercorn.asyncio).update(worker_serve=serve_until_drained)
 

@@ -187,7 +187,6 @@ async def test_a_full_disk_refuses_a_document_and_does_not_keep_the_service_from
 HEADS = {
     "silence": b"",
     "no end": b"GET /livez HTTP/1.1\r\nx: ",
-    "no end of the second": b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\nGET /livez HTTP/1.1\r\nx: ",
     "a preface": PREFACE,
     "no END_HEADERS": PREFACE + frame(1, 1, b"\x82", 1),
 }

@@ -582,41 +582,6 @@ async def test_a_connection_that_broke_the_protocol_is_forgotten() -> None:
         await eventually(lambda: connections() == 0, what="the end of the connection")
 
 
-@pytest.mark.parametrize(
-    "more", [b"\r\n", b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"], ids=["an empty line", "a request"]
-)
-@pytest.mark.parametrize("path", ["/generate", "/generate/stream"])
-async def test_an_http1_client_that_sent_more_and_left_frees_everything(path: str, more: bytes) -> None:
-    body = orjson.dumps(COURSE)
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-    async with serving(script=SLOW) as service:
-        _, writer = await asyncio.open_connection("127.0.0.1", service.port)
-        writer.write(head + body + more)
-        await service.engine.wait_for_calls(1)
-        writer.close()
-        await writer.wait_closed()
-        await eventually(lambda: not service.queue.running, 0.25, "a free worker")
-        await eventually(lambda: connections() == 0, what="the end of the connection")
-
-
-@pytest.mark.parametrize("head_is_out", [False, True])
-async def test_an_http1_client_that_sends_more_and_more_is_disconnected(head_is_out: bool) -> None:
-    async with serving(script=SLOW) as service:
-        reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
-        if head_is_out:
-            writer.write(b"GET /generate/stream?content=knots HTTP/1.1\r\nHost: x\r\n\r\n")
-            await reader.readuntil(b"token")
-        else:
-            body = b'{"content": "knots"}'
-            writer.write(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
-            await service.engine.wait_for_calls(1)
-        writer.write(b"x" * 200_000)
-        with contextlib.suppress(ConnectionError):
-            await asyncio.wait_for(reader.read(), 2)
-        await eventually(lambda: not service.queue.running, 0.5, "a free worker")
-        writer.transport.abort()
-
-
 async def test_pipelined_http1_requests_are_answered_in_order() -> None:
     async with serving() as service:
         reader, writer = await asyncio.open_connection("127.0.0.1", service.port)

@@ -2388,9 +2388,10 @@ class Exchange:
                     if not is_refused:
                         self._hold(len(chunk))
                         piece += chunk
-                    if len(piece) >= settings.max_body_bytes:  # an upload goes on
+                    if len(piece) >= settings.max_body_bytes:
                         self._pieces.put_nowait(bytes(piece))
                         piece.clear()
+                    if size % settings.max_body_bytes < len(chunk):  # an upload goes on
                         deadline.reschedule(asyncio.get_running_loop().time() + settings.body_timeout)
         except TimeoutError:
             self._pieces.put_nowait(BodyTimeout())

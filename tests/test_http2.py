@@ -74,6 +74,21 @@ async def test_an_http1_upload_that_is_refused_can_be_read_and_the_connection_us
 
 
 @pytest.mark.alone
+async def test_a_slow_http1_upload_that_nobody_wants_is_answered_when_it_has_arrived() -> None:
+    async with serving(body_timeout=0.6, max_body_bytes=1000) as service:
+        reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
+        head = b"POST /nothing HTTP/1.1\r\nhost: x\r\ncontent-type: multipart/form-data; boundary=x\r\n"
+        writer.write(head + b"content-length: 4000\r\n\r\n")
+        for _ in range(4):
+            writer.write(b"k" * 1000)
+            await asyncio.sleep(0.25)
+        assert b" 404 " in await asyncio.wait_for(reader.readline(), 1)
+        writer.write(b"GET /livez HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        assert b"HTTP/1.1 200 " in await asyncio.wait_for(reader.read(), 5)
+        writer.close()
+
+
+@pytest.mark.alone
 async def test_a_body_that_nobody_reads_does_not_hold_its_connection_up() -> None:
     async with serving(script=SLOW) as service, await service.connect() as connection:
         sibling = await connection.request("POST", "/generate/stream", body=COURSE)

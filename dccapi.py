@@ -2658,7 +2658,9 @@ class GuardedTCPServer(TCPServer):
             log.debug(described(errors.exceptions[0]))
 
     async def _idle_timeout(self) -> None:
-        """Not needed: `serve_until_drained` ends idle connections."""
+        """Not needed, since `serve_until_drained` ends idle connections, but for one that comes when it has done so."""
+        if self.context.terminated.is_set():
+            self._connection.end()
 
     async def protocol_send(self, event: ConnectionEvent) -> None:
         try:

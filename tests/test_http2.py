@@ -559,6 +559,9 @@ async def test_a_request_that_comes_when_all_is_drained_is_refused_so_that_it_ma
         await served.context.terminated.set()
         answer = await connection.response(await connection.request("GET", "/livez"))
         assert answer.reset_code == h2.errors.ErrorCodes.REFUSED_STREAM
+        late, writer = await asyncio.open_connection("127.0.0.1", service.port)
+        assert await asyncio.wait_for(late.read(), 1) == b""  # Python 3.12 and later would wait for it without end
+        writer.close()
 
 
 async def test_a_tls_client_that_takes_no_part_in_closing_leaves_a_clean_log(monkeypatch: pytest.MonkeyPatch) -> None:

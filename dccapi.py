@@ -2707,6 +2707,10 @@ async def serve_until_drained(app: Any, config: Config, *, sockets: Any = None, 
     for several in (sockets.secure_sockets, sockets.insecure_sockets):
         several[:] = [Listener(plain, cast(Any, config).settings) for plain in several]
     connections, loop = peer_of("").connections, asyncio.get_running_loop()
+    asked = asyncio.ensure_future((shutdown_trigger or asyncio.Event().wait)())
+    is_own_process = not shutdown_trigger or isinstance(shutdown_trigger, partial)  # the `hypercorn` command's
+    for sign in (signal.SIGTERM, signal.SIGINT) if is_own_process else ():
+        loop.add_signal_handler(sign, asked.cancel)  # one may come during the start
 
     def end(idle_until: float) -> None:
         """End the connections that may be idle until this time at most: all of them, where it is infinite."""
@@ -2714,10 +2718,6 @@ async def serve_until_drained(app: Any, config: Config, *, sockets: Any = None, 
             connection.end()
 
     async def drained() -> None:
-        asked = asyncio.ensure_future((shutdown_trigger or asyncio.Event().wait)())
-        is_own_process = not shutdown_trigger or isinstance(shutdown_trigger, partial)  # the `hypercorn` command's
-        for sign in (signal.SIGTERM, signal.SIGINT) if is_own_process else ():
-            loop.add_signal_handler(sign, asked.cancel)
         while not (await asyncio.wait({asked}, timeout=SWEEP_INTERVAL))[0]:
             end(time.monotonic())
             if time.monotonic() % TRIM_INTERVAL < 2 * SWEEP_INTERVAL:  # one look may come late

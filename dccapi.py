@@ -2370,6 +2370,7 @@ class Exchange:
             self._arrived.set()
             while (await self._receive())["type"] != "http.disconnect":
                 pass
+        await asyncio.sleep(0)  # an answer that is ready leaves: `nc` closes its side as soon as it has asked
         # Hypercorn says so after every response too, while it tidies up in the last `send`: that must not be cancelled.
         if not self._is_over:
             answering.cancel()
@@ -2580,8 +2581,11 @@ class GuardedH11Protocol(H11Protocol):
         http1: Any = self.connection
         extract = http1._extract_next_receive_event
         # At PAUSED, when anything follows the request, Hypercorn waits for the answer's end in the task that reads.
-        # At NEED_DATA it reads on, and h11 bounds what may follow as it bounds a head.
-        http1._extract_next_receive_event = lambda: h11.NEED_DATA if (event := extract()) is h11.PAUSED else event
+        # At NEED_DATA it reads on, and h11 bounds what may follow as it bounds a head; at the end it would answer 400.
+        onward = {False: h11.NEED_DATA, True: h11.ConnectionClosed()}
+        http1._extract_next_receive_event = lambda: (
+            onward[http1._receive_buffer_closed] if (event := extract()) is h11.PAUSED else event
+        )
 
     async def handle(self, event: ConnectionEvent) -> None:
         await super().handle(event)

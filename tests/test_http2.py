@@ -617,6 +617,16 @@ async def test_an_http1_client_that_sent_more_and_left_frees_everything(path: st
         await eventually(lambda: connections() == 0, what="the end of the connection")
 
 
+@pytest.mark.parametrize("more", [b"", b"\n", b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"])
+async def test_an_http1_client_that_closes_its_side_when_it_has_asked_gets_an_answer_that_is_ready(more: bytes) -> None:
+    async with serving() as service:
+        reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
+        writer.write(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n" + more)
+        writer.write_eof()  # as `nc` does
+        assert b" 200 " in await asyncio.wait_for(reader.readline(), 2)
+        writer.close()
+
+
 @pytest.mark.parametrize("head_is_out", [False, True])
 async def test_an_http1_client_that_sends_more_and_more_is_disconnected(head_is_out: bool) -> None:
     async with serving(script=SLOW) as service:

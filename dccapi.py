@@ -987,6 +987,9 @@ class Readers:
                     raise
         except TimeoutError:
             raise DocumentTooSlow from None
+        except OSError as error:
+            warn_once(f"a process that reads cannot be started: {error.strerror}", time.monotonic() // 60)
+            raise QueueFull("The service has no room to read it now. Try again later.") from None
         answer: dict[str, Any] = orjson.loads(line)
         if "error" in answer:
             raise DOCUMENT_ERRORS[answer["error"]](answer["detail"])
@@ -2127,7 +2130,7 @@ class Api:
         index = self.settings.skills_index
         try:
             answer = await self.readers.ask("frameworks", "", path=index) if index else {}
-        except (ApiError, OSError):
+        except ApiError:
             answer = {"fault": "SKILLS_INDEX: it cannot be read in time, or takes too much memory"}
         if "fault" in answer:
             warn_once(f"badges get no alignments: {answer['fault']}", time.monotonic() // 3600)

@@ -2734,7 +2734,8 @@ async def serve_until_drained(app: Any, config: Config, *, sockets: Any = None, 
             loop.call_later(0.5, signal.signal, signal.SIGINT, signal.SIG_DFL)
         if guard:
             await guard.queue.drain()
-        loop.call_later(0.1, end, sys.maxsize)  # those that are idle then
+        for moment in (0.1, 1, 2, 3):
+            loop.call_later(moment, end, sys.maxsize)  # those that are idle then
         loop.call_later(4, end, math.inf)  # Python 3.12 and later wait for each without end
 
     await worker_serve(app, config, sockets=sockets, shutdown_trigger=drained)

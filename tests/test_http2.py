@@ -544,6 +544,22 @@ async def test_a_stop_ends_idle_connections_and_those_that_nobody_has_used() -> 
         await one.abort()
 
 
+async def test_a_stop_ends_a_connection_soon_that_becomes_idle_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def read(*_: Any, **__: Any) -> dict[str, Any]:
+        await asyncio.sleep(0.5)
+        return {"content": "knots"}
+
+    async with serving() as service:
+        monkeypatch.setattr(service.queue.readers, "ask", read)
+        connection = await service.connect()  # which is kept open in spite of GOAWAY
+        stream = await connection.request("POST", "/extract", [("content-type", "text/plain")], b"knots")
+        await eventually(lambda: service.queue.documents, what="a document")
+        stopped = time.monotonic()
+    assert time.monotonic() - stopped < 2
+    assert (await connection.response(stream)).status == 200
+    await connection.abort()
+
+
 async def test_a_stop_ends_a_connection_that_stays_busy_soon() -> None:
     async with serving(drain_timeout=0.1) as service:
         connection = await service.connect(initial_window=0)

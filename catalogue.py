@@ -1133,7 +1133,8 @@ def answer_in(request: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
     )
     counts = ("prompt_tokens", "completion_tokens", "total_tokens")
     usage = {name: (body.get("usage") or {}).get(name, 0) for name in counts}
-    achievement = dccapi.build_achievement(badge.model_dump(), prompt.request, tags, review.pop("alignment", ()))
+    terms = {"tag": tags, "alignment": review.pop("alignment", ())}
+    achievement = dccapi.build_achievement(badge.model_dump(), prompt.request, **terms)
     return {"response": badge.model_dump(), "achievement": achievement, "review": review, "usage": usage}
 
 

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any, get_args
 from urllib.parse import urljoin
@@ -161,7 +162,7 @@ VARIABLES: dict[str, tuple[str, Any]] = {  # each with a value other than its de
     "ALLOWED_ORIGINS": ("https://a.example,https://b.example", "https://a.example,https://b.example"),
     "API_KEYS": ("lms:s3cret", "lms:s3cret"),
     "API_KEYS_FILE": ("/dev/null", Path("/dev/null")),
-    "TRUSTED_PROXIES": ("10.0.0.0/8", "10.0.0.0/8"),
+    "TRUSTED_PROXIES": ("10.0.0.1/8, ::1", [ip_network("10.0.0.0/8"), ip_network("::1")]),
     "LOG_LEVEL": ("debug", "DEBUG"),
     "LOG_FORMAT": ("json", "json"),
 }

@@ -22,7 +22,7 @@ from reader.course_text import plain_text
 from reader.documents import document
 from reader.extract import DETAILS, TOO_LARGE, Refused, repair_notes
 from reader.review import language_of, review, title_grounds
-from reader.skills import aligned, frameworks, search
+from reader.skills import aligned, search
 
 MAX_MEMORY = 2**29  # bytes of one process
 MAX_SECONDS = {"document": 15}  # of processor time; others have 5
@@ -53,7 +53,6 @@ TASKS: dict[str, Callable[..., dict[str, Any]]] = {
     "document": document,
     "condense": condensed,
     "review": reviewed,
-    "frameworks": frameworks,
     "skills": search,
 }
 

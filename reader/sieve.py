@@ -72,7 +72,6 @@ _BLOCK = r"<(?:/?(?:blockquote|center|div|h[1-6]|li|ol|p|pre|table|tbody|t[dhr]|
 _INLINE = r"</?(?:a|abbr|b|big|code|em|font|i|img|kbd|mark|s|small|span|strong|su[bp]|tt|u)(?:\s[^<>]{0,80})?/?>"
 MARKUP = re.compile(rf"(?i)(?P<space>{_BLOCK})|&[a-z]{{2,8}};")
 EVERY_MARKUP = re.compile(rf"(?i)(?P<space>{_BLOCK})|{_INLINE}|&[a-z]{{2,8}};")
-MARKUP_BEGUN = re.compile(r"(?i)(?:</?(?:[a-z][^<>]{0,100})?|&[a-z]{0,8})\Z")
 MARKS = re.compile(
     r"\A(?:[-*•·+–>#.\u2190-\u2bff\ufe0f\U0001f000-\U0001faff]+|\(?\d{1,3}[.)]|\(?[a-z][.)])\s+"
     r"|(?<!\w)([*`]{1,3})(?=\S)(?P<marked>[^*`\n]+)(?<=\S)\1(?!\w)"
@@ -188,11 +187,6 @@ class Sieve:
             return html.unescape(mark[0]) if mark[0][0] == "&" else " " if mark["space"] else ""
 
         return self.markup.sub(said, text) if self.markup else text
-
-    def unfinished(self, text: str) -> int:
-        """Where markup may begin that the text does not end; its length where there is none."""
-        begun = MARKUP_BEGUN.search(text) if self.markup else None
-        return begun.start() if begun else len(text)
 
     def echoes(self, text: str) -> bool:
         """Whether it repeats the request's own words."""

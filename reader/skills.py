@@ -206,7 +206,7 @@ def frameworks(path: str) -> dict[str, Any]:
     """The frameworks of the index with their licences; `{"fault"}` with one that cannot be read."""
     try:
         return {"frameworks": opened(path).frameworks()}
-    except (BadIndex, sqlite3.Error) as error:
+    except (BadIndex, OSError, sqlite3.Error) as error:
         return {"fault": f"SKILLS_INDEX: {error}"}
 
 

@@ -133,7 +133,7 @@ def test_the_achievement_of_a_generation_is_valid_and_says_what_the_request_know
             "badge_configuration": {"institution": "Harbour {{School}}", "institute_url": "https://h.edu"},
         }
     )
-    document = dccapi.build_achievement(BADGE, request, ["knots", "", "ropes", "knots"])
+    document = dccapi.build_achievement(BADGE, request, tag=["knots", "ropes"], alignment=[])
     assert judge.judge(document, "achievement", checks=checks)["valid"]
     assert list(document)[:6] == ["@context", "id", "type", "name", "description", "criteria"]
     assert document["creator"] == {
@@ -141,6 +141,7 @@ def test_the_achievement_of_a_generation_is_valid_and_says_what_the_request_know
     }  # fmt: skip
     assert document["tag"] == ["knots", "ropes"]
     assert document["achievementType"] == "Badge"
+    assert "alignment" not in document
 
 
 def test_an_achievement_says_nothing_that_is_not_known() -> None:
@@ -291,7 +292,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"alignment": [{"targetName": "x", "targetUrl": "https://a.b", "targetType": "x"}]}, "alignment.0.targetType"),
     ({"alignment": []}, "alignment"),
     ({"alignment": {"targetName": "x", "targetUrl": "https://a.b"}}, "alignment"),
-    *(({"image": image}, "image.id") for image in (
+    *(({"image": image}, "image") for image in (
         "", "a.png", "javascript:alert(1)", "data:image/png;base64,", "data:image/png,x", data_uri("png", b"GIF89a..."),
         data_uri("png", PNG_START[:7]), data_uri("gif", PNG_START), data_uri("jpeg", b"\xff\xd8\xff\xe0"),
         data_uri("svg+xml", PNG_START), data_uri("svg+xml", b"<html>"), data_uri("png", b"<svg/>"),
@@ -300,7 +301,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     )),
     ({"image": {"caption": "x"}}, "image.id"),
     ({"image": {"id": PNG, "image_base64": "x"}}, "image.image_base64"),
-    ({"issuer": {**ISSUER, "image": data_uri("gif", b"GIF89a")}}, "issuer.image.id"),
+    ({"issuer": {**ISSUER, "image": data_uri("gif", b"GIF89a")}}, "issuer.image"),
     ({"issuer": {**ISSUER, "url": "did:key:z6Mk"}}, "issuer.url"),
     ({"issuer": {**ISSUER, "email": "x"}}, "issuer.email"),
     ({"issuer": {**ISSUER, "email": "{{a}}@b.c"}}, "issuer.email"),
@@ -315,8 +316,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     )),
     ({"badge": {**BADGE, "image": "x"}}, "badge.image"),
     ({"badge": {**BADGE, "criteria": {"narrative": "x", "id": "x"}}}, "badge.criteria.id"),
-    ({"badge": None}, "achievement"),
-    ({"badge": None, "achievement": None}, "achievement"),
+    ({"badge": None}, ""),
+    ({"badge": None, "achievement": None}, ""),
     ({"badge": BADGE, "achievement": ACHIEVEMENT}, "achievement"),
     ({"achievement": {**ACHIEVEMENT, "context": None}}, "achievement.context"),
     ({"achievement": {**ACHIEVEMENT, "tag": None}}, "achievement.tag"),
@@ -326,7 +327,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"achievement": {**ACHIEVEMENT, "type": ["Achievement", "Sticker"]}}, "achievement.type.1"),
     ({"achievement": {**ACHIEVEMENT, "ext:knot": {"rope": 1}}}, "achievement.ext:knot.rope"),
     ({"achievement": {**ACHIEVEMENT, "ext:knot": [[[{"type": "Sticker"}]]]}}, "achievement.ext:knot.0.0.0.type"),
-    ({"achievement": {**ACHIEVEMENT, "tag": ["x"] * 100 + [1]}}, ""),  # faults are looked for in the first 100
+    ({"achievement": {**ACHIEVEMENT, "tag": ["x"] * 100 + [1]}}, "achievement.tag.100"),
+    ({"achievement": {**ACHIEVEMENT, "tag": ["x"] * 600 + [1]}}, ""),  # too many to tell where
     ({"achievement": {k: v for k, v in ACHIEVEMENT.items() if k != "type"}}, "achievement.type"),
     ({"proof": {}}, "proof"),
     ({"validFrom": "2026-01-15T00:00:00Z"}, "validFrom"),
@@ -359,7 +361,7 @@ def test_every_fault_is_named_at_once() -> None:
     )
     assert {".".join(place) for place in found} == {
         "badge.badge_name", "badge.badge_description", "badge.criteria", "achievement", "issuer.id", "issuer.name",
-        "valid_until", "image.id", "extra",
+        "valid_until", "image", "extra",
     }  # fmt: skip
 
 
@@ -413,7 +415,8 @@ def test_a_request_that_is_made_to_be_slow_is_refused_at_once() -> None:
     party: dict[str, Any] = {"id": "https://h.edu", "type": ["Profile"], "rope": 1}
     for _ in range(70):
         party = {"id": "https://h.edu", "type": ["Profile"], "endorsement": [{**ENDORSEMENT, "issuer": party}]}
-    wide = {"tag": [1] * 100_000}, {"alignment": [{}] * 60_000}, {"endorsement": [{}] * 60_000}
+    many = [{"alignment": [{}] * 100}] * 100  # 30,700 faults in 31 KB
+    wide = {"tag": [1] * 100_000}, {"alignment": [{}] * 60_000}, {"endorsement": [{}] * 60_000}, {"endorsement": many}
     for terms in ({"ext:knot": deep}, {"ext:knot": deeper}, {"creator": party}, *wide):
         start = time.process_time()
         assert faults(achievement={**ACHIEVEMENT, **terms})
@@ -608,3 +611,9 @@ def test_any_valid_achievement_is_taken_and_any_other_refused(judge: Any, data: 
         assert re.fullmatch(r"(must|is|has) [^\\^$\[\]]+", fault["msg"])
     if not told:
         assert judge.judge(credential(**other), "credential", checks=ALL_CHECKS)["errors"] == []
+
+
+def test_skills_are_named_once_as_they_were_spelled_first() -> None:
+    request = dccapi.GenerateRequest(content="Knots", language="fr")
+    prompt = dccapi.build_prompt(request, dccapi.Course("Knots", "en"), "", {})
+    assert dccapi.skills_in(["Nœuds ", "…", "\u200b", "nœuds", "• C++."], prompt) == ["Nœuds", "C++"]

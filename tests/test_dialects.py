@@ -20,6 +20,7 @@ from service import (
     ENGINES,
     HERE,
     MARKER,
+    SLOW,
     Service,
     ask,
     error_in,
@@ -346,6 +347,16 @@ async def test_a_short_course_with_too_many_max_tokens_is_not_told_to_be_shorter
     assert "horten" not in detail
 
 
+async def test_a_course_is_condensed_also_where_a_server_refuses_it_without_figures() -> None:
+    engine, status, error, _, _ = TOO_LONG["a proxy"]
+    refusal, course = Script(status=status, error=error), "Climbers tie knots and check them. " * 200
+    async with serving(engine(), lambda body, index: refusal if index < 2 else Script()) as service:
+        answer = await writes(service, {"content": course})
+        sizes = [len(str(call.body["messages"]).split()) for call in service.engine.calls]
+    assert sizes[0] > sizes[1] > sizes[2]
+    assert "condensed" in {note["code"] for note in answer["review"]["notes"]}
+
+
 REFUSED_PARTS: dict[str, tuple[int, Any]] = {  # status and error of a server that does not take the part
     "stream_options": (400, {"message": "Unrecognized request argument supplied: stream_options"}),
     "max_tokens": (400, {"message": "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
@@ -477,7 +488,7 @@ async def test_a_busy_engine_is_a_503_with_its_retry_after(engine: type[Scripted
     script = Script(status=429, error="you (x) have reached your hourly usage limit", retry_after=said)
     async with serving(engine(), script) as service:
         response = await ask(service)
-        problem_in(response, 503, "queue_full")
+        assert "engine is busy" in problem_in(response, 503, "queue_full")["detail"]
         assert response.headers["retry-after"] == waits
 
 
@@ -638,6 +649,16 @@ async def test_a_badge_lives_on_after_a_client_has_left_whose_course_was_read_be
         assert (await connection.response(writing)).status == 200
 
 
+async def test_silence_counts_from_when_a_course_is_read_that_was_read_beside_it() -> None:
+    writes = Script(pieces=split(badge_json(), 2), delay=2)
+    script = lambda body, index: Script(first_delay=0.85) if index else writes  # noqa: E731
+    async with serving(script=script, token_timeout=1.2) as service, await service.connect() as connection:
+        writing = await connection.request("POST", "/generate", body=COURSE)
+        await service.engine.wait_for_calls(1)
+        assert (await connection.response(await connection.request("POST", "/generate", body=COURSE))).status == 200
+        assert (await connection.response(writing)).status == 200
+
+
 async def test_prompts_that_are_read_at_once_wait_for_each_other() -> None:
     async with (
         serving(
@@ -652,6 +673,25 @@ async def test_prompts_that_are_read_at_once_wait_for_each_other() -> None:
         told = problem_in(response, 504, "engine_timeout")["detail"]
         assert "FIRST_TOKEN_TIMEOUT" in told
         assert int(response.headers["retry-after"]) >= 1
+
+
+async def test_a_prompt_waits_for_a_short_one_that_was_read_beside_it() -> None:
+    script = lambda body, index: Script(first_delay=0.3 if index else 1)  # noqa: E731
+    async with serving(script=script, first_token_timeout=0.7) as service, await service.connect() as connection:
+        first = await connection.request("POST", "/generate", body=COURSE)
+        await service.engine.wait_for_calls(1)
+        second = await connection.request("POST", "/generate", body=COURSE)
+        assert {(await connection.response(stream)).status for stream in (first, second)} == {200}
+
+
+async def test_a_badge_that_is_written_without_end_is_ended_whatever_is_read_beside_it() -> None:
+    script = lambda body, index: Script(first_delay=0.3) if index else SLOW  # noqa: E731
+    waits = {"token_timeout": 0.4, "generation_timeout": 0.8}
+    async with serving(script=script, **waits) as service, await service.connect() as connection:
+        writing = await connection.request("POST", "/generate", body=COURSE)
+        await service.engine.wait_for_calls(1)
+        assert (await connection.response(await connection.request("POST", "/generate", body=COURSE))).status == 200
+        assert "GENERATION_TIMEOUT" in (await connection.response(writing, 2)).json()["detail"]
 
 
 @pytest.mark.slow
@@ -714,7 +754,7 @@ async def test_no_log_line_holds_text_of_a_course_or_of_a_model(engine: type[Scr
                 statuses[fault] = (await ask(service, body)).status
                 await watch(service, body)
             await service.idle()
-    assert statuses.pop("a good badge with odd tags") == 200
+    assert statuses.pop("a good badge with odd tags") == statuses.pop("half characters") == 200
     assert not {fault: status for fault, status in statuses.items() if status not in (413, 502, 503)}
     assert len(lines) > 100
     assert not [line for line in lines if MARKER[:12] in line]

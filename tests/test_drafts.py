@@ -242,6 +242,12 @@ def test_white_space_before_the_first_field_loses_no_badge(size: int) -> None:
     assert json.loads(tokens + draft.finish(cut=False)) == json.loads(badge_json())
 
 
+def test_a_token_limit_behind_braces_that_stand_twice_ends_the_text() -> None:
+    assert parse_badge(KNOTS[:-1] + ', "x": {{', cut=True).badge_name == "Knots"
+    with pytest.raises(dccapi.InvalidModelOutput):
+        parse_badge('{"x": {{', cut=True)
+
+
 def test_half_a_title_is_none() -> None:
     draft = dccapi.Draft({"badge_description": "Ties knots.", "criteria": {"narrative": "- Ties."}})
     draft.feed('{"badge_name": "Kno')

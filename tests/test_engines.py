@@ -337,6 +337,18 @@ async def test_a_call_that_ends_without_an_answer_is_made_once_more_at_most() ->
         assert len(service.engine.calls) == 3
 
 
+async def test_a_call_is_made_once_more_at_most_beside_others_too() -> None:
+    script = [Script(), *[Script(first_delay=0.3, drop_after=0)] * 9]
+    async with serving(script=lambda body, index: script[index]) as service, await service.connect() as connection:
+        await writes(service)
+        first = await connection.request("POST", "/generate", body=COURSE)
+        await eventually(lambda: len(service.engine.calls) == 2 and service.engine.calls[1].ended)
+        second = await connection.request("POST", "/generate", body=COURSE)  # which finds its server there
+        for stream in (first, second):
+            assert (await connection.response(stream)).status == 503
+        assert len(service.engine.calls) == 4
+
+
 async def test_a_child_that_dies_with_a_call_is_replaced_by_the_next(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -346,7 +358,7 @@ async def test_a_child_that_dies_with_a_call_is_replaced_by_the_next(
         await dccapi.Engine.start(engine)  # without a child: at its address is another server
         monkeypatch.setattr(engine, "url", AsyncMock(return_value=url))
         monkeypatch.setattr(engine, "introduce", AsyncMock())
-        engine._known = True
+        engine.remark = ""
         prompt = dccapi.build_prompt(dccapi.GenerateRequest(**COURSE), dccapi.Course(COURSE["content"]), "", {})
         async with await engine._response(prompt) as response:
             assert response.status == 200
@@ -459,6 +471,13 @@ async def test_a_prompt_that_an_old_ollama_cut_silently_is_a_413_with_the_figure
 async def test_a_count_below_the_number_of_words_says_nothing(engine: type[ScriptedEngine]) -> None:
     async with serving(engine(), Script(prompt_eval_count=9), num_ctx=2048) as service:
         assert (await writes(service, LONG))["usage"]["prompt_tokens"] == 9
+
+
+async def test_a_call_whose_thoughts_fill_the_context_is_in_the_sum_of_what_its_badge_took() -> None:
+    thinks = Script(["<think>", *["So "] * 142], prompt_eval_count=2000, done_reason="length")
+    async with serving(script=lambda body, index: Script() if index else thinks, num_ctx=2144) as service:
+        usage = (await writes(service, {"content": "knots " * 1000}))["usage"]
+    assert usage == {"prompt_tokens": 2467, "completion_tokens": 143 + len(badge_pieces()), "total_tokens": 2677}
 
 
 async def test_ollamas_context_error_is_a_413_with_the_figures() -> None:

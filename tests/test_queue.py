@@ -75,7 +75,6 @@ class GenerationMachine(RuleBasedStateMachine):
             max_concurrent_requests=2, resume_grace=1000, max_queue=1000, max_per_client=1000
         )
         self.queue = dccapi.GenerationQueue(self.settings, self.engine, NoReaders())  # type: ignore[arg-type]
-        self.run(self.queue.start())
         self.made: list[dccapi.Generation] = []
         self.seen: dict[str, tuple[list[str], Any]] = {}
         self.following: list[tuple[Any, asyncio.Event, dccapi.Generation, list[Any]]] = []
@@ -97,8 +96,12 @@ class GenerationMachine(RuleBasedStateMachine):
     @rule()
     def submit(self) -> None:
         prompt = dccapi.build_prompt(dccapi.GenerateRequest(content="a"), dccapi.Course("a"), "", {})
-        self.made.append(self.queue.submit("client", "request"))
-        self.queue.ready(self.made[-1], prompt)
+
+        async def enter() -> None:
+            self.made.append(self.queue.submit("client", "request"))
+            self.queue.ready(self.made[-1], prompt)
+
+        self.run(enter())
         self.settle()
 
     @rule(number=st.integers(0, 9), grace=st.sampled_from([0.0, 1000.0]), skip=st.integers(0, 3))
@@ -190,7 +193,7 @@ class GenerationMachine(RuleBasedStateMachine):
         assert all(generation.outcome is not None for generation in self.made)
         assert not self.queue.running
         assert not self.queue.waiting
-        self.run(self.queue.stop())
+        self.run(self.queue.drain())
         assert not asyncio.all_tasks(self.loop)
         self.loop.close()
 

@@ -338,7 +338,8 @@ async def test_without_room_for_its_body_a_request_is_refused_and_keeps_no_place
         assert (await ask(service)).status == 200
 
 
-async def test_what_a_killed_child_leaves_behind_is_waited_for() -> None:
+@pytest.mark.parametrize("died_before", [False, True])
+async def test_what_a_killed_child_leaves_behind_is_waited_for(died_before: bool) -> None:
     """As process 1 of a container, which inherits it, is made one by prctl here."""
     libc, orphans = ctypes.CDLL(None), "import os, time; (pid := os.fork()) and print(pid, flush=True); time.sleep(0.2)"
     libc.prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
@@ -346,6 +347,9 @@ async def test_what_a_killed_child_leaves_behind_is_waited_for() -> None:
         child = await dccapi._started("-c", orphans)
         assert child.stdout
         orphan = int(await child.stdout.readline())
+        if died_before:  # of too much memory
+            child.kill()
+            await child.wait()
         await dccapi._killed(child)
         with pytest.raises(ProcessLookupError):  # which a zombie does not raise
             os.kill(orphan, 0)

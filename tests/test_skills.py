@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 import catalogue
-import dccapi
 from reader import skills
 from service import BADGE, HERE, ISSUER, Service, ask, judge, problem_in, serving, writes
 from testkit import Script, badge_json, split
@@ -186,7 +185,6 @@ async def test_a_bad_index_is_told_and_costs_no_badge(
 ) -> None:
     path = tmp_path / "skills.sqlite"
     BROKEN[fault](path)
-    dccapi.warn_once.cache_clear()
     async with serving(script=script(), skills_index=path) as service:
         assert [line for line in caplog.messages if line.startswith("badges get no alignments") and fault in line]
         answer = await writes(service, {"content": PYTHON["course"]})
@@ -196,6 +194,10 @@ async def test_a_bad_index_is_told_and_costs_no_badge(
         assert (health.status, health.json()["skills"]) == (200, None)
         assert fault in health.json()["error"]
         problem_in(await ask(service, None, "/skills?q=python", "GET"), 404, "not_found")
+
+
+def test_an_index_that_cannot_be_looked_for_is_told_too() -> None:
+    assert "too long" in skills.frameworks("x" * 5000)["fault"]
 
 
 async def test_an_index_that_goes_away_costs_no_badge(index: str, tmp_path: Path) -> None:

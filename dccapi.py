@@ -934,6 +934,9 @@ class Readers:
                     raise
         except TimeoutError:
             raise DocumentTooSlow from None
+        except OSError as error:
+            warn_once(f"a process that reads cannot be started: {error.strerror}", time.monotonic() // 60)
+            raise QueueFull("The service has no room to read it now. Try again later.") from None
         answer: dict[str, Any] = orjson.loads(line)
         if "error" in answer:
             known = {error.code: error for error in ApiError.__subclasses__() if error.status in (415, 422)}
@@ -2273,6 +2276,7 @@ class Exchange:
             self._arrived.set()
             while (await self._receive())["type"] != "http.disconnect":
                 pass
+        await asyncio.sleep(0)  # an answer that is ready leaves: `nc` closes its side as soon as it has asked
         # Hypercorn says so after every response too, while it tidies up in the last `send`: that must not be cancelled.
         if not self._is_over:
             answering.cancel()
@@ -2291,9 +2295,10 @@ class Exchange:
                     if not is_refused:
                         self._hold(len(chunk))
                         piece += chunk
-                    if len(piece) >= settings.max_body_bytes:  # an upload goes on
+                    if len(piece) >= settings.max_body_bytes:
                         self._pieces.put_nowait(bytes(piece))
                         piece.clear()
+                    if size % settings.max_body_bytes < len(chunk):  # an upload goes on
                         deadline.reschedule(asyncio.get_running_loop().time() + settings.body_timeout)
         except TimeoutError:
             self._pieces.put_nowait(BodyTimeout())
@@ -2533,7 +2538,9 @@ class GuardedTCPServer(TCPServer):
             log.debug(described(errors.exceptions[0]))
 
     async def _idle_timeout(self) -> None:
-        """Not needed: `serve_until_drained` ends idle connections."""
+        """Not needed, since `serve_until_drained` ends idle connections, but for one that comes when it has done so."""
+        if self.context.terminated.is_set():
+            self._connection.end()
 
     async def protocol_send(self, event: ConnectionEvent) -> None:
         try:
@@ -2578,6 +2585,10 @@ async def serve_until_drained(app: Any, config: Config, *, sockets: Any = None, 
     for several in (sockets.secure_sockets, sockets.insecure_sockets):
         several[:] = [Listener(plain, cast(Any, config).settings) for plain in several]
     connections, loop = peer_of("").connections, asyncio.get_running_loop()
+    asked = asyncio.ensure_future((shutdown_trigger or asyncio.Event().wait)())
+    is_own_process = not shutdown_trigger or isinstance(shutdown_trigger, partial)  # the `hypercorn` command's
+    for sign in (signal.SIGTERM, signal.SIGINT) if is_own_process else ():
+        loop.add_signal_handler(sign, asked.cancel)  # one may come during the start
 
     def end(idle_until: float) -> None:
         """End the connections that may be idle until this time at most: all of them, where it is infinite."""
@@ -2585,10 +2596,6 @@ async def serve_until_drained(app: Any, config: Config, *, sockets: Any = None, 
             connection.end()
 
     async def drained() -> None:
-        asked = asyncio.ensure_future((shutdown_trigger or asyncio.Event().wait)())
-        is_own_process = not shutdown_trigger or isinstance(shutdown_trigger, partial)  # the `hypercorn` command's
-        for sign in (signal.SIGTERM, signal.SIGINT) if is_own_process else ():
-            loop.add_signal_handler(sign, asked.cancel)
         while not (await asyncio.wait({asked}, timeout=SWEEP_INTERVAL))[0]:
             end(time.monotonic())
             if time.monotonic() % TRIM_INTERVAL < 2 * SWEEP_INTERVAL:  # one look may come late
@@ -2598,7 +2605,8 @@ async def serve_until_drained(app: Any, config: Config, *, sockets: Any = None, 
             loop.call_later(0.5, signal.signal, signal.SIGINT, signal.SIG_DFL)
         if guard:
             await guard.queue.drain()
-        loop.call_later(0.1, end, sys.maxsize)  # those that are idle then
+        for moment in (0.1, 1, 2, 3):
+            loop.call_later(moment, end, sys.maxsize)  # those that are idle then
         loop.call_later(4, end, math.inf)  # Python 3.12 and later wait for each without end
 
     await worker_serve(app, config, sockets=sockets, shutdown_trigger=drained)

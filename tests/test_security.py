@@ -454,6 +454,24 @@ async def test_a_fault_of_the_queue_loses_no_badge_that_is_written() -> None:
         assert (await ask(service)).status == 200
 
 
+async def test_where_no_process_can_be_started_that_reads_the_client_is_asked_to_come_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def started(*_: Any, **__: Any) -> None:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(dccapi, "_started", started)
+    lines: list[str] = []
+    async with serving(new_readers=True) as service:
+        with logging_into(lines):
+            problem_in(await ask(service), 503, "queue_full")
+            problem_in(
+                await ask(service, b"knots", "/extract", headers=[("content-type", "text/plain")]), 503, "queue_full"
+            )
+    assert any("cannot be started: Resource temporarily unavailable" in line for line in lines)
+    assert not any("temporary files" in line or "Traceback" in line for line in lines)
+
+
 # --- the embedded engine's child ---
 
 CHILD = """

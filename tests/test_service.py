@@ -143,6 +143,13 @@ def test_a_public_address_is_told_from_this_machines(address: str, public: bool)
     assert (re.fullmatch(dccapi.LOCAL_ADDRESS, address) is None) is public
 
 
+def test_a_service_that_is_signalled_while_it_starts_stops_with_exit_code_0() -> None:
+    signalled = "dccapi.Engine.start = lambda engine: os.kill(os.getpid(), signal.SIGTERM) or start(engine)"
+    code = f"import dccapi, os, signal\nstart = dccapi.Engine.start\n{signalled}\ndccapi.main()"
+    run = [sys.executable, "-c", code, "--bind", f"127.0.0.1:{free_port()}", "--certs", "absent"]
+    assert subprocess.run(run, cwd=HERE, timeout=20, check=False).returncode == 0
+
+
 @pytest.mark.slow
 async def test_a_worker_process_that_is_signalled_itself_drains_too() -> None:
     port = free_port()

@@ -99,7 +99,6 @@ MAX_FINISHED, MAX_FINISHED_BYTES = 256, 64 * 2**20  # generations that are remem
 READERS = 4  # processes at most, of about 40 MB each; they are started when they are needed
 OVERTAKEN_AFTER = 0.5  # seconds that the queue waits for a course to be read
 TEXT_TIMEOUT, DOCUMENT_TIMEOUT = 15, 45  # seconds by the clock; `reader` bounds those of the processor to 5 and 15
-MAX_ANSWER = 2**26  # bytes of what one of them answers
 MAX_LINE = 4 * 2**20  # of an engine's answer; Ollama's last line carries the context, about 6 bytes a token
 MAX_OUTPUT_CHARS = 2**18  # of one generation: 4,096 tokens of 64 characters
 MAX_BLANK_RUN = 200  # white space in a row; models loop on it under `format` (ollama 2577)
@@ -784,7 +783,6 @@ class Draft:
 VC_CONTEXT = "https://www.w3.org/ns/credentials/v2"
 OB_CONTEXT = "https://purl.imsglobal.org/spec/ob/v3p0/context-3.0.3.json"
 MAX_CREDENTIAL_BYTES = 100 * 1024  # DCC's issuer-coordinator refuses more (the default of express.json())
-MAX_VALUES_TOLD = 500  # of a request, whose faults are named
 
 
 @cache
@@ -848,7 +846,7 @@ def check_request(request: dict[str, Any]) -> None:
     except TypeError:
         raise invalid({(): "has more than 250 levels"}) from None
     # A value may have several faults, and each takes the validator about 20 microseconds.
-    if values > MAX_VALUES_TOLD and not validator.is_valid(request):
+    if values > 500 and not validator.is_valid(request):
         raise invalid({(): "has a fault, and too many values to tell where: send a part of it"})
     for error in validator.iter_errors(request):
         faults = _told(error, schema) | faults  # of one place the first is told
@@ -880,6 +878,8 @@ def build_credential(request: dict[str, Any]) -> dict[str, Any]:
     contexts = set(achievement.pop("@context", [])) & set(open_badges()[0]["$defs"]["ExtraContext"]["enum"])
     given = {"achievementType": get("achievement_type"), "image": get("image"), "inLanguage": get("in_language")}
     given["alignment"] = [{"type": ["Alignment"], **one} for one in get("alignment", ())]
+    achievement |= {name: value for name, value in given.items() if value}
+    subject = {"id": get("recipient_id", "did:example:recipient"), "type": ["AchievementSubject"]}
     credential: dict[str, Any] = {
         "@context": [VC_CONTEXT, OB_CONTEXT, *sorted(contexts)],
         "id": uuid.uuid4().urn,
@@ -887,11 +887,7 @@ def build_credential(request: dict[str, Any]) -> dict[str, Any]:
         "issuer": {"type": ["Profile"], **get("issuer")},
         "validFrom": get("valid_from"),
         **({"validUntil": end} if (end := get("valid_until")) else {}),
-        "credentialSubject": {
-            "id": get("recipient_id", "did:example:recipient"),
-            "type": ["AchievementSubject"],
-            "achievement": achievement | {name: value for name, value in given.items() if value},
-        },
+        "credentialSubject": {**subject, "achievement": achievement},
     }
     text = orjson.dumps(credential, option=orjson.OPT_INDENT_2)  # it is to fit however it is laid out
     if len(text) > MAX_CREDENTIAL_BYTES:
@@ -934,9 +930,6 @@ class Readers:
                     raise
         except TimeoutError:
             raise DocumentTooSlow from None
-        except OSError as error:
-            warn_once(f"a process that reads cannot be started: {error.strerror}", time.monotonic() // 60)
-            raise QueueFull("The service has no room to read it now. Try again later.") from None
         answer: dict[str, Any] = orjson.loads(line)
         if "error" in answer:
             known = {error.code: error for error in ApiError.__subclasses__() if error.status in (415, 422)}
@@ -953,7 +946,7 @@ async def _started(*arguments: str, cwd: Path | None = None) -> Process:
     Ctrl-C and SIGTERM are ours to answer, since running generations finish first. So it has a session of its own, and
     ignores SIGTERM itself, which systemd sends to all processes of a service.
     """
-    streams: Any = {"stdin": PIPE, "stdout": PIPE, "stderr": DEVNULL, "limit": MAX_ANSWER}
+    streams: Any = {"stdin": PIPE, "stdout": PIPE, "stderr": DEVNULL, "limit": 2**26}  # bytes of an answer
     return await asyncio.create_subprocess_exec(sys.executable, *arguments, cwd=cwd, start_new_session=True, **streams)
 
 
@@ -1180,7 +1173,6 @@ class Metrics:
         gauge("dccapi_queue_depth", "Generations that wait").set_function(lambda: len(queue.waiting))
         gauge("dccapi_queue_limit", "How many may wait").set(settings.max_queue)
         gauge("dccapi_active_generations", "Generations that are written").set_function(lambda: len(queue.running))
-        gauge("dccapi_workers", "How many can be written at a time").set(settings.workers)
 
 
 class GenerationQueue:
@@ -1879,8 +1871,7 @@ class Api:
         self.settings, self.queue, self.engine, self.readers = settings, queue, queue.engine, queue.readers
         self._probe: asyncio.Future[tuple[list[str] | BaseException]] | None = None
         self.system_prompt = settings.system_prompt_file.read_text("utf-8").strip()
-        # The `frameworks` of the index of skills, or the `fault` for which it cannot be read.
-        self.index = frameworks(str(settings.skills_index)) if settings.skills_index else {}
+        self.index = frameworks(str(settings.skills_index)) if settings.skills_index else {}  # these, or a `fault`
 
     def routes(self) -> list[Route]:
         """The paths of contract 3 with their methods. `Exchange` takes /api/v1 away, Starlette adds HEAD to GET."""
@@ -2032,9 +2023,6 @@ class Api:
             if "maximum size" in error.detail:
                 raise BodyTooLarge(f"A field may have {limit} bytes here.") from None
             raise invalid({("body",): f"is no form with one file: {error.detail}"}) from None
-        except OSError as error:
-            warn_once(f"a document has no room among temporary files: {error.strerror}", time.monotonic() // 60)
-            raise QueueFull("The service has no room for a document of this size now. Try again later.") from None
 
     async def credentials(self, request: Request) -> Response:
         return as_json(build_credential(await json_body(request)))
@@ -2342,6 +2330,8 @@ async def as_problem(request: Request, raised: Exception) -> Response:
     """Any exception as application/problem+json; the only place that does so."""
     state = request.scope["state"]
     error = raised if isinstance(raised, ApiError) else ApiError()
+    if isinstance(raised, OSError):  # there is no file for a document, or no process to read it
+        error = QueueFull(f"The service has no room for this now ({raised.strerror}). Try again later.")
     if isinstance(raised, HTTPException):  # the router's
         error = {404: NotFound, 405: MethodNotAllowed}.get(raised.status_code, ApiError)(headers=raised.headers or {})
     elif error is not raised:
@@ -2396,7 +2386,6 @@ class GuardedH2Protocol(H2Protocol):
         super().__init__(*args, **kwargs)
         self._peer = peer_at(self.client, cast(Any, self.config).settings)
         self.stream_buffers: Any = weakref.WeakValueDictionary()  # forgets each at once: nothing is buffered
-        # Hypercorn's priority tree takes 1,000 streams, and visits each at every step.
         calls = ("insert_stream", "reprioritize", "block", "unblock")
         self.priority: Any = SimpleNamespace(**dict.fromkeys(calls, lambda *_, **__: None))
         # A client that says GOAWAY gets what it has asked for and closes the connection itself (RFC 9113 6.8).

@@ -176,8 +176,9 @@ async def test_a_full_disk_refuses_a_document_and_does_not_keep_the_service_from
     limited = process(f"ulimit -f {blocks}", PYTHONDONTWRITEBYTECODE="1")
     async with limited as (server, port), await H2Client.connect("127.0.0.1", port) as one:
         upload = await one.request("POST", "/extract", [("content-type", "text/plain")], b"x" * size)
-        assert (await one.response(upload)).json()["error_code"] == "queue_full"
-        await eventually(lambda: [line for line in server.log if "temporary files" in line])
+        told = (await one.response(upload)).json()
+        assert (told["error_code"], "(File too large)" in told["detail"]) == ("queue_full", True)
+        await eventually(lambda: [line for line in server.log if "OSError, raised at" in line])
         assert await server.terminate(10) == 0
 
 

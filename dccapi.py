@@ -2,9 +2,9 @@
 
 A course description is posted; a badge name, description and earning criteria come back: as JSON, as Server-Sent Events
 token by token, or later, from the URL of an asynchronous generation. One file, served by Hypercorn over HTTP/2 (TLS and
-cleartext) and HTTP/1.1, in front of Ollama, an OpenAI-compatible server, or llama.cpp in a child process. Documents and
-markup are read, and drafts reviewed, by child processes that run the package `reader`. "Hypercorn 0.18, mended" has a
-table of what is patched there, why, and which test tells when a patch may go.
+cleartext) and HTTP/1.1, in front of Ollama, an OpenAI-compatible server, or llama.cpp in a child process. The package
+`reader` reads documents and markup and reviews drafts in child processes, and sifts what models write in this one.
+"Hypercorn 0.18, mended" has a table of what is patched there, why, and which test tells when a patch may go.
 
 Routes, each under /api/v1 and at the root:
 
@@ -100,7 +100,7 @@ READERS = 4  # processes at most, of about 40 MB each; they are started when the
 OVERTAKEN_AFTER = 0.5  # seconds that the queue waits for a course to be read
 TEXT_TIMEOUT, DOCUMENT_TIMEOUT = 15, 45  # seconds by the clock; `reader` bounds those of the processor to 5 and 15
 MAX_LINE = 4 * 2**20  # of an engine's answer; Ollama's last line carries the context, about 6 bytes a token
-MAX_OUTPUT_CHARS = 2**18  # of one generation: 4,096 tokens of 64 characters
+MAX_OUTPUT_CHARS = 2**18  # of one engine call: 4,096 tokens of 64 characters
 MAX_BLANK_RUN = 200  # white space in a row; models loop on it under `format` (ollama 2577)
 MAX_WRITE = 128 * 2**10  # bytes, behind which an event stream's write ends; so much, and one event, it can buffer
 # So many at once, and after them so many a second. Of resets as nghttp2 (nghttp2_option_set_stream_reset_rate_limit).
@@ -110,7 +110,7 @@ SWEEP_INTERVAL = 0.5  # seconds between two looks at the connections that have b
 TRIM_INTERVAL = 30  # seconds, after which free memory is given back
 LOOPBACK_PAGE = r"https?://(?:(?:[\w-]+\.)*localhost|127(?:\.\d{1,3}){3}|\[::1\])(?::\d+)?"
 LOCAL_ADDRESS = rf"{LOOPBACK_PAGE}|http://(unix|fd):.*"  # that only this machine can reach
-# A page whose name was pointed at this machine has a name with dots (DNS rebinding).
+# Hosts that DNS rebinding cannot use: names without a dot, names under localhost, addresses.
 LOCAL_HOST = r"(?i)(?:[^.:]*|[\w.-]+\.localhost|[\d.]+|\[[\da-f:.]+\])(?::\d+)?"
 
 _URL = r"https?://([^\s/?#]*@)?([^\s/?#@:\[\]]+|\[[0-9a-f:]+\])(:\d{1,5})?(/[^\s?#]*)?"
@@ -463,7 +463,7 @@ class Prompt:
 
     @cached_property
     def tokens(self) -> int:
-        """About as many as it has."""
+        """About how many it has."""
         return max(self.words * 4 // 3, len((self.system + self.user).encode()) // 4)
 
     def excess(self, context: int | None) -> ContentTooLong | None:
@@ -838,7 +838,7 @@ def _told(error: Any, schema: dict[str, Any]) -> dict[Place, str]:
 
 
 def check_request(request: dict[str, Any]) -> None:
-    """Raises InvalidRequest, which names every fault."""
+    """Raises InvalidRequest, which names every fault, but of what is very large or deep only that it has one."""
     schema, validator = open_badges()
     faults: dict[Place, str] = {}
     try:
@@ -904,7 +904,7 @@ class Readers:
     """Processes that run `reader`: a document can be made to take minutes and gigabytes.
 
     One that is too slow, or whose client leaves, is killed; the next task starts another. One client has half of them
-    at most for courses that are to be queued, and half for drafts, since for those a worker waits already.
+    at most, and the other half for condensing and reviews, for which a worker waits already.
     """
 
     def __init__(self) -> None:
@@ -995,7 +995,7 @@ class Generation:
     created: float = field(default_factory=time.monotonic)
     started: float = 0.0  # 0 = it never left the queue
     begun: float = 0.0  # the first sign of life of its engine call: a token, or a thought
-    last: float = 0.0  # the last one, or when silence last did not count; first, when the engine was asked
+    last: float = 0.0  # the last one, or until when silence does not count; first, when the engine was asked
     allowance: float = 0.0  # seconds that prompts which are read beside it add to its deadlines
 
     def append(self, piece: str) -> None:
@@ -1515,7 +1515,7 @@ class Engine:
         self.settings = settings
         self.base_url, self.key = settings.openai_base_url, settings.openai_api_key.strip()
         self.context: int | None = None  # tokens that its context holds, as far as that is known
-        self.remark: str | None = None  # what is known against the server; None where it has not said what it is
+        self.remark: str | None = None  # known against the server, "" for nothing; None until it has said what it is
         self._without: frozenset[str] = frozenset()  # parts that the server has refused, and is not sent again
 
     async def start(self) -> None:
@@ -2044,7 +2044,7 @@ class Api:
         return as_json(answer["skills"])
 
     async def health(self, request: Request) -> Response:
-        """Engine, model and queue (contract 3.5); 503 when no badge could be written now."""
+        """Engine, model and queue (contract 3.5); 503 where engine or model is missing or a stop has begun."""
         settings, queue, engine = self.settings, self.queue, self.engine
         (available, error), context = await self._state(), engine.context or 0
         # The tokens that instructions and an answer leave for a course, about three words in four.
@@ -2134,7 +2134,7 @@ class Peer:
     def __init__(self, address: str) -> None:
         self.connections: dict[Connection, None] = {}  # the oldest first
         self.held = 0  # bytes of requests
-        self.turn = asyncio.Lock()  # of an HTTP/2 connection in the middle of what it has received
+        self.turn = asyncio.Lock()  # in which its HTTP/2 connections let others go on, one at a time
         self._share = 1 if address else 8
         self._whole_at: dict[tuple[float, float], float] = {}  # when nothing of an allowance will be spent any more
 
@@ -2173,7 +2173,7 @@ class Guard:
 
     def __init__(self, router: ASGIApp, settings: Settings, queue: GenerationQueue) -> None:
         self.app, self.router, self.settings, self.queue = router, router, settings, queue
-        self.addresses = ["the addresses that its server names"]  # `serve_until_drained` knows them
+        self.addresses = ["the addresses that its server names"]  # for the log, until `set_up` knows them
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["app"] = self
@@ -2209,11 +2209,11 @@ class Guard:
         await self.router(scope, receive, send)
 
     def _check_site(self, scope: Scope, headers: Headers, is_proxied: bool) -> None:
-        """Raise Forbidden for another site's page: a browser reaches what its user can."""
+        """Raise Forbidden for a strange Host and another site's page: a browser reaches what its user can."""
         settings, host, origin = self.settings, headers.get("host", ""), headers.get("origin")
         here = _ip((scope.get("server") or ("",))[0])
-        is_open = here and here.is_loopback and not (is_proxied or settings.keys or settings.origins == ".*")
-        if is_open and not re.fullmatch(LOCAL_HOST, host):
+        needs_local_host = here and here.is_loopback and not (is_proxied or settings.keys or settings.origins == ".*")
+        if needs_local_host and not re.fullmatch(LOCAL_HOST, host):
             raise Forbidden("This machine has another name: ask at localhost, or set API_KEYS or TRUSTED_PROXIES here.")
         site = headers.get("sec-fetch-site", "same-origin" if origin is None else "")
         is_visit = headers.get("sec-fetch-mode") == "navigate" and scope["state"]["path"] in OPEN_PATHS
@@ -2490,7 +2490,7 @@ class Listener(socket.socket):
         with contextlib.suppress(OSError, ValueError):  # macOS names more than it gives
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
             limit = hard
-        # The rest of the file descriptors is for the engine, the parsers and files.
+        # The rest of the file descriptors is for the engine, the readers and files.
         self._bounds = settings.max_connections_per_client, limit - min(256, limit // 4)
         self._settings = settings
         with contextlib.suppress(OSError, AttributeError, OverflowError):  # Linux alone has it, for TCP alone

@@ -834,6 +834,8 @@ async def test_every_answer_and_final_carries_a_valid_achievement(judge: Any) ->
     async with serving() as service:
         answer = await writes(service, body)
         final = (await watch(service, body))[-1]
+        members = {"achievement", "model", "usage", "finish_reason", "request_id", "review"}
+        assert (answer.keys(), final.keys()) == ({"response", *members}, {"type", "content", *members})
         for told, badge in ((answer, answer["response"]), (final, final["content"])):
             achievement = told["achievement"]
             assert judge.judge(achievement, "achievement")["errors"] == []

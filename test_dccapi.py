@@ -1673,15 +1673,15 @@ async def test_a_stop_drains_and_exits_with_0(
     finishes = drain_timeout > 1
     async with ScriptedOllama() as ollama:
         pieces = badge_pieces()
-        ollama.script = lambda body, index: Script(pieces=pieces, delay=0.01 if finishes else 0.2)
+        ollama.script = lambda body, index: Script(pieces=pieces, delay=0.03 if finishes else 0.2)
         env = {"OLLAMA_URL": ollama.url, "DRAIN_TIMEOUT": str(drain_timeout), "MAX_CONCURRENT_REQUESTS": "1"}
         async with (
             Server(commands(port)[way], env, f"http://127.0.0.1:{port}/livez", cwd=HERE, python=python) as server,
             await H2Client.connect("127.0.0.1", port) as connection,
         ):
             running = await connection.request("POST", "/generate/stream", body=COURSE)
-            waiting = await connection.request("POST", "/generate/stream", body=COURSE)
             await token(connection, running)
+            waiting = await connection.request("POST", "/generate/stream", body=COURSE)
             await connection.headers(waiting)
             os.kill(server.pid, sign)
             told = (await events_of(connection, waiting))[-1]["data"]

@@ -547,7 +547,20 @@ def component_schemas() -> dict[str, Any]:
     for file in sorted(dccapi.OPENAPI.parent.glob("*.schema.json")):
         schemas |= definitions_of(file, schemas.keys())
     schemas["Achievement"]["properties"]["alignment"] = {"type": "array", "items": reference("Alignment")}  # of `Node`
+    take_null(schemas["CredentialRequest"])
     return schemas
+
+
+def take_null(request: dict[str, Any]) -> None:
+    """Say of a credential's request what its builder does before it is validated: null is the same as not given."""
+    null = {"type": "null"}
+    for name, part in request["properties"].items():
+        if name not in request["required"]:
+            told = {"description": part.pop("description")} if "description" in part else {}
+            request["properties"][name] = told | {"anyOf": [part, null]}
+    request["if"]["properties"] = {"badge": {"not": null}}
+    request["then"] = {"properties": {"achievement": null}}
+    request["else"]["properties"] = {"achievement": {"not": null}}
 
 
 def schema_of(choice: str) -> str:
